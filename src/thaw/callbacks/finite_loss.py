@@ -1,0 +1,43 @@
+"""Stops a run whose loss is no number, before it can spoil the weights."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class FiniteLoss(Callback):
+    """Raises ValueError when a training loss is infinite or NaN, before its gradient is taken."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.batch_idx = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batch, self.batch_idx = batch, batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        indices = self.batch.indices.tolist()
+        raise ValueError(
+            f"The loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
+            f"{self.batch_idx}, training digits {indices[:8]}{' ...' if len(indices) > 8 else ''}). "
+            f"Likely cause: {likely_cause(trainer, pl_module)} The weights before this step are in the run's "
+            "checkpoints folder, if an epoch was completed."
+        )
+
+
+def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
+    """What to look at first, from the state of the model."""
+    broken = [name for name, parameter in pl_module.named_parameters() if not torch.isfinite(parameter).all()]
+    if broken:
+        frozen = [name for name in broken if not pl_module.get_parameter(name).requires_grad]
+        if frozen:
+            return f"the weights that were loaded are not finite, e.g. {frozen[0]}."
+        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+        return f"training diverged ({broken[0]} is not finite); lower optim.lr (now {rate:.1e}) or lengthen the warmup."
+    if str(trainer.precision).startswith("16"):
+        return f"fp16 overflow; use trainer.precision=bf16-mixed instead of {trainer.precision}."
+    return "activations overflow although all weights are finite; lower optim.lr or check the preprocessing."

@@ -1,0 +1,25 @@
+"""Random numbers that depend on the step alone, so that resuming needs no saved generator state."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from numpy.random import SeedSequence
+
+
+class StepSeed(Callback):
+    """Seeds torch before every training batch from (seed, epoch, batch, rank).
+
+    Augmentation, dropout and drop path of a step then draw the same numbers in a resumed run as in an uninterrupted
+    one, wherever it was interrupted, and different ones on every rank.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        place = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(int(SeedSequence(place).generate_state(1)[0]))

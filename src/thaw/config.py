@@ -1,0 +1,77 @@
+"""From composed configuration to objects, and configuration errors that say what was allowed."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
+
+
+def build_list(blocks: DictConfig | None, group: str) -> list[Any]:
+    """Instantiate every block of a group such as `callbacks`; None stands for an empty group.
+
+    Raises:
+        ValueError: a block without `_target_`, which Hydra would otherwise leave as a dict.
+    """
+    from hydra.utils import instantiate
+
+    built = []
+    for name, block in (blocks or {}).items():
+        if block is None:  # switched off: callbacks.early_stopping=null
+            continue
+        if not isinstance(block, DictConfig) or "_target_" not in block:
+            raise ValueError(f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it.")
+        built.append(instantiate(block))
+    return built
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print a user's error as one message without traceback, and exit with status 1.
+
+    Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
+    """
+    import os
+
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+    try:
+        yield
+    except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, InstantiationException) and not isinstance(cause, (*USER_ERRORS, HydraException, TypeError)):
+            raise
+        print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error; for an unknown key also the keys that exist in its place."""
+    message = str(error).split("\n    full_key:")[0].strip()
+    cause = error.__cause__ or error
+    parent = getattr(cause, "parent_node", None)
+    if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
+        key = str(cause.full_key or cause.key)
+        place = key.rpartition(".")[0] or "the top level"
+        names = ", ".join(str(name) for name in parent)
+        message += f"\nallowed in {place}: {names}"
+    return message
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as nested plain dicts with every interpolation resolved."""
+    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return resolved  # type: ignore[return-value]

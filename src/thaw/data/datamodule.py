@@ -1,0 +1,190 @@
+"""Batches of digits: fixed splits held as uint8 tensors, each batch taken by one indexing operation."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from thaw.data import sources
+from thaw.data.sources import Digits, Source
+
+
+class Batch(NamedTuple):
+    """images uint8 (B, 28, 28), labels int64 (B,), indices int64 (B,): the digits' places in their split."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class DigitDataset(Dataset[Batch]):
+    """Digits addressed by a whole batch of indices at a time."""
+
+    def __init__(self, digits: Digits) -> None:
+        self.digits = digits
+
+    def __len__(self) -> int:
+        return len(self.digits.labels)
+
+    def __getitem__(self, indices: Tensor) -> Batch:
+        return Batch(self.digits.images[indices], self.digits.labels[indices], indices)
+
+    __getitems__ = __getitem__
+
+
+class BatchSampler(DistributedSampler):
+    """Yields the index tensor of each of this rank's batches; a pure function of (seed, epoch, rank).
+
+    Every epoch's order is cut into global batches of `batch_size * num_replicas` digits and each of these among the
+    ranks, so that every rank takes the same number of steps and no digit is repeated or left out. (The parent pads
+    by repeating digits, which biases validation.) As a DistributedSampler it is left in place by Lightning, which
+    calls `set_epoch`.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, shuffle: bool, seed: int, num_replicas: int, rank: int
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.batch_size = batch_size
+        self.num_digits = len(dataset)  # type: ignore[arg-type]
+
+    def global_batches(self) -> list[Tensor]:
+        """The epoch's index tensors, one for each step of all ranks together."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.num_digits, generator=generator)
+        else:
+            order = torch.arange(self.num_digits)
+        batches = list(order.split(self.batch_size * self.num_replicas))
+        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        for batch in self.global_batches():
+            yield batch.tensor_split(self.num_replicas)[self.rank]
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_digits, self.batch_size * self.num_replicas)
+        return max(1, full + (rest >= self.num_replicas))
+
+
+class DigitLoader(DataLoader):
+    """A DataLoader whose place within the epoch can be saved, so that a run resumes at the next unseen batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches_done = 0
+        self.resume_at = {"epoch": -1, "batches_done": 0}
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
+        skip = self.resume_at["batches_done"] if resumed else 0
+        self.batches_done = skip
+        for number, batch in enumerate(super().__iter__()):
+            if number < skip:  # costs one indexing operation
+                continue
+            self.batches_done = number + 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.sampler.epoch, "batches_done": self.batches_done}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resume_at = state
+
+
+class MNISTDataModule(LightningDataModule):
+    """MNIST, or another dataset of the same files, in three fixed splits.
+
+    Args:
+        dataset: `MNIST`, `FashionMNIST` or `KMNIST`.
+        dir: where the official files lie or go.
+        source: `auto`, `official` or `sample`; see `thaw.data.sources.load`.
+        mirrors: base URLs to download from; None means torchvision's.
+        train_size: use only the first so many training digits; None means all.
+        batch_size: training digits a step on each process.
+        eval_batch_size: digits a step in validation and test.
+        num_workers: worker processes; 0 is the fastest as a batch is one indexing operation.
+        seed: of the order of the training digits. The splits do not depend on it.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        dir: str,
+        source: str,
+        mirrors: Sequence[str] | None,
+        train_size: int | None,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.dir, self.source, self.mirrors = dataset, dir, source, mirrors
+        self.train_size, self.batch_size, self.eval_batch_size = train_size, batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1:
+                raise ValueError(f"data.{name}={size} must be at least 1.")
+        self.digits: Source | None = None
+
+    def prepare_data(self) -> None:
+        """Download what is missing; Lightning calls this on one process only."""
+        self.load()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.load()
+
+    def load(self) -> Source:
+        """The digits in their splits, read once."""
+        if self.digits is not None:
+            return self.digits
+        # With several processes the warning of a fall-back is worth saying once.
+        with_log = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        logging.getLogger(sources.__name__).disabled = not with_log
+        digits = sources.load(self.dataset, self.dir, self.source, self.mirrors)
+        available = len(digits.train.labels)
+        if self.train_size is not None:
+            if not 1 <= self.train_size <= available:
+                raise ValueError(
+                    f"data.train_size={self.train_size} but the training split of the {digits.name} data has "
+                    f"{available:,} digits; choose 1 to {available} or null for all."
+                )
+            digits = digits._replace(train=Digits(*(part[: self.train_size] for part in digits.train)))
+        self.digits = digits
+        return digits
+
+    def train_dataloader(self) -> DigitLoader:
+        train = self.load().train
+        ranks = self.trainer.world_size if self.trainer else 1
+        if self.batch_size * ranks > len(train.labels):
+            raise ValueError(
+                f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {len(train.labels):,} "
+                f"training digits; choose at most {len(train.labels) // ranks}."
+            )
+        return self.loader(train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DigitLoader:
+        return self.loader(self.load().val, self.eval_batch_size, shuffle=False)
+
+    def test_dataloader(self) -> DigitLoader:
+        return self.loader(self.load().test, self.eval_batch_size, shuffle=False)
+
+    def loader(self, digits: Digits, batch_size: int, shuffle: bool) -> DigitLoader:
+        dataset = DigitDataset(digits)
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = BatchSampler(dataset, batch_size, shuffle, self.seed, num_replicas=ranks, rank=rank)
+        # batch_size=None: the sampler yields whole batches of indices, nothing is collated.
+        return DigitLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )

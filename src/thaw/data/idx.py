@@ -1,0 +1,46 @@
+"""The IDX file format of MNIST (http://yann.lecun.com/exdb/mnist): a magic number, the shape, then raw bytes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+UINT8 = 0x08  # the only IDX element type that the MNIST family uses
+
+
+def read_idx(content: bytes, name: str) -> Tensor:
+    """Decode an uncompressed IDX file of unsigned bytes.
+
+    Layout: two zero bytes, the element type, the number of dimensions n, n big-endian 32-bit sizes, the data.
+
+    Args:
+        content: the whole file.
+        name: what an error calls it.
+
+    Returns:
+        uint8 tensor of the shape the header states, e.g. (60000, 28, 28) or (60000,).
+
+    Raises:
+        ValueError: the magic number, the shape or the length is not that of an IDX file of bytes.
+    """
+    if len(content) < 4 or content[:2] != b"\0\0":
+        raise ValueError(f"{name} is not an IDX file: it starts with {content[:16]!r}, expected two zero bytes.")
+    if content[2] != UINT8:
+        raise ValueError(f"{name}: IDX element type 0x{content[2]:02x} is not supported, only 0x08 (unsigned byte).")
+    ndim = content[3]
+    header = 4 + 4 * ndim
+    if ndim == 0 or len(content) < header:
+        raise ValueError(f"{name}: the IDX header states {ndim} dimensions but the file has only {len(content)} bytes.")
+    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
+    found, stated = len(content) - header, math.prod(shape)
+    if found != stated:
+        raise ValueError(f"{name}: the IDX header states shape {shape} = {stated} bytes, but {found} bytes follow it.")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+
+
+def write_idx(tensor: Tensor) -> bytes:
+    """Encode a uint8 tensor as an IDX file, the inverse of `read_idx`."""
+    if tensor.dtype != torch.uint8:
+        raise ValueError(f"IDX files here hold uint8, got {tensor.dtype}; convert with .to(torch.uint8).")
+    sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
+    return bytes([0, 0, UINT8, tensor.ndim]) + sizes + tensor.numpy().tobytes()

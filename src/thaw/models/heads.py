@@ -1,0 +1,46 @@
+"""Classification heads: pooled features (B, D) -> logits (B, num_classes)."""
+
+from torch import Tensor, nn
+
+
+class LinearHead(nn.Module):
+    """A linear layer on features that are normalised without learned scale.
+
+    Features of frozen backbones differ in scale by orders of magnitude between models; the normalisation lets one
+    learning rate serve all of them, as in the linear probes of MAE (He et al. 2021, appendix A). It is per digit
+    (LayerNorm without affine) rather than per batch, so that a digit's logits depend on that digit alone.
+
+    Args:
+        in_features: D, filled in from the backbone.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_features, elementwise_affine=False)
+        self.linear = nn.Linear(in_features, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(self.norm(features))
+
+
+class MLPHead(nn.Module):
+    """One hidden layer with GELU and dropout on normalised features.
+
+    Args:
+        in_features: D, filled in from the backbone.
+        num_classes: number of logits.
+        hidden_features: width of the hidden layer.
+        dropout: probability of zeroing a hidden unit in training.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, hidden_features: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_features, elementwise_affine=False)
+        self.hidden = nn.Linear(in_features, hidden_features)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(hidden_features, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.hidden(self.norm(features)))  # (B, hidden_features)
+        return self.linear(self.dropout(hidden))

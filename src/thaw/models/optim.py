@@ -1,0 +1,85 @@
+"""Parameter groups, the optimizer and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class OptimizerRecipe:
+    """How trainable parameters are updated: groups, optimizer, warmup and cosine decay, all stepped per batch.
+
+    Args:
+        optimizer: torch.optim class with its own settings filled in, called with (groups, lr=, weight_decay=).
+        lr: peak learning rate at the top of the model.
+        weight_decay: for matrices; 1-D parameters (biases, norms) and embeddings of position or class have none.
+        layer_decay: each layer down multiplies the learning rate by this (Clark et al. 2020, section 3.3.2); 1 is off.
+        warmup_fraction: share of all steps in which the learning rate rises linearly.
+        final_lr_fraction: the learning rate falls by a cosine to this fraction of the peak (Loshchilov & Hutter 2016).
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer],
+        lr: float,
+        weight_decay: float,
+        layer_decay: float,
+        warmup_fraction: float,
+        final_lr_fraction: float,
+    ) -> None:
+        ranges = {
+            "lr": (lr, lr > 0 and math.isfinite(lr), "above 0"),
+            "weight_decay": (weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
+            "layer_decay": (layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1"),
+            "warmup_fraction": (warmup_fraction, 0 <= warmup_fraction < 1, "from 0 to below 1"),
+            "final_lr_fraction": (final_lr_fraction, 0 <= final_lr_fraction <= 1, "from 0 to 1"),
+        }
+        wrong = [f"optim.{name}={value} must be {allowed}" for name, (value, ok, allowed) in ranges.items() if not ok]
+        if wrong:
+            raise ValueError("; ".join(wrong) + ".")
+        self.optimizer, self.lr, self.weight_decay, self.layer_decay = optimizer, lr, weight_decay, layer_decay
+        self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
+
+    def groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Trainable parameters by depth and decay, each group with its own lr and weight_decay."""
+        top = max(depths.values())
+        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                continue
+            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "reg_token"))
+            depth = depths[name]
+            group = groups.setdefault(
+                (depth, decays),
+                {
+                    "params": [],
+                    "lr": self.lr * self.layer_decay ** (top - depth),
+                    "weight_decay": self.weight_decay if decays else 0.0,
+                    "name": f"layer{depth}/{'decay' if decays else 'no_decay'}",
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def build(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int], total_steps: int
+    ) -> dict[str, Any]:
+        """What `LightningModule.configure_optimizers` returns."""
+        groups = self.groups(named_parameters, depths)
+        optimizer = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
+        scheduler = LambdaLR(optimizer, lambda step: self.lr_fraction(step, total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_fraction(self, step: int, total_steps: int) -> float:
+        """Fraction of the peak learning rate at a step, counted from 0."""
+        warmup_steps = round(self.warmup_fraction * total_steps)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
