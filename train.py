@@ -1,26 +1,52 @@
 """Train one configuration: compose, build, fit, test.    python train.py experiment=vit_linear_probe"""
 
+import time
+
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import build_list, clear_errors, plain
+from thaw.config import build_list, check, clear_errors, plain
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
+    """One run; returns its best validation accuracy, which sweeps maximise."""
+    started = time.monotonic()
     import lightning as L
+    from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
-    L.seed_everything(cfg.seed, verbose=False)
-    datamodule = instantiate(cfg.data)
-    model = instantiate(cfg.model)
-    callbacks = build_list(cfg.callbacks, "callbacks")
-    loggers = build_list(cfg.logger, "logger")
-    for callback in callbacks:
-        if hasattr(callback, "config"):
-            callback.config = plain(cfg)
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
-    trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+    from thaw.callbacks.progress import quiet
+    from thaw.callbacks.run_record import RunRecord
+    from thaw.checkpoint import resumed_config
+    from thaw.evaluation.summary import report_run
+    from thaw.loggers import finish
+    from thaw.sweeps.processes import is_launched, ranks
+    from thaw.sweeps.table import is_sweep_job
+
+    quiet()
+    if cfg.resume and not is_launched():  # other ranks are started with the outcome
+        cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
+    cfg.test = cfg.test and not is_sweep_job()  # a sweep tests its winner only
+    check(cfg)
+
+    with ranks(cfg, plain(cfg)):
+        L.seed_everything(cfg.seed, verbose=False)
+        datamodule = instantiate(cfg.data)
+        model = instantiate(cfg.model)
+        loggers = build_list(cfg.logger, "logger")
+        callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg))]
+        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+        try:
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            best = trainer.checkpoint_callback.best_model_score  # read before the test, which clears metrics
+            val_acc = None if best is None else round(float(best), 6)
+            if cfg.test:
+                trainer.test(model, datamodule, ckpt_path="best", verbose=False)
+            report_run(cfg, trainer, val_acc, time.monotonic() - started)
+        finally:
+            finish(loggers)
+    return val_acc
 
 
 if __name__ == "__main__":

@@ -71,7 +71,34 @@ def explain(error: BaseException) -> str:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as nested plain dicts with every interpolation resolved."""
-    resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(resolved, dict)
-    return resolved  # type: ignore[return-value]
+    """The configuration as nested plain dicts that need nothing of Hydra to be resolved later.
+
+    Interpolations between its own keys stay, so that a later override of `optim.lr` reaches whatever refers to it.
+    Values that only the running job knows stand at the top level and are written out.
+    """
+    config = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(config, dict)
+    for key, value in config.items():
+        if isinstance(value, str) and "${hydra:" in value:
+            config[key] = cfg[key]
+    return config  # type: ignore[return-value]
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what needs the whole configuration, or the machine, to be seen as wrong.
+
+    Raises:
+        ValueError: says which key, what was allowed and the next step.
+    """
+    import torch
+
+    accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
+    if accelerator in ("gpu", "cuda"):
+        found = torch.cuda.device_count()
+        wanted = len(devices) if OmegaConf.is_list(devices) else devices
+        if not found:
+            raise ValueError(f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer=cpu.")
+        if isinstance(wanted, int) and wanted > found:
+            raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")

@@ -1,7 +1,9 @@
 """Progress that can be read where it goes: a bar on a terminal, a line for each epoch in a log file."""
 
+import logging
 import sys
 import time
+import warnings
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -31,6 +33,9 @@ class EpochLines(ProgressBar):
     def disable(self) -> None:
         self.enabled = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.monotonic()  # a run resumed within an epoch starts no epoch
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.started = time.monotonic()
 
@@ -40,3 +45,21 @@ class EpochLines(ProgressBar):
             numbers = "  ".join(f"{name} {float(value):.4f}" for name, value in metrics.items() if name != "v_num")
             seconds = time.monotonic() - self.started
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}  ({seconds:.1f} s)", flush=True)
+
+
+def quiet() -> None:
+    """Silence what Lightning says of itself and of choices that are meant; its warnings of real trouble stay."""
+    logging.getLogger("lightning").handlers.clear()  # Hydra's handlers print what is left, once
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for meant in (
+        "does not have many workers",  # a batch is one indexing operation
+        "in eval mode at the start of training",  # frozen
+        "isinstance\\(treespec, LeafSpec\\)",
+        "The number of training batches .* is smaller than the logging interval",
+        "Checkpoint directory .* exists and is not empty",
+        "Experiment logs directory .* exists",
+        "The dirpath has changed",  # a resumed run has its own folder
+        "`trainer.*` .* was configured so ",
+    ):
+        warnings.filterwarnings("ignore", f".*{meant}")

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,57 @@ from typing import Any
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from omegaconf import OmegaConf
+
+from thaw.models.freezing import format_table
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
 
 
 class RunRecord(Callback):
-    """Writes `record.yaml` (command, commit, versions) and puts the composed configuration into each checkpoint.
+    """Keeps configuration, command, commit and versions; prints what is frozen and what trains.
 
-    A checkpoint is self-contained: `checkpoint["config"]` is a plain dict from which the model is rebuilt, and
+    A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt, and
     `checkpoint["wandb_id"]` lets a resumed run go on in the same W&B run.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
+        config: the composed configuration, see `thaw.config.plain`.
     """
 
-    def __init__(self, run_dir: str) -> None:
-        self.run_dir = Path(run_dir)
-        self.config: Mapping[str, Any] = {}  # set by train.py, which has composed it
+    def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
+        self.run_dir, self.config = Path(run_dir), config
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            record = {
-                "command": " ".join(sys.argv),
-                "git_commit": git_commit(),
-                "python": sys.version.split()[0],
-                "packages": {name: version(name) for name in PACKAGES},
-                "device": str(trainer.strategy.root_device),
-                "threads": torch.get_num_threads(),
-            }
-            (self.run_dir / "record.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        record = {
+            "command": " ".join(sys.argv),
+            "git_commit": git_commit(),
+            "python": sys.version.split()[0],
+            "packages": {name: version(name) for name in PACKAGES},
+            "device": str(trainer.strategy.root_device),
+            "threads": torch.get_num_threads(),
+        }
+        table = format_table(pl_module, pl_module.depths(), trainer.optimizers[0].param_groups)  # type: ignore[operator]
+        print(table, flush=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "parameters.txt").write_text(table + "\n")
+        (self.run_dir / "record.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+        OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
+        resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**resolved, **record, **count_parameters(pl_module)})  # type: ignore[dict-item]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = dict(self.config)
+        checkpoint["config"] = self.config
         checkpoint["wandb_id"] = wandb_id(trainer)
+
+
+def count_parameters(module: torch.nn.Module) -> dict[str, int]:
+    """How many numbers train, and how many there are."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    return {"trainable_params": sum(n for n, trains in sizes if trains), "total_params": sum(n for n, _ in sizes)}
 
 
 def wandb_id(trainer: Trainer) -> str | None:

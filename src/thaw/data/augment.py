@@ -37,7 +37,7 @@ class Augment(nn.Module):
         erase: float,
     ) -> None:
         super().__init__()
-        for name, value in locals().items():
+        for name, value in list(locals().items()):  # a list, as debuggers add to locals()
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"augment.{name}={value} must not be negative; 0 switches it off.")
         if scale >= 1 or erase > 1 or elastic_sigma <= 0:
@@ -79,7 +79,8 @@ class Augment(nn.Module):
         offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
         kernel = torch.exp(-0.5 * (offsets / self.elastic_sigma) ** 2)
         kernel = kernel / kernel.norm()  # unit norm keeps the variance of white noise
-        taps = (torch.arange(side, device=x.device)[:, None] - torch.arange(-radius, side + radius, device=x.device)).abs()
+        columns = torch.arange(-radius, side + radius, device=x.device)
+        taps = (torch.arange(side, device=x.device)[:, None] - columns).abs()
         blur = torch.where(taps <= radius, kernel[radius:][taps.clamp(max=radius)], 0.0)  # (S, S + 2 radius)
         noise = torch.randn(2, len(x), side + 2 * radius, side + 2 * radius, device=x.device, dtype=x.dtype)
         smooth = blur @ noise @ blur.T  # (2, B, S, S)

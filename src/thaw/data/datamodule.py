@@ -13,6 +13,9 @@ from thaw.data import sources
 from thaw.data.sources import Digits, Source
 
 
+NOT_RESUMED = {"epoch": -1, "batches_done": 0}
+
+
 class Batch(NamedTuple):
     """images uint8 (B, 28, 28), labels int64 (B,), indices int64 (B,): the digits' places in their split."""
 
@@ -32,8 +35,6 @@ class DigitDataset(Dataset[Batch]):
 
     def __getitem__(self, indices: Tensor) -> Batch:
         return Batch(self.digits.images[indices], self.digits.labels[indices], indices)
-
-    __getitems__ = __getitem__
 
 
 class BatchSampler(DistributedSampler):
@@ -79,11 +80,12 @@ class DigitLoader(DataLoader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batches_done = 0
-        self.resume_at = {"epoch": -1, "batches_done": 0}
+        self.resume_at = NOT_RESUMED
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
         skip = self.resume_at["batches_done"] if resumed else 0
+        self.resume_at = NOT_RESUMED  # once: the next pass is a whole one
         self.batches_done = skip
         for number, batch in enumerate(super().__iter__()):
             if number < skip:  # costs one indexing operation
@@ -133,6 +135,8 @@ class MNISTDataModule(LightningDataModule):
             if size < 1:
                 raise ValueError(f"data.{name}={size} must be at least 1.")
         self.digits: Source | None = None
+        self.train_loader: DigitLoader | None = None
+        self.resume_at = NOT_RESUMED
 
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this on one process only."""
@@ -168,7 +172,17 @@ class MNISTDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {len(train.labels):,} "
                 f"training digits; choose at most {len(train.labels) // ranks}."
             )
-        return self.loader(train, self.batch_size, shuffle=True)
+        self.train_loader = self.loader(train, self.batch_size, shuffle=True)
+        self.train_loader.load_state_dict(self.resume_at)
+        return self.train_loader
+
+    # Lightning restores the loader's own state too, but not where the optimizer's schedule has asked for its length
+    # before: so its place in the epoch is the data module's state.
+    def state_dict(self) -> dict[str, int]:
+        return self.train_loader.state_dict() if self.train_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resume_at = state_dict or NOT_RESUMED
 
     def val_dataloader(self) -> DigitLoader:
         return self.loader(self.load().val, self.eval_batch_size, shuffle=False)
@@ -177,6 +191,12 @@ class MNISTDataModule(LightningDataModule):
         return self.loader(self.load().test, self.eval_batch_size, shuffle=False)
 
     def loader(self, digits: Digits, batch_size: int, shuffle: bool) -> DigitLoader:
+        overfit = getattr(self.trainer, "overfit_batches", 0)
+        if overfit:  # Lightning would replace our sampler by one of single digits
+            raise ValueError(
+                f"trainer.overfit_batches={overfit} is not supported; "
+                f"to overfit, train on few digits: data.train_size={self.batch_size}."
+            )
         dataset = DigitDataset(digits)
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = BatchSampler(dataset, batch_size, shuffle, self.seed, num_replicas=ranks, rank=rank)

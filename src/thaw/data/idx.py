@@ -29,18 +29,23 @@ def read_idx(content: bytes, name: str) -> Tensor:
         raise ValueError(f"{name}: IDX element type 0x{content[2]:02x} is not supported, only 0x08 (unsigned byte).")
     ndim = content[3]
     header = 4 + 4 * ndim
-    if ndim == 0 or len(content) < header:
+    if ndim == 0:
+        raise ValueError(f"{name}: the IDX header states 0 dimensions, expected at least 1.")
+    if len(content) < header:
         raise ValueError(f"{name}: the IDX header states {ndim} dimensions but the file has only {len(content)} bytes.")
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     found, stated = len(content) - header, math.prod(shape)
     if found != stated:
         raise ValueError(f"{name}: the IDX header states shape {shape} = {stated} bytes, but {found} bytes follow it.")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+    # The header goes after the copy: frombuffer(offset=header) refuses to be left with no bytes.
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 
 
 def write_idx(tensor: Tensor) -> bytes:
     """Encode a uint8 tensor as an IDX file, the inverse of `read_idx`."""
     if tensor.dtype != torch.uint8:
         raise ValueError(f"IDX files here hold uint8, got {tensor.dtype}; convert with .to(torch.uint8).")
+    if tensor.ndim == 0:
+        raise ValueError("IDX files hold at least one dimension; got a scalar, reshape it to (1,).")
     sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
     return bytes([0, 0, UINT8, tensor.ndim]) + sizes + tensor.numpy().tobytes()

@@ -2,8 +2,10 @@
 
 import gzip
 import hashlib
+import http.client
 import logging
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -51,7 +53,7 @@ def load(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str
         directory: where `<dataset>/raw/*.gz` lie or go, the layout of torchvision.
         source: `official` reads the files, downloading what is missing; `sample` reads the 5,000 bundled digits;
             `auto` is `official`, or `sample` with a warning where the mirrors are out of reach.
-        mirrors: base URLs tried in order; None means the ones torchvision lists.
+        mirrors: base URLs tried in order; None means the ones torchvision lists, an empty list that nothing is fetched.
 
     Raises:
         ValueError: an unknown name, or a file that is not the official one.
@@ -62,6 +64,8 @@ def load(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str
         raise ValueError(f"data.source={source!r} is unknown; choose auto, official or sample.")
     if dataset not in DATASETS:
         raise ValueError(f"data.dataset={dataset!r} is unknown; choose one of {', '.join(DATASETS)}.")
+    if isinstance(mirrors, str) or any("://" not in mirror for mirror in mirrors or ()):
+        raise ValueError(f"data.mirrors={mirrors} must be null or a list of URLs such as [https://example.org/mnist].")
     if source == "sample":
         return load_sample(dataset)
     try:
@@ -87,7 +91,7 @@ def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) 
         with FileLock(folder / ".download.lock"):  # two runs that start together download once
             for name, md5 in official.resources:
                 if not (folder / name).exists():
-                    download(name, md5, mirrors or official.mirrors, folder)
+                    download(name, md5, official.mirrors if mirrors is None else mirrors, folder)
     md5_of = dict(official.resources)
     tensors = {name: read_idx(read_checked(folder / name, md5_of), str(folder / name)) for name in md5_of}
     train_images, train_labels, test_images, test_labels = (
@@ -186,6 +190,7 @@ def download(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
     for mirror in mirrors:
         url = f"{mirror.rstrip('/')}/{name}"
         for attempt in range(TRIES):
+            resumed = part.exists()
             try:
                 fetch(url, part, name)
                 content = part.read_bytes()
@@ -195,7 +200,8 @@ def download(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
                     return
                 part.unlink()
                 answers.append(f"{url}: {describe(content, found, {name: md5})}, MD5 {found}")
-                break  # a mirror that serves something else will do so again
+                if not resumed:  # else the kept part may have been what was wrong
+                    break  # a mirror that serves something else will do so again
             except urllib.error.HTTPError as error:
                 answers.append(f"{url}: HTTP {error.code} {error.reason}")
                 if error.code == 416:  # the kept part is no beginning of this file
@@ -205,8 +211,8 @@ def download(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
             except urllib.error.URLError as error:
                 answers.append(f"{url}: {error.reason}")
                 break  # no connection at all: the next mirror
-            except (TimeoutError, ConnectionError) as error:
-                answers.append(f"{url}: {error}")  # broke off half-way: go on from the part
+            except (TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
+                answers.append(f"{url}: {error or type(error).__name__}")  # broke off half-way: go on from the part
             except OSError as error:
                 part.unlink(missing_ok=True)
                 raise OSError(
@@ -215,8 +221,9 @@ def download(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
                 ) from error
             if attempt + 1 < TRIES:
                 time.sleep(2**attempt)
+    reason = "; ".join(dict.fromkeys(answers)) or "data.mirrors is empty"
     raise ConnectionError(
-        f"{name} is not in {folder} and could not be downloaded ({'; '.join(dict.fromkeys(answers))}). "
+        f"{name} is not in {folder} and could not be downloaded ({reason}). "
         f"Put the official .gz files into {folder}, or set data.dir to the folder that holds "
         f"{folder.parent.name}/raw, or data.mirrors to a reachable one."
     )

@@ -1,18 +1,19 @@
 """Vision backbones from timm, images (B, C, S, S) -> features (B, D). The only file that imports timm."""
 
-import logging
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import timm
 import timm.models
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
+TimmModel: TypeAlias = Any  # an nn.Module with pretrained_cfg, forward_features, group_matcher and more
 
 BUNDLED = files("thaw.models") / "weights" / "digits_vit.safetensors"
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
@@ -58,15 +59,16 @@ class Backbone(nn.Module):
         self.image_size, self.channels, self.pool = image_size, channels, pool
         self.model = create(name, image_size, channels, dict(arguments))
         stated = self.model.pretrained_cfg
-        self.mean, self.std = (match_channels(given or stated[key], channels) for key, given in (("mean", mean), ("std", std)))
+        self.mean = match_channels("mean", stated["mean"] if mean is None else mean, channels)
+        self.std = match_channels("std", stated["std"] if std is None else std, channels)
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused_attention
-        self.num_features: int = self.model.num_features
+        self.num_features: int = self.model.head_hidden_size  # what forward_head gives; num_features comes before it
         if pool == "class_and_mean":
             if not getattr(self.model, "has_class_token", False):
                 raise ValueError(f"backbone.pool=class_and_mean needs a class token, {name} has none; use pool=model.")
-            self.num_features *= 2
+            self.num_features = 2 * self.model.num_features
         elif pool != "model":
             raise ValueError(f"backbone.pool={pool!r} is unknown; choose model or class_and_mean.")
         self.weights = weights
@@ -83,68 +85,78 @@ class Backbone(nn.Module):
         return self.model.forward_head(tokens, pre_logits=True)  # (B, D)
 
     def depths(self) -> dict[str, int]:
-        """Depth of every parameter: 0 for the stem, 1 for the first block, ..., by timm's `group_matcher`."""
+        """Depth of every parameter: 0 for the stem, 1 for the first block, ..., by timm's `group_matcher`.
+
+        What follows the blocks (a final norm, an attention pool) belongs to the last of them. timm's matchers say so
+        for `norm` but for few of the others, such as `fc_norm`.
+        """
         matcher = self.model.group_matcher(coarse=False)
+        if isinstance(matcher, dict):
+            matcher["rest"] = [("", (99999,))]  # its mark for "joins the layer before"
         depths = timm.models.group_parameters(self.model, matcher, reverse=True)
         return {f"model.{name}": depth for name, depth in depths.items()}
 
 
-def create(name: str, image_size: int, channels: int, arguments: dict[str, Any]) -> nn.Module:
+def create(name: str, image_size: int, channels: int, arguments: dict[str, Any]) -> TimmModel:
     """Build a timm model without classifier and with random weights."""
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.4)
         raise ValueError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
     if channels not in (1, 3):
         raise ValueError(f"backbone.channels={channels} must be 1 or 3.")
-    taken = {"pretrained": False, "num_classes": 0, "in_chans": channels}
+    taken: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
         try:
-            model = timm.create_model(name, img_size=image_size, **taken, **arguments)
+            model: TimmModel = timm.create_model(name, img_size=image_size, **taken, **arguments)
         except TypeError as error:
-            if "img_size" not in str(error):
+            if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
             model = timm.create_model(name, **taken, **arguments)  # convolutional nets take any size
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"backbone.name={name} cannot be built with image_size={image_size}, {arguments}: {error}") from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
-    if image_size % patch:
-        nearest = max(patch, round(image_size / patch) * patch)
+        embed = getattr(model, "patch_embed", None)
+        patch = embed.patch_size[0] if isinstance(embed, PatchEmbed) else 1
+        if image_size % patch:  # timm would ignore the rest of the image
+            nearest = max(patch, round(image_size / patch) * patch)
+            raise ValueError(f"the size must be a multiple of the patch size {patch}, e.g. {nearest}")
+        with torch.no_grad():  # some sizes fail only here
+            model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"backbone.image_size={image_size} is not divisible by the patch size {patch} of {name}; "
-            f"choose a multiple, e.g. {nearest}."
-        )
-    return model
+            f"backbone.name={name} cannot be built with backbone.image_size={image_size} and "
+            f"backbone.arguments={arguments}: {reason}"
+        ) from error
+    return model.train()
 
 
-def match_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Mean or std with one number for each channel; three are averaged for one grey channel."""
-    if len(values) in (1, channels):
-        return tuple(values)
-    return (sum(values) / len(values),)
+def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Mean or std with one number for all channels or for each; three are averaged for one grey channel."""
+    if len(values) not in (1, 3):
+        raise ValueError(f"backbone.{key}={list(values)} must hold 1 number or 3.")
+    return tuple(values) if len(values) <= channels else (sum(values) / 3,)
 
 
-def load_weights(model: nn.Module, name: str, weights: str) -> None:
+def load_weights(model: TimmModel, name: str, weights: str) -> None:
     """Fill a timm model from a file, strictly.
 
     Every parameter must be in the file with its shape, after timm's own conversion of the model's published
-    checkpoints (which resamples position embeddings). The one exception: classifier tensors of the file are
-    left out, as the model has no classifier.
+    checkpoints (which resamples position embeddings and patch kernels). The one exception: classifier tensors of the
+    file are left out, as the model has no classifier.
     """
     path = locate(model, weights)
     state = read_weights(path)
+    wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    first = model.pretrained_cfg.get("first_conv")
-    classifier = model.pretrained_cfg.get("classifier") or "head"
-    classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    stated = {key: as_tuple(model.pretrained_cfg.get(key)) for key in ("first_conv", "classifier")}
+    stems = {f"{name}.weight" for name in stated["first_conv"]}
+    classifiers = tuple(f"{name}." for name in stated["classifier"])
     try:
         if convert is not None:
             state = convert(state, model)
-        stem = f"{first}.weight"
-        if stem in state and model.get_parameter(stem).shape[1] == 1 and state[stem].shape[1] == 3:
-            state[stem] = timm.models.adapt_input_conv(1, state[stem])
-        state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{c}." for c in classifiers))}
-        wanted = model.state_dict()
-    except (RuntimeError, KeyError, AttributeError, TypeError) as error:
+        for stem in stems & state.keys() & wanted.keys():
+            if wanted[stem].shape[1] == 1 and state[stem].shape[1] == 3:
+                state[stem] = timm.models.adapt_input_conv(1, state[stem])
+        state = {key: value for key, value in state.items() if key in wanted or not key.startswith(classifiers)}
+    except Exception as error:  # a conversion fails in any way on weights of another model
         raise ValueError(f"backbone.weights={path} cannot be converted for {name}: {error}") from error
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
@@ -164,7 +176,11 @@ def load_weights(model: nn.Module, name: str, weights: str) -> None:
     model.load_state_dict(state)
 
 
-def locate(model: nn.Module, weights: str) -> Path:
+def as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def locate(model: TimmModel, weights: str) -> Path:
     """The local file that a `weights` setting means, fetched from the hub if need be."""
     if weights == "bundled":
         return Path(str(BUNDLED))
@@ -177,11 +193,17 @@ def locate(model: nn.Module, weights: str) -> Path:
     name = model.pretrained_cfg["architecture"]
     if not repository:
         raise ValueError(f"timm names no hub weights for {name}; set backbone.weights to none or to a file.")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     file = model.pretrained_cfg.get("hf_hub_filename") or "model.safetensors"
     try:
-        return Path(hf_hub_download(repository, file, etag_timeout=HUB_TIMEOUT))
+        try:
+            return Path(hf_hub_download(repository, file, local_files_only=True))
+        except LocalEntryNotFoundError:
+            # Asked once first, as the download itself retries for minutes where there is no network.
+            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
+            return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub client raises a dozen unrelated classes
         raise ConnectionError(
             f"The weights of {name} could not be fetched: {file} of https://huggingface.co/{repository} "
@@ -199,10 +221,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for a file that is not of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"backbone.weights={path} is not a readable weights file ({reason}); "
-            "allowed are .safetensors and .pth files that hold tensors and no pickled code."
+            f"backbone.weights={path} is not a readable weights file ({type(error).__name__}); allowed are "
+            ".safetensors, and .pth of tensors alone (pickled code is not run). Save the state dict as .safetensors."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -41,6 +42,8 @@ class Classifier(LightningModule):
         label_smoothing: float,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"model.label_smoothing={label_smoothing} must be from 0 to 1.")
         self.augment = augment
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
@@ -83,9 +86,8 @@ class Classifier(LightningModule):
             fresh = frozenset(f"backbone.{name}" for name in self.backbone.fresh)
             self.freeze_policy.apply(self, self.depths(), fresh)
 
-    def configure_optimizers(self) -> dict:
-        steps = int(self.trainer.estimated_stepping_batches)
-        return self.optim.build(self.named_parameters(), self.depths(), steps)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest."""

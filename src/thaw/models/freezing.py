@@ -19,8 +19,8 @@ class Rule:
     Attributes:
         match: regular expression for the full name, e.g. `backbone\\..*`.
         train: whether these parameters train.
-        last: only the backbone's last so many layers (the stem is the first layer, each block is one, a final norm
-            belongs to the last); None means any depth.
+        last: only the backbone's last so many layers, and the head, which is above them (the stem is the first layer,
+            each block is one, a final norm belongs to the last block); None means any depth.
     """
 
     match: str
@@ -57,7 +57,7 @@ class FreezePolicy:
                 self.rules.append(Rule(**rule))
             except (TypeError, re.error) as error:
                 raise ValueError(
-                    f"freeze.rules: {dict(rule)} is not a rule ({error}); a rule has match (a regular expression), "
+                    f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression), "
                     "train (true or false) and, if wanted, last (a number of layers)."
                 ) from error
 
@@ -126,8 +126,8 @@ def set_modes(module: nn.Module, before: bool) -> bool:
         mode = any(trains) if trains else before
         module.train(mode)
         return mode
-    module.training = True
     own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+    module.training = any(own) if own else True
     mode = any(own) if own else before
     for child in module.children():
         mode = set_modes(child, mode)
@@ -135,30 +135,65 @@ def set_modes(module: nn.Module, before: bool) -> bool:
 
 
 def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping]) -> str:
-    """One line for each layer and group: parameters, learning rate, weight decay, trainable, mode.
+    """One line for each run of equal layers: depth, parameters, whether they train, mode, peak lr and weight decay.
 
     Args:
         model: with the policy applied.
         depths: depth of each parameter.
         groups: the optimizer's parameter groups, with `lr` or `initial_lr`, and `weight_decay`.
     """
-    rate = {id(p): (g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups for p in g["params"]}
-    rows: dict[tuple, int] = {}
     modules = dict(model.named_modules())
+    numbers = {
+        id(parameter): f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}"
+        for group in groups
+        for parameter in group["params"]
+    }
+    rows: list[Row] = []
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0]
-        lr, decay = rate.get(id(parameter), (None, None))
-        key = (layer_name(name), parameter.requires_grad, modules[owner].training, lr, decay)
-        rows[key] = rows.get(key, 0) + parameter.numel()
-    lines = [f"{'layer':<32}{'parameters':>12}{'lr':>11}{'decay':>8}  trains  mode"]
-    for (layer, trains, mode, lr, decay), count in rows.items():
-        numbers = f"{lr:>11.2e}{decay:>8.3g}" if lr is not None else f"{'-':>11}{'-':>8}"
-        lines.append(f"{layer:<32}{count:>12,}{numbers}  {'yes' if trains else 'no':<6}  {'train' if mode else 'eval'}")
+        mode = "train" if modules[name.rpartition(".")[0]].training else "eval"
+        settings = f"  {'yes' if parameter.requires_grad else 'no':<8}{mode:<5}"
+        settings += numbers.get(id(parameter), f"{'-':>10}{'-':>8}")
+        layer = Row(*layer_of(name), depths[name], settings)
+        row = next((row for row in reversed(rows) if row.continues(layer)), layer)
+        if row is layer:
+            rows.append(row)
+        row.last, row.deepest = layer.first, layer.depth
+        row.parameters += parameter.numel()
+    labels = [row.stem + (f".{span(row.first, row.last)}" if row.first >= 0 else "") for row in rows]
+    width = max(map(len, labels))
+    lines = [f"{'layers':<{width}}{'depth':>7}{'parameters':>12}  trains  mode    peak lr   decay"]
+    for row, label in zip(rows, labels, strict=True):
+        lines.append(f"{label:<{width}}{span(row.depth, row.deepest):>7}{row.parameters:>12,}{row.settings}")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    lines.append(f"{trained:,} of {sum(row.parameters for row in rows):,} parameters train")
     return "\n".join(lines)
 
 
-def layer_name(parameter: str) -> str:
-    """`backbone.model.blocks.3.attn.qkv.weight` -> `backbone.model.blocks.3`: up to the last number, or the module."""
-    parts = parameter.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1]) if numbers else ".".join(parts[:3] if len(parts) > 3 else parts[:-1] or parts)
+@dataclass
+class Row:
+    """Consecutive layers of the same settings: `stem.first` to `stem.last`, at `depth` to `deepest`."""
+
+    stem: str
+    first: int
+    depth: int
+    settings: str
+    last: int = -1
+    deepest: int = -1
+    parameters: int = 0
+
+    def continues(self, layer: "Row") -> bool:
+        """Whether a layer is the last of this row, or the one after it."""
+        alike = (self.stem, self.settings) == (layer.stem, layer.settings)
+        return alike and layer.first - self.last <= 1 and layer.depth - self.deepest <= 1
+
+
+def layer_of(parameter: str) -> tuple[str, int]:
+    """`backbone.model.blocks.3.norm1.bias` -> `backbone.model.blocks`, 3; `head.linear.bias` -> `head.linear`, -1."""
+    numbered = re.match(r"(.*)\.(\d+)(\.|$)", parameter)
+    if numbered:
+        return numbered[1], int(numbered[2])
+    return ".".join(re.sub(r"\.(weight|bias)$", "", parameter).split(".")[:3]), -1
+
+
+def span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -4,9 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
 
 
 class OptimizerRecipe:
@@ -46,14 +49,16 @@ class OptimizerRecipe:
         self.optimizer, self.lr, self.weight_decay, self.layer_decay = optimizer, lr, weight_decay, layer_decay
         self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
 
-    def groups(self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int]) -> list[dict[str, Any]]:
+    def groups(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int]
+    ) -> list[dict[str, Any]]:
         """Trainable parameters by depth and decay, each group with its own lr and weight_decay."""
         top = max(depths.values())
         groups: dict[tuple[int, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
             if not parameter.requires_grad:
                 continue
-            decays = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token", "reg_token"))
+            decays = parameter.ndim > 1 and not name.endswith(EMBEDDINGS)
             depth = depths[name]
             group = groups.setdefault(
                 (depth, decays),
@@ -68,15 +73,19 @@ class OptimizerRecipe:
         return list(groups.values())
 
     def build(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int], total_steps: int
-    ) -> dict[str, Any]:
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int], total_steps: float
+    ) -> OptimizerLRSchedulerConfig:
         """What `LightningModule.configure_optimizers` returns."""
+        if not math.isfinite(total_steps):
+            raise ValueError(
+                "The cosine needs an end: set trainer.max_epochs to a number (not -1) or trainer.max_steps."
+            )
         groups = self.groups(named_parameters, depths)
         optimizer = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
         scheduler = LambdaLR(optimizer, lambda step: self.lr_fraction(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_fraction(self, step: int, total_steps: int) -> float:
+    def lr_fraction(self, step: int, total_steps: float) -> float:
         """Fraction of the peak learning rate at a step, counted from 0."""
         warmup_steps = round(self.warmup_fraction * total_steps)
         if step < warmup_steps:

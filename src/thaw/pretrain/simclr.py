@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -42,6 +43,8 @@ class SimCLR(LightningModule):
         output: str,
     ) -> None:
         super().__init__()
+        if not output.endswith(".safetensors"):
+            raise ValueError(f"model.output={output} must end in .safetensors, which is the format it is written in.")
         self.augment = augment
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
@@ -66,14 +69,13 @@ class SimCLR(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         features, labels = torch.cat(self.val_features), torch.cat(self.val_labels)
-        self.val_features.clear(), self.val_labels.clear()
+        self.val_features, self.val_labels = [], []
         similarity = (features @ features.T).fill_diagonal_(-torch.inf)  # (N, N)
         neighbours = labels[similarity.topk(min(20, len(labels) - 1)).indices]  # (N, 20)
         self.log("val/knn_acc", (neighbours.mode(dim=1).values == labels).float().mean(), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict:
-        steps = int(self.trainer.estimated_stepping_batches)
-        return self.optim.build(self.named_parameters(), self.depths(), steps)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter; the projection head is the deepest."""
@@ -98,15 +100,19 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         the mean over all 2B rows of -log(exp(positive) / sum of exp over the other 2B - 1 rows).
     """
     z = F.normalize(projections.float(), dim=1)
-    similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
+    with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
+        similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
     half = len(z) // 2
     positives = torch.arange(2 * half, device=z.device).roll(half)  # row i pairs with i + B, and i + B with i
     return F.cross_entropy(similarity, positives)
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write the timm model's state dict as fp16 safetensors, whole or not at all."""
-    state = {name: tensor.detach().half().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    """Write the timm model's state dict as safetensors, whole or not at all; fp16, except for integers (counters)."""
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in backbone.model.state_dict().items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     save_file(state, part)

@@ -1,0 +1,89 @@
+"""The few facts of a run that a person wants first, as `summary.json` and as text."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+from omegaconf import DictConfig
+
+from thaw.callbacks.run_record import count_parameters, git_commit
+from thaw.callbacks.test_report import TestReport
+from thaw.loggers import where_to_look
+
+NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
+
+
+def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds: float) -> None:
+    """Write `summary.json` of a finished run and print it.
+
+    Args:
+        cfg: of the run.
+        trainer: that fitted, and tested if that was wanted.
+        val_acc: best validation accuracy, None if none was measured.
+        seconds: since the run started.
+    """
+    if not trainer.is_global_zero:
+        return
+    tested = next((callback.results for callback in trainer.callbacks if isinstance(callback, TestReport)), {})
+    digits = trainer.datamodule.digits  # type: ignore[attr-defined]
+    facts = {
+        "name": cfg.name,
+        "overrides": cfg.overrides,
+        **NOT_TESTED,
+        **tested,
+        "val/acc": val_acc,
+        "data_source": digits.name,
+        "dataset": cfg.data.dataset,
+        "n_train": len(digits.train.labels),
+        "n_val": len(digits.val.labels),
+        "backbone": cfg.backbone.name,
+        "weights": cfg.backbone.weights,
+        **count_parameters(trainer.lightning_module),
+        "epochs": trainer.current_epoch,
+        "seconds": round(seconds, 2),
+        "seed": cfg.seed,
+        "git_commit": git_commit(),
+        "resumed_from": cfg.resume,
+        "run_dir": cfg.run_dir,
+    }
+    write_json(facts, Path(cfg.run_dir) / "summary.json")
+    print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
+
+
+def write_json(facts: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(facts, indent=2) + "\n")
+    part.replace(path)
+
+
+def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
+    """The summary as aligned lines.
+
+    Args:
+        facts: what `summary.json` holds.
+        wandb: how to see the run there, if it is logged there.
+    """
+    share = facts["trainable_params"] / facts["total_params"]
+    kind = {"official": "the official files", "sample": "the bundled sample of 5,000 digits"}[facts["data_source"]]
+    lines = {
+        "data": f"{facts['dataset']}, {kind}: {facts['n_train']:,} to train, {facts['n_val']:,} to validate",
+        "backbone": f"{facts['backbone']}, weights: {facts['weights']}",
+        "trainable": f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters ({share:.2%})",
+    }
+    if facts["val/acc"] is not None:
+        lines["validation"] = f"{facts['val/acc']:.2%} accuracy, best of {facts['epochs']} epochs"
+    if facts["test/acc"] is not None:
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}"
+    lines["time"] = f"{facts['seconds']:.1f} s"
+    lines["run"] = os.path.relpath(facts["run_dir"])
+    if wandb:
+        lines["W&B"] = wandb
+    body = "\n".join(f"  {name:<12}{value}" for name, value in lines.items())
+    rule = "\u2500" * 88
+    return f"\n{rule}\n{body}\n{rule}"

@@ -1,0 +1,113 @@
+"""The processes of one run: rank 0 starts the others with exactly the configuration that it composed itself.
+
+Lightning's own launcher repeats the command line instead, and under `-m` each child would then run the whole sweep.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
+GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def is_launched() -> bool:
+    """Whether something else (rank 0, torchrun) started this process as one of several ranks."""
+    return "LOCAL_RANK" in os.environ
+
+
+def num_processes(trainer: DictConfig) -> int:
+    """How many processes on this machine the trainer's `devices` mean."""
+    devices = trainer.devices
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    if devices in ("auto", -1, "-1"):
+        import torch
+
+        return max(1, torch.cuda.device_count()) if trainer.accelerator in ("gpu", "cuda") else 1
+    return int(devices)
+
+
+@contextmanager
+def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
+    """Run the body as rank 0 of as many processes as the trainer asks for; the others run `config`.
+
+    One process needs nothing, and ranks that torchrun started are left alone. Afterwards the environment, the number
+    of threads and the process group are as before, so that the next job of a sweep starts clean.
+
+    Args:
+        cfg: with `trainer` and `run_dir`.
+        config: the same configuration as plain values.
+    """
+    count = num_processes(cfg.trainer)
+    if count == 1 or is_launched():
+        yield
+        return
+    import torch
+    import torch.distributed
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config), run_dir / CONFIG_NAME)
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    threads = torch.get_num_threads()
+    share = max(1, threads // count)  # ranks that each use all cores slow each other down many times
+    os.environ.update(
+        NODE_RANK="0",
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(find_free_network_port()),
+        OMP_NUM_THREADS=str(share),
+    )
+    torch.set_num_threads(share)
+    children = [start_rank(rank, run_dir) for rank in range(1, count)]
+    os.environ["LOCAL_RANK"] = "0"
+    ended = threading.Event()
+    threading.Thread(target=watch, args=(children, ended), daemon=True).start()
+    try:
+        yield
+        for child in children:
+            child.wait(GRACE)
+    finally:
+        ended.set()
+        for child in children:
+            child.terminate()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
+    """Start this program again as another rank of the run in `run_dir`."""
+    command = [
+        *(sys.executable, str(Path(sys.argv[0]).resolve())),
+        *("--config-path", str(run_dir), "--config-name", CONFIG_NAME),
+        *(f"hydra.run.dir={run_dir}", "hydra.output_subdir=null", f"hydra.job.name=rank{rank}"),
+    ]
+    return subprocess.Popen(command, env={**os.environ, "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL)
+
+
+def watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
+    """End the program if a rank has failed and rank 0 keeps waiting for it."""
+    while not ended.wait(1.0):
+        failed = [rank for rank, child in enumerate(children, start=1) if child.poll()]
+        if failed and not ended.wait(GRACE):
+            print(f"error: rank {failed[0]} ended with an error (see above); ending the run.", file=sys.stderr)
+            for child in children:
+                child.terminate()
+            time.sleep(1)
+            os._exit(1)

@@ -1,0 +1,64 @@
+"""What a sweep ends with: its jobs in a table, the best by validation marked, and only that one tested."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
+
+
+class SweepTable(Callback):
+    """A Hydra callback: when all jobs have ended, compares their `summary.json` and tests the winner.
+
+    The table is printed and kept as `sweep.json` in the sweep's folder, best job first.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        sweep = Path(config.hydra.sweep.dir)
+        jobs = read_jobs(sweep)
+        if not jobs:
+            log.warning("No job in %s has written a summary, so there is nothing to compare.", sweep)
+            return
+        if config.test and jobs[0]["val/acc"] is not None:
+            from thaw.evaluation.evaluate import test_run
+
+            jobs[0] |= test_run(Path(jobs[0]["run_dir"]))
+        from thaw.evaluation.summary import write_json
+
+        write_json({"jobs": jobs}, sweep / "sweep.json")
+        print(format_jobs(jobs, sweep))
+
+
+def read_jobs(sweep: Path) -> list[dict[str, Any]]:
+    """The summaries of a sweep's jobs, the best validation accuracy first."""
+    jobs = [json.loads(path.read_text()) for path in sorted(sweep.glob("*/summary.json"))]
+    return sorted(jobs, key=lambda job: (job["val/acc"] is None, -(job["val/acc"] or 0.0)))
+
+
+def format_jobs(jobs: list[dict[str, Any]], sweep: Path) -> str:
+    """A line a job, best first; the best is marked and carries the test accuracy."""
+    overrides = [job["overrides"].split() for job in jobs]
+    shared = set.intersection(*map(set, overrides)) if len(jobs) > 1 else set()
+    names = [" ".join(override for override in of_job if override not in shared) for of_job in overrides]
+    width = max(len("overrides"), *map(len, names))
+    rows = [f"\n     {'overrides':<{width}}  {'val/acc':>8}  {'test/acc':>24}  run"]
+    for place, (job, name) in enumerate(zip(jobs, names, strict=True)):
+        val = f"{job['val/acc']:.2%}" if job["val/acc"] is not None else "-"
+        test = "-"
+        if job["test/acc"] is not None:
+            test = f"{job['test/acc']:.2%} [{job['test/acc_low']:.2%}, {job['test/acc_high']:.2%}]"
+        mark = "best" if place == 0 else ""
+        rows.append(f"{mark:<4} {name:<{width}}  {val:>8}  {test:>24}  {os.path.relpath(job['run_dir'])}")
+    rows.append(f"{len(jobs)} jobs compared on validation; only the best is tested. Kept in {os.path.relpath(sweep)}/sweep.json")
+    return "\n".join(rows)
+
+
+def is_sweep_job() -> bool:
+    """Whether this process runs a job of `-m`."""
+    return HydraConfig.initialized() and HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"

@@ -1,0 +1,39 @@
+"""Running experiments inside a test, as `python train.py <overrides>` would."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["data.source=sample", "data.train_size=256", "data.batch_size=32", "logger=csv", "trainer.max_epochs=2"]
+
+
+def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
+    """The configuration that train.py would get, with its own run folder."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*overrides, f"run_dir={run_dir}", "overrides=''"], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Train with overrides on a few real digits; returns the run's folder."""
+    monkeypatch.chdir(ROOT)
+    import train as script
+
+    def run(*overrides: str, name: str = "run") -> Path:
+        run_dir = tmp_path / "runs" / "test" / name
+        run_dir.mkdir(parents=True)
+        script.main(compose_run(run_dir, *overrides))
+        return run_dir
+
+    return run

@@ -1,0 +1,269 @@
+"""Batches against a count of every digit, against a single process, and inside Lightning's own loop."""
+
+import os
+from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from thaw.data.datamodule import Batch, BatchSampler, DigitDataset, DigitLoader, MNISTDataModule
+from thaw.data.sources import Digits, load
+
+
+def datamodule(**changes: Any) -> MNISTDataModule:
+    given = {"train_size": 45, "batch_size": 10, "eval_batch_size": 120, "num_workers": 0, "seed": 0} | changes
+    return MNISTDataModule(dataset="MNIST", dir="nowhere", source="sample", mirrors=None, **given)
+
+
+def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 0, epoch: int = 0) -> BatchSampler:
+    built = BatchSampler(range(n), batch_size, shuffle=True, seed=seed, num_replicas=ranks, rank=rank)
+    built.set_epoch(epoch)
+    return built
+
+
+def loader(n: int, batch_size: int, num_workers: int = 0) -> DigitLoader:
+    """Digits whose every pixel is their label, 10 labels."""
+    labels = torch.arange(n) % 10
+    images = labels.to(torch.uint8)[:, None, None].expand(n, 28, 28)
+    return DigitLoader(
+        DigitDataset(Digits(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
+    )
+
+
+def order(built: Any) -> list[int]:
+    return torch.cat([item if isinstance(item, Tensor) else item.indices for item in built]).tolist()
+
+
+# The order of one epoch
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.booleans())
+def test_every_digit_once_on_all_ranks_together(n: int, batch_size: int, ranks: int, shuffle: bool) -> None:
+    each = [BatchSampler(range(n), batch_size, shuffle, 0, ranks, rank) for rank in range(ranks)]
+    batches = [list(one) for one in each]
+    assert {len(one) for one in each} == {len(one) for one in batches} == {len(batches[0])}  # in step, and len() right
+    seen = torch.cat([torch.cat(one) for one in batches])
+    assert sorted(seen.tolist()) == list(range(n))
+    sizes = [len(batch) for one in batches for batch in one]
+    assert max(sizes) <= batch_size + 1  # one more where a remainder smaller than the ranks joins the last step
+    if n >= ranks:
+        assert min(sizes) >= 1
+
+
+@settings(deadline=None)
+@given(st.integers(3, 100), st.integers(1, 6), st.integers(1, 3), st.integers(0, 3), st.integers(0, 3))
+def test_ranks_share_the_batches_of_one_process(n: int, batch_size: int, ranks: int, seed: int, epoch: int) -> None:
+    steps = zip(*(sampler(n, batch_size, ranks, rank, seed, epoch) for rank in range(ranks)), strict=True)
+    together = [torch.cat(step).tolist() for step in steps]
+    alone = [batch.tolist() for batch in sampler(n, batch_size * ranks, seed=seed, epoch=epoch)]
+    if 0 < n % (batch_size * ranks) < ranks and len(alone) > 1:  # too few for a step of all ranks
+        alone[-2:] = [alone[-2] + alone[-1]]
+    assert together == alone
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    orders = {
+        (seed, epoch): order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)
+    }
+    assert len({tuple(one) for one in orders.values()}) == 9
+    torch.manual_seed(99)  # nothing global counts
+    for (seed, epoch), one in orders.items():
+        assert order(sampler(1000, 100, seed=seed, epoch=epoch)) == one
+
+
+def test_without_shuffle_the_order_is_the_stored_one() -> None:
+    built = BatchSampler(range(10), 4, shuffle=False, seed=5, num_replicas=1, rank=0)
+    built.set_epoch(3)
+    assert [batch.tolist() for batch in built] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+# Loading
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_hold_what_their_indices_say(num_workers: int) -> None:
+    batches = list(loader(25, 10, num_workers))
+    assert [len(batch.labels) for batch in batches] == [10, 10, 5]
+    for batch in batches:
+        assert isinstance(batch, Batch)
+        assert batch.images.dtype == torch.uint8
+        assert batch.labels.dtype == torch.int64
+        assert torch.equal(batch.labels, batch.indices % 10)
+        assert torch.equal(batch.images, batch.labels.to(torch.uint8)[:, None, None].expand(-1, 28, 28))
+    assert order(batches) == order(loader(25, 10))
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_resumes_at_the_next_batch(done: int) -> None:
+    whole = list(loader(25, 10))
+    first = loader(25, 10)
+    for _, _batch in zip(range(done), first, strict=False):
+        pass
+    second = loader(25, 10)
+    second.load_state_dict(first.state_dict())
+    assert [batch.indices.tolist() for batch in second] == [batch.indices.tolist() for batch in whole[done:]]
+    assert second.state_dict() == {"epoch": 0, "batches_done": 3}
+    assert len(list(second)) == 3  # the next pass is a whole one
+
+
+def test_the_place_in_one_epoch_says_nothing_of_another() -> None:
+    resumed = loader(25, 10)
+    resumed.load_state_dict({"epoch": 0, "batches_done": 2})
+    resumed.sampler.set_epoch(1)
+    assert order(resumed) == order(sampler(25, 10, epoch=1))
+
+
+# The data module
+
+
+def test_splits_and_sizes() -> None:
+    data = datamodule(train_size=None, batch_size=300)
+    sample = load("MNIST", "nowhere", "sample", None)
+    for built, digits in (
+        (data.train_dataloader(), sample.train),
+        (data.val_dataloader(), sample.val),
+        (data.test_dataloader(), sample.test),
+    ):
+        batches = list(built)
+        assert len(batches) == len(built)
+        labels, indices = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("labels", "indices"))
+        assert sorted(indices.tolist()) == list(range(len(digits.labels)))
+        assert torch.equal(labels, digits.labels[indices])
+    assert [len(batch.labels) for batch in data.train_dataloader()] == [300] * 13 + [100]
+    assert order(data.train_dataloader()) != list(range(4000))
+    assert order(data.val_dataloader()) == list(range(500))
+    assert [len(batch.labels) for batch in data.val_dataloader()] == [120] * 4 + [20]
+
+
+def test_the_seed_changes_the_order_and_no_split() -> None:
+    first, second = datamodule(seed=0), datamodule(seed=1)
+    assert order(first.train_dataloader()) != order(second.train_dataloader())
+    for one, other in zip(first.load()[:3], second.load()[:3], strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_train_size_takes_the_first() -> None:
+    some, everything = datamodule(train_size=7, batch_size=7).load(), datamodule(train_size=None).load()
+    assert torch.equal(some.train.images, everything.train.images[:7])
+    assert torch.equal(some.train.labels, everything.train.labels[:7])
+    assert len(some.val.labels) == len(some.test.labels) == 500
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, r"data\.batch_size=0 must be at least 1"),
+        ({"eval_batch_size": -1}, r"data\.eval_batch_size=-1 must be at least 1"),
+        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training digits; choose at most 45"),
+        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 digits; choose 1 to 4000"),
+        ({"train_size": 0}, r"data\.train_size=0 .*choose 1 to 4000"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        datamodule(**changes).train_dataloader()
+
+
+def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTDataModule:
+    data = datamodule(**changes)
+    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, overfit_batches=0)
+    return data
+
+
+def test_each_process_takes_its_share() -> None:
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        shares = [order(getattr(on_rank(rank, 2), name)()) for rank in range(2)]
+        whole = order(getattr(datamodule(batch_size=20, eval_batch_size=240), name)())
+        assert set(shares[0]).isdisjoint(shares[1])
+        assert sorted(shares[0] + shares[1]) == sorted(whole)
+    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training digits; choose at most 22"):
+        on_rank(0, 2, batch_size=30).train_dataloader()
+
+
+# Inside Lightning
+
+
+class Recorder(L.LightningModule):
+    """Learns nothing; remembers the digits of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.steps: list[list[int]] = []
+        self.checked: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.steps.append(batch.indices.tolist())
+        return self.weight * batch.images.float().mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.checked += batch.indices.tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class SaveAfter(L.Callback):
+    """A checkpoint after one step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def trainer(**changes: Any) -> L.Trainer:
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    plain = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "num_sanity_val_steps": 0}
+    return L.Trainer(**(dict.fromkeys(quiet, False) | plain | changes))
+
+
+def test_lightning_shuffles_anew_each_epoch() -> None:
+    model = Recorder()
+    trainer().fit(model, datamodule(seed=4))
+    assert len(model.steps) == 15
+    epochs = [list(chain(*model.steps[start : start + 5])) for start in (0, 5, 10)]
+    assert epochs == [order(sampler(45, 10, seed=4, epoch=epoch)) for epoch in range(3)]
+    assert all(one != other for one, other in pairwise(epochs))
+    assert model.checked == list(range(500)) * 3
+
+
+@pytest.mark.parametrize("step", [2, 5, 6])
+@pytest.mark.parametrize("end", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 15}], ids=["epochs", "steps"])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(step: int, end: dict[str, int], tmp_path: Path) -> None:
+    uninterrupted, resumed = Recorder(), Recorder()
+    trainer(callbacks=[SaveAfter(step, tmp_path / "last.ckpt")], **end).fit(uninterrupted, datamodule())
+    trainer(**end).fit(resumed, datamodule(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.steps == uninterrupted.steps[step:]
+
+
+def test_lightnings_own_sampler_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a distributed strategy (here of one process) Lightning puts a sampler into loaders that have none."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # where Lightning writes the address of the group
+    run = trainer(strategy="ddp", use_distributed_sampler=True, max_epochs=2)
+    model, plain = Recorder(), torch.utils.data.DataLoader(range(4))
+    try:
+        run.fit(model, datamodule())
+        replaced = run._data_connector._prepare_dataloader(plain, shuffle=False, mode=None)
+        assert isinstance(replaced.sampler, DistributedSampler)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert isinstance(run.train_dataloader.sampler, BatchSampler)
+    assert isinstance(run.val_dataloaders.sampler, BatchSampler)
+    assert list(chain(*model.steps)) == order(sampler(45, 10)) + order(sampler(45, 10, epoch=1))
+
+
+def test_overfit_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.overfit_batches=2 is not supported.*data\.train_size=10"):
+        trainer(overfit_batches=2).fit(Recorder(), datamodule())

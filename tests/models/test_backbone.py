@@ -1,0 +1,328 @@
+"""The backbone against timm itself, and every setting or file that it must refuse."""
+
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from thaw.models.backbone import Backbone, match_channels
+
+ROOT = Path(__file__).parents[2]
+VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
+DINOV2 = ROOT.parent / "shared" / "weights" / "vit_small_patch14_dinov2.safetensors"
+
+Build = Callable[..., Backbone]
+
+
+def saved(model: nn.Module, path: Path, **changes: Tensor | None) -> str:
+    """Save a state dict; `changes` replace or (None) leave out tensors."""
+    state = {key: value for key, value in (model.state_dict() | changes).items() if value is not None}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    return str(path)
+
+
+def loaded_by_timm(name: str, path: str, **arguments: Any) -> nn.Module:
+    """timm's own model without classifier, with the weights of a file read by timm's own loader."""
+    source = {"file": path, "custom_load": False}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **arguments).eval()
+
+
+# Features
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "arguments"),
+    [
+        (VIT, 28, 1, {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}),
+        (VIT, 56, 3, {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False}
+         | {"global_pool": "avg"}),
+        ("vit_small_patch14_dinov2", 42, 3, {"embed_dim": 32, "depth": 2, "num_heads": 2}),
+        (SWIN, 56, 1, {"embed_dim": 24, "depths": [1, 1, 2, 1]}),
+        ("resnet18", 28, 1, {}),
+        ("convnext_atto", 32, 3, {}),
+        ("mobilenetv3_small_050", 32, 1, {}),  # wider after its head than before it
+    ],
+)  # fmt: skip
+def test_features_equal_timm(backbone: Build, name: str, size: int, channels: int, arguments: dict) -> None:
+    ours = backbone(name, arguments, image_size=size, channels=channels)
+    sized = {} if name.startswith(("resnet", "convnext", "mobilenet")) else {"img_size": size}
+    theirs = timm.create_model(name, num_classes=0, in_chans=channels, **sized, **arguments).eval()
+    theirs.load_state_dict(ours.model.state_dict())
+    images = torch.randn(2, channels, size, size)
+    features = ours(images)
+    assert features.shape == (2, ours.num_features)
+    torch.testing.assert_close(features, theirs(images), rtol=1e-5, atol=1e-5)
+    assert ours.depths().keys() == dict(ours.named_parameters()).keys()
+
+
+def test_class_and_mean_is_the_class_token_and_the_mean_patch(backbone: Build, tiny: dict) -> None:
+    model = backbone(arguments=tiny | {"reg_tokens": 2}, pool="class_and_mean")
+    images = torch.randn(2, 1, 28, 28)
+    tokens = model.model.forward_features(images)  # (2, 1 + 2 + 16, 32)
+    expected = torch.stack([torch.cat([one[0], sum(one[3:]) / 16]) for one in tokens])
+    torch.testing.assert_close(model(images), expected)
+    assert model.num_features == 64
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fused_attention_changes_the_kernel_and_not_the_features(backbone: Build, fused: bool) -> None:
+    model = backbone(fused_attention=fused)
+    assert [block.attn.fused_attn for block in model.model.blocks] == [fused] * 3
+    images = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(model(images), backbone(fused_attention=not fused)(images))
+
+
+def test_mean_and_std_follow_the_channels(backbone: Build) -> None:
+    name, imagenet = "resnet18", (0.485, 0.456, 0.406)
+    assert backbone(name, {}, channels=3).mean == imagenet
+    assert backbone(name, {}, channels=1).mean == pytest.approx((sum(imagenet) / 3,))
+    assert backbone(name, {}, channels=3, mean=[0.0], std=[1.0]).mean == (0.0,)
+    with pytest.raises(ValueError, match=r"backbone\.std=\[0\.1, 0\.2\] must hold 1 number or 3"):
+        match_channels("std", [0.1, 0.2], 3)
+
+
+# Depths
+
+
+@pytest.mark.parametrize("arguments", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_depths_of_a_vit(backbone: Build, tiny: dict, arguments: dict) -> None:
+    stem = {"cls_token", "pos_embed", "patch_embed"}
+    names = set()
+    for name, depth in backbone(arguments=tiny | arguments).depths().items():
+        _, part, *rest = name.split(".")
+        names.add(part)
+        expected = 0 if part in stem else int(rest[0]) + 1 if part == "blocks" else 3
+        assert depth == expected, name
+    assert names == stem | {"blocks", "norm"} if not arguments else {"pos_embed", "patch_embed", "blocks", "fc_norm"}
+
+
+def test_depths_of_other_models_rise_to_their_last_block(backbone: Build) -> None:
+    swin = backbone(SWIN, {"embed_dim": 24, "depths": [1, 1, 2, 1]}, image_size=56).depths()
+    assert swin["model.patch_embed.proj.weight"] == 0
+    assert swin["model.layers.2.blocks.1.attn.qkv.weight"] == 4
+    assert swin["model.norm.weight"] == swin["model.layers.3.blocks.0.attn.qkv.weight"] == 5 == max(swin.values())
+    convnext = backbone("convnext_atto", {}, image_size=32).depths()
+    assert convnext["model.head.norm.weight"] == convnext["model.stages.3.blocks.1.mlp.fc1.weight"] == 12
+
+
+# Weights that fit
+
+
+def test_fresh_names_what_no_weights_filled(backbone: Build, tmp_path: Path) -> None:
+    random = backbone()
+    assert random.fresh == dict(random.named_parameters()).keys()
+    loaded = backbone(weights=saved(random.model, tmp_path / "w.safetensors"))
+    assert loaded.fresh == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        (VIT, {"patch_size": 7}),
+        (VIT, {"patch_size": 7, "class_token": False, "global_pool": "avg"}),
+        ("vit_small_patch14_dinov2", {}),
+        ("vit_small_patch14_reg4_dinov2", {}),
+    ],
+)
+def test_position_embeddings_are_resampled_as_by_timm(
+    backbone: Build, tmp_path: Path, name: str, arguments: dict
+) -> None:
+    arguments = arguments | {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    small = backbone(name, arguments)
+    path = saved(small.model, tmp_path / "w.safetensors")
+    large = backbone(name, arguments, image_size=56, weights=path)
+    model = large.model
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    grid = list(model.patch_embed.grid_size)
+    expected = resample_abs_pos_embed(small.model.pos_embed, grid, num_prefix_tokens=prefix)
+    assert torch.equal(model.pos_embed, expected)
+    theirs = loaded_by_timm(name, path, img_size=56, in_chans=1, **arguments)
+    images = torch.randn(2, 1, 56, 56)
+    torch.testing.assert_close(large(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [VIT, "resnet18"])
+def test_colour_weights_summed_for_grey_see_the_same(backbone: Build, tiny: dict, tmp_path: Path, name: str) -> None:
+    arguments = tiny if name == VIT else {}
+    colour = backbone(name, arguments, channels=3)
+    grey = backbone(name, arguments, channels=1, weights=saved(colour.model, tmp_path / "w.safetensors"))
+    images = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_a_file_with_a_classifier_loads_without_it(
+    backbone: Build, tiny: dict, tmp_path: Path, key: str | None
+) -> None:
+    theirs = timm.create_model(VIT, img_size=28, in_chans=1, num_classes=1000, **tiny).eval()
+    state = theirs.state_dict()
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "w.pth")
+    ours = backbone(arguments=tiny, weights=str(tmp_path / "w.pth"))
+    images = torch.randn(2, 1, 28, 28)
+    theirs.reset_classifier(0)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+
+
+def test_bundled_weights_load(backbone: Build) -> None:
+    model = instantiate(OmegaConf.load(ROOT / "configs" / "backbone" / "digits_vit.yaml"))
+    assert model.weights == "bundled" and not model.fresh
+    assert model(torch.randn(2, 1, 28, 28)).shape == (2, 192)
+
+
+@pytest.mark.skipif(not DINOV2.is_file(), reason=f"{DINOV2} is not there")
+def test_published_dinov2_weights_give_timms_features(backbone: Build) -> None:
+    name = "vit_small_patch14_dinov2"
+    ours = backbone(name, {}, image_size=112, channels=3, weights=str(DINOV2))
+    theirs = loaded_by_timm(name, str(DINOV2), img_size=112)
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
+    assert ours.mean == pytest.approx((0.485, 0.456, 0.406))
+
+
+# Weights that do not
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.1.norm1.bias": None}, "1 differences: missing blocks.1.norm1.bias"),
+        ({"blocks.3.norm1.bias": torch.zeros(32)}, "1 differences: unexpected blocks.3.norm1.bias"),
+        ({"blocks.0.norm1.bias": torch.zeros(7)}, r"blocks.0.norm1.bias is \(7,\), the model has \(32,\)"),
+        ({"pos_embed": torch.zeros(1, 15, 32)}, "w.safetensors cannot be converted for vit_tiny_patch16_224"),
+    ],
+)
+def test_weights_must_fit_exactly(backbone: Build, tmp_path: Path, changes: dict, message: str) -> None:
+    path = saved(backbone().model, tmp_path / "w.safetensors", **changes)
+    with pytest.raises(ValueError, match=message):
+        backbone(weights=path)
+
+
+def test_weights_of_another_architecture_are_refused(backbone: Build, tmp_path: Path) -> None:
+    path = saved(backbone("resnet18", {}).model, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth does not fit .*vit_tiny_patch16_224 .*missing .* and \d+ more"):
+        backbone(weights=path)
+
+
+def test_grey_weights_do_not_fit_a_colour_model(backbone: Build, tmp_path: Path) -> None:
+    path = saved(backbone().model, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is \(32, 1, 7, 7\), the model has \(32, 3, 7, 7\)"):
+        backbone(weights=path, channels=3)
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_pickled_code_is_refused_and_not_run(backbone: Build, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    torch.save({"state_dict": {}, "extra": Payload(trace)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth is not a readable .*pickled code is not run"):
+        backbone(weights=str(tmp_path / "w.pth"))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(trace), protocol=2))
+    with pytest.raises(ValueError, match=r"plain.pth is not a readable weights file"):
+        backbone(weights=str(tmp_path / "plain.pth"))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.txt"])
+@pytest.mark.parametrize("content", ["", "hello", "<!doctype html><html>404</html>"])
+def test_other_files_are_no_weights(backbone: Build, tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is not a readable weights file \(\w+\); allowed are .safetensors"):
+        backbone(weights=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(1)], {"epoch": 3}, torch.zeros(1)])
+def test_a_pth_file_must_hold_a_state_dict(backbone: Build, tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"w.pth holds no state dict .*{type(content).__name__}"):
+        backbone(weights=str(tmp_path / "w.pth"))
+
+
+def test_weights_that_are_no_file(backbone: Build) -> None:
+    with pytest.raises(ValueError, match=r"'nowhere\.pth' is no file; choose none, bundled, hub or an existing file"):
+        backbone(weights="nowhere.pth")
+
+
+# The hub
+
+
+def test_hub_out_of_reach_says_what_to_do_and_soon(
+    backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(ConnectionError) as caught:
+        backbone(arguments={}, weights="hub", image_size=32)
+    assert time.monotonic() - start < 10  # the hub's own client would retry for longer
+    for part in ("model.safetensors", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "backbone.weights=<path>"):
+        assert part in str(caught.value)
+
+
+def test_hub_weights_are_taken_from_the_cache_without_a_connection(
+    backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=1, depth=1)
+    path = saved(cached, tmp_path / "w.safetensors")
+
+    def download(repository: str, file: str, local_files_only: bool) -> str:
+        assert local_files_only
+        assert (repository, file) == ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
+        return path
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    model = backbone(arguments={"depth": 1}, weights="hub", image_size=32)
+    assert torch.equal(model.model.patch_embed.proj.weight, cached.patch_embed.proj.weight)
+
+
+def test_a_model_without_hub_weights(backbone: Build) -> None:
+    with pytest.raises(ValueError, match=r"no hub weights for \w+; set backbone.weights to none or to a file"):
+        backbone("convnext_atto_rms", {}, weights="hub", image_size=32)
+
+
+# Settings that cannot work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "vit_tinny_patch16_224"}, "'vit_tinny_patch16_224' is not .*similar names: vit_tiny_patch16_224"),
+        ({"name": f"{VIT}.nonsense"}, r"Invalid pretrained tag \(nonsense\)"),
+        ({"image_size": 30}, "backbone.image_size=30 .*multiple of the patch size 7, e.g. 28$"),
+        ({"image_size": 3}, "backbone.image_size=3 .*multiple of the patch size 7, e.g. 7$"),
+        ({"image_size": 0}, "backbone.image_size=0 .*positive"),
+        ({"name": "convnext_atto", "arguments": {}}, "backbone.image_size=28 .*Kernel size can't be greater"),
+        ({"channels": 2}, "backbone.channels=2 must be 1 or 3"),
+        ({"pool": "max"}, "backbone.pool='max' is unknown; choose model or class_and_mean"),
+        ({"pool": "class_and_mean"}, "needs a class token, vit_tiny_patch16_224 has none; use pool=model"),
+        ({"mean": [0.1, 0.2]}, r"backbone.mean=\[0.1, 0.2\] must hold 1 number or 3"),
+        ({"arguments": {"dept": 2}}, "unexpected keyword argument 'dept'"),
+        ({"arguments": {"img_size": 56}}, "multiple values for keyword argument 'img_size'"),
+        ({"arguments": {"num_classes": 10}}, "multiple values for keyword argument 'num_classes'"),
+    ],
+)
+def test_settings_that_cannot_work(backbone: Build, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        backbone(**changes)
+
+
+def test_a_size_named_by_the_error_works(backbone: Build) -> None:
+    assert backbone(image_size=35)(torch.randn(1, 1, 35, 35)).shape == (1, 32)

@@ -1,0 +1,57 @@
+"""Heads: shapes, arithmetic, and that a digit's logits depend on that digit alone."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from thaw.models.heads import LinearHead, MLPHead
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "head"
+HEADS = [LinearHead, partial(MLPHead, hidden_features=16, dropout=0.5)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_of_a_digit_do_not_depend_on_the_batch(head: Callable[..., nn.Module]) -> None:
+    built = head(in_features=8, num_classes=10).eval()
+    features = torch.randn(5, 8)
+    logits = built(features)
+    assert logits.shape == (5, 10)
+    torch.testing.assert_close(logits, torch.cat([built(one[None]) for one in features]))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_scale_of_the_features_does_not_matter(head: Callable[..., nn.Module]) -> None:
+    built = head(in_features=8, num_classes=10).eval()
+    features = torch.randn(5, 8)
+    torch.testing.assert_close(built(1000 * features + 7), built(features), rtol=1e-3, atol=1e-4)
+
+
+def test_heads_by_hand() -> None:
+    features = torch.randn(5, 8)
+    mean, std = features.mean(dim=1, keepdim=True), (features.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
+    normal = (features - mean) / std
+    linear = LinearHead(8, 10)
+    torch.testing.assert_close(linear(features), normal @ linear.linear.weight.T + linear.linear.bias)
+    mlp = MLPHead(8, 10, hidden_features=16, dropout=0.0)
+    hidden = F.gelu(normal @ mlp.hidden.weight.T + mlp.hidden.bias)
+    torch.testing.assert_close(mlp(features), hidden @ mlp.linear.weight.T + mlp.linear.bias)
+
+
+def test_dropout_is_random_in_training_alone() -> None:
+    head, features = MLPHead(8, 10, hidden_features=16, dropout=0.5), torch.randn(5, 8)
+    assert not torch.equal(head(features), head(features))
+    head.eval()
+    assert torch.equal(head(features), head(features))
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_heads(config: Path) -> None:
+    head = instantiate(OmegaConf.load(config))(in_features=8, num_classes=7)
+    assert head(torch.randn(3, 8)).shape == (3, 7)

@@ -1,0 +1,168 @@
+"""Parameter groups and the learning-rate schedule against numbers worked out by hand and torch's own cosine."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from thaw.data.datamodule import Batch
+from thaw.models.classifier import Classifier
+from thaw.models.optim import OptimizerRecipe
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "optim"
+SHAPES = {
+    "cls_token": (1, 1, 4),
+    "pos_embed": (1, 5, 4),
+    "patch_embed.weight": (4, 1, 2, 2),
+    "blocks.0.attn.weight": (4, 4),
+    "blocks.0.attn.bias": (4,),
+    "blocks.0.relative_position_bias_table": (9, 2),
+    "blocks.1.norm.weight": (4,),
+    "head.weight": (10, 4),
+    "head.bias": (10,),
+}
+DEPTHS = dict(zip(SHAPES, (0, 0, 0, 1, 1, 1, 2, 3, 3), strict=True))
+DECAY = {"patch_embed.weight", "blocks.0.attn.weight", "head.weight"}
+
+
+def recipe(**changes: Any) -> OptimizerRecipe:
+    settings = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5, "warmup_fraction": 0.2, "final_lr_fraction": 0.1}
+    return OptimizerRecipe(torch.optim.SGD, **(settings | changes))
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+
+
+# Groups
+
+
+def test_groups_by_depth_and_decay() -> None:
+    named = parameters()
+    groups = recipe().groups(named.items(), DEPTHS)
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    expected_lr = {0: 0.125, 1: 0.25, 2: 0.5, 3: 1.0}  # lr * layer_decay ** (3 - depth)
+    for name, parameter in named.items():
+        assert settings[id(parameter)] == (expected_lr[DEPTHS[name]], 0.1 if name in DECAY else 0.0), name
+
+
+@pytest.mark.parametrize("frozen", [set(), {"cls_token", "pos_embed", "blocks.0.attn.weight"}])
+def test_every_trainable_parameter_once_and_no_frozen_one(frozen: set[str]) -> None:
+    named = parameters()
+    for name in frozen:
+        named[name].requires_grad_(False)
+    grouped = [id(p) for group in recipe().groups(named.items(), DEPTHS) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for name, p in named.items() if name not in frozen)
+
+
+# Schedule
+
+
+def test_schedule_against_hand_numbers() -> None:
+    fractions = [recipe().lr_fraction(step, total_steps=10) for step in range(11)]
+    assert fractions[:3] == pytest.approx([1 / 3, 2 / 3, 1])  # two steps of warmup, then the peak
+    assert fractions[6] == pytest.approx(0.55)  # half way down from 1 to 0.1
+    assert fractions[10] == pytest.approx(0.1)
+    assert fractions[2:] == sorted(fractions[2:], reverse=True)
+    flat = recipe(warmup_fraction=0.0, final_lr_fraction=1.0)
+    assert [flat.lr_fraction(step, 10) for step in range(12)] == [1.0] * 12
+
+
+def test_every_groups_lr_follows_warmup_and_torchs_cosine() -> None:
+    built = recipe().build(parameters().items(), DEPTHS, total_steps=10)
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    peaks = [group["initial_lr"] for group in optimizer.param_groups]
+    assert sorted(set(peaks)) == [0.125, 0.25, 0.5, 1.0]
+    other = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(other, T_max=8, eta_min=0.1)
+    for step in range(10):
+        fraction = (step + 1) / 3 if step < 2 else other.param_groups[0]["lr"]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([fraction * peak for peak in peaks])
+        optimizer.step()
+        scheduler.step()
+        if step >= 2:
+            other.step()
+            cosine.step()
+
+
+class Rates(L.Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, _trainer: L.Trainer, _module: L.LightningModule, optimizer: Any) -> None:
+        self.seen.append(max(group["lr"] for group in optimizer.param_groups))
+
+
+def test_lightning_steps_the_schedule_per_batch(
+    classifier: Callable[..., Classifier], batch: Batch, fit: Callable
+) -> None:
+    rates = Rates()
+    optim = {"lr": 0.01, "warmup_fraction": 0.5, "final_lr_fraction": 0.0}
+    fit(classifier(optim=optim), [batch, batch], epochs=2, callbacks=[rates])
+    assert rates.seen == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.005])
+
+
+def test_a_schedule_without_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"set trainer\.max_epochs to a number"):
+        recipe().build(parameters().items(), DEPTHS, total_steps=float("inf"))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("lr", [0, -1e-3, float("inf"), float("nan")], "above 0"),
+        ("weight_decay", [-0.1, float("inf"), float("nan")], "0 or more"),
+        ("layer_decay", [0, 1.1, float("nan")], "above 0 and at most 1"),
+        ("warmup_fraction", [-0.1, 1.0, float("nan")], "from 0 to below 1"),
+        ("final_lr_fraction", [-0.1, 1.1, float("nan")], "from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range(name: str, values: list[float], allowed: str) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"^optim\.{name}={value} must be {allowed}\.$"):
+            recipe(**{name: value})
+
+
+def test_all_wrong_numbers_are_named_at_once() -> None:
+    with pytest.raises(ValueError, match=r"optim\.lr=0 .*; optim\.layer_decay=2 "):
+        recipe(lr=0, layer_decay=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "settings"),
+    [
+        ("adamw", torch.optim.AdamW, {"betas": [0.9, 0.999], "foreach": True}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_shipped_recipes(config: str, kind: type, settings: dict) -> None:
+    built = instantiate(OmegaConf.load(CONFIGS / f"{config}.yaml"))
+    optimizer = built.build(parameters().items(), DEPTHS, total_steps=10)["optimizer"]
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
+        assert {key: group[key] for key in settings} == settings
+        assert group["initial_lr"] == built.lr
+        assert group["weight_decay"] in (0.0, built.weight_decay)
+
+
+def test_sgd_step_by_hand() -> None:
+    weight = nn.Parameter(torch.tensor([[2.0]]))
+    settings = {"lr": 0.1, "weight_decay": 0.5, "layer_decay": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0}
+    built = OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), **settings).build(
+        {"w": weight}.items(), {"w": 0}, 2
+    )
+    for expected in (2 - 0.1 * (3 + 0.5 * 2), 1.6 - 0.05 * (0.9 * 4 + 3 + 0.5 * 1.6)):  # lr 0.1, then half of it
+        weight.grad = torch.tensor([[3.0]])
+        built["optimizer"].step()
+        built["lr_scheduler"]["scheduler"].step()
+        assert weight.item() == pytest.approx(expected)

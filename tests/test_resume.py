@@ -1,0 +1,49 @@
+"""A resumed run equals one that was never interrupted, to the last bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+from torch import Tensor
+
+from thaw.models.classifier import Classifier
+
+RUN = [
+    *("experiment=vit_last_blocks", *SMALL, "trainer.max_epochs=3", "trainer.val_check_interval=0.5"),
+    *("backbone.arguments.drop_path_rate=0.2", "callbacks.early_stopping=null"),
+]
+
+
+def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(("crash_at", "saved_at"), [(9, 8), (14, 12)], ids=["after an epoch", "mid-epoch"])
+def test_resume_equals_uninterrupted(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int) -> None:
+    """8 steps an epoch, a checkpoint every 4: the crash comes a little later than the last checkpoint."""
+    whole = train(*RUN, name="whole")
+
+    step = Classifier.training_step
+
+    def crash(self: Classifier, batch: object, batch_idx: int) -> Tensor:
+        if self.global_step == crash_at:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Classifier, "training_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*RUN, name="cut")
+    monkeypatch.undo()
+    cut = whole.parent / "cut"
+    assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved_at
+
+    resumed = train(f"resume={cut}", name="resumed")
+
+    expected, got = weights(whole), weights(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+    for name, tensor in weights(whole, "best").items():
+        assert torch.equal(tensor, weights(resumed, "best")[name]), name
