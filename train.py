@@ -39,10 +39,10 @@ def main(cfg: DictConfig) -> float | None:
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
         try:
             trainer.fit(model, datamodule, ckpt_path=cfg.resume)
-            best = trainer.checkpoint_callback.best_model_score  # read before the test, which clears metrics
-            val_acc = None if best is None else round(float(best), 6)
+            best = trainer.checkpoint_callback
+            val_acc = None if best.best_model_score is None else round(float(best.best_model_score), 6)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path="best", verbose=False)
+                trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)

@@ -57,17 +57,24 @@ def wandb_logger(
 
 
 NO_KEY = "no W&B key is configured"
+LOGIN_HOSTS = ("https://api.wandb.ai",)  # `wandb login` may have stored the key under W&B's older address
 
 
 def why_offline() -> str | None:
-    """Why W&B cannot run online, or None if it can; answers within `CONNECT_TIMEOUT`."""
+    """Why W&B cannot run online, or None if it can; answers within `CONNECT_TIMEOUT`.
+
+    W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
+    """
     import wandb
+    from requests.utils import get_netrc_auth
 
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE is {os.environ['WANDB_MODE']}"
-    if not wandb.login(prompt=False, verify=False):
+    server = wandb.setup().settings.base_url
+    in_environment = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    if not in_environment and not any(get_netrc_auth(host) for host in (server, *LOGIN_HOSTS)):
         return NO_KEY
-    url = urlsplit(wandb.Settings().base_url)
+    url = urlsplit(server)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT).close()

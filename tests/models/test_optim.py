@@ -141,11 +141,11 @@ def test_all_wrong_numbers_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "settings"),
     [
-        ("adamw", torch.optim.AdamW, {"betas": [0.9, 0.999], "foreach": True}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "foreach": True}),
         ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     ],
 )
-def test_shipped_recipes(config: str, kind: type, settings: dict) -> None:
+def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path) -> None:
     built = instantiate(OmegaConf.load(CONFIGS / f"{config}.yaml"))
     optimizer = built.build(parameters().items(), DEPTHS, total_steps=10)["optimizer"]
     assert type(optimizer) is kind
@@ -153,6 +153,8 @@ def test_shipped_recipes(config: str, kind: type, settings: dict) -> None:
         assert {key: group[key] for key in settings} == settings
         assert group["initial_lr"] == built.lr
         assert group["weight_decay"] in (0.0, built.weight_decay)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert torch.load(tmp_path / "optimizer.pt", weights_only=True) == optimizer.state_dict()  # plain numbers only
 
 
 def test_sgd_step_by_hand() -> None:

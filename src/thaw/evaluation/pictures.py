@@ -17,7 +17,7 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> No
     errors = counts.clone().fill_diagonal_(0)
     figure = Figure(figsize=(6, 6), layout="constrained", dpi=110)
     axes = figure.add_subplot()
-    axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(1, int(errors.max())))
+    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, int(errors.max())))
     top = errors.max().item()
     for row in range(10):
         for column in range(10):
@@ -56,7 +56,7 @@ def save_worst_digits(images: Tensor, logits: Tensor, labels: Tensor, path: Path
         if place >= len(images):
             continue
         label, prediction = int(labels[place]), int(chances[place].argmax())
-        panel.imshow(images[place], cmap="gray_r", vmin=0, vmax=255)
+        panel.imshow(images[place].numpy(), cmap="gray_r", vmin=0, vmax=255)
         wrong = label != prediction
         panel.set_title(
             f"{label} \N{RIGHTWARDS ARROW} {prediction} ({chances[place, prediction]:.0%})",
@@ -73,7 +73,7 @@ def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> Non
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for panel, row, title in zip(axes, rows, titles, strict=True):
         padded = torch.nn.functional.pad(row, (1, 1, 1, 1))
-        panel.imshow(torch.cat(list(padded), dim=1), cmap="gray_r", vmin=0, vmax=255)
+        panel.imshow(torch.cat(list(padded), dim=1).numpy(), cmap="gray_r", vmin=0, vmax=255)
         panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])

@@ -1,0 +1,81 @@
+"""A loss that is no number stops the run with its step, batch and cause, and leaves the weights as they were."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from thaw.callbacks.finite_loss import FiniteLoss
+from thaw.data.datamodule import Batch
+
+
+class Model(L.LightningModule):
+    """The loss is the mean squared output, times `factors[step]`."""
+
+    def __init__(self, factors: list[float]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(784, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 1)
+        self.factors = factors
+        self.weights: list[Tensor] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.weights.append(self.head.weight.detach().clone())
+        outputs = self.head(self.frozen(batch.images.flatten(1) / 255))
+        return outputs.square().mean() * self.factors[self.global_step]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.head.parameters(), lr=0.125, weight_decay=0.1)
+
+
+def fit(model: Model, **changes: Any) -> None:
+    images = torch.full((40, 28, 28), 100, dtype=torch.uint8)
+    batches = [Batch(part, torch.zeros(10), torch.arange(10) + 10 * i) for i, part in enumerate(images.split(10))]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = L.Trainer(
+        max_epochs=2, devices=1, enable_model_summary=False, callbacks=[FiniteLoss()], **quiet | changes
+    )
+    trainer.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_run_stops_before_the_weights_change(bad: float) -> None:
+    model = Model([1.0] * 6 + [bad, 1.0])
+    with pytest.raises(ValueError) as caught:
+        fit(model)
+    message = str(caught.value)
+    assert f"The loss is {bad} at step 6 (epoch 1, batch 2, " in message
+    assert "training digits [20, 21, 22, 23, 24, 25, 26, 27] ...)" in message
+    assert "activations overflow although all weights are finite" in message
+    assert len(model.weights) == 7 and not torch.equal(model.weights[5], model.weights[6])  # it was training
+    assert torch.equal(model.head.weight, model.weights[6])
+    assert model.head.weight.grad is None
+
+
+def test_a_finite_loss_goes_on() -> None:
+    model = Model([1.0, 1e10, -1e10] + [1.0] * 5)
+    fit(model)
+    assert len(model.weights) == 8
+
+
+def test_cause_in_loaded_weights() -> None:
+    model = Model([1.0] * 8)
+    model.frozen.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the weights that were loaded are not finite, e\.g\. frozen\.weight"):
+        fit(model)
+
+
+def test_cause_in_diverged_weights() -> None:
+    class Diverging(Model):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.global_step == 3:
+                self.head.weight.data.fill_(float("inf"))
+
+    with pytest.raises(
+        ValueError, match=r"at step 3 .*diverged \(head\.weight is not finite\); lower optim\.lr \(now 1\.2"
+    ):
+        fit(Diverging([1.0] * 8))

@@ -1,0 +1,78 @@
+"""Every shipped configuration composes, matches the signature it targets, and every experiment runs two batches."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, compose_run
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+CONFIGS = ROOT / "configs"
+GROUPS = ["data", "augment", "backbone", "head", "freeze", "optim", "model", "trainer", "logger", "experiment", "debug"]
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+EXPERIMENTS = [path.stem for path in sorted((CONFIGS / "experiment").glob("*.yaml"))]
+FILLED_IN = {  # arguments that the program passes itself
+    "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
+    "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
+}
+
+
+def targets(node: Any) -> Iterator[DictConfig]:
+    """Every block with a `_target_` below a node."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for key in node:
+            yield from targets(node[key])
+    elif isinstance(node, ListConfig):
+        for item in node:
+            yield from targets(item)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_composes_and_matches_signatures(option: str, tmp_path: Path) -> None:
+    """YAML keys equal the signature: no default hides in Python, no key is swallowed."""
+    cfg = compose_run(tmp_path, option)
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    for block in targets(cfg):
+        target = block["_target_"]
+        function = get_object(target)
+        parameters = inspect.signature(function).parameters
+        keys = {key for key in block if not key.startswith("_")} | FILLED_IN.get(target, set())
+        if target.startswith("thaw.") and not issubclass_of_lightning(function):
+            assert keys == set(parameters), target
+            assert all(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters.values()), target
+        elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            assert keys <= set(parameters), target
+
+
+def issubclass_of_lightning(function: object) -> bool:
+    """Whether the signature is Lightning's own, with Lightning's defaults."""
+    return isinstance(function, type) and "__init__" not in vars(function)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_runs_two_batches(experiment: str, train: Callable[..., Path]) -> None:
+    run_dir = train(f"experiment={experiment}", "debug=fast", "data.source=sample", "data.batch_size=16")
+    assert (run_dir / "summary.json").exists()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_header(experiment: str) -> None:
+    """An experiment opens with its command, hardware, time and what to expect."""
+    text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    assert f"python train.py experiment={experiment}" in header
+    for word in ("core", "%"):
+        assert word in header
+    assert yaml.safe_load(text)["name"] == experiment
+
+
+def test_logger_choices(tmp_path: Path) -> None:
+    assert list(compose_run(tmp_path).logger) == ["csv", "wandb"]
+    assert list(compose_run(tmp_path, "logger=[csv,tensorboard]").logger) == ["csv", "tensorboard"]
+    assert not compose_run(tmp_path, "logger=none").logger

@@ -1,0 +1,110 @@
+"""The whole run on real digits: accuracy gates, one and two processes, sweeps, what a run leaves behind."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL
+
+PROBE = "experiment=vit_linear_probe"
+
+
+def script(name: str, *arguments: str, cwd: Path = ROOT) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    result = subprocess.run(
+        [sys.executable, ROOT / name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_linear_probe_on_the_sample(tmp_path: Path) -> None:
+    """The main job as a user types it, and its evaluation."""
+    printed = script("train.py", PROBE, "data.source=sample", f"hydra.run.dir={tmp_path}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0.96 <= summary["test/acc"] < 1.0, "100 % of 500 would be too good to be true"
+    assert summary["test/acc_low"] < summary["test/acc"] < summary["test/acc_high"]
+    assert summary["n_test"] == 500
+    assert summary["data_source"] == "sample"
+    assert summary["weights"] == "bundled"
+    assert summary["trainable_params"] == 192 * 10 + 10
+    assert {"val/acc", "total_params", "seconds", "seed", "git_commit"} <= summary.keys()
+    for part in (f"{summary['test/acc']:.2%}", "95 % interval", "n = 500", "1,930 of 2,", "wandb sync"):
+        assert part in printed
+    for file in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "record.yaml", "parameters.txt"):
+        assert (tmp_path / file).exists()
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+    again = script("eval.py", f"ckpt={tmp_path}", f"hydra.run.dir={tmp_path / 'eval'}")
+    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in again
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> None:
+    """Gradients are averaged over ranks in another order of summation: equal to about 1e-5, not to the bit."""
+    same = [
+        *("experiment=vit_last_blocks", "augment=none", "data.source=sample", "data.train_size=250", "logger=csv"),
+        *("trainer.max_epochs=2", "trainer.gradient_clip_val=null", "optim.optimizer._target_=torch.optim.SGD"),
+        *("~optim.optimizer.betas", "optim.lr=0.05", "callbacks.early_stopping=null"),
+    ]
+    script("train.py", *same, "data.batch_size=50", f"hydra.run.dir={tmp_path / 'one'}")
+    script("train.py", *same, "data.batch_size=25", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'two'}")
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert first["test/acc"] == second["test/acc"]
+    assert first["n_test"] == second["n_test"] == 500
+
+
+@pytest.mark.slow
+def test_sweep_of_two_processes(tmp_path: Path) -> None:
+    """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""
+    printed = script(
+        *("train.py", "-m", PROBE, "trainer=ddp_cpu", "data.source=sample", "data.train_size=256", "trainer.max_epochs=1"),
+        *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={tmp_path}"),
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
+    jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert [job["overrides"].split("optim.lr=")[1].split()[0] for job in jobs] == ["0.01", "1e-05"]
+    assert jobs[0]["val/acc"] > jobs[1]["val/acc"]
+    assert jobs[0]["n_test"] == 500
+    assert jobs[1]["test/acc"] is None
+    lines = printed.splitlines()
+    assert any(line.startswith("best optim.lr=0.01") for line in lines)
+    for job in ("0", "1"):
+        (run,) = {path.name.rsplit("-", 1)[1] for path in (tmp_path / job / "wandb").glob("offline-run-*")}
+        assert run
+        config = yaml.safe_load((tmp_path / job / "config.yaml").read_text())
+        assert config["run_dir"] == str(tmp_path / job)
+
+
+def test_early_stopping_fires(train: Callable[..., Path]) -> None:
+    """A learning rate too small to change a prediction: the second validation is no better, patience 1 ends it."""
+    run_dir = train(PROBE, *SMALL, "optim.lr=1e-12", "trainer.max_epochs=9", "callbacks.early_stopping.patience=1")
+    assert json.loads((run_dir / "summary.json").read_text())["epochs"] == 2
+
+
+def test_last_checkpoint_follows_every_epoch(train: Callable[..., Path]) -> None:
+    """Also when no epoch is better than the first."""
+    run_dir = train(PROBE, *SMALL, "optim.lr=1e-12", "trainer.max_epochs=3")
+    steps = {
+        name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")
+    }
+    assert steps == {"best": 8, "last": 24}
+
+
+def test_overfits_few_digits(train: Callable[..., Path]) -> None:
+    run_dir = train("experiment=vit_last_blocks", "debug=overfit", "data.source=sample", "trainer.max_epochs=25")
+    rows = (run_dir / "csv" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("train/acc")
+    assert [row.split(",")[column] for row in rows if row.split(",")[column]][-1] == "1.0"
