@@ -56,7 +56,8 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
     script("train.py", *same, "data.batch_size=50", f"hydra.run.dir={tmp_path / 'one'}")
     script("train.py", *same, "data.batch_size=25", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'two'}")
     one, two = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("one", "two")
     )
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -70,7 +71,15 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
 def test_sweep_of_two_processes(tmp_path: Path) -> None:
     """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""
     printed = script(
-        *("train.py", "-m", PROBE, "trainer=ddp_cpu", "data.source=sample", "data.train_size=256", "trainer.max_epochs=1"),
+        *(
+            "train.py",
+            "-m",
+            PROBE,
+            "trainer=ddp_cpu",
+            "data.source=sample",
+            "data.train_size=256",
+            "trainer.max_epochs=1",
+        ),
         *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={tmp_path}"),
     )
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
@@ -98,7 +107,8 @@ def test_last_checkpoint_follows_every_epoch(train: Callable[..., Path]) -> None
     """Also when no epoch is better than the first."""
     run_dir = train(PROBE, *SMALL, "optim.lr=1e-12", "trainer.max_epochs=3")
     steps = {
-        name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("best", "last")
+        name: torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("best", "last")
     }
     assert steps == {"best": 8, "last": 24}
 

@@ -21,7 +21,9 @@ def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("crash_at", "saved_at"), [(9, 8), (14, 12)], ids=["after an epoch", "mid-epoch"])
-def test_resume_equals_uninterrupted(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int) -> None:
+def test_resume_equals_uninterrupted(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int
+) -> None:
     """8 steps an epoch, a checkpoint every 4: the crash comes a little later than the last checkpoint."""
     whole = train(*RUN, name="whole")
 

@@ -25,7 +25,9 @@ def find(wanted: str, runs: Path, name: str) -> Path:
     if wanted == "last":
         found = sorted(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise ValueError(f"`last` was asked for, but no run below {runs} has a {name}; give a run folder or a .ckpt file.")
+            raise ValueError(
+                f"`last` was asked for, but no run below {runs} has a {name}; give a run folder or a .ckpt file."
+            )
         return found[-1].resolve()
     path = Path(wanted).expanduser()
     if path.is_dir():
@@ -47,13 +49,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values, and pickled code is refused ({reason}) "
+            f"{path} cannot be read as a checkpoint of tensors and plain values, pickled code is refused ({reason}). "
             "Give a checkpoint that train.py wrote."
         ) from error
     if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py.")
+        raise ValueError(
+            f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py."
+        )
     return checkpoint
 
 

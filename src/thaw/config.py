@@ -25,7 +25,9 @@ def build_list(blocks: DictConfig | None, group: str) -> list[Any]:
         if block is None:  # switched off: callbacks.early_stopping=null
             continue
         if not isinstance(block, DictConfig) or "_target_" not in block:
-            raise ValueError(f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it.")
+            raise ValueError(
+                f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it."
+            )
         built.append(instantiate(block))
     return built
 
@@ -48,7 +50,9 @@ def clear_errors() -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(error, InstantiationException) and not isinstance(cause, (*USER_ERRORS, HydraException, TypeError)):
+        if isinstance(error, InstantiationException) and not isinstance(
+            cause, (*USER_ERRORS, HydraException, TypeError)
+        ):
             raise
         print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
         sys.exit(1)

@@ -3,12 +3,13 @@
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
+import wandb
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from requests.utils import get_netrc_auth
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ CONNECT_TIMEOUT = 3.0  # seconds
 
 def wandb_logger(
     project: str, entity: str | None, group: str | None, name: str, mode: str, run_dir: str, id: str | None
-) -> "WandbLogger":
+) -> WandbLogger:
     """Lightning's W&B logger in a mode that is decided before W&B starts.
 
     Args:
@@ -30,9 +31,6 @@ def wandb_logger(
     Raises:
         ValueError: an unknown mode, or `online` without a key.
     """
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
     if mode not in ("auto", "online", "offline"):
         raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online or offline.")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
@@ -65,9 +63,6 @@ def why_offline() -> str | None:
 
     W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
     """
-    import wandb
-    from requests.utils import get_netrc_auth
-
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
         return f"WANDB_MODE is {os.environ['WANDB_MODE']}"
     server = wandb.setup().settings.base_url
@@ -83,35 +78,40 @@ def why_offline() -> str | None:
     return None
 
 
-def log_image(loggers: list[Any], key: str, path: Path) -> None:
+def log_image(loggers: list[Logger], key: str, path: Path) -> None:
     """Add a PNG to every logger that takes pictures."""
     for logger in loggers:
-        kind = type(logger).__name__
-        if kind == "WandbLogger":
+        if isinstance(logger, WandbLogger):
             logger.log_image(key, [str(path)])
-        elif kind == "TensorBoardLogger":
+        elif isinstance(logger, TensorBoardLogger):
             from torchvision.io import decode_image
 
             logger.experiment.add_image(key, decode_image(str(path)))
 
 
-def where_to_look(loggers: list[Any]) -> str | None:
+def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
+    """The W&B run that is logged to, if there is one."""
+    return next((logger.experiment for logger in loggers if isinstance(logger, WandbLogger)), None)
+
+
+def where_to_look(loggers: list[Logger]) -> str | None:
     """How to see the run in W&B: its address, or the commands for an offline run; None without W&B."""
+    run = wandb_run(loggers)
+    if run is None:
+        return None
+    if not run.settings._offline:
+        return str(run.url)
+    folder = os.path.relpath(Path(run.dir).parent)
+    return f"offline; look: wandb leet {folder}\n{'':<14}upload: wandb sync {folder}"
+
+
+def finish(loggers: list[Logger]) -> None:
+    """Close every logger, W&B's run too: the next job of a sweep would otherwise write into it.
+
+    Called while an exception passes, it marks the run as failed.
+    """
+    failed = sys.exc_info()[0] is not None
     for logger in loggers:
-        if type(logger).__name__ == "WandbLogger":
-            run = logger.experiment
-            if not run.settings._offline:
-                return str(run.url)
-            folder = os.path.relpath(Path(run.dir).parent)
-            return f"offline; look: wandb leet {folder}\n{'':<14}upload: wandb sync {folder}"
-    return None
-
-
-def finish(loggers: list[Any]) -> None:
-    """Close every logger, W&B's run too: the next job of a sweep would otherwise write into it."""
-    for logger in loggers:
-        logger.finalize("success")
-    if any(type(logger).__name__ == "WandbLogger" for logger in loggers):
-        import wandb
-
-        wandb.finish()
+        logger.finalize("failed" if failed else "success")
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        wandb.finish(exit_code=int(failed))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -113,7 +114,7 @@ def packed(digits: dict[str, torch.Tensor]) -> dict[str, bytes]:
 def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """No test waits between tries: how long each would have waited."""
     waited: list[float] = []
-    monkeypatch.setattr(sources.time, "sleep", waited.append)
+    monkeypatch.setattr(sources, "time", SimpleNamespace(sleep=waited.append))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return waited
 
@@ -284,9 +285,19 @@ def test_only_what_is_missing_is_downloaded(
 
 
 def test_runs_that_start_together_download_once(
-    packed: dict[str, bytes], digits: dict[str, torch.Tensor], mirror: Callable[..., Mirror], tmp_path: Path
+    packed: dict[str, bytes],
+    digits: dict[str, torch.Tensor],
+    mirror: Callable[..., Mirror],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    server = mirror(packed)
+    server, barrier, real_make_folder = mirror(packed), threading.Barrier(3), sources.make_folder
+
+    def together(folder: Path) -> None:  # called once a run has seen that files are missing
+        real_make_folder(folder)
+        barrier.wait(timeout=30)
+
+    monkeypatch.setattr(sources, "make_folder", together)
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(load, "MNIST", tmp_path, "official", [server.url]) for _ in range(3)]
         for run in runs:
@@ -349,6 +360,7 @@ def test_a_part_that_is_no_beginning_is_thrown_away(
     server = mirror(packed, ranges=ranges)
     put({f"{TRAIN_IMAGES}.part": junk}, tmp_path)
     assert_synthetic(load("MNIST", tmp_path, "official", [server.url]), digits)
+    assert len(server.requests) == (5 if ranges else 4)  # a server without ranges starts at the first byte anyway
     assert kept(tmp_path) == set(NAMES)
 
 
@@ -387,7 +399,7 @@ def test_a_login_page_leads_to_the_next_mirror(
 
 
 @pytest.mark.parametrize("reply", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"], ids=["nothing", "not HTTP"])
-def test_a_server_that_does_not_speak_http(reply: bytes, tmp_path: Path, nowhere: str) -> None:
+def test_a_server_that_does_not_speak_http(reply: bytes, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
@@ -397,11 +409,9 @@ def test_a_server_that_does_not_speak_http(reply: bytes, tmp_path: Path, nowhere
                     connection.recv(4096)
                     connection.sendall(reply)
 
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
+        threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(ConnectionError, match=TRAIN_IMAGES):
             load("MNIST", tmp_path, "official", [f"http://127.0.0.1:{listener.getsockname()[1]}"])
-        thread.join()
 
 
 def test_out_of_reach_falls_back_to_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

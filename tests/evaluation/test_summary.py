@@ -7,7 +7,14 @@ from thaw.evaluation.summary import NOT_TESTED, format_summary, write_json
 
 FACTS = {
     **{"test/acc": 0.99, "test/acc_low": 0.977, "test/acc_high": 0.996, "n_test": 500, "val/acc": 0.985, "epochs": 3},
-    **{"data_source": "sample", "dataset": "MNIST", "n_train": 4000, "n_val": 500, "backbone": "vit", "weights": "bundled"},
+    **{
+        "data_source": "sample",
+        "dataset": "MNIST",
+        "n_train": 4000,
+        "n_val": 500,
+        "backbone": "vit",
+        "weights": "bundled",
+    },
     **{"trainable_params": 25, "total_params": 1000, "seconds": 7.25, "run_dir": "logs/runs/x"},
 }
 

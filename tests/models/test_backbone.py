@@ -176,6 +176,7 @@ def test_a_file_with_a_classifier_loads_without_it(
 def test_bundled_weights_load(backbone: Build) -> None:
     model = instantiate(OmegaConf.load(ROOT / "configs" / "backbone" / "digits_vit.yaml"))
     assert model.weights == "bundled" and not model.fresh
+    assert all(module.training for module in model.modules())
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 192)
 
 

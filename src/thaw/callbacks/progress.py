@@ -42,7 +42,7 @@ class EpochLines(ProgressBar):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
             metrics = self.get_metrics(trainer, pl_module)
-            numbers = "  ".join(f"{name} {float(value):.4f}" for name, value in metrics.items() if name != "v_num")
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "v_num")
             seconds = time.monotonic() - self.started
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}  ({seconds:.1f} s)", flush=True)
 

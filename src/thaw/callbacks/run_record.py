@@ -11,6 +11,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
+from thaw.loggers import wandb_run
 from thaw.models.freezing import format_table
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
@@ -53,7 +54,8 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
-        checkpoint["wandb_id"] = wandb_id(trainer)
+        run = wandb_run(trainer.loggers)
+        checkpoint["wandb_id"] = run and str(run.id)
 
 
 def count_parameters(module: torch.nn.Module) -> dict[str, int]:
@@ -62,21 +64,17 @@ def count_parameters(module: torch.nn.Module) -> dict[str, int]:
     return {"trainable_params": sum(n for n, trains in sizes if trains), "total_params": sum(n for n, _ in sizes)}
 
 
-def wandb_id(trainer: Trainer) -> str | None:
-    """The id of the run's W&B logger, if it has one."""
-    for logger in trainer.loggers:
-        if type(logger).__name__ == "WandbLogger":
-            return str(logger.experiment.id)
-    return None
-
-
 def git_commit() -> str:
     """The commit of the code that runs, `-dirty` where it was changed since; `unknown` outside a checkout."""
     root = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
         status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

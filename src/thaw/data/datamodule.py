@@ -1,6 +1,5 @@
 """Batches of digits: fixed splits held as uint8 tensors, each batch taken by one indexing operation."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data import sources
 from thaw.data.sources import Digits, Source
-
 
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
 
@@ -143,15 +141,15 @@ class MNISTDataModule(LightningDataModule):
         self.load()
 
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer and self.trainer.world_size > 1:  # all ranks take what rank 0 got, official files or sample
+            source = self.trainer.strategy.broadcast(self.load().name if self.trainer.is_global_zero else None)
+            self.source = source if self.digits is None else self.source
         self.load()
 
     def load(self) -> Source:
         """The digits in their splits, read once."""
         if self.digits is not None:
             return self.digits
-        # With several processes the warning of a fall-back is worth saying once.
-        with_log = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        logging.getLogger(sources.__name__).disabled = not with_log
         digits = sources.load(self.dataset, self.dir, self.source, self.mirrors)
         available = len(digits.train.labels)
         if self.train_size is not None:

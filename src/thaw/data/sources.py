@@ -64,7 +64,7 @@ def load(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str
         raise ValueError(f"data.source={source!r} is unknown; choose auto, official or sample.")
     if dataset not in DATASETS:
         raise ValueError(f"data.dataset={dataset!r} is unknown; choose one of {', '.join(DATASETS)}.")
-    if isinstance(mirrors, str) or any("://" not in mirror for mirror in mirrors or ()):
+    if any("://" not in mirror for mirror in mirrors or ()):  # true of a string too, letter by letter
         raise ValueError(f"data.mirrors={mirrors} must be null or a list of URLs such as [https://example.org/mnist].")
     if source == "sample":
         return load_sample(dataset)

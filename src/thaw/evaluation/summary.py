@@ -27,7 +27,14 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
     """
     if not trainer.is_global_zero:
         return
-    tested = next((callback.results for callback in trainer.callbacks if isinstance(callback, TestReport)), {})
+    tested = next(
+        (
+            callback.results
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, TestReport)
+        ),
+        {},
+    )
     digits = trainer.datamodule.digits  # type: ignore[attr-defined]
     facts = {
         "name": cfg.name,

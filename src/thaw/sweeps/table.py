@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,12 @@ def format_jobs(jobs: list[dict[str, Any]], sweep: Path) -> str:
             test = f"{job['test/acc']:.2%} [{job['test/acc_low']:.2%}, {job['test/acc_high']:.2%}]"
         mark = "best" if place == 0 else ""
         rows.append(f"{mark:<4} {name:<{width}}  {val:>8}  {test:>24}  {os.path.relpath(job['run_dir'])}")
-    rows.append(f"{len(jobs)} jobs compared on validation; only the best is tested. Kept in {os.path.relpath(sweep)}/sweep.json")
+    rows.append(
+        f"{len(jobs)} jobs compared on validation; only the best is tested. Kept in {os.path.relpath(sweep)}/sweep.json"
+    )
     return "\n".join(rows)
 
 
 def is_sweep_job() -> bool:
     """Whether this process runs a job of `-m`."""
-    return HydraConfig.initialized() and HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN"
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

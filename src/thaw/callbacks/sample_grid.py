@@ -1,0 +1,33 @@
+"""What the model gets to see: a picture of training digits under the run's augmentation."""
+
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from thaw.loggers import log_image
+
+
+class SampleGrid(Callback):
+    """Draws `<run_dir>/report/augmented_digits.png` when training starts, and gives it to the loggers.
+
+    Args:
+        run_dir: the run's folder.
+        digits: columns: the first so many training digits.
+        draws: rows below the first, each with new random parameters.
+    """
+
+    def __init__(self, run_dir: str, digits: int, draws: int) -> None:
+        self.path = Path(run_dir) / "report" / "augmented_digits.png"
+        self.digits, self.draws = digits, draws
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
+
+        images = trainer.datamodule.load().train.images[: self.digits]  # type: ignore[attr-defined]
+        with torch.random.fork_rng():  # a picture must not change the run
+            rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]  # type: ignore[operator]
+        save_contact_sheet(rows, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
+        log_image(trainer.loggers, "train/augmented_digits", self.path)
