@@ -131,6 +131,15 @@ def test_all_at_once_is_one_interpolation(
     assert_close(out, expected, digits)
 
 
+def test_half_precision_training_moves_nothing(digits: Tensor) -> None:
+    results = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(build(degrees=10, translate=0.07, scale=0.1)(digits))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(("thickness", "draw"), [(1.0, 1.0), (1.0, -1.0), (0.8, 0.5), (0.5, -0.5)])
 def test_thickness_is_a_share_of_scipys_dilation_or_erosion(
     thickness: float, draw: float, digits: Tensor, monkeypatch: pytest.MonkeyPatch

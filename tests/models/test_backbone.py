@@ -173,7 +173,7 @@ def test_a_file_with_a_classifier_loads_without_it(
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 
 
-def test_bundled_weights_load(backbone: Build) -> None:
+def test_bundled_weights_load() -> None:
     model = instantiate(OmegaConf.load(ROOT / "configs" / "backbone" / "digits_vit.yaml"))
     assert model.weights == "bundled" and not model.fresh
     assert all(module.training for module in model.modules())

@@ -158,6 +158,17 @@ def test_modules_without_parameters_follow_what_comes_before() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_modules_without_parameters_follow_the_own_parameters_of_their_module() -> None:
+    class Stem(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Dropout(), nn.Linear(1, 1))
+            self.token = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    stem = Stem()
+    set_modes(stem, before=True)
+    assert [module.training for module in stem.modules()] == [False, False, True]
+
+
 def test_modes_of_a_frozen_backbone_under_a_training_head(classifier: Build, tiny: dict) -> None:
     head = partial(MLPHead, hidden_features=16, dropout=0.5)
     model = apply(classifier("linear_probe", head=head, arguments=tiny | DROPOUT))

@@ -42,6 +42,7 @@ def test_heads_by_hand() -> None:
     mlp = MLPHead(8, 10, hidden_features=16, dropout=0.0)
     hidden = F.gelu(normal @ mlp.hidden.weight.T + mlp.hidden.bias)
     torch.testing.assert_close(mlp(features), hidden @ mlp.linear.weight.T + mlp.linear.bias)
+    assert [len(list(head.parameters())) for head in (linear, mlp)] == [2, 4]  # none in the normalisation
 
 
 def test_dropout_is_random_in_training_alone() -> None:

@@ -33,9 +33,9 @@ def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
     """What to look at first, from the state of the model."""
     broken = [name for name, parameter in pl_module.named_parameters() if not torch.isfinite(parameter).all()]
     if broken:
-        frozen = [name for name in broken if not pl_module.get_parameter(name).requires_grad]
-        if frozen:
-            return f"the weights that were loaded are not finite, e.g. {frozen[0]}."
+        loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]
+        if loaded:
+            return f"the weights that were loaded are not finite, e.g. {loaded[0]}."
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         return f"training diverged ({broken[0]} is not finite); lower optim.lr (now {rate:.1e}) or lengthen the warmup."
     if str(trainer.precision).startswith("16"):

