@@ -1,7 +1,7 @@
 """From composed configuration to objects, and configuration errors that say what was allowed."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
 
 
-def build_list(blocks: DictConfig | None, group: str) -> list[Any]:
+def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
     """Instantiate every block of a group such as `callbacks`; None stands for an empty group.
 
     Raises:

@@ -189,14 +189,24 @@ def test_each_process_takes_its_share() -> None:
         on_rank(0, 2, batch_size=30).train_dataloader()
 
 
+def test_every_process_takes_the_source_of_the_first() -> None:
+    data = on_rank(1, 2)
+    data.source = "official"
+    data.trainer.is_global_zero = False
+    data.trainer.strategy = SimpleNamespace(broadcast=lambda _: "sample")  # the first fell back to it
+    data.setup()
+    assert data.load().name == "sample"
+
+
 # Inside Lightning
 
 
 class Recorder(L.LightningModule):
     """Learns nothing; remembers the digits of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, plans: bool = False) -> None:
         super().__init__()
+        self.plans = plans
         self.weight = nn.Parameter(torch.zeros(()))
         self.steps: list[list[int]] = []
         self.checked: list[int] = []
@@ -209,6 +219,8 @@ class Recorder(L.LightningModule):
         self.checked += batch.indices.tolist()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.plans:  # as a schedule over all steps does; builds the loader before Lightning restores its place
+            assert self.trainer.estimated_stepping_batches == 15
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
@@ -241,11 +253,22 @@ def test_lightning_shuffles_anew_each_epoch() -> None:
 
 @pytest.mark.parametrize("step", [2, 5, 6])
 @pytest.mark.parametrize("end", [{"max_epochs": 3}, {"max_epochs": -1, "max_steps": 15}], ids=["epochs", "steps"])
-def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(step: int, end: dict[str, int], tmp_path: Path) -> None:
-    uninterrupted, resumed = Recorder(), Recorder()
+@pytest.mark.parametrize("plans", [False, True])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(
+    plans: bool, step: int, end: dict[str, int], tmp_path: Path
+) -> None:
+    uninterrupted, resumed = Recorder(plans), Recorder(plans)
     trainer(callbacks=[SaveAfter(step, tmp_path / "last.ckpt")], **end).fit(uninterrupted, datamodule())
     trainer(**end).fit(resumed, datamodule(), ckpt_path=tmp_path / "last.ckpt")
     assert resumed.steps == uninterrupted.steps[step:]
+
+
+def test_a_fresh_run_after_a_resumed_one_is_whole(tmp_path: Path) -> None:
+    data, fresh = datamodule(), Recorder()
+    trainer(callbacks=[SaveAfter(2, tmp_path / "last.ckpt")]).fit(Recorder(), data)
+    trainer().fit(Recorder(), data, ckpt_path=tmp_path / "last.ckpt")
+    trainer(max_epochs=1).fit(fresh, data)
+    assert list(chain(*fresh.steps)) == order(sampler(45, 10))
 
 
 def test_lightnings_own_sampler_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:

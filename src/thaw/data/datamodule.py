@@ -173,6 +173,7 @@ class MNISTDataModule(LightningDataModule):
             )
         self.train_loader = self.loader(train, self.batch_size, shuffle=True)
         self.train_loader.load_state_dict(self.resume_at)
+        self.resume_at = NOT_RESUMED  # once: a later fit starts afresh
         return self.train_loader
 
     # Lightning restores the loader's own state too, but not where the optimizer's schedule has asked for its length

@@ -157,7 +157,10 @@ def load_weights(model: TimmModel, name: str, weights: str) -> None:
                 state[stem] = timm.models.adapt_input_conv(1, state[stem])
         state = {key: value for key, value in state.items() if key in wanted or not key.startswith(classifiers)}
     except Exception as error:  # a conversion fails in any way on weights of another model
-        raise ValueError(f"backbone.weights={path} cannot be converted for {name}: {error}") from error
+        raise ValueError(
+            f"backbone.weights={path} cannot be converted for backbone.name={name} ({error}). "
+            "Choose the backbone that the weights were made for, or other weights."
+        ) from error
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
         *(f"unexpected {key}" for key in state.keys() - wanted.keys()),

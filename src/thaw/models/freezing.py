@@ -86,6 +86,10 @@ class FreezePolicy:
                 why = "only what earlier rules decided" if earlier else "nothing"
                 problems.append(f"rule {number + 1} {rule} matches {why}")
         if problems:
+            everything = [rule.last for rule in self.rules if rule.last is not None and rule.last >= num_layers]
+            problems += [
+                f"last={last} is the whole backbone (below {num_layers} is a part of it)" for last in everything
+            ]
             tops = sorted({".".join(name.split(".")[:3]) for name in depths})
             raise ValueError(
                 f"freeze.rules: {'; '.join(sorted(problems)[:6])}. The model has {num_layers} layers and parameters "
