@@ -46,6 +46,13 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["test/acc"] == right / len(data.test.labels)
 
 
+def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
+    run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+    checkpoint = checkpoints.read(run_dir / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="SimCLR has no test"):
+        evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
+
+
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
 

@@ -24,6 +24,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
         `test/acc`, its interval, `n_test` and `data_source`.
     """
     from hydra.utils import instantiate
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.test_report import TestReport
@@ -31,7 +32,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     quiet()
     check(cfg)
     model = checkpoints.load_model(checkpoint)
-    if not hasattr(model, "test_step"):
+    if not is_overridden("test_step", model):
         raise ValueError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
     datamodule = instantiate(cfg.data)
     report = TestReport(str(run_dir))

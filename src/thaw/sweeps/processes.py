@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -75,8 +75,9 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     threading.Thread(target=watch, args=(children, ended), daemon=True).start()
     try:
         yield
-        for child in children:
-            child.wait(GRACE)
+        with suppress(subprocess.TimeoutExpired):
+            for child in children:
+                child.wait(GRACE)
     finally:
         ended.set()
         for child in children:
@@ -98,7 +99,9 @@ def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
         *("--config-path", str(run_dir), "--config-name", CONFIG_NAME),
         *(f"hydra.run.dir={run_dir}", "hydra.output_subdir=null", f"hydra.job.name=rank{rank}"),
     ]
-    return subprocess.Popen(command, env={**os.environ, "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL)
+    environment = {**os.environ, "LOCAL_RANK": str(rank)}
+    environment.pop("HYDRA_FULL_ERROR", None)  # set by thaw.config.clear_errors, for this process only
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
 
 
 def watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
