@@ -48,9 +48,9 @@ class EpochLines(ProgressBar):
 
 
 def quiet() -> None:
-    """Silence what Lightning says of itself and of choices that are meant; its warnings of real trouble stay."""
+    """Silence what libraries say of themselves and of choices that are meant; its warnings of real trouble stay."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's handlers print what is left, once
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for meant in (
         "does not have many workers",  # a batch is one indexing operation

@@ -4,8 +4,8 @@ import gzip
 import hashlib
 import http.client
 import logging
-import os
 import ssl
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -169,9 +169,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder that can be written, or raise OSError naming `data.dir`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
             f"data.dir: cannot write to {folder} ({error.strerror}). Point data.dir at a folder you may write to."
