@@ -23,6 +23,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
+LINEAR = partial(LinearHead, norm="layer")
+
 
 @pytest.fixture
 def tiny() -> dict[str, Any]:
@@ -61,7 +63,7 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
 
     def build(
         freeze: str | FreezePolicy = "linear_probe",
-        head: Callable[..., nn.Module] = LinearHead,
+        head: Callable[..., nn.Module] = LINEAR,
         optim: Mapping[str, Any] | None = None,
         loaded: bool = True,
         **changes: Any,

@@ -111,4 +111,12 @@ def test_label_smoothing_out_of_range(classifier: Build) -> None:
     model = classifier()
     optim: OptimizerRecipe = model.optim
     with pytest.raises(ValueError, match=r"model\.label_smoothing=1\.5 must be from 0 to 1"):
-        Classifier(model.backbone, LinearHead, nn.Identity(), model.freeze_policy, optim, 10, label_smoothing=1.5)
+        Classifier(
+            model.backbone,
+            partial(LinearHead, norm="layer"),
+            nn.Identity(),
+            model.freeze_policy,
+            optim,
+            10,
+            label_smoothing=1.5,
+        )

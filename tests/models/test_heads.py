@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from thaw.models.heads import LinearHead, MLPHead
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "head"
-HEADS = [LinearHead, partial(MLPHead, hidden_features=16, dropout=0.5)]
+HEADS = [partial(LinearHead, norm="layer"), partial(MLPHead, hidden_features=16, dropout=0.5)]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -37,7 +38,7 @@ def test_heads_by_hand() -> None:
     features = torch.randn(5, 8)
     mean, std = features.mean(dim=1, keepdim=True), (features.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
     normal = (features - mean) / std
-    linear = LinearHead(8, 10)
+    linear = LinearHead(8, 10, norm="layer")
     torch.testing.assert_close(linear(features), normal @ linear.linear.weight.T + linear.linear.bias)
     mlp = MLPHead(8, 10, hidden_features=16, dropout=0.0)
     hidden = F.gelu(normal @ mlp.hidden.weight.T + mlp.hidden.bias)
@@ -56,3 +57,19 @@ def test_dropout_is_random_in_training_alone() -> None:
 def test_shipped_heads(config: Path) -> None:
     head = instantiate(OmegaConf.load(config))(in_features=8, num_classes=7)
     assert head(torch.randn(3, 8)).shape == (3, 7)
+
+
+def test_batch_norm_standardises_every_dimension() -> None:
+    """As scikit-learn does over the same digits, up to the running average."""
+    features = torch.randn(4000, 8) * torch.logspace(-2, 2, 8) + 5
+    head = LinearHead(8, 10, norm="batch")
+    for batch in features.repeat(40, 1).split(100):
+        head.norm(batch)
+    head.eval()
+    expected = torch.from_numpy(StandardScaler().fit_transform(features.numpy()))
+    torch.testing.assert_close(head.norm(features), expected.float(), rtol=0.1, atol=0.1)
+
+
+def test_unknown_norm() -> None:
+    with pytest.raises(ValueError, match="choose layer or batch"):
+        LinearHead(8, 10, norm="group")

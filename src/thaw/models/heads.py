@@ -1,23 +1,33 @@
 """Classification heads: pooled features (B, D) -> logits (B, num_classes)."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
     """A linear layer on features that are normalised without learned scale.
 
-    Features of frozen backbones differ in scale by orders of magnitude between models; the normalisation lets one
-    learning rate serve all of them, as in the linear probes of MAE (He et al. 2021, appendix A). It is per digit
-    (LayerNorm without affine) rather than per batch, so that a digit's logits depend on that digit alone.
+    Features of frozen backbones differ in scale by orders of magnitude, between models and between dimensions; the
+    normalisation lets one learning rate serve all of them.
 
     Args:
         in_features: D, filled in from the backbone.
         num_classes: number of logits.
+        norm: `layer` normalises each digit's features on their own, so that logits depend on that digit alone;
+            `batch` standardises every dimension over the batch, as the linear probes of MAE do (He et al. 2021,
+            appendix A), which serves frozen backbones whose dimensions differ much, such as DINOv2.
     """
 
-    def __init__(self, in_features: int, num_classes: int) -> None:
+    def __init__(self, in_features: int, num_classes: int, norm: Literal["layer", "batch"]) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(in_features, elementwise_affine=False)
+        if norm not in ("layer", "batch"):
+            raise ValueError(f"head.norm={norm!r} is unknown; choose layer or batch.")
+        self.norm = (
+            nn.LayerNorm(in_features, elementwise_affine=False)
+            if norm == "layer"
+            else nn.BatchNorm1d(in_features, affine=False, momentum=0.01)  # statistics of the last few thousand digits
+        )
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
