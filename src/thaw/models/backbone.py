@@ -104,6 +104,8 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
         raise ValueError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
     if channels not in (1, 3):
         raise ValueError(f"backbone.channels={channels} must be 1 or 3.")
+    if image_size < 1:
+        raise ValueError(f"backbone.image_size={image_size} must be positive.")
     taken: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
         try:
