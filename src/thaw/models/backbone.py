@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         pool: `model` for the pooling that timm defines for it, or `class_and_mean` for the class token next to the
             mean of the patch tokens, (B, 2 D), the features of DINOv2's linear probes (Oquab et al. 2023).
         mean, std: of the pixels in [0, 1] that the weights expect; None means what timm states for the model.
-        fused_attention: use torch's fused attention; at 17 tokens plain attention trains faster in bf16 on a CPU.
+        fused_attention: use torch's fused attention; at 16 tokens plain attention trains faster in bf16 on a CPU.
         arguments: passed to the timm model, e.g. `{depth: 6, drop_path_rate: 0.1}`.
 
     Attributes:
