@@ -37,8 +37,12 @@ class Augment(nn.Module):
         erase: float,
     ) -> None:
         super().__init__()
-        for name, value in list(locals().items()):  # a list, as debuggers add to locals()
-            if isinstance(value, int | float) and value < 0:
+        self.settings = {
+            **{"degrees": degrees, "translate": translate, "scale": scale, "shear": shear},
+            **{"elastic": elastic, "elastic_sigma": elastic_sigma, "thickness": thickness, "erase": erase},
+        }
+        for name, value in self.settings.items():
+            if value < 0:
                 raise ValueError(f"augment.{name}={value} must not be negative; 0 switches it off.")
         if scale >= 1 or erase > 1 or elastic_sigma <= 0:
             raise ValueError(
@@ -48,8 +52,11 @@ class Augment(nn.Module):
         self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
         self.elastic, self.elastic_sigma, self.thickness, self.erase = elastic, elastic_sigma, thickness, erase
         self.warps = any((degrees, translate, scale, shear, elastic))
+        self.is_random = bool(self.warps or thickness or erase)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not self.is_random:
+            return images
         x = images[:, None].float()  # (B, 1, S, S)
         if self.warps:
             grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)

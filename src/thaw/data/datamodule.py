@@ -15,24 +15,39 @@ NOT_RESUMED = {"epoch": -1, "batches_done": 0}
 
 
 class Batch(NamedTuple):
-    """images uint8 (B, 28, 28), labels int64 (B,), indices int64 (B,): the digits' places in their split."""
+    """images uint8 (B, 28, 28), labels int64 (B,), indices int64 (B,): the digits' places in their split.
+
+    features (B, ...) is what a frozen part of the model made of them, where that was kept.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    features: Tensor | None
 
 
 class DigitDataset(Dataset[Batch]):
-    """Digits addressed by a whole batch of indices at a time."""
+    """Digits addressed by a whole batch of indices at a time, on the device that they are kept on.
+
+    Attributes:
+        features: (K, N, ...) of K views of each digit, or None; epoch e takes view e modulo K.
+        epoch: which epoch it is.
+    """
 
     def __init__(self, digits: Digits) -> None:
         self.digits = digits
+        self.features: Tensor | None = None
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.digits.labels)
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        return Batch(self.digits.images[indices], self.digits.labels[indices], indices)
+        features = self.features
+        if features is not None:
+            features = features[self.epoch % len(features)][indices.to(features.device)]
+        indices = indices.to(self.digits.images.device, non_blocking=True)
+        return Batch(self.digits.images[indices], self.digits.labels[indices], indices, features)
 
 
 class BatchSampler(DistributedSampler):
@@ -81,6 +96,7 @@ class DigitLoader(DataLoader):
         self.resume_at = NOT_RESUMED
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.dataset.epoch = self.sampler.epoch  # type: ignore[attr-defined]
         resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
         skip = self.resume_at["batches_done"] if resumed else 0
         self.resume_at = NOT_RESUMED  # once: the next pass is a whole one
@@ -109,7 +125,8 @@ class MNISTDataModule(LightningDataModule):
         train_size: use only the first so many training digits; None means all.
         batch_size: training digits a step on each process.
         eval_batch_size: digits a step in validation and test.
-        num_workers: worker processes; 0 is the fastest as a batch is one indexing operation.
+        num_workers: worker processes; 0 is the fastest, as digits lie on the training device and a batch is one
+            indexing operation there.
         seed: of the order of the training digits. The splits do not depend on it.
     """
 
@@ -133,6 +150,7 @@ class MNISTDataModule(LightningDataModule):
             if size < 1:
                 raise ValueError(f"data.{name}={size} must be at least 1.")
         self.digits: Source | None = None
+        self.datasets: dict[tuple[str, torch.device], DigitDataset] = {}
         self.train_loader: DigitLoader | None = None
         self.resume_at = NOT_RESUMED
 
@@ -164,14 +182,14 @@ class MNISTDataModule(LightningDataModule):
         return digits
 
     def train_dataloader(self) -> DigitLoader:
-        train = self.load().train
+        size = len(self.split_dataset("train"))
         ranks = self.trainer.world_size if self.trainer else 1
-        if self.batch_size * ranks > len(train.labels):
+        if self.batch_size * ranks > size:
             raise ValueError(
-                f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {len(train.labels):,} "
-                f"training digits; choose at most {len(train.labels) // ranks}."
+                f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {size:,} "
+                f"training digits; choose at most {size // ranks}."
             )
-        self.train_loader = self.loader(train, self.batch_size, shuffle=True)
+        self.train_loader = self.loader("train", self.batch_size, shuffle=True)
         self.train_loader.load_state_dict(self.resume_at)
         self.resume_at = NOT_RESUMED  # once: a later fit starts afresh
         return self.train_loader
@@ -185,19 +203,29 @@ class MNISTDataModule(LightningDataModule):
         self.resume_at = state_dict or NOT_RESUMED
 
     def val_dataloader(self) -> DigitLoader:
-        return self.loader(self.load().val, self.eval_batch_size, shuffle=False)
+        return self.loader("val", self.eval_batch_size, shuffle=False)
 
     def test_dataloader(self) -> DigitLoader:
-        return self.loader(self.load().test, self.eval_batch_size, shuffle=False)
+        return self.loader("test", self.eval_batch_size, shuffle=False)
 
-    def loader(self, digits: Digits, batch_size: int, shuffle: bool) -> DigitLoader:
+    def split_dataset(self, split: str) -> DigitDataset:
+        """The digits of `train`, `val` or `test`, on the training device unless worker processes fetch them."""
+        device = torch.device("cpu")
+        if self.trainer and self.num_workers == 0:
+            device = self.trainer.strategy.root_device
+        if (split, device) not in self.datasets:
+            digits: Digits = getattr(self.load(), split)
+            self.datasets[split, device] = DigitDataset(Digits(*(part.to(device) for part in digits)))
+        return self.datasets[split, device]
+
+    def loader(self, split: str, batch_size: int, shuffle: bool) -> DigitLoader:
         overfit = getattr(self.trainer, "overfit_batches", 0)
         if overfit:  # Lightning would replace our sampler by one of single digits
             raise ValueError(
                 f"trainer.overfit_batches={overfit} is not supported; "
                 f"to overfit, train on few digits: data.train_size={self.batch_size}."
             )
-        dataset = DigitDataset(digits)
+        dataset = self.split_dataset(split)
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = BatchSampler(dataset, batch_size, shuffle, self.seed, num_replicas=ranks, rank=rank)
         # batch_size=None: the sampler yields whole batches of indices, nothing is collated.
@@ -206,5 +234,5 @@ class MNISTDataModule(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
         )

@@ -1,8 +1,9 @@
 """Vision backbones from timm, images (B, C, S, S) -> features (B, D). The only file that imports timm."""
 
 import difflib
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -37,6 +38,9 @@ class Backbone(nn.Module):
     Attributes:
         fresh: names of the parameters that no weights filled.
         num_features: D of what `forward` returns.
+        layers: what an image passes through, one after the other: stem, each block, and final norm with pooling.
+            Models that are no such chain (ConvNeXt, EVA, ...) are a single layer.
+        is_chain: whether there are several layers.
 
     Raises:
         ValueError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
@@ -71,6 +75,11 @@ class Backbone(nn.Module):
             self.num_features = 2 * self.model.num_features
         elif pool != "model":
             raise ValueError(f"backbone.pool={pool!r} is unknown; choose model or class_and_mean.")
+        self.architecture = {  # all that `forward` depends on but for the weights, as values of JSON
+            **{"timm": timm.__version__, "name": name, "arguments": dict(arguments), "image_size": image_size},
+            **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
+        }
+        self.is_chain = is_chain(self.model, torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1))
         self.weights = weights
         self.fresh = frozenset(dict(self.named_parameters()) if weights == "none" else ())
         if weights != "none":
@@ -78,7 +87,41 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, S, S) -> (B, num_features)."""
-        tokens = self.model.forward_features(images)  # (B, T, D) for a ViT
+        return self.suffix(images, 0)
+
+    def prefix(self, images: Tensor, cut: int) -> Tensor:
+        """Images (B, C, S, S) after the first `cut` layers: tokens (B, T, D) for a ViT, features if that is all."""
+        for layer in self.layers[:cut]:
+            images = layer(images)
+        return images
+
+    def suffix(self, tokens: Tensor, cut: int) -> Tensor:
+        """What `prefix` returned -> features (B, num_features)."""
+        for layer in self.layers[cut:]:
+            tokens = layer(tokens)
+        return tokens
+
+    def layers_state(self, cut: int) -> dict[str, Tensor]:
+        """Parameters and buffers of the first `cut` layers."""
+        return {name: tensor for name, tensor in self.state_dict().items() if self.layer_of(name) < cut}
+
+    @property
+    def layers(self) -> list[Callable[[Tensor], Tensor]]:
+        if not self.is_chain:
+            return [lambda images: self.pooled(self.model.forward_features(images))]
+        stem, blocks, norm = chain(self.model)
+        return [stem, *blocks, lambda tokens: self.pooled(norm(tokens))]
+
+    def layer_of(self, parameter: str) -> int:
+        """Index of the layer that a parameter belongs to; what lies neither in a block nor after them is the stem's."""
+        if not self.is_chain:
+            return 0
+        block = re.match(r"model\.(?:blocks|layers)\.(\d+)\.", parameter)
+        after = re.match(r"model\.(norm|fc_norm|attn_pool|head)\.", parameter)
+        return 1 + int(block[1]) if block else len(self.layers) - 1 if after else 0
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) for a ViT -> (B, num_features)."""
         if self.pool == "class_and_mean":
             patches = tokens[:, self.model.num_prefix_tokens :]
             return torch.cat([tokens[:, 0], patches.mean(dim=1)], dim=1)  # (B, 2 D)
@@ -128,6 +171,36 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
             f"backbone.arguments={arguments}: {reason}"
         ) from error
     return model.train()
+
+
+def chain(model: TimmModel) -> tuple[Callable[[Tensor], Tensor], Sequence[nn.Module], nn.Module]:
+    """The stem, the blocks and the final norm of a ViT or Swin: `forward_features` is one after the other."""
+    names = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
+    steps = [getattr(model, name) for name in names if hasattr(model, name)]
+
+    def stem(images: Tensor) -> Tensor:
+        for step in steps:
+            images = step(images)
+        return images
+
+    return stem, list(getattr(model, "blocks", None) or model.layers), model.norm
+
+
+def is_chain(model: TimmModel, images: Tensor) -> bool:
+    """Whether `chain` does exactly what the model's own `forward_features` does."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            stem, blocks, norm = chain(model)
+            tokens = stem(images)
+            for block in blocks:
+                tokens = block(tokens)
+            return torch.equal(norm(tokens), model.forward_features(images))
+    except Exception:  # other architectures fail here in any way
+        return False
+    finally:
+        model.train(mode)
 
 
 def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, S image side, D feature width.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -14,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from thaw.data.datamodule import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
+from thaw.models.feature_cache import FeatureCache, digest
 from thaw.models.freezing import FreezePolicy
 from thaw.models.optim import OptimizerRecipe
 
@@ -29,6 +31,10 @@ class Classifier(LightningModule):
         optim: groups, optimizer and schedule.
         num_classes: number of classes.
         label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
+        cache: keeps what the layers that never train give for each digit.
+
+    Attributes:
+        cut: how many of the backbone's layers, counted from the stem, never train.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Classifier(LightningModule):
         optim: OptimizerRecipe,
         num_classes: int,
         label_smoothing: float,
+        cache: FeatureCache,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
@@ -51,6 +58,8 @@ class Classifier(LightningModule):
         self.freeze_policy = freeze
         self.optim = optim
         self.label_smoothing = label_smoothing
+        self.cache = cache
+        self.cut = 0
         self.train_acc = MulticlassAccuracy(num_classes, average="micro")
         self.val_acc = MulticlassAccuracy(num_classes, average="micro")
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
@@ -60,8 +69,12 @@ class Classifier(LightningModule):
         return self.head(self.backbone(self.preprocess(images)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = self.preprocess(self.augment(batch.images))  # (B, 28, 28) uint8 -> (B, C, S, S)
-        logits = self.head(self.backbone(images))  # (B, D) -> (B, 10)
+        if batch.features is None:
+            images = self.preprocess(self.augment(batch.images))  # (B, 28, 28) uint8 -> (B, C, S, S)
+            features = self.backbone(images)  # (B, D)
+        else:  # the layers that never train have run already
+            features = self.backbone.suffix(batch.features.to(self.dtype), self.cut)  # (B, T, D) or (B, D) -> (B, D)
+        logits = self.head(features)  # (B, 10)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.train_acc(logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True)
@@ -69,7 +82,10 @@ class Classifier(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        logits = self(batch.images)
+        if batch.features is None:
+            logits = self(batch.images)
+        else:
+            logits = self.head(self.backbone.suffix(batch.features.to(self.dtype), self.cut))
         self.val_acc(logits, batch.labels)
         size = len(batch.labels)
         self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=size)
@@ -85,6 +101,45 @@ class Classifier(LightningModule):
         if stage == "fit":
             fresh = frozenset(f"backbone.{name}" for name in self.backbone.fresh)
             self.freeze_policy.apply(self, self.depths(), fresh)
+            trains = [self.backbone.layer_of(name) for name, p in self.backbone.named_parameters() if p.requires_grad]
+            self.cut = min(trains, default=len(self.backbone.layers))
+
+    def on_train_start(self) -> None:
+        """Run the layers that never train once over the digits; training and validation batches carry their output."""
+        views = self.cache.num_views(self.augment.is_random, self.trainer.strategy) if self.cut else 0
+        if views:
+            self.keep_features("train", views, self.augment if self.augment.is_random else None)
+            self.keep_features("val", 1, None)
+
+    def keep_features(self, split: str, views: int, augment: nn.Module | None) -> None:
+        """Give a split's batches the output of the first `cut` layers."""
+        dataset = self.trainer.datamodule.split_dataset(split)
+        tokens = self.cut < len(self.backbone.layers)
+        autocast = self.trainer.precision_plugin.forward_context
+
+        @torch.no_grad()
+        def compute(indices: Tensor) -> Tensor:  # (B,) -> (B, T, D) or (B, D)
+            images = dataset.digits.images[indices.to(self.device)]
+            with autocast():
+                features = self.backbone.prefix(self.preprocess(augment(images) if augment else images), self.cut)
+            return features.bfloat16() if tokens and "bf16" in self.trainer.precision else features.contiguous()
+
+        facts = {
+            "backbone": self.backbone.architecture,
+            "layers": self.cut,
+            "weights": digest(self.backbone.layers_state(self.cut)),
+            "digits": digest({split: dataset.digits.images}),
+            "augment": augment and augment.settings,
+            "precision": self.trainer.precision,
+        }
+        dataset.features = self.cache.features(
+            split, len(dataset), views, compute, facts, self.device, self.trainer.strategy
+        )
+
+    def on_train_end(self) -> None:
+        """What is validated and tested from here on starts from pixels."""
+        for split in ("train", "val"):
+            self.trainer.datamodule.split_dataset(split).features = None
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)

@@ -1,0 +1,217 @@
+"""The comparison of our speed table: MNIST by the textbook, in one file.    python benchmarks/textbook.py --thaw head
+
+What a careful user of a popular Lightning template writes: torchvision transforms of one PIL image at a time, worker
+processes, and the whole backbone in each step. Backbone, splits, head and schedule are ours; where there is a choice,
+the faster form is taken.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from omegaconf import OmegaConf
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision import transforms  # v2 takes 1.4 to 1.8 times as long for each of these images
+
+from thaw.data.sources import Digits, Source, load
+from thaw.models.backbone import Backbone
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "backbone"
+BLOCKS = {"head": 0, "last2": 2, "all": None}  # how many of the last ones train
+
+
+class TextbookDataset(Dataset[tuple[Tensor, int]]):
+    """One transformed digit (C, S, S) and its label at a time."""
+
+    def __init__(self, digits: Digits, *steps: object) -> None:
+        self.images, self.labels = digits.images.numpy(), digits.labels.tolist()
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+class TextbookDataModule(LightningDataModule):
+    """Loaded splits, as images that the backbone takes; `affine` varies the training digits as augment=affine does."""
+
+    def __init__(self, source: Source, backbone: Backbone, batch_size: int, affine: bool) -> None:
+        super().__init__()
+        self.settings = {"batch_size": batch_size, "num_workers": 2, "persistent_workers": True, "drop_last": False}
+        self.settings["pin_memory"] = torch.cuda.is_available()
+        steps = [transforms.ToTensor()]
+        if backbone.image_size != source.train.images.shape[-1]:
+            steps.append(transforms.Resize(backbone.image_size, antialias=True))
+        if backbone.channels > 1:  # after resizing one channel, before each gets its own mean and std
+            steps.append(transforms.Lambda(lambda image: image.repeat(backbone.channels, 1, 1)))
+        steps.append(transforms.Normalize(backbone.mean, backbone.std, inplace=True))
+        smooth = transforms.InterpolationMode.BILINEAR  # as ours: the default, nearest, is coarse at 28 pixels
+        random = [transforms.RandomAffine(10, (0.07, 0.07), (0.9, 1.1), interpolation=smooth)] if affine else []
+        self.train = TextbookDataset(source.train, *random, *steps)
+        self.val, self.test = TextbookDataset(source.val, *steps), TextbookDataset(source.test, *steps)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, shuffle=True, **self.settings)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, **self.settings)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, **self.settings)
+
+
+class TextbookClassifier(LightningModule):
+    """A backbone under our linear head: the last `blocks` of a ViT train with the final norm, or (None) all of it."""
+
+    def __init__(self, backbone: Backbone, blocks: int | None, lr: float, weight_decay: float) -> None:
+        super().__init__()
+        self.backbone, self.lr, self.weight_decay = backbone, lr, weight_decay
+        width, vit = backbone.num_features, backbone.model
+        self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, 10))
+        self.train_acc, self.val_acc, self.test_acc = (MulticlassAccuracy(10, average="micro") for _ in range(3))
+        self.thawed = [vit] if blocks is None else [*vit.blocks[-blocks:], vit.norm, vit.fc_norm] if blocks else []
+        backbone.requires_grad_(False)
+        for module in self.thawed:
+            module.requires_grad_(True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.thawed)):
+            features = self.backbone(images)  # (B, C, S, S) -> (B, D)
+        return self.head(features)  # (B, 10)
+
+    def on_train_epoch_start(self) -> None:
+        self.backbone.eval()
+        for module in self.thawed:
+            module.train()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        self.train_acc.update(logits, labels)  # calling it would also compute the accuracy of each batch
+        self.log("train/loss", loss)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.val_acc.update(self(batch[0]), batch[1])
+        self.log("val/acc", self.val_acc)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.test_acc.update(self(batch[0]), batch[1])
+        self.log("test/acc", self.test_acc)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        steps = self.trainer.estimated_stepping_batches
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, self.lr, weight_decay=self.weight_decay, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_fraction(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lr_fraction(step: int, total_steps: float) -> float:
+    """Linear warmup over a tenth of the steps, then a cosine to 0: what `OptimizerRecipe` does by our configuration."""
+    warmup = round(0.1 * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup)))) / 2
+
+
+class Clock(Callback):
+    """Seconds of each epoch, and of the training in it: Lightning validates before it ends an epoch."""
+
+    def __init__(self) -> None:
+        self.begun, self.training, self.epochs = 0.0, [], []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begun = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training.append(time.perf_counter() - self.begun)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append(round(time.perf_counter() - self.begun, 2))
+
+
+def seconds() -> float:
+    """Since this process was started, before any import; only Linux says."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    import_seconds = seconds()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", help="holds MNIST/raw/*.gz; without it: the bundled 5,000 digits")
+    parser.add_argument("--train-size", type=int, help="only the first so many training digits")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--thaw", choices=BLOCKS, default="head")
+    parser.add_argument("--affine", action="store_true")
+    parser.add_argument("--backbone", choices=("digits_vit", "vit_small_dinov2"), default="digits_vit")
+    parser.add_argument("--weights", help="none, bundled, hub or a file; without it: what the backbone's config says")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    seed_everything(args.seed, workers=True, verbose=False)
+    source = load("MNIST", args.data_dir or "", "official" if args.data_dir else "sample", mirrors=[])
+    source = source._replace(train=Digits(*(part[: args.train_size] for part in source.train)))
+    args.train_size = len(source.train.labels)
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{args.backbone}.yaml"))
+    del config["_target_"]
+    args.weights = config["weights"] = args.weights or config["weights"]
+    backbone = Backbone(**config)
+    data = TextbookDataModule(source, backbone, args.batch_size, args.affine)
+    model = TextbookClassifier(backbone, BLOCKS[args.thaw], args.lr, args.weight_decay)
+    clock, best = Clock(), ModelCheckpoint(monitor="val/acc", mode="max")
+    with tempfile.TemporaryDirectory() as folder:  # of the log and, in it, the checkpoint
+        trainer = Trainer(
+            devices=1,
+            precision="32-true",
+            max_epochs=args.epochs,
+            gradient_clip_val=1.0,
+            num_sanity_val_steps=0,
+            callbacks=[clock, best],
+            logger=CSVLogger(folder),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, data)
+        test_acc = trainer.test(model, data, ckpt_path="best", verbose=False)[0]["test/acc"]
+        total_seconds = seconds()
+
+    own, worker = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    result = {
+        **vars(args),
+        "seconds": round(total_seconds, 2),
+        "import_seconds": round(import_seconds, 2),
+        "epoch_seconds": clock.epochs,
+        "val_acc": round(float(best.best_model_score), 4),
+        "test_acc": round(test_acc, 4),
+        "train_images_per_second": round(args.train_size / clock.training[-1]),
+        "peak_rss_mb": own // 1024,
+        "peak_rss_worker_mb": worker // 1024,  # of the largest; it shares most with its parent, so no sum is given
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

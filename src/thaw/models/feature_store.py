@@ -1,0 +1,130 @@
+"""Tensors on disk under a key, memory-mapped, written whole or not at all, verified when read.
+
+An entry is `<key>.npy` and `<key>.json`. The JSON is written last: it holds all that the key stands for and the SHA-256
+of the numbers, and what does not match it is no entry.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bf16: its bits
+
+
+class FeatureStore:
+    """A folder of entries that several processes may use at once.
+
+    Args:
+        folder: made when something is written.
+        max_bytes: of all entries together; the least recently used make room for a new one.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
+        """The tensor of an entry, mapped copy-on-write; None, with a warning if it is damaged, where there is none."""
+        path = self.path(key)
+        record = path.with_suffix(".json")
+        try:
+            saved = json.loads(record.read_text())
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+            tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
+            damage = saved["facts"] != facts or saved["sha256"] != sha256(array)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+            damage = True
+        if damage:
+            log.warning("%s is damaged and will be made anew.", path)
+            with suppress(OSError):
+                record.unlink()
+            return None
+        with suppress(OSError):  # a read-only folder
+            os.utime(record)  # used now
+        return tensor
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """One writer of an entry at a time; the lock of a process that was killed is free."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"cache: waiting for another run that computes {self.path(key)}", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def create(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A writable tensor on disk, to be filled and then given to `commit`; under the key's lock.
+
+        Raises:
+            OSError: the folder cannot be written, or has no room for it.
+        """
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.make_room(size, key)
+        part = self.path(key).with_suffix(".part")
+        with suppress(FileNotFoundError):
+            part.unlink()  # of a process that was killed
+        array = np.lib.format.open_memmap(part, mode="w+", dtype=NUMPY[dtype], shape=shape)
+        try:
+            with part.open("r+b") as file:  # a disk that fills up later would kill the process that writes the map
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        except OSError:
+            part.unlink()
+            raise
+        return torch.from_numpy(array).view(dtype)
+
+    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
+        """Make the tensor that `create` gave, now filled, the entry."""
+        path = self.path(key)
+        record = {
+            "facts": facts,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "sha256": sha256(tensor.view(torch.uint8).numpy()),
+        }
+        path.with_suffix(".part").replace(path)
+        part = path.with_suffix(".json.part")
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.replace(path.with_suffix(".json"))
+
+    def make_room(self, size: int, key: str) -> None:
+        """Remove entries, the least recently used first, until one of `size` bytes keeps to the limit."""
+        entries = {path.name.split(".")[0] for path in self.folder.glob("*.*") if path.suffix != ".lock"} - {key}
+        sizes = {entry: sum(path.stat().st_size for path in self.folder.glob(f"{entry}.*")) for entry in entries}
+        for entry in sorted(entries, key=self.last_used):
+            if sum(sizes.values()) + size <= self.max_bytes:
+                return
+            with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # not what is being written
+                for suffix in (".json", ".npy", ".part", ".json.part"):
+                    self.path(entry).with_suffix(suffix).unlink(missing_ok=True)
+                sizes.pop(entry)
+
+    def last_used(self, key: str) -> float:
+        record = self.path(key).with_suffix(".json")
+        return record.stat().st_mtime if record.exists() else 0.0
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
