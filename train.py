@@ -5,7 +5,7 @@ import time
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import build_list, check, clear_errors, plain
+from thaw.config import build_list, clear_errors, plain, settle
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -19,6 +19,7 @@ def main(cfg: DictConfig) -> float | None:
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
     from thaw.checkpoint import resumed_config
+    from thaw.evaluation.evaluate import validate_best
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
     from thaw.sweeps.processes import is_launched, ranks
@@ -27,8 +28,8 @@ def main(cfg: DictConfig) -> float | None:
     quiet()
     if cfg.resume and not is_launched():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
-    cfg.test = cfg.test and not is_sweep_job()  # a sweep tests its winner only
-    check(cfg)
+    cfg.test = cfg.test and not is_sweep_job()  # a sweep measures its winner only
+    settle(cfg)
 
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
@@ -41,6 +42,8 @@ def main(cfg: DictConfig) -> float | None:
             trainer.fit(model, datamodule, ckpt_path=cfg.resume)
             best = trainer.checkpoint_callback
             val_acc = None if best.best_model_score is None else round(float(best.best_model_score), 6)
+            if val_acc is not None and not is_sweep_job():
+                val_acc = validate_best(trainer, model, datamodule)
             if cfg.test:
                 trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)

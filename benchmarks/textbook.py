@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
-from torchvision import transforms  # v2 takes 1.4 to 1.8 times as long for each of these images
+from torchvision import transforms  # v2 takes 1.3 to 1.9 times as long for each of these images
 
 from thaw.data.sources import Digits, Source, load
 from thaw.models.backbone import Backbone

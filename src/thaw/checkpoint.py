@@ -67,6 +67,8 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
 
     cfg = OmegaConf.create(checkpoint["config"])
     cfg.backbone.weights = "none"
+    if "compile" in cfg.model:
+        cfg.model.compile = False  # takes longer than an evaluation
     model = instantiate(cfg.model)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     return model.eval()

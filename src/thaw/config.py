@@ -88,8 +88,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return config  # type: ignore[return-value]
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse what needs the whole configuration, or the machine, to be seen as wrong.
+def settle(cfg: DictConfig) -> None:
+    """Write out what `auto` means on this machine, and refuse what it cannot do.
+
+    `trainer.precision=auto` is bf16-mixed where the hardware computes in bf16, else 32-true;
+    `backbone.fused_attention=auto` is plain attention on a CPU, which is the faster one there (benchmarks/results.md).
 
     Raises:
         ValueError: says which key, what was allowed and the next step.
@@ -106,3 +109,11 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if cfg.trainer.precision == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else on_cpu and fast
+        cfg.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
+    if cfg.backbone.fused_attention == "auto":
+        cfg.backbone.fused_attention = not on_cpu

@@ -6,24 +6,47 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+EVERY = 50  # steps between two looks at the losses on an accelerator
+
 
 class FiniteLoss(Callback):
-    """Raises ValueError when a training loss is infinite or NaN, before its gradient is taken."""
+    """Raises ValueError when a training loss is infinite or NaN, before a checkpoint holds weights that it spoiled.
+
+    On a CPU that is before the loss's gradient is taken. On an accelerator every look would make the host wait for it,
+    so that losses are looked at together, at last before the weights are validated or saved.
+    """
 
     def __init__(self) -> None:
         self.batch: Any = None
         self.batch_idx = 0
+        self.unseen: list[tuple[Tensor, Tensor, int, int, int]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch, self.batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if torch.isfinite(loss):
+        place = (trainer.global_step, trainer.current_epoch, self.batch_idx)
+        self.unseen.append((loss.detach(), self.batch.indices, *place))
+        if loss.device.type == "cpu" or len(self.unseen) == EVERY:
+            self.look(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.look(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.look(trainer, pl_module)
+
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise for the first loss that is no number among those not looked at yet."""
+        unseen, self.unseen = self.unseen, []
+        finite = torch.stack([loss for loss, *_ in unseen]).isfinite().tolist() if unseen else []
+        if all(finite):
             return
-        indices = self.batch.indices.tolist()
+        loss, digits, step, epoch, batch_idx = unseen[finite.index(False)]
+        indices = digits.tolist()
         raise ValueError(
-            f"The loss is {loss.item()} at step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
-            f"{self.batch_idx}, training digits {indices[:8]}{' ...' if len(indices) > 8 else ''}). "
+            f"The loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}, training digits "
+            f"{indices[:8]}{' ...' if len(indices) > 8 else ''}). "
             f"Likely cause: {likely_cause(trainer, pl_module)} The weights before this step are in the run's "
             "checkpoints folder, if an epoch was completed."
         )

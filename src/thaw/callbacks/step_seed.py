@@ -22,4 +22,8 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         place = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        torch.manual_seed(int(SeedSequence(place).generate_state(1)[0]))
+        seed = int(SeedSequence(place).generate_state(1)[0])
+        torch.default_generator.manual_seed(seed)
+        device = pl_module.device.type
+        if device != "cpu":  # torch.manual_seed would queue a call for each kind of device that was never used
+            getattr(torch, device).manual_seed(seed)

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
-    features: Tensor | None
+    features: Tensor | None = None
 
 
 class DigitDataset(Dataset[Batch]):

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +93,14 @@ def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) 
             for name, md5 in official.resources:
                 if not (folder / name).exists():
                     download(name, md5, official.mirrors if mirrors is None else mirrors, folder)
-    md5_of = dict(official.resources)
+    stamps = tuple((folder / name).stat().st_mtime_ns for name, _ in official.resources)
+    return read_official(dataset, folder, stamps)
+
+
+@lru_cache(maxsize=1)
+def read_official(dataset: str, folder: Path, stamps: tuple[int, ...]) -> Source:
+    """The files in `folder`, read once for all jobs of a sweep; `stamps`, when they were written, tell of a change."""
+    md5_of = dict(getattr(torchvision.datasets, dataset).resources)
     tensors = {name: read_idx(read_checked(folder / name, md5_of), str(folder / name)) for name in md5_of}
     train_images, train_labels, test_images, test_labels = (
         tensors[f"{split}-{kind}-ubyte.gz"] for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")

@@ -1,7 +1,9 @@
 """Vision backbones from timm, images (B, C, S, S) -> features (B, D). The only file that imports timm."""
 
 import difflib
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -79,7 +81,9 @@ class Backbone(nn.Module):
             **{"timm": timm.__version__, "name": name, "arguments": dict(arguments), "image_size": image_size},
             **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
         }
-        self.is_chain = is_chain(self.model, torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1))
+        self.is_chain = is_chain(
+            self.model, torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1)
+        )
         self.weights = weights
         self.fresh = frozenset(dict(self.named_parameters()) if weights == "none" else ())
         if weights != "none":
@@ -100,6 +104,19 @@ class Backbone(nn.Module):
         for layer in self.layers[cut:]:
             tokens = layer(tokens)
         return tokens
+
+    def compile_layers(self) -> None:
+        """Have torch.compile turn each block into fast code at its first call; names in state dicts stay as they are.
+
+        Raises:
+            ValueError: there is no C++ compiler for the code of a CPU.
+        """
+        if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError(
+                "model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false."
+            )
+        for block in chain(self.model)[1] if self.is_chain else [self.model]:
+            block.compile()
 
     def layers_state(self, cut: int) -> dict[str, Tensor]:
         """Parameters and buffers of the first `cut` layers."""

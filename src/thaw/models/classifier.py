@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
@@ -32,6 +33,7 @@ class Classifier(LightningModule):
         num_classes: number of classes.
         label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
         cache: keeps what the layers that never train give for each digit.
+        compile: compile the backbone's layers with torch.compile.
 
     Attributes:
         cut: how many of the backbone's layers, counted from the stem, never train.
@@ -41,28 +43,32 @@ class Classifier(LightningModule):
         self,
         backbone: Backbone,
         head: Callable[..., nn.Module],
-        augment: nn.Module,
+        augment: Augment,
         freeze: FreezePolicy,
         optim: OptimizerRecipe,
         num_classes: int,
         label_smoothing: float,
         cache: FeatureCache,
+        compile: bool,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"model.label_smoothing={label_smoothing} must be from 0 to 1.")
-        self.augment = augment
+        self.augment: Augment = augment
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
+        if compile:
+            backbone.compile_layers()
         self.head = head(in_features=backbone.num_features, num_classes=num_classes)
         self.freeze_policy = freeze
         self.optim = optim
         self.label_smoothing = label_smoothing
         self.cache = cache
         self.cut = 0
-        self.train_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        # validate_args would make the host wait for a GPU in every step
+        self.train_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, 28, 28) -> logits (B, 10)."""
@@ -76,7 +82,7 @@ class Classifier(LightningModule):
             features = self.backbone.suffix(batch.features.to(self.dtype), self.cut)  # (B, T, D) or (B, D) -> (B, D)
         logits = self.head(features)  # (B, 10)
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        self.train_acc(logits, batch.labels)
+        self.train_acc.update(logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
         return loss
@@ -86,14 +92,14 @@ class Classifier(LightningModule):
             logits = self(batch.images)
         else:
             logits = self.head(self.backbone.suffix(batch.features.to(self.dtype), self.cut))
-        self.val_acc(logits, batch.labels)
+        self.val_acc.update(logits, batch.labels)
         size = len(batch.labels)
         self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=size)
         self.log("val/acc", self.val_acc, prog_bar=True, batch_size=size)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)
-        self.test_acc(logits, batch.labels)
+        self.test_acc.update(logits, batch.labels)
         self.log("test/acc", self.test_acc, batch_size=len(batch.labels))
         return logits
 
@@ -106,14 +112,14 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Run the layers that never train once over the digits; training and validation batches carry their output."""
-        views = self.cache.num_views(self.augment.is_random, self.trainer.strategy) if self.cut else 0
+        views = self.cache.num_views(self.augment.is_random, self.trainer) if self.cut else 0
         if views:
             self.keep_features("train", views, self.augment if self.augment.is_random else None)
             self.keep_features("val", 1, None)
 
-    def keep_features(self, split: str, views: int, augment: nn.Module | None) -> None:
+    def keep_features(self, split: str, views: int, augment: Augment | None) -> None:
         """Give a split's batches the output of the first `cut` layers."""
-        dataset = self.trainer.datamodule.split_dataset(split)
+        dataset = self.trainer.datamodule.split_dataset(split)  # type: ignore[attr-defined]
         tokens = self.cut < len(self.backbone.layers)
         autocast = self.trainer.precision_plugin.forward_context
 
@@ -132,14 +138,12 @@ class Classifier(LightningModule):
             "augment": augment and augment.settings,
             "precision": self.trainer.precision,
         }
-        dataset.features = self.cache.features(
-            split, len(dataset), views, compute, facts, self.device, self.trainer.strategy
-        )
+        dataset.features = self.cache.features(split, len(dataset), views, compute, facts, self.trainer)
 
     def on_train_end(self) -> None:
         """What is validated and tested from here on starts from pixels."""
         for split in ("train", "val"):
-            self.trainer.datamodule.split_dataset(split).features = None
+            self.trainer.datamodule.split_dataset(split).features = None  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ class FeatureCache:
     """
 
     def __init__(self, mode: str, dir: str, max_gb: float, views: int | None) -> None:
+        mode = "off" if mode is False else mode  # what YAML makes of it
         if mode not in MODES:
             raise ValueError(f"cache.mode={mode!r} is unknown; choose {', '.join(MODES[:-1])} or {MODES[-1]}.")
         if isinstance(max_gb, bool) or not isinstance(max_gb, int | float) or not max_gb > 0:
@@ -49,12 +50,12 @@ class FeatureCache:
         self.mode, self.max_gb, self.views = mode, max_gb, views
         self.store = FeatureStore(Path(dir), int(max_gb * 1e9))
 
-    def num_views(self, is_random: bool, strategy: Strategy) -> int:
+    def num_views(self, is_random: bool, trainer: Trainer) -> int:
         """How many views of each digit to keep; 0 where nothing can be kept.
 
         Args:
             is_random: whether a digit is augmented anew in every epoch.
-            strategy: of the ranks; the first says why nothing is kept.
+            trainer: of the ranks; the first says why nothing is kept.
         """
         if self.mode == "off":
             return 0
@@ -66,7 +67,7 @@ class FeatureCache:
             reason = "digits are augmented anew in every epoch (cache.views=K would keep K augmented views of each)"
             if self.mode != "auto":
                 raise ValueError(f"cache.mode={self.mode} keeps nothing: {reason}.")
-            say(strategy, f"off, {reason}")
+            say(trainer, f"off, {reason}")
         return self.views or 0
 
     def features(
@@ -76,8 +77,7 @@ class FeatureCache:
         views: int,
         compute: Callable[[Tensor], Tensor],
         facts: Mapping[str, Any],
-        device: torch.device,
-        strategy: Strategy,
+        trainer: Trainer,
     ) -> Tensor | None:
         """The features of all digits of a split; what is not kept yet is computed by all ranks together.
 
@@ -87,8 +87,7 @@ class FeatureCache:
             views: K.
             compute: indices (B,) of digits -> features (B, ...); draws its random numbers from torch.
             facts: all that the features depend on, as values of JSON.
-            device: where `compute` runs.
-            strategy: of the ranks that call this together.
+            trainer: of the ranks that call this together.
 
         Returns:
             (K, N, ...), or None in mode `auto` where that is larger than `max_gb`.
@@ -97,10 +96,16 @@ class FeatureCache:
             ValueError: larger than `max_gb` in another mode.
             OSError: the folder cannot be used, in mode `disk`.
         """
-        facts = {"format": FORMAT, "torch": torch.__version__, "device": device.type, "views": views, **facts}
+        facts = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "device": trainer.strategy.root_device.type,
+            "views": views,
+            **facts,
+        }
         described = json.dumps(facts, sort_keys=True, default=list)  # default: OmegaConf's lists
         facts, key = json.loads(described), hashlib.sha256(described.encode()).hexdigest()[:16]
-        if key in VERIFIED and strategy.world_size == 1:  # other ranks are new in every job
+        if key in VERIFIED and trainer.world_size == 1:  # other ranks are new in every job
             return VERIFIED[key]
         example = compute(torch.zeros(1, dtype=torch.long))
         shape = (views, count, *example.shape[1:])
@@ -109,32 +114,34 @@ class FeatureCache:
             reason = f"the {split} features take {size / 1e9:.1f} GB, more than cache.max_gb={self.max_gb:g}"
             if self.mode != "auto":
                 raise ValueError(f"cache.mode={self.mode}: {reason}; raise it, or set cache.mode=auto or off.")
-            say(strategy, f"off, {reason}")
+            say(trainer, f"off, {reason}")
             return None
-        first, started = strategy.is_global_zero, time.monotonic()
+        first, started = trainer.is_global_zero, time.monotonic()
         with ExitStack() as lock:
             kept = target = None
             if first and self.mode != "memory":
                 kept, target = self.claim(key, facts, shape, example.dtype, lock)
-            place = strategy.broadcast("kept" if kept is not None else "disk" if target is not None else "memory")
+            place = trainer.strategy.broadcast(
+                "kept" if kept is not None else "disk" if target is not None else "memory"
+            )
             if place != "kept":
                 if target is None and (first or place == "memory"):
                     target = torch.empty(shape, dtype=example.dtype)
-                compute_all(compute, split, count, views, target, device, strategy)
+                compute_all(compute, split, count, views, target, trainer)
                 if first and place == "disk":
                     assert target is not None
                     self.store.commit(key, facts, target)
-                strategy.barrier()
+                trainer.strategy.barrier()
             features = kept if target is None else target
             if features is None and (features := self.store.read(key, facts)) is None:
                 raise OSError(
-                    f"cache.dir={self.store.folder} does not show rank {strategy.global_rank} what rank 0 wrote; "
+                    f"cache.dir={self.store.folder} does not show rank {trainer.global_rank} what rank 0 wrote; "
                     "set it to a folder that all nodes share, or cache.mode=memory."
                 )
         how = "reused" if place == "kept" else f"computed in {time.monotonic() - started:.1f} s"
         where = "memory" if place == "memory" else os.path.relpath(self.store.path(key))
         of_each = f" x {views} views" if views > 1 else ""
-        say(strategy, f"{count:,} {split} digits{of_each} -> {shape[2:]}, {size / 1e6:,.0f} MB, {how}, in {where}")
+        say(trainer, f"{count:,} {split} digits{of_each} -> {shape[2:]}, {size / 1e6:,.0f} MB, {how}, in {where}")
         while len(VERIFIED) >= 4:  # the train and val features of two models
             VERIFIED.pop(next(iter(VERIFIED)))
         VERIFIED[key] = features
@@ -152,7 +159,9 @@ class FeatureCache:
             return kept, None if kept is not None else self.store.create(key, shape, dtype)
         except OSError as error:
             if self.mode == "disk":
-                raise OSError(f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir.") from error
+                raise OSError(
+                    f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
+                ) from error
             print(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})", flush=True)
             return None, None
 
@@ -163,27 +172,29 @@ def compute_all(
     count: int,
     views: int,
     target: Tensor | None,
-    device: torch.device,
-    strategy: Strategy,
+    trainer: Trainer,
 ) -> None:
     """Fill `target` (K, N, ...) on the ranks that have one, each rank computing its share."""
-    ranks, chunk = strategy.world_size, CHUNK[device.type]
+    ranks, chunk = trainer.world_size, CHUNK[trainer.strategy.root_device.type]
     starts = [(view, start) for view in range(views) for start in range(0, count, chunk * ranks)]
-    hidden = None if strategy.is_global_zero else True  # None: where there is no terminal
-    with torch.random.fork_rng(), tqdm(total=views * count, desc=f"{split} features", disable=hidden, leave=False) as bar:
+    hidden = None if trainer.is_global_zero else True  # None: where there is no terminal
+    with (
+        torch.random.fork_rng(),
+        tqdm(total=views * count, desc=f"{split} features", disable=hidden, leave=False) as bar,
+    ):
         for view, start in starts:
-            first = start + strategy.global_rank * chunk
+            first = start + trainer.global_rank * chunk
             torch.manual_seed(view * count + first)  # of the view and the digits alone, whatever the ranks
             part = compute(torch.arange(first, first + chunk).clamp_(max=count - 1))  # ranks need equal shapes
             if ranks > 1:
-                part = strategy.all_gather(part).flatten(0, 1)  # type: ignore[union-attr]
+                part = trainer.strategy.all_gather(part).flatten(0, 1)  # type: ignore[union-attr]
             if target is not None:
                 target[view, start : start + len(part)] = part[: count - start].cpu()
             bar.update(min(len(part), count - start))
 
 
-def say(strategy: Strategy, text: str) -> None:
-    if strategy.is_global_zero:
+def say(trainer: Trainer, text: str) -> None:
+    if trainer.is_global_zero:
         print(f"cache: {text}", flush=True)
 
 
