@@ -1,5 +1,6 @@
 """From composed configuration to objects, and configuration errors that say what was allowed."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +39,6 @@ def clear_errors() -> Iterator[None]:
 
     Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
     """
-    import os
-
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
     try:
@@ -109,6 +108,8 @@ def settle(cfg: DictConfig) -> None:
             raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")
+    if not torch.cuda.device_count():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch's optimizers would look for a GPU in every step
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
     if cfg.trainer.precision == "auto":

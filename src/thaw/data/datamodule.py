@@ -43,11 +43,12 @@ class DigitDataset(Dataset[Batch]):
         return len(self.digits.labels)
 
     def __getitem__(self, indices: Tensor) -> Batch:
-        features = self.features
+        features = self.features  # index_select is several times as fast as indexing with a tensor
         if features is not None:
-            features = features[self.epoch % len(features)][indices.to(features.device)]
-        indices = indices.to(self.digits.images.device, non_blocking=True)
-        return Batch(self.digits.images[indices], self.digits.labels[indices], indices, features)
+            features = features[self.epoch % len(features)].index_select(0, indices.to(features.device))
+        indices = indices.to(self.digits.labels.device, non_blocking=True)
+        images, labels = (part.index_select(0, indices) for part in self.digits)
+        return Batch(images, labels, indices, features)
 
 
 class BatchSampler(DistributedSampler):

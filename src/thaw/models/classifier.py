@@ -84,8 +84,10 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
         self.train_acc.update(logits, batch.labels)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/acc", self.train_acc)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.features is None:
@@ -93,15 +95,19 @@ class Classifier(LightningModule):
         else:
             logits = self.head(self.backbone.suffix(batch.features.to(self.dtype), self.cut))
         self.val_acc.update(logits, batch.labels)
-        size = len(batch.labels)
-        self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=size)
-        self.log("val/acc", self.val_acc, prog_bar=True, batch_size=size)
+        loss = F.cross_entropy(logits, batch.labels)
+        self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.labels))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/acc", self.val_acc, prog_bar=True)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)
         self.test_acc.update(logits, batch.labels)
-        self.log("test/acc", self.test_acc, batch_size=len(batch.labels))
         return logits
+
+    def on_test_epoch_end(self) -> None:
+        self.log("test/acc", self.test_acc)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -81,7 +81,8 @@ class OptimizerRecipe:
                 "The cosine needs an end: set trainer.max_epochs to a number (not -1) or trainer.max_steps."
             )
         groups = self.groups(named_parameters, depths)
-        optimizer = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer: Any = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer._step_supports_amp_scaling = False  # gradients are unscaled before they are clipped, fused or not
         scheduler = LambdaLR(optimizer, lambda step: self.lr_fraction(step, total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
