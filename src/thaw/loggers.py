@@ -50,7 +50,7 @@ def wandb_logger(
         mode="offline" if offline else "online",
         id=id,
         resume="allow",
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=False),
+        settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),  # versions are logged
     )
 
 

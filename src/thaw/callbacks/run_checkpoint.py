@@ -1,10 +1,14 @@
-"""Checkpoints of a run that may go on in another folder."""
+"""Checkpoints of a run that may go on in another folder, and how often they are written."""
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -35,3 +39,45 @@ class RunCheckpoint(ModelCheckpoint):
                 "last_model_path": "",
             }
         )
+
+
+class PacedCheckpointIO(TorchCheckpointIO):
+    """Writes each checkpoint file at most once in so many seconds; what is held back is written when the loop ends.
+
+    Writing takes longer than an epoch on kept features. A run that is interrupted, or fails, still writes what is held
+    back; one that is killed loses the work of these seconds. Whoever loads gets the newest.
+
+    Args:
+        seconds: between two writes of a file; 0 writes everything at once.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not seconds >= 0:
+            raise ValueError(f"trainer.plugins: seconds={seconds} must be 0 or more.")
+        self.seconds = seconds
+        self.started = time.monotonic()
+        self.written: dict[str, float] = {}
+        self.held: dict[str, dict[str, Any]] = {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = str(path)
+        if time.monotonic() - self.written.get(path, self.started) >= self.seconds:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            self.written[path] = time.monotonic()
+            self.held.pop(path, None)
+        else:  # a copy, as training goes on
+            self.held[path] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, checkpoint)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        self.teardown()
+        return super().load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.held.pop(str(path), None)
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Write what is held back; Lightning calls it at the end of every loop, after an exception too."""
+        held, self.held = self.held, {}
+        for path, checkpoint in held.items():
+            super().save_checkpoint(checkpoint, path)

@@ -9,7 +9,7 @@ from thaw.loggers import log_image
 
 
 class SampleGrid(Callback):
-    """Draws `<run_dir>/report/augmented_digits.png` when training starts, and gives it to the loggers.
+    """Draws `<run_dir>/report/augmented_digits.png` when training with augmentation starts, and logs it.
 
     Args:
         run_dir: the run's folder.
@@ -22,7 +22,7 @@ class SampleGrid(Callback):
         self.digits, self.draws = digits, draws
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not pl_module.augment.is_random:  # type: ignore[union-attr]
             return
         from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
 
