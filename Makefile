@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test lint format clean
+.PHONY: help install train test lint format bench clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests"
+	@echo "make bench                                   measure speed next to the textbook way (45 minutes)"
+	@echo "make clean-cache                             remove the kept features in logs/cache"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +42,12 @@ format: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+clean-cache:
+	rm -rf logs/cache
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -177,6 +177,7 @@ def main() -> None:
     args.train_size = len(source.train.labels)
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{args.backbone}.yaml"))
     del config["_target_"]
+    config["fused_attention"] = True  # timm's default
     args.weights = config["weights"] = args.weights or config["weights"]
     backbone = Backbone(**config)
     data = TextbookDataModule(source, backbone, args.batch_size, args.affine)

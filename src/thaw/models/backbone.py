@@ -62,6 +62,10 @@ class Backbone(nn.Module):
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
+        if not isinstance(fused_attention, bool):
+            raise ValueError(
+                f"backbone.fused_attention={fused_attention!r} must be true or false, or auto in a config."
+            )
         self.image_size, self.channels, self.pool = image_size, channels, pool
         self.model = create(name, image_size, channels, dict(arguments))
         stated = self.model.pretrained_cfg

@@ -144,7 +144,22 @@ class Classifier(LightningModule):
             "augment": augment and augment.settings,
             "precision": self.trainer.precision,
         }
-        dataset.features = self.cache.features(split, len(dataset), views, compute, facts, self.trainer)
+        features = self.cache.features(split, len(dataset), views, compute, facts, self.trainer)
+        if features is not None and self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            features = features.to(self.device) if features.nbytes < free / 2 else features
+        dataset.features = features
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse to train on kept features what their layers would change."""
+        if self.trainer.datamodule.split_dataset("train").features is None:  # type: ignore[attr-defined]
+            return
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.requires_grad and self.backbone.layer_of(name) < self.cut:
+                raise ValueError(
+                    f"backbone.{name} trains now, but lies in the {self.cut} layers that were frozen when their output "
+                    "was kept. Let the freezing policy name it from the start, or set cache.mode=off."
+                )
 
     def on_train_end(self) -> None:
         """What is validated and tested from here on starts from pixels."""
