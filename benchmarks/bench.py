@@ -473,7 +473,7 @@ def main() -> None:
         f"{(time.monotonic() - started) / 60:.0f} minutes on: {machine()}.",
         "",
         "Each figure is the median of runs taken in turn. The textbook way is `benchmarks/textbook.py`: torchvision",
-        "transforms of one image at a time, two workers, fp32, the frozen backbone under no_grad in every epoch. One of",
+        "transforms of one image at a time, two workers, fp32, the frozen backbone under no_grad in each epoch. One of",
         "its runs is measured whole, and its epochs again between ours; 13 runs are 13 times that.",
         "",
         "| | textbook | thaw | times | goal |",

@@ -28,12 +28,13 @@ def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train with overrides on a few real digits; returns the run's folder."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("thaw.models.feature_cache.VERIFIED", {})  # what earlier tests have at hand
     import train as script
 
     def run(*overrides: str, name: str = "run") -> Path:
         run_dir = tmp_path / "runs" / "test" / name
         run_dir.mkdir(parents=True)
-        script.main(compose_run(run_dir, *overrides))
+        script.main(compose_run(run_dir, f"cache.dir={tmp_path / 'cache'}", *overrides))
         return run_dir
 
     return run

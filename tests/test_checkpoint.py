@@ -15,7 +15,7 @@ from thaw import checkpoint as checkpoints
 from thaw.data.datamodule import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate
 
-RUN = ["experiment=vit_linear_probe", *SMALL]
+RUN = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true"]
 
 
 @pytest.fixture

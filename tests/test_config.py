@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from thaw.config import build_list, check, plain
+from thaw.config import build_list, plain, settle
 
 
 def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProcess:
@@ -45,7 +46,6 @@ def test_unknown_key_or_option(arguments: list[str], expected: list[str]) -> Non
 @pytest.mark.slow
 def test_setting_that_cannot_work(arguments: list[str], expected: list[str], tmp_path) -> None:
     if arguments == ["trainer=gpu"]:
-        torch = pytest.importorskip("torch")
         if torch.cuda.is_available():
             pytest.skip("there is a GPU here")
     result = run("experiment=vit_linear_probe", "logger=csv", f"hydra.run.dir={tmp_path}", *arguments)
@@ -75,11 +75,60 @@ def test_plain_keeps_references_but_not_hydras() -> None:
     assert config == {"run_dir": "resolved runtime.output_dir", "lr": 1, "optim": {"lr": "${lr}"}}
 
 
-def test_check_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def settled(accelerator: str, devices: object = 1, precision: str = "auto", fused: object = "auto") -> tuple:
+    trainer = {"accelerator": accelerator, "devices": devices, "precision": precision}
+    cfg = OmegaConf.create({"trainer": trainer, "backbone": {"fused_attention": fused}})
+    settle(cfg)
+    return cfg.trainer.precision, cfg.backbone.fused_attention
+
+
+def test_settle_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    check(OmegaConf.create({"trainer": {"accelerator": "gpu", "devices": 2}}))
+    settled("gpu", 2, "32-true")
     with pytest.raises(ValueError, match="choose 1 to 2"):
-        check(OmegaConf.create({"trainer": {"accelerator": "gpu", "devices": 3}}))
+        settled("gpu", 3)
+    with pytest.raises(ValueError, match="choose 1 to 2"):
+        settled("gpu", [0, 1, 2])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="no GPU"):
+        settled("gpu")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     with pytest.raises(ValueError, match="no Mac"):
-        check(OmegaConf.create({"trainer": {"accelerator": "mps", "devices": 1}}))
+        settled("mps")
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+@pytest.mark.parametrize(
+    ("avx", "amx", "precision"), [(True, False, "bf16-mixed"), (False, True, "bf16-mixed"), (False, False, "32-true")]
+)
+def test_settle_on_a_cpu(
+    accelerator: str, avx: bool, amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert settled(accelerator) == (precision, False)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "auto"])
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_settle_on_a_gpu(accelerator: str, native: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated bf16, as on GPUs before Ampere, is slower than fp32; what the CPU can do does not count."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: not native)
+    assert settled(accelerator) == (precision, True)
+
+
+def test_settle_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert settled("mps") == ("32-true", True)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("16-mixed", True), ("64-true", False)])
+def test_settle_leaves_choices_alone(precision: str, fused: bool) -> None:
+    assert settled("cpu", precision=precision, fused=fused) == (precision, fused)

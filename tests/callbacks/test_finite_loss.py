@@ -1,10 +1,13 @@
 """A loss that is no number stops the run with its step, batch and cause, and leaves the weights as they were."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,24 +25,37 @@ class Model(L.LightningModule):
         self.head = nn.Linear(4, 1)
         self.factors = factors
         self.weights: list[Tensor] = []
+        self.validated = 0
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.weights.append(self.head.weight.detach().clone())
         outputs = self.head(self.frozen(batch.images.flatten(1) / 255))
         return outputs.square().mean() * self.factors[self.global_step]
 
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated += 1
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.head.parameters(), lr=0.125, weight_decay=0.1)
 
 
-def fit(model: Model, **changes: Any) -> None:
+class Delayed(FiniteLoss):
+    """Takes every loss for one on a GPU."""
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), detach=loss.detach)
+        super().on_before_backward(trainer, pl_module, on_gpu)
+
+
+def fit(model: Model, check: FiniteLoss | None = None, validate: bool = False, **changes: Any) -> None:
     images = torch.full((40, 28, 28), 100, dtype=torch.uint8)
     batches = [Batch(part, torch.zeros(10), torch.arange(10) + 10 * i) for i, part in enumerate(images.split(10))]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = L.Trainer(
-        max_epochs=2, devices=1, enable_model_summary=False, callbacks=[FiniteLoss()], **quiet | changes
-    )
-    trainer.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": 2, "devices": 1}
+    callbacks = [check or FiniteLoss(), *changes.pop("callbacks", [])]
+    trainer = L.Trainer(callbacks=callbacks, **quiet | changes)  # type: ignore[arg-type]
+    loader: DataLoader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(model, loader, loader if validate else None)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -79,3 +95,36 @@ def test_cause_in_diverged_weights() -> None:
         ValueError, match=r"at step 3 .*diverged \(head\.weight is not finite\); lower optim\.lr \(now 1\.2"
     ):
         fit(Diverging([1.0] * 8))
+
+
+# On an accelerator: losses are looked at together
+
+
+def test_a_delayed_look_names_the_first_bad_step() -> None:
+    model = Model([1.0] * 5 + [float("nan"), 1.0, 1.0])  # the weights are spoiled, so that steps 6 and 7 are bad too
+    with pytest.raises(ValueError, match=r"The loss is nan at step 5 \(epoch 1, batch 1, training digits \[10, 11, "):
+        fit(model, Delayed())
+    assert len(model.weights) == 8  # seen when the epoch ended
+
+
+def test_a_delayed_look_comes_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thaw.callbacks.finite_loss.EVERY", 3)
+    model = Model([1.0] * 4 + [float("inf")] + [1.0] * 3)
+    with pytest.raises(ValueError, match=r"at step 4 \(epoch 1, batch 0,"):
+        fit(model, Delayed(), limit_train_batches=4)
+    assert len(model.weights) == 7  # after steps 2, 3 (the end of an epoch) and 6
+
+
+def test_a_delayed_look_comes_before_validation_and_checkpoint(tmp_path: Path) -> None:
+    model = Model([1.0, 1.0, float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
+    saved = {"callbacks": [ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)], "enable_checkpointing": True}
+    with pytest.raises(ValueError, match="at step 2 "):
+        fit(model, Delayed(), validate=True, val_check_interval=2, **saved)
+    assert len(model.weights) == 4 and model.validated == 4  # after step 1, not after step 3
+    assert [path.name for path in tmp_path.iterdir()] == ["step=2.ckpt"]
+
+
+def test_delayed_finite_losses_go_on() -> None:
+    model, check = Model([1.0] * 8), Delayed()
+    fit(model, check, validate=True)
+    assert len(model.weights) == model.validated == 8 and not check.unseen

@@ -176,6 +176,7 @@ def test_wrong_settings(changes: dict[str, int], message: str) -> None:
 def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTDataModule:
     data = datamodule(**changes)
     data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, overfit_batches=0)
+    data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))
     return data
 
 

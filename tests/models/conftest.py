@@ -12,9 +12,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
+from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
 from thaw.models.classifier import Classifier
+from thaw.models.feature_cache import FeatureCache
 from thaw.models.freezing import FreezePolicy
 from thaw.models.heads import LinearHead
 from thaw.models.optim import OptimizerRecipe
@@ -24,6 +26,8 @@ TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
 LINEAR = partial(LinearHead, norm="layer")
+AS_IT_IS = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1, views=None)
 
 
 @pytest.fixture
@@ -75,7 +79,8 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0} | dict(optim or {})
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
-        return Classifier(base, head, nn.Identity(), chosen, recipe, num_classes=10, label_smoothing=0.0)
+        numbers = {"num_classes": 10, "label_smoothing": 0.0}
+        return Classifier(base, head, AS_IT_IS, chosen, recipe, **numbers, cache=NO_CACHE, compile=False)  # type: ignore
 
     return build
 

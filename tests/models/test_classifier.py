@@ -33,7 +33,7 @@ def test_training_lowers_the_loss(classifier: Build, batch: Batch, fit: Callable
 
 
 def test_logged_metrics_equal_counting(classifier: Build, batch: Batch, fit: Callable) -> None:
-    halves = [Batch(*(part[:5] for part in batch)), Batch(*(part[5:] for part in batch))]  # of unequal size
+    halves = [Batch(*(part[places] for part in batch[:3])) for places in (slice(5), slice(5, None))]  # unequal
     model = classifier("full")
     trainer = fit(model, halves)
     logits = model.eval()(batch.images)
@@ -114,9 +114,11 @@ def test_label_smoothing_out_of_range(classifier: Build) -> None:
         Classifier(
             model.backbone,
             partial(LinearHead, norm="layer"),
-            nn.Identity(),
+            model.augment,
             model.freeze_policy,
             optim,
             10,
             label_smoothing=1.5,
+            cache=model.cache,
+            compile=False,
         )

@@ -141,8 +141,8 @@ def test_all_wrong_numbers_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "settings"),
     [
-        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "foreach": True}),
-        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "fused": True}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
     ],
 )
 def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path) -> None:

@@ -62,9 +62,10 @@ class PacedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = str(path)
         if time.monotonic() - self.written.get(path, self.started) >= self.seconds:
+            self.held.pop(path, None)
+            self.teardown()  # last.ckpt tells of best.ckpt, which may not be older than that
             super().save_checkpoint(checkpoint, path, storage_options)
             self.written[path] = time.monotonic()
-            self.held.pop(path, None)
         else:  # a copy, as training goes on
             self.held[path] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, checkpoint)
 

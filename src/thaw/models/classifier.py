@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch
+from thaw.data.datamodule import Batch, DigitDataset
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 from thaw.models.feature_cache import FeatureCache, digest
@@ -65,6 +65,7 @@ class Classifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.cache = cache
         self.cut = 0
+        self.kept: list[DigitDataset] = []  # those whose batches carry features
         # validate_args would make the host wait for a GPU in every step
         self.train_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -149,10 +150,12 @@ class Classifier(LightningModule):
             free, _ = torch.cuda.mem_get_info(self.device)
             features = features.to(self.device) if features.nbytes < free / 2 else features
         dataset.features = features
+        if features is not None:
+            self.kept.append(dataset)
 
     def on_train_epoch_start(self) -> None:
         """Refuse to train on kept features what their layers would change."""
-        if self.trainer.datamodule.split_dataset("train").features is None:  # type: ignore[attr-defined]
+        if not self.kept:
             return
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad and self.backbone.layer_of(name) < self.cut:
@@ -163,8 +166,8 @@ class Classifier(LightningModule):
 
     def on_train_end(self) -> None:
         """What is validated and tested from here on starts from pixels."""
-        for split in ("train", "val"):
-            self.trainer.datamodule.split_dataset(split).features = None  # type: ignore[attr-defined]
+        while self.kept:
+            self.kept.pop().features = None
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)
