@@ -28,7 +28,8 @@ def main(cfg: DictConfig) -> float | None:
     quiet()
     if cfg.resume and not is_launched():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
-    cfg.test = cfg.test and not is_sweep_job()  # a sweep measures its winner only
+    if is_sweep_job():  # a sweep measures its winner only
+        cfg.validate = cfg.test = False
     settle(cfg)
 
     with ranks(cfg, plain(cfg)):
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> float | None:
             trainer.fit(model, datamodule, ckpt_path=cfg.resume)
             best = trainer.checkpoint_callback
             val_acc = None if best.best_model_score is None else round(float(best.best_model_score), 6)
-            if val_acc is not None and not is_sweep_job():
+            if val_acc is not None and cfg.validate:
                 val_acc = validate_best(trainer, model, datamodule)
             if cfg.test:
                 trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False)

@@ -20,14 +20,15 @@ def script(name: str, *arguments: str, cwd: Path = ROOT) -> str:
     result = subprocess.run(
         [sys.executable, ROOT / name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "did not end" not in result.stderr, result.stderr
     return result.stdout
 
 
 @pytest.mark.slow
 def test_linear_probe_on_the_sample(tmp_path: Path) -> None:
     """The main job as a user types it, and its evaluation."""
-    printed = script("train.py", PROBE, "data.source=sample", f"hydra.run.dir={tmp_path}")
+    run_dir, cache = f"hydra.run.dir={tmp_path}", f"cache.dir={tmp_path / 'cache'}"
+    printed = script("train.py", PROBE, "data.source=sample", run_dir, cache)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0.96 <= summary["test/acc"] < 1.0, "100 % of 500 would be too good to be true"
     assert summary["test/acc_low"] < summary["test/acc"] < summary["test/acc_high"]
@@ -51,10 +52,12 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
     same = [
         *("experiment=vit_last_blocks", "augment=none", "data.source=sample", "data.train_size=250", "logger=csv"),
         *("trainer.max_epochs=2", "trainer.gradient_clip_val=null", "optim.optimizer._target_=torch.optim.SGD"),
-        *("~optim.optimizer.betas", "optim.lr=0.05", "callbacks.early_stopping=null"),
+        *("~optim.optimizer.betas", "optim.lr=0.05", "callbacks.early_stopping=null", "trainer.precision=32-true"),
     ]
-    script("train.py", *same, "data.batch_size=50", f"hydra.run.dir={tmp_path / 'one'}")
-    script("train.py", *same, "data.batch_size=25", "trainer=ddp_cpu", f"hydra.run.dir={tmp_path / 'two'}")
+    for name, changes in (("one", ["data.batch_size=50"]), ("two", ["data.batch_size=25", "trainer=ddp_cpu"])):
+        folders = [f"hydra.run.dir={tmp_path / name}", f"cache.dir={tmp_path / name / 'cache'}"]
+        printed = script("train.py", *same, *changes, *folders)
+        assert printed.count("computed in") == 2  # the frozen layers' output for training and validation digits
     one, two = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("one", "two")
@@ -70,6 +73,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_sweep_of_two_processes(tmp_path: Path) -> None:
     """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""
+    sweep = tmp_path / "sweep"
     printed = script(
         *(
             "train.py",
@@ -78,12 +82,14 @@ def test_sweep_of_two_processes(tmp_path: Path) -> None:
             "trainer=ddp_cpu",
             "data.source=sample",
             "data.train_size=256",
+            "data.batch_size=16",
             "trainer.max_epochs=1",
         ),
-        *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={tmp_path}"),
+        *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={sweep}", f"cache.dir={tmp_path / 'cache'}"),
     )
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1"]
-    jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert printed.count("computed in") == printed.count("reused") == 2  # the second job takes the first one's features
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1"]
+    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
     assert [job["overrides"].split("optim.lr=")[1].split()[0] for job in jobs] == ["0.01", "1e-05"]
     assert jobs[0]["val/acc"] > jobs[1]["val/acc"]
     assert jobs[0]["n_test"] == 500
@@ -91,10 +97,10 @@ def test_sweep_of_two_processes(tmp_path: Path) -> None:
     lines = printed.splitlines()
     assert any(line.startswith("best optim.lr=0.01") for line in lines)
     for job in ("0", "1"):
-        (run,) = {path.name.rsplit("-", 1)[1] for path in (tmp_path / job / "wandb").glob("offline-run-*")}
+        (run,) = {path.name.rsplit("-", 1)[1] for path in (sweep / job / "wandb").glob("offline-run-*")}
         assert run
-        config = yaml.safe_load((tmp_path / job / "config.yaml").read_text())
-        assert config["run_dir"] == str(tmp_path / job)
+        config = yaml.safe_load((sweep / job / "config.yaml").read_text())
+        assert config["run_dir"] == str(sweep / job)
 
 
 def test_early_stopping_fires(train: Callable[..., Path]) -> None:
@@ -111,6 +117,13 @@ def test_last_checkpoint_follows_every_epoch(train: Callable[..., Path]) -> None
         for name in ("best", "last")
     }
     assert steps == {"best": 8, "last": 24}
+
+
+def test_without_a_logger(train: Callable[..., Path]) -> None:
+    small = ["data.source=sample", "data.train_size=64", "data.batch_size=32", "trainer.max_epochs=1"]
+    run_dir = train(PROBE, *small, "logger=none")
+    assert (run_dir / "summary.json").exists() and (run_dir / "checkpoints" / "last.ckpt").exists()
+    assert not (run_dir / "csv").exists() and not (run_dir / "wandb").exists()
 
 
 def test_overfits_few_digits(train: Callable[..., Path]) -> None:

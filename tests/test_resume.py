@@ -20,12 +20,18 @@ def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
     return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize(("crash_at", "saved_at"), [(9, 8), (14, 12)], ids=["after an epoch", "mid-epoch"])
+@pytest.mark.parametrize(
+    ("crash_at", "saved_at", "augment"),
+    [(9, 8, "affine"), (14, 12, "affine"), (14, 12, "none")],
+    ids=["after an epoch", "mid-epoch", "mid-epoch on kept features"],
+)
 def test_resume_equals_uninterrupted(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int, augment: str
 ) -> None:
     """8 steps an epoch, a checkpoint every 4: the crash comes a little later than the last checkpoint."""
-    whole = train(*RUN, name="whole")
+    run = [*RUN, f"augment={augment}"]
+    whole = train(*run, name="whole")
+    assert (whole.parents[2] / "cache").exists() == (augment == "none")
 
     step = Classifier.training_step
 
@@ -36,7 +42,7 @@ def test_resume_equals_uninterrupted(
 
     monkeypatch.setattr(Classifier, "training_step", crash)
     with pytest.raises(RuntimeError, match="power cut"):
-        train(*RUN, name="cut")
+        train(*run, name="cut")
     monkeypatch.undo()
     cut = whole.parent / "cut"
     assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved_at

@@ -3,6 +3,7 @@
 import pickle
 import time
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,126 @@ def test_mean_and_std_follow_the_channels(backbone: Build) -> None:
         match_channels("std", [0.1, 0.2], 3)
 
 
+# Layers
+
+SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+CHAINS: list[tuple[str, int, dict[str, Any]]] = [
+    (VIT, 28, SMALL | {"patch_size": 7, "drop_path_rate": 0.5}),
+    (VIT, 28, SMALL | {"patch_size": 7, "class_token": False, "global_pool": "avg", "pre_norm": True}),
+    ("vit_small_patch14_dinov2", 42, SMALL),
+    ("vit_small_patch14_reg4_dinov2", 42, SMALL),
+    ("vit_base_patch16_siglip_224", 32, SMALL),  # attention pool
+    ("deit_tiny_distilled_patch16_224", 32, SMALL | {"proj_drop_rate": 0.3}),
+    (SWIN, 56, {"embed_dim": 24, "depths": [1, 1, 2, 1]}),
+]
+OTHERS: list[tuple[str, int, dict[str, Any]]] = [
+    ("convnext_atto", 32, {}),
+    ("resnet18", 28, {}),
+    ("eva02_tiny_patch14_224", 28, SMALL | {"embed_dim": 48}),
+]
+
+
+def scattered(build: Build, name: str, size: int, arguments: dict, **changes: Any) -> Backbone:
+    """A backbone whose parameters all differ from 0 and from each other, as after training."""
+    model = build(name, arguments, image_size=size, channels=3, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(("name", "size", "arguments"), CHAINS + OTHERS)
+def test_prefix_and_suffix_at_every_cut_are_timms_forward(
+    backbone: Build, name: str, size: int, arguments: dict, mode: str
+) -> None:
+    ours = scattered(backbone, name, size, arguments).train(mode == "train")
+    sized = {} if name in ("convnext_atto", "resnet18") else {"img_size": size}
+    theirs = timm.create_model(name, num_classes=0, **sized, **arguments).train(mode == "train")
+    theirs.load_state_dict(ours.model.state_dict())
+    images = torch.randn(3, 3, size, size)
+    torch.manual_seed(5)  # of dropout and drop path
+    expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    assert ours.is_chain == ((name, size, arguments) in CHAINS)
+    blocks = len(getattr(theirs, "blocks", None) or getattr(theirs, "layers", ()))
+    assert len(ours.layers) == (blocks + 2 if ours.is_chain else 1)
+    for cut in range(len(ours.layers) + 1):
+        torch.manual_seed(5)
+        kept = ours.prefix(images, cut)
+        assert kept.shape == (images if not cut else expected if cut == len(ours.layers) else kept).shape
+        torch.testing.assert_close(ours.suffix(kept, cut), expected)
+
+
+def test_class_and_mean_at_every_cut(backbone: Build) -> None:
+    model = scattered(backbone, "vit_small_patch14_reg4_dinov2", 42, SMALL, pool="class_and_mean")
+    images = torch.randn(2, 3, 42, 42)
+    tokens = model.model.forward_features(images)  # (2, 1 + 4 + 9, 32)
+    expected = torch.cat([tokens[:, 0], tokens[:, 5:].mean(dim=1)], dim=1)
+    for cut in range(5):
+        torch.testing.assert_close(model.suffix(model.prefix(images, cut), cut), expected)
+    assert torch.equal(model.prefix(images, 4), model(images))
+
+
+@pytest.mark.parametrize(("name", "size", "arguments"), CHAINS + OTHERS)
+def test_gradients_tell_the_layer_of_a_parameter(backbone: Build, name: str, size: int, arguments: dict) -> None:
+    """The output of the first layers depends on the parameters of these and on no other."""
+    model = scattered(backbone, name, size, arguments)
+    images = torch.randn(2, 3, size, size)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for cut in range(1, len(model.layers) + 1):
+        output = model.prefix(images, cut)
+        grads = torch.autograd.grad((output * torch.randn_like(output)).sum(), parameters, allow_unused=True)
+        used = {name for name, grad in zip(names, grads, strict=True) if grad is not None}
+        assert used == {name for name in names if model.layer_of(name) < cut}
+    assert model.layers_state(len(model.layers)).keys() == model.state_dict().keys()
+    assert model.layers_state(0) == {}
+
+
+def test_tokens_and_positions_belong_to_the_stem(backbone: Build) -> None:
+    found = set()
+    for name, size, arguments in CHAINS:
+        model = backbone(name, arguments, image_size=size, channels=3)
+        stem = {name.split(".")[1] for name in model.layers_state(1)}
+        assert not stem & {"blocks", "layers", "norm", "fc_norm", "attn_pool"}
+        found |= stem
+    assert found == {"cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre"}
+
+
+def test_compiling_keeps_names_and_outputs(backbone: Build, tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with torch's compiler up to where it would write C++."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    check_compiled(backbone(arguments=tiny), 28, 3)
+    check_compiled(backbone("resnet18", {}), 28, 1)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same(backbone: Build, tiny: dict) -> None:
+    check_compiled(backbone(arguments=tiny | {"depth": 1}), 28, 1)
+
+
+def check_compiled(model: Backbone, size: int, blocks: int) -> None:
+    images = torch.randn(2, 1, size, size)
+    state, expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(images)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), [next(model.parameters())])
+    model.compile_layers()
+    assert sum(module._compiled_call_impl is not None for module in model.modules()) == blocks
+    got = model(images)
+    (grad,) = torch.autograd.grad(got.square().sum(), [next(model.parameters())])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-4)
+    assert model.state_dict().keys() == state.keys()
+    model.load_state_dict(state)
+    last = len(model.layers)
+    torch.testing.assert_close(model.prefix(images, last), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_without_a_compiler(backbone: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"model\.compile=true needs a C\+\+ compiler such as g\+\+.*set it to false"):
+        backbone().compile_layers()
+
+
 # Depths
 
 
@@ -174,7 +295,7 @@ def test_a_file_with_a_classifier_loads_without_it(
 
 
 def test_bundled_weights_load() -> None:
-    model = instantiate(OmegaConf.load(ROOT / "configs" / "backbone" / "digits_vit.yaml"))
+    model = instantiate(OmegaConf.load(ROOT / "configs" / "backbone" / "digits_vit.yaml"), fused_attention=False)
     assert model.weights == "bundled" and not model.fresh
     assert all(module.training for module in model.modules())
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 192)

@@ -168,3 +168,23 @@ def test_sgd_step_by_hand() -> None:
         built["optimizer"].step()
         built["lr_scheduler"]["scheduler"].step()
         assert weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_fused_updates_are_clipped_as_foreach_ones(
+    classifier: Callable[..., Classifier], batch: Batch, fit: Callable, kind: type
+) -> None:
+    """Lightning refuses to clip for an optimizer that unscales gradients itself, as fused ones say they do."""
+
+    def trained(**changes: Any) -> dict[str, torch.Tensor]:
+        model = classifier("last_blocks", optim={"final_lr_fraction": 1.0})
+        model.optim.optimizer = partial(kind, **{name: changes.pop(name) for name in ("fused", "foreach")})
+        fit(model, [batch] * 3, precision="bf16-mixed", **changes)
+        return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+    fused = trained(fused=True, foreach=False, gradient_clip_val=0.1)
+    foreach = trained(fused=False, foreach=True, gradient_clip_val=0.1)
+    unclipped = trained(fused=True, foreach=False)
+    for name, tensor in fused.items():
+        torch.testing.assert_close(tensor, foreach[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert max((tensor - unclipped[name]).abs().max() for name, tensor in fused.items()) > 1e-3

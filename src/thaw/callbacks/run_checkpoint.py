@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -67,7 +67,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             self.written[path] = time.monotonic()
         else:  # a copy, as training goes on
-            self.held[path] = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, checkpoint)
+            self.held[path] = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         self.teardown()

@@ -219,6 +219,11 @@ class MNISTDataModule(LightningDataModule):
             self.datasets[split, device] = DigitDataset(Digits(*(part.to(device) for part in digits)))
         return self.datasets[split, device]
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Another model may come after an interrupted one: what it kept is not for that."""
+        for dataset in self.datasets.values():
+            dataset.features = None
+
     def loader(self, split: str, batch_size: int, shuffle: bool) -> DigitLoader:
         overfit = getattr(self.trainer, "overfit_batches", 0)
         if overfit:  # Lightning would replace our sampler by one of single digits

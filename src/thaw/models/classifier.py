@@ -119,7 +119,9 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Run the layers that never train once over the digits; training and validation batches carry their output."""
-        views = self.cache.num_views(self.augment.is_random, self.trainer) if self.cut else 0
+        if not self.cut or self.trainer.datamodule is None:  # type: ignore[attr-defined]
+            return
+        views = self.cache.num_views(self.augment.is_random, self.trainer)
         if views:
             self.keep_features("train", views, self.augment if self.augment.is_random else None)
             self.keep_features("val", 1, None)
@@ -132,7 +134,8 @@ class Classifier(LightningModule):
 
         @torch.no_grad()
         def compute(indices: Tensor) -> Tensor:  # (B,) -> (B, T, D) or (B, D)
-            images = dataset.digits.images[indices.to(self.device)]
+            images = dataset.digits.images  # on the CPU where worker processes fetch batches
+            images = images[indices.to(images.device)].to(self.device)
             with autocast():
                 features = self.backbone.prefix(self.preprocess(augment(images) if augment else images), self.cut)
             return features.bfloat16() if tokens and "bf16" in self.trainer.precision else features.contiguous()

@@ -8,19 +8,20 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer
+from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from thaw.models.feature_store import FeatureStore
 
 MODES = ("auto", "off", "memory", "disk")
-FORMAT = 1  # part of every key
+FORMAT = 2  # part of every key
 CHUNK = {"cpu": 128, "cuda": 1024, "mps": 512}  # digits at once; larger ones leave a CPU's own memory
 VERIFIED: dict[str, Tensor] = {}  # by key: what this process has at hand for the next job of a sweep
 
@@ -48,7 +49,7 @@ class FeatureCache:
         if views is not None and (isinstance(views, bool) or not isinstance(views, int) or views < 1):
             raise ValueError(f"cache.views={views} must be a number of views, 1 or more, or null for none.")
         self.mode, self.max_gb, self.views = mode, max_gb, views
-        self.store = FeatureStore(Path(dir), int(max_gb * 1e9))
+        self.store = FeatureStore(Path(dir), max_gb * 1e9)
 
     def num_views(self, is_random: bool, trainer: Trainer) -> int:
         """How many views of each digit to keep; 0 where nothing can be kept.
@@ -103,11 +104,12 @@ class FeatureCache:
             "views": views,
             **facts,
         }
-        described = json.dumps(facts, sort_keys=True, default=list)  # default: OmegaConf's lists
+        described = json.dumps(facts, sort_keys=True, default=OmegaConf.to_container)
         facts, key = json.loads(described), hashlib.sha256(described.encode()).hexdigest()[:16]
         if key in VERIFIED and trainer.world_size == 1:  # other ranks are new in every job
             return VERIFIED[key]
-        example = compute(torch.zeros(1, dtype=torch.long))
+        with own_random_numbers(trainer):
+            example = compute(torch.zeros(1, dtype=torch.long))
         shape = (views, count, *example.shape[1:])
         size = views * count * example.nbytes
         if size > self.max_gb * 1e9:
@@ -130,7 +132,10 @@ class FeatureCache:
                 compute_all(compute, split, count, views, target, trainer)
                 if first and place == "disk":
                     assert target is not None
-                    self.store.commit(key, facts, target)
+                    try:
+                        self.store.commit(key, facts, target)
+                    except OSError as error:  # the mapped numbers are there all the same
+                        self.give_up_folder(error)
                 trainer.strategy.barrier()
             features = kept if target is None else target
             if features is None and (features := self.store.read(key, facts)) is None:
@@ -158,12 +163,14 @@ class FeatureCache:
                 kept = self.store.read(key, facts)  # another run may just have written it
             return kept, None if kept is not None else self.store.create(key, shape, dtype)
         except OSError as error:
-            if self.mode == "disk":
-                raise OSError(
-                    f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
-                ) from error
-            print(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})", flush=True)
+            self.give_up_folder(error)
             return None, None
+
+    def give_up_folder(self, error: OSError) -> None:
+        """An error in mode `disk`, a line in mode `auto`."""
+        if self.mode == "disk":
+            raise OSError(f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir.") from error
+        print(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})", flush=True)
 
 
 def compute_all(
@@ -179,7 +186,7 @@ def compute_all(
     starts = [(view, start) for view in range(views) for start in range(0, count, chunk * ranks)]
     hidden = None if trainer.is_global_zero else True  # None: where there is no terminal
     with (
-        torch.random.fork_rng(),
+        own_random_numbers(trainer),
         tqdm(total=views * count, desc=f"{split} features", disable=hidden, leave=False) as bar,
     ):
         for view, start in starts:
@@ -191,6 +198,12 @@ def compute_all(
             if target is not None:
                 target[view, start : start + len(part)] = part[: count - start].cpu()
             bar.update(min(len(part), count - start))
+
+
+def own_random_numbers(trainer: Trainer) -> AbstractContextManager[None]:
+    """Those that the run draws afterwards are as if nothing had been drawn here."""
+    device = trainer.strategy.root_device
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])  # not of all GPUs of the machine
 
 
 def say(trainer: Trainer, text: str) -> None:

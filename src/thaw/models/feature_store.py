@@ -1,7 +1,7 @@
 """Tensors on disk under a key, memory-mapped, written whole or not at all, verified when read.
 
 An entry is `<key>.npy` and `<key>.json`. The JSON is written last: it holds all that the key stands for and the SHA-256
-of the numbers, and what does not match it is no entry.
+of the tensor, and what does not match it is no entry.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class FeatureStore:
         max_bytes: of all entries together; the least recently used make room for a new one.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: float) -> None:
         self.folder, self.max_bytes = folder, max_bytes
 
     def path(self, key: str) -> Path:
@@ -45,10 +45,10 @@ class FeatureStore:
             saved = json.loads(record.read_text())
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
-            damage = saved["facts"] != facts or saved["sha256"] != sha256(array)
+            damage = saved["facts"] != facts or saved["sha256"] != sha256(tensor)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except Exception:  # damaged files fail in any way
             damage = True
         if damage:
             log.warning("%s is damaged and will be made anew.", path)
@@ -102,7 +102,7 @@ class FeatureStore:
             "facts": facts,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "sha256": sha256(tensor.view(torch.uint8).numpy()),
+            "sha256": sha256(tensor),
         }
         path.with_suffix(".part").replace(path)
         part = path.with_suffix(".json.part")
@@ -111,8 +111,9 @@ class FeatureStore:
 
     def make_room(self, size: int, key: str) -> None:
         """Remove entries, the least recently used first, until one of `size` bytes keeps to the limit."""
-        entries = {path.name.split(".")[0] for path in self.folder.glob("*.*") if path.suffix != ".lock"} - {key}
-        sizes = {entry: sum(path.stat().st_size for path in self.folder.glob(f"{entry}.*")) for entry in entries}
+        ours = self.folder.glob(f"{'[0-9a-f]' * 16}.*")  # other files in the folder are not
+        entries = {path.name.split(".")[0] for path in ours if path.suffix != ".lock"} - {key}
+        sizes = {entry: sum(map(size_of, self.folder.glob(f"{entry}.*"))) for entry in entries}
         for entry in sorted(entries, key=self.last_used):
             if sum(sizes.values()) + size <= self.max_bytes:
                 return
@@ -122,9 +123,22 @@ class FeatureStore:
                 sizes.pop(entry)
 
     def last_used(self, key: str) -> float:
-        record = self.path(key).with_suffix(".json")
-        return record.stat().st_mtime if record.exists() else 0.0
+        try:
+            return self.path(key).with_suffix(".json").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
 
-def sha256(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+def size_of(path: Path) -> int:
+    """0 where another process has just removed or renamed the file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of type, shape and numbers."""
+    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -75,9 +75,11 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     threading.Thread(target=watch, args=(children, ended), daemon=True).start()
     try:
         yield
-        with suppress(subprocess.TimeoutExpired):
-            for child in children:
+        for rank, child in enumerate(children, start=1):
+            try:
                 child.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                print(f"warning: rank {rank} did not end with rank 0; ending it.", file=sys.stderr)
     finally:
         ended.set()
         for child in children:
