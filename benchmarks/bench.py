@@ -348,7 +348,7 @@ class Bench:
                 return len(images) / seconds_of(run)
 
             rate(ours, True, 128), rate(theirs, False, 128)
-            chunk = feature_cache.CHUNK["cpu"]
+            chunk = feature_cache.TOKENS["cpu"] // ours.num_tokens
             slow, fast = in_turn(
                 self.rounds, lambda r=rate, m=theirs: r(m, False, 128), lambda r=rate, m=ours, c=chunk: r(m, True, c)
             )

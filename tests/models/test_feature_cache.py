@@ -66,7 +66,7 @@ def naive() -> Tensor:
 
 
 def get(cache: FeatureCache, compute: Compute, views: int = 1, facts: Mapping[str, Any] = FACTS) -> Tensor | None:
-    return cache.features("train", COUNT, views, compute, facts, trainer_of())
+    return cache.features("train", COUNT, views, compute, 16, facts, trainer_of())
 
 
 def new(folder: Path, mode: str = "disk", max_gb: float = 1.0, views: int | None = None) -> FeatureCache:
@@ -363,7 +363,7 @@ def test_ranks_share_the_work_and_give_what_one_gives(tmp_path: Path, ranks: int
             strategy = SimpleNamespace(root_device=torch.device("cpu"), all_gather=all_gather)
             trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, is_global_zero=False, strategy=strategy)
             target = torch.full((2, COUNT, 5), torch.nan)
-            compute_all(computes[rank], "train", COUNT, 2, target, trainer)
+            compute_all(computes[rank], "train", COUNT, 2, 16, target, trainer)
             if turn == "compute":
                 parts.append(mine)
             else:
@@ -555,7 +555,7 @@ VIT = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2, "class_toke
         ("more digits", {"train_size": TRAIN + 1}, HALF),
         ("precision", {"precision": "bf16-mixed"}, BOTH),
         ("k", {"k": 1}, BOTH),
-        ("image size", {"image_size": 35}, BOTH),
+        ("image size", {"image_size": 35}, {(2 + 7) * 81}),
         ("mean", {"mean": [0.2]}, BOTH),
         ("attention", {"fused_attention": True}, BOTH),
         ("timm arguments", {"arguments": VIT | {"init_values": 1.0}}, BOTH),

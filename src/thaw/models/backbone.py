@@ -1,6 +1,7 @@
 """Vision backbones from timm, images (B, C, S, S) -> features (B, D). The only file that imports timm."""
 
 import difflib
+import math
 import os
 import re
 import shutil
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
         layers: what an image passes through, one after the other: stem, each block, and final norm with pooling.
             Models that are no such chain (ConvNeXt, EVA, ...) are a single layer.
         is_chain: whether there are several layers.
+        num_tokens: T after the stem; the places of a stride of 16 where there are no tokens.
 
     Raises:
         ValueError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
@@ -85,9 +87,10 @@ class Backbone(nn.Module):
             **{"timm": timm.__version__, "name": name, "arguments": dict(arguments), "image_size": image_size},
             **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
         }
-        self.is_chain = is_chain(
-            self.model, torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1)
-        )
+        image = torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1)
+        tokens = count_tokens(self.model, image)
+        self.is_chain = tokens > 0
+        self.num_tokens = tokens or math.ceil(image_size / 16) ** 2
         self.weights = weights
         self.fresh = frozenset(dict(self.named_parameters()) if weights == "none" else ())
         if weights != "none":
@@ -207,19 +210,20 @@ def chain(model: TimmModel) -> tuple[Callable[[Tensor], Tensor], Sequence[nn.Mod
     return stem, list(getattr(model, "blocks", None) or model.layers), model.norm
 
 
-def is_chain(model: TimmModel, images: Tensor) -> bool:
-    """Whether `chain` does exactly what the model's own `forward_features` does."""
+def count_tokens(model: TimmModel, images: Tensor) -> int:
+    """How many tokens `chain` makes of an image; 0 if it does not exactly what the model's `forward_features` does."""
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
             stem, blocks, norm = chain(model)
-            tokens = stem(images)
+            tokens = embedded = stem(images)
             for block in blocks:
                 tokens = block(tokens)
-            return torch.equal(norm(tokens), model.forward_features(images))
+            same = torch.equal(norm(tokens), model.forward_features(images))
+            return embedded.numel() // embedded.shape[-1] if same else 0
     except Exception:  # other architectures fail here in any way
-        return False
+        return 0
     finally:
         model.train(mode)
 

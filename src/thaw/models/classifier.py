@@ -119,7 +119,11 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Run the layers that never train once over the digits; training and validation batches carry their output."""
-        if not self.cut or self.trainer.datamodule is None:  # type: ignore[attr-defined]
+        if self.trainer.datamodule is None:  # type: ignore[attr-defined]
+            return
+        if not self.cut:
+            some_frozen = not all(parameter.requires_grad for parameter in self.backbone.parameters())
+            self.cache.nothing_to_keep(some_frozen, self.trainer)
             return
         views = self.cache.num_views(self.augment.is_random, self.trainer)
         if views:
@@ -148,7 +152,9 @@ class Classifier(LightningModule):
             "augment": augment and augment.settings,
             "precision": self.trainer.precision,
         }
-        features = self.cache.features(split, len(dataset), views, compute, facts, self.trainer)
+        features = self.cache.features(
+            split, len(dataset), views, compute, self.backbone.num_tokens, facts, self.trainer
+        )
         if features is not None and self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             features = features.to(self.device) if features.nbytes < free / 2 else features

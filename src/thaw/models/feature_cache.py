@@ -22,7 +22,11 @@ from thaw.models.feature_store import FeatureStore
 
 MODES = ("auto", "off", "memory", "disk")
 FORMAT = 2  # part of every key
-CHUNK = {"cpu": 128, "cuda": 1024, "mps": 512}  # digits at once; larger ones leave a CPU's own memory
+TOKENS = {
+    "cpu": 2048,
+    "cuda": 131072,
+    "mps": 16384,
+}  # at once; more of them leave a CPU's own memory, which costs a fifth
 VERIFIED: dict[str, Tensor] = {}  # by key: what this process has at hand for the next job of a sweep
 
 
@@ -49,7 +53,7 @@ class FeatureCache:
         if views is not None and (isinstance(views, bool) or not isinstance(views, int) or views < 1):
             raise ValueError(f"cache.views={views} must be a number of views, 1 or more, or null for none.")
         self.mode, self.max_gb, self.views = mode, max_gb, views
-        self.store = FeatureStore(Path(dir), max_gb * 1e9)
+        self.store = FeatureStore(Path(dir).expanduser(), max_gb * 1e9)
 
     def num_views(self, is_random: bool, trainer: Trainer) -> int:
         """How many views of each digit to keep; 0 where nothing can be kept.
@@ -71,12 +75,18 @@ class FeatureCache:
             say(trainer, f"off, {reason}")
         return self.views or 0
 
+    def nothing_to_keep(self, some_frozen: bool, trainer: Trainer) -> None:
+        """Say that no layer is frozen below the lowest one that trains, where one could expect otherwise."""
+        if self.mode in ("memory", "disk") or (self.mode == "auto" and some_frozen):
+            say(trainer, "off, no layer of this backbone lies below all that trains")
+
     def features(
         self,
         split: str,
         count: int,
         views: int,
         compute: Callable[[Tensor], Tensor],
+        tokens: int,
         facts: Mapping[str, Any],
         trainer: Trainer,
     ) -> Tensor | None:
@@ -87,6 +97,7 @@ class FeatureCache:
             count: N.
             views: K.
             compute: indices (B,) of digits -> features (B, ...); draws its random numbers from torch.
+            tokens: that a digit is in `compute`; decides how many digits are computed at once.
             facts: all that the features depend on, as values of JSON.
             trainer: of the ranks that call this together.
 
@@ -129,7 +140,7 @@ class FeatureCache:
             if place != "kept":
                 if target is None and (first or place == "memory"):
                     target = torch.empty(shape, dtype=example.dtype)
-                compute_all(compute, split, count, views, target, trainer)
+                compute_all(compute, split, count, views, tokens, target, trainer)
                 if first and place == "disk":
                     assert target is not None
                     try:
@@ -178,11 +189,12 @@ def compute_all(
     split: str,
     count: int,
     views: int,
+    tokens: int,
     target: Tensor | None,
     trainer: Trainer,
 ) -> None:
     """Fill `target` (K, N, ...) on the ranks that have one, each rank computing its share."""
-    ranks, chunk = trainer.world_size, CHUNK[trainer.strategy.root_device.type]
+    ranks, chunk = trainer.world_size, max(1, TOKENS[trainer.strategy.root_device.type] // tokens)
     starts = [(view, start) for view in range(views) for start in range(0, count, chunk * ranks)]
     hidden = None if trainer.is_global_zero else True  # None: where there is no terminal
     with (
