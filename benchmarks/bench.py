@@ -200,7 +200,7 @@ class Bench:
             output = self.probe(*step, cold=False)[1]
             first.append(float(output.split("first step after ")[1].split()[0]))
         imports, before = [], "hydra"
-        for module in ("torch", "torchvision.datasets", "lightning", "timm", "wandb", "thaw.models.classifier"):
+        for module in ("torch", "torchvision.datasets", "lightning", "timm", "thaw.models.classifier"):
             code = f"import time, {before}; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
             imports.append((module, statistics.median(float(self.command("-c", code)[1]) for _ in range(self.rounds))))
             before += f", {module}"

@@ -627,6 +627,17 @@ def test_nothing_is_kept_where_everything_trains(model: Build, tmp_path: Path) -
     assert all(features is None for _, features, _ in watch.train) and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(("mode", "some_frozen"), [("auto", True), ("disk", False), ("memory", False)])
+def test_it_is_said_where_no_layer_can_be_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, some_frozen: bool
+) -> None:
+    new(tmp_path, mode).nothing_to_keep(some_frozen, trainer_of())
+    assert "cache: off, no layer" in capsys.readouterr().out
+    new(tmp_path, "off").nothing_to_keep(some_frozen, trainer_of())
+    new(tmp_path, "auto").nothing_to_keep(False, trainer_of())
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("freeze", ["linear_probe", "last_blocks"])
 def test_frozen_layers_store_no_activations(model: Build, batch: Batch, freeze: str) -> None:
     """What backward needs is of the same number and shapes from pixels as from features."""

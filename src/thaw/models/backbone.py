@@ -83,7 +83,7 @@ class Backbone(nn.Module):
             self.num_features = 2 * self.model.num_features
         elif pool != "model":
             raise ValueError(f"backbone.pool={pool!r} is unknown; choose model or class_and_mean.")
-        self.architecture = {  # all that `forward` depends on but for the weights, as values of JSON
+        self.architecture: dict[str, Any] = {  # all that `forward` depends on but for the weights, as values of JSON
             **{"timm": timm.__version__, "name": name, "arguments": dict(arguments), "image_size": image_size},
             **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
         }
@@ -122,8 +122,9 @@ class Backbone(nn.Module):
             raise ValueError(
                 "model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false."
             )
-        for block in chain(self.model)[1] if self.is_chain else [self.model]:
+        for block in chain(self.model)[1] if self.is_chain else self.model.children():
             block.compile()
+        self.architecture["compiled"] = True
 
     def layers_state(self, cut: int) -> dict[str, Tensor]:
         """Parameters and buffers of the first `cut` layers."""
