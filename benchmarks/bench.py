@@ -474,6 +474,8 @@ def main() -> None:
     quiet()
     sources.load("MNIST", args.data, "official", None)
     bench = Bench(str(Path(args.data).resolve()), args.quick)
+    if not torch.cuda.is_available():
+        bench.note("No GPU was at hand: there are no rows for one.")
     bench.matrix_peaks()
     parts = (
         "main_job",
