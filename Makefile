@@ -9,7 +9,7 @@ ARGS   ?=
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests"
-	@echo "make bench                                   measure speed next to the textbook way (45 minutes)"
+	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
 	@echo "make clean-cache                             remove the kept features in logs/cache"
 	@echo "make lint | format | clean"
 
@@ -44,7 +44,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 clean-cache:
 	rm -rf logs/cache

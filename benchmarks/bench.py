@@ -1,6 +1,6 @@
-"""Every speed claim, measured next to the textbook way on this machine.    make bench
+"""Every speed claim, measured next to the textbook way on this machine.    python -m benchmarks.bench
 
-Each ratio is of medians of runs taken in turn. It takes about 45 minutes on two cores and wants the machine for itself;
+Each ratio is of medians of runs taken in turn. It takes about 40 minutes on two cores and wants the machine for itself;
 `--quick` takes few digits and epochs, to see that everything runs. Writes benchmarks/results.md and results.png.
 """
 
@@ -23,22 +23,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import textbook
+from thaw.callbacks.progress import quiet
+from thaw.config import build_list, settle
+from thaw.data import sources
+from thaw.data.augment import Augment
+from thaw.data.datamodule import MNISTDataModule
+from thaw.data.preprocess import Preprocess
+from thaw.models import feature_cache
+from thaw.models.backbone import Backbone
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import textbook  # noqa: E402
-from thaw.callbacks.progress import quiet  # noqa: E402
-from thaw.config import build_list, settle  # noqa: E402
-from thaw.data import sources  # noqa: E402
-from thaw.data.augment import Augment  # noqa: E402
-from thaw.data.datamodule import MNISTDataModule  # noqa: E402
-from thaw.data.preprocess import Preprocess  # noqa: E402
-from thaw.models import feature_cache  # noqa: E402
-from thaw.models.backbone import Backbone  # noqa: E402
-
 RATES = "1e-4,2e-4,5e-4,1e-3,2e-3,3e-3,5e-3,7e-3,1e-2,2e-2,3e-2,5e-2,1e-1"  # 13
 AFFINE = {"degrees": 10.0, "translate": 0.07, "scale": 0.1, "shear": 0.0}
 OTHERS = {"elastic": 0.0, "elastic_sigma": 4.0, "thickness": 0.0, "erase": 0.0}
@@ -277,7 +275,7 @@ class Bench:
         slow, fast, full = in_turn(self.rounds, theirs, ours, lambda: ours("trainer.precision=32-true"))
         compiled = ours("model.compile=true", "trainer.max_epochs=3")
         self.row("full fine-tuning, images/s", f"{slow:,.0f}", f"{fast:,.0f}", fast / slow, "2.5")
-        share = 3 * self.flops(self.digits_vit(False)) * fast / self.peaks["bf16"]
+        share = 3 * self.flops(self.backbone("digits_vit", fused_attention=False)) * fast / self.peaks["bf16"]
         self.note(
             f"Full fine-tuning of the bundled ViT: {fast:,.0f} images/s, {share:.0%} of the bf16 peak (a step "
             f"counted as three forward passes); in fp32 {full:,.0f}; with model.compile=true, once compiled, "
@@ -287,7 +285,7 @@ class Bench:
     def pipeline(self) -> None:
         source = sources.load("MNIST", self.data, "official", None)
         source = source._replace(train=sources.Digits(*(part[:20000] for part in source.train)))
-        backbone = self.digits_vit(False)
+        backbone = self.backbone("digits_vit", fused_attention=False)
         theirs = textbook.TextbookDataModule(source, backbone, 512, affine=True).train_dataloader()
         for _ in theirs:  # starts the workers
             pass
@@ -308,12 +306,9 @@ class Bench:
         self.row("input pipeline with affine, images/s", f"{slow:,.0f} (2 workers)", f"{fast:,.0f}", fast / slow, "10")
         self.note(f"Batches without augmentation or normalisation: {plain:,.0f} images/s.")
 
-    def digits_vit(self, fused: bool) -> Backbone:
-        return self.backbone("digits_vit", fused_attention=fused)
-
     def backbone(self, name: str, **changes: Any) -> Backbone:
         config = {
-            **textbook.OmegaConf.to_container(textbook.OmegaConf.load(textbook.CONFIGS / f"{name}.yaml")),
+            **OmegaConf.to_container(OmegaConf.load(textbook.CONFIGS / f"{name}.yaml")),
             **changes,
         }
         del config["_target_"]

@@ -91,7 +91,7 @@ def settle(cfg: DictConfig) -> None:
     """Write out what `auto` means on this machine, and refuse what it cannot do.
 
     `trainer.precision=auto` is bf16-mixed where the hardware computes in bf16, else 32-true;
-    `backbone.fused_attention=auto` is plain attention on a CPU, which is the faster one there (benchmarks/results.md).
+    `backbone.fused_attention=auto` is plain attention on a CPU, which trains faster there in bf16.
 
     Raises:
         ValueError: says which key, what was allowed and the next step.

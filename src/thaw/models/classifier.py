@@ -119,7 +119,8 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Run the layers that never train once over the digits; training and validation batches carry their output."""
-        if self.trainer.datamodule is None:  # type: ignore[attr-defined]
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if datamodule is None:
             return
         if not self.cut:
             some_frozen = not all(parameter.requires_grad for parameter in self.backbone.parameters())
@@ -127,12 +128,13 @@ class Classifier(LightningModule):
             return
         views = self.cache.num_views(self.augment.is_random, self.trainer)
         if views:
-            self.keep_features("train", views, self.augment if self.augment.is_random else None)
-            self.keep_features("val", 1, None)
+            self.keep_features(
+                "train", datamodule.split_dataset("train"), views, self.augment if self.augment.is_random else None
+            )
+            self.keep_features("val", datamodule.split_dataset("val"), 1, None)
 
-    def keep_features(self, split: str, views: int, augment: Augment | None) -> None:
+    def keep_features(self, split: str, dataset: DigitDataset, views: int, augment: Augment | None) -> None:
         """Give a split's batches the output of the first `cut` layers."""
-        dataset = self.trainer.datamodule.split_dataset(split)  # type: ignore[attr-defined]
         tokens = self.cut < len(self.backbone.layers)
         autocast = self.trainer.precision_plugin.forward_context
 

@@ -22,7 +22,7 @@ from thaw.models.feature_store import FeatureStore
 
 MODES = ("auto", "off", "memory", "disk")
 FORMAT = 2  # part of every key
-TOKENS = {"cpu": 2048, "cuda": 131072, "mps": 16384}  # at once; more leave a CPU's own memory, which costs a fifth
+TOKENS = {"cpu": 2048, "cuda": 131072, "mps": 16384}  # at once; on a CPU more of them leave its caches
 VERIFIED: dict[str, Tensor] = {}  # by key: what this process has at hand for the next job of a sweep
 
 
