@@ -16,6 +16,8 @@ def main(cfg: DictConfig) -> None:
 
     path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
     checkpoint = checkpoints.read(path)
+    if cfg.weights:
+        checkpoint["config"]["backbone"]["weights"] = cfg.weights
     saved = OmegaConf.create(checkpoint["config"])
     for group in ("data", "trainer"):
         changes = {key: value for key, value in cfg[group].items() if value is not None}

@@ -1,6 +1,7 @@
 """Train one configuration: compose, build, fit, test.    python train.py experiment=vit_linear_probe"""
 
 import time
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -18,7 +19,7 @@ def main(cfg: DictConfig) -> float | None:
 
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
-    from thaw.checkpoint import resumed_config
+    from thaw.checkpoint import resumed_config, start_from
     from thaw.evaluation.evaluate import validate_best
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
@@ -28,14 +29,18 @@ def main(cfg: DictConfig) -> float | None:
     quiet()
     if cfg.resume and not is_launched():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
-    if is_sweep_job():  # a sweep measures its winner only
+    if is_sweep_job() and cfg.test != "always":  # a sweep measures its winner only
         cfg.validate = cfg.test = False
     settle(cfg)
+    if cfg.start_from:
+        cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data)
         model = instantiate(cfg.model)
+        if cfg.start_from and not cfg.resume:
+            start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
         loggers = build_list(cfg.logger, "logger")
         callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg))]
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)

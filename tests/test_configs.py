@@ -13,10 +13,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 CONFIGS = ROOT / "configs"
 GROUPS = ["data", "augment", "backbone", "head", "freeze", "optim", "model", "trainer", "logger", "experiment", "debug"]
-OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
-EXPERIMENTS = [path.stem for path in sorted((CONFIGS / "experiment").glob("*.yaml"))]
+
+
+def names(group: str) -> list[str]:
+    """The options of a group, such as `affine` or, in a subfolder, `baseline/mlp`."""
+    folder = CONFIGS / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+OPTIONS = [f"{group}={name}" for group in GROUPS for name in names(group)]
+EXPERIMENTS = names("experiment")
 FILLED_IN = {  # arguments that the program passes itself
     "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
+    "thaw.models.lr_bank.LRBank": {"in_features", "num_classes"},
     "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
 }
 
@@ -69,7 +78,7 @@ def test_experiment_header(experiment: str) -> None:
     assert f"python train.py experiment={experiment}" in header
     for word in ("core", "%"):
         assert word in header
-    assert yaml.safe_load(text)["name"] == experiment
+    assert yaml.safe_load(text)["name"] == experiment.replace("/", "_")
 
 
 def test_logger_choices(tmp_path: Path) -> None:

@@ -62,16 +62,56 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:
-    """Rebuild the model of a checkpoint that `read` returned, in eval mode; all weights come from the checkpoint."""
+    """Rebuild the model of a checkpoint that `read` returned, in eval mode.
+
+    Args:
+        checkpoint: holds all weights, or what was trained and a reference to the frozen rest, which is then read
+            from the `backbone.weights` of its configuration.
+
+    Raises:
+        ValueError: the frozen weights cannot be found, or are others.
+    """
     from hydra.utils import instantiate
 
     cfg = OmegaConf.create(checkpoint["config"])
-    cfg.backbone.weights = "none"
+    if "frozen" not in checkpoint and "weights" in cfg.backbone:
+        cfg.backbone.weights = "none"
     if "compile" in cfg.model:
         cfg.model.compile = False  # takes longer than an evaluation
     model = instantiate(cfg.model)
+    model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"], strict=True)
     return model.eval()
+
+
+def start_from(model: Any, wanted: str, runs: Path) -> None:
+    """Let a new run start from the weights of an earlier one; its policy, optimizer and schedule are its own.
+
+    Args:
+        model: changed in place; may have LoRA where the earlier one had none, and the other way round.
+        wanted: as for `find`; of a run, its best checkpoint counts.
+        runs: the folder below which `last` looks.
+
+    Raises:
+        ValueError: no such checkpoint, or one of another architecture.
+    """
+    from thaw.models.lora import merge_lora, plain_name
+
+    path = find(wanted, runs, "best.ckpt")
+    source = load_model(read(path))
+    merge_lora(source)
+    theirs, own = source.state_dict(), model.state_dict()
+    given = {name: theirs.pop(plain_name(name), None) for name in own}
+    differ = [name for name, tensor in given.items() if tensor is None and "lora_" not in name]
+    differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
+    differ += list(theirs)
+    if differ:
+        raise ValueError(
+            f"start_from={wanted}: {path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
+            "Choose the backbone and head that it was trained with."
+        )
+    model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})
+    model.backbone.fresh = frozenset()
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -97,10 +137,17 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"{path} is a run of experiment {saved.name} and goes on with its own configuration; leave out experiment= "
             "and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or trainer=gpu."
         )
+    before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
     for key in typed:
         if key != "experiment":
             place = key.replace("/", ".")
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
+    if OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
+        raise ValueError(
+            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds other "
+            "parameters. Leave freeze out to go on, or start a new run from its weights alone: "
+            f"start_from={path} instead of resume=."
+        )
     saved.run_dir, saved.resume = cfg.run_dir, str(path)
     if saved.logger and "wandb" in saved.logger:
         saved.logger.wandb.id = checkpoint["wandb_id"]

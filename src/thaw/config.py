@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
@@ -112,9 +113,12 @@ def settle(cfg: DictConfig) -> None:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch's optimizers would look for a GPU in every step
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    weights = cfg.backbone.get("weights")
+    if weights and Path(weights).expanduser().is_file():
+        cfg.backbone.weights = str(Path(weights).expanduser().resolve())  # found from any folder later
     if cfg.trainer.precision == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else on_cpu and fast
         cfg.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
-    if cfg.backbone.fused_attention == "auto":
+    if cfg.backbone.get("fused_attention") == "auto":  # a baseline has no attention
         cfg.backbone.fused_attention = not on_cpu

@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
+from thaw.data.mix import Mix
 from thaw.models.backbone import Backbone
 from thaw.models.classifier import Classifier
 from thaw.models.feature_cache import FeatureCache
@@ -27,6 +29,7 @@ AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbon
 
 LINEAR = partial(LinearHead, norm="layer")
 AS_IT_IS = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+NO_MIX = Mix(None, None, probability=1)
 NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1, views=None)
 
 
@@ -55,8 +58,8 @@ def policy() -> Callable[..., FreezePolicy]:
 
     def build(name: str, **changes: Any) -> FreezePolicy:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
-        cfg.freeze.update(changes)
-        return FreezePolicy(cfg.freeze.rules)
+        cfg.freeze.merge_with(changes)
+        return FreezePolicy(cfg.freeze.rules, lora=instantiate(cfg.freeze.get("lora")))
 
     return build
 
@@ -80,7 +83,7 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
         numbers = {"num_classes": 10, "label_smoothing": 0.0}
-        return Classifier(base, head, AS_IT_IS, chosen, recipe, **numbers, cache=NO_CACHE, compile=False)  # type: ignore
+        return Classifier(base, head, AS_IT_IS, NO_MIX, chosen, recipe, **numbers, cache=NO_CACHE, compile=False, self_contained=True)  # type: ignore
 
     return build
 

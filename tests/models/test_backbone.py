@@ -1,5 +1,6 @@
 """The backbone against timm itself, and every setting or file that it must refuse."""
 
+import json
 import pickle
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
+from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from thaw.models.backbone import Backbone, match_channels
 
@@ -38,6 +41,11 @@ def loaded_by_timm(name: str, path: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **arguments).eval()
 
 
+def sized(name: str, size: int) -> dict[str, int]:
+    """What tells timm the image size, of which convolutional nets know nothing."""
+    return {} if name.startswith(("resnet", "convnext", "mobilenet")) else {"img_size": size}
+
+
 # Features
 
 
@@ -56,8 +64,7 @@ def loaded_by_timm(name: str, path: str, **arguments: Any) -> nn.Module:
 )  # fmt: skip
 def test_features_equal_timm(backbone: Build, name: str, size: int, channels: int, arguments: dict) -> None:
     ours = backbone(name, arguments, image_size=size, channels=channels)
-    sized = {} if name.startswith(("resnet", "convnext", "mobilenet")) else {"img_size": size}
-    theirs = timm.create_model(name, num_classes=0, in_chans=channels, **sized, **arguments).eval()
+    theirs = timm.create_model(name, num_classes=0, in_chans=channels, **sized(name, size), **arguments).eval()
     theirs.load_state_dict(ours.model.state_dict())
     images = torch.randn(2, channels, size, size)
     features = ours(images)
@@ -103,13 +110,23 @@ CHAINS: list[tuple[str, int, dict[str, Any]]] = [
     ("vit_base_patch16_siglip_224", 32, SMALL),  # attention pool
     ("deit_tiny_distilled_patch16_224", 32, SMALL | {"proj_drop_rate": 0.3}),
     (SWIN, 56, {"embed_dim": 24, "depths": [1, 1, 2, 1]}),
+    ("eva02_tiny_patch14_224", 28, SMALL | {"embed_dim": 48, "drop_path_rate": 0.5, "pos_drop_rate": 0.3}),
+    ("vit_small_patch16_dinov3", 48, SMALL | {"drop_path_rate": 0.5}),
+    ("convnext_atto", 32, {"dims": [8, 16, 24, 32], "depths": [1, 1, 3, 2], "drop_path_rate": 0.5}),
+    ("convnextv2_atto", 64, {"dims": [8, 16, 24, 32], "depths": [1, 2, 1, 1], "head_norm_first": True}),
 ]
 OTHERS: list[tuple[str, int, dict[str, Any]]] = [
-    ("convnext_atto", 32, {}),
     ("resnet18", 28, {}),
-    ("eva02_tiny_patch14_224", 28, SMALL | {"embed_dim": 48}),
     ("vit_srelpos_small_patch16_224", 32, SMALL),  # its blocks share a bias: without it they run, but differ
+    ("vit_small_patch16_rope_mixed_224", 32, SMALL),  # every block has its own rotary embedding
+    ("vit_small_patch16_dinov3", 48, SMALL | {"patch_drop_rate": 0.5}),  # drops other patches in every batch
 ]
+
+
+def num_blocks(model: nn.Module) -> int:
+    """Blocks of a model without stages, or of all its stages."""
+    stages = getattr(model, "stages", None) or getattr(model, "layers", ())
+    return len(getattr(model, "blocks", ())) or sum(len(stage.blocks) for stage in stages)
 
 
 def scattered(build: Build, name: str, size: int, arguments: dict, **changes: Any) -> Backbone:
@@ -127,15 +144,14 @@ def test_prefix_and_suffix_at_every_cut_are_timms_forward(
     backbone: Build, name: str, size: int, arguments: dict, mode: str
 ) -> None:
     ours = scattered(backbone, name, size, arguments).train(mode == "train")
-    sized = {} if name in ("convnext_atto", "resnet18") else {"img_size": size}
-    theirs = timm.create_model(name, num_classes=0, **sized, **arguments).train(mode == "train")
+    theirs = timm.create_model(name, num_classes=0, **sized(name, size), **arguments).train(mode == "train")
     theirs.load_state_dict(ours.model.state_dict())
     images = torch.randn(3, 3, size, size)
     torch.manual_seed(5)  # of dropout and drop path
     expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    assert expected.isfinite().all()
     assert ours.is_chain == ((name, size, arguments) in CHAINS)
-    blocks = len(getattr(theirs, "blocks", None) or getattr(theirs, "layers", ()))
-    assert len(ours.layers) == (blocks + 2 if ours.is_chain else 1)
+    assert len(ours.layers) == (num_blocks(theirs) + 2 if ours.is_chain else 1)
     for cut in range(len(ours.layers) + 1):
         torch.manual_seed(5)
         kept = ours.prefix(images, cut)
@@ -173,9 +189,50 @@ def test_tokens_and_positions_belong_to_the_stem(backbone: Build) -> None:
     for name, size, arguments in CHAINS:
         model = backbone(name, arguments, image_size=size, channels=3)
         stem = {name.split(".")[1] for name in model.layers_state(1)}
-        assert not stem & {"blocks", "layers", "norm", "fc_norm", "attn_pool"}
+        assert not stem & {"blocks", "layers", "stages", "norm", "fc_norm", "attn_pool", "head"}
+        assert stem == {name.split(".")[1] for name, depth in model.depths().items() if depth == 0}
         found |= stem
-    assert found == {"cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre"}
+    assert found == {"cls_token", "reg_token", "dist_token", "pos_embed", "patch_embed", "norm_pre", "stem"}
+
+
+@pytest.mark.parametrize(("name", "size", "tokens"), [(SWIN, 56, 196), ("convnext_atto", 64, 256), (VIT, 32, 5)])
+def test_tokens_after_the_stem(backbone: Build, name: str, size: int, tokens: int) -> None:
+    assert backbone(name, {"depths": [1, 1, 1, 1]} if name != VIT else SMALL, image_size=size).num_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments"),
+    [
+        (VIT, 28, SMALL | {"patch_size": 7}),
+        *(case for case in CHAINS if case[0].startswith(("swin", "eva", "convnextv2"))),
+    ],
+)
+def test_parametrized_weights_stay_in_their_layers(backbone: Build, name: str, size: int, arguments: dict) -> None:
+    """As low-rank adapters do it: `qkv.weight` becomes `qkv.parametrizations.weight.original`, and gets company."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((), 2.0))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return self.scale * weight
+
+    model = scattered(backbone, name, size, arguments)
+    layers = {key: (model.layer_of(key), depth) for key, depth in model.depths().items()}
+    linear = {key: module for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for module in linear.values():
+        parametrize.register_parametrization(module, "weight", Scaled())
+    depths = model.depths()
+    assert depths.keys() == dict(model.named_parameters()).keys()
+    for key in linear:
+        for part in ("original", "0.scale"):
+            adapted = f"{key}.parametrizations.weight.{part}"
+            assert (model.layer_of(adapted), depths[adapted]) == layers[f"{key}.weight"]
+    images = torch.randn(2, 3, size, size)
+    expected = model.model.forward_head(model.model.forward_features(images), pre_logits=True)
+    for cut in range(len(model.layers) + 1):
+        torch.testing.assert_close(model.suffix(model.prefix(images, cut), cut), expected)
 
 
 def test_compiling_keeps_names_and_outputs(backbone: Build, tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +240,10 @@ def test_compiling_keeps_names_and_outputs(backbone: Build, tiny: dict, monkeypa
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
     check_compiled(backbone(arguments=tiny), 28, 3)
     check_compiled(backbone("resnet18", {}), 28, 10)  # its children
+    check_compiled(backbone("eva02_tiny_patch14_224", SMALL | {"embed_dim": 48}), 28, 2)
+    convnext = backbone("convnext_atto", {"dims": [8] * 4, "depths": [1, 1, 2, 1]}, image_size=32)
+    check_compiled(convnext, 32, 5)
+    assert all(block._compiled_call_impl for stage in convnext.model.stages for block in stage.blocks)
 
 
 @pytest.mark.slow
@@ -228,6 +289,18 @@ def test_depths_of_a_vit(backbone: Build, tiny: dict, arguments: dict) -> None:
     assert names == stem | {"blocks", "norm"} if not arguments else {"pos_embed", "patch_embed", "blocks", "fc_norm"}
 
 
+@pytest.mark.parametrize(("name", "size", "arguments"), CHAINS)
+def test_depths_are_those_of_timms_matcher(backbone: Build, name: str, size: int, arguments: dict) -> None:
+    """But for tokens that its matcher does not know, and what follows the blocks."""
+    model = backbone(name, arguments, image_size=size)
+    theirs = group_parameters(model.model, model.model.group_matcher(), reverse=True)
+    blocks = num_blocks(model.model)
+    for key, depth in model.depths().items():
+        part = key.split(".")[1]
+        known = {"reg_token": 0, "dist_token": 0} | dict.fromkeys(("fc_norm", "attn_pool", "head"), blocks)
+        assert depth == known.get(part, theirs[key.removeprefix("model.")]), key
+
+
 def test_depths_of_other_models_rise_to_their_last_block(backbone: Build) -> None:
     swin = backbone(SWIN, {"embed_dim": 24, "depths": [1, 1, 2, 1]}, image_size=56).depths()
     assert swin["model.patch_embed.proj.weight"] == 0
@@ -235,6 +308,9 @@ def test_depths_of_other_models_rise_to_their_last_block(backbone: Build) -> Non
     assert swin["model.norm.weight"] == swin["model.layers.3.blocks.0.attn.qkv.weight"] == 5 == max(swin.values())
     convnext = backbone("convnext_atto", {}, image_size=32).depths()
     assert convnext["model.head.norm.weight"] == convnext["model.stages.3.blocks.1.mlp.fc1.weight"] == 12
+    resnet = backbone("resnet18", {}).depths()
+    assert resnet["model.conv1.weight"] == 0
+    assert resnet["model.layer4.1.conv2.weight"] == 8 == max(resnet.values())
 
 
 # Weights that fit
@@ -403,20 +479,31 @@ def test_hub_out_of_reach_says_what_to_do_and_soon(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [(VIT, f"timm/{VIT}.augreg_in21k_ft_in1k"), (f"{VIT}.augreg_in21k", f"timm/{VIT}.augreg_in21k")],
+)
 def test_hub_weights_are_taken_from_the_cache_without_a_connection(
-    backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, repository: str
 ) -> None:
     cached = timm.create_model("vit_tiny_patch16_224", img_size=32, in_chans=1, depth=1)
     path = saved(cached, tmp_path / "w.safetensors")
 
-    def download(repository: str, file: str, local_files_only: bool) -> str:
+    def download(asked: str, file: str, local_files_only: bool) -> str:
         assert local_files_only
-        assert (repository, file) == ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")
+        assert (asked, file) == (repository, "model.safetensors")
         return path
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    model = backbone(arguments={"depth": 1}, weights="hub", image_size=32)
+    model = backbone(name, {"depth": 1}, weights="hub", image_size=32)
     assert torch.equal(model.model.patch_embed.proj.weight, cached.patch_embed.proj.weight)
+
+
+def test_lists_of_a_configuration_reach_timm(backbone: Build) -> None:
+    arguments = OmegaConf.create({"depths": [1, 1, 2, 1], "dims": [8, 8, 8, 8]})
+    model = backbone("convnext_atto", arguments, image_size=32)
+    assert [len(stage.blocks) for stage in model.model.stages] == [1, 1, 2, 1]
+    assert json.loads(json.dumps(model.architecture))["arguments"] == {"depths": [1, 1, 2, 1], "dims": [8, 8, 8, 8]}
 
 
 def test_a_model_without_hub_weights(backbone: Build) -> None:
@@ -435,7 +522,7 @@ def test_a_model_without_hub_weights(backbone: Build) -> None:
         ({"image_size": 30}, "backbone.image_size=30 .*multiple of the patch size 7, e.g. 28$"),
         ({"image_size": 3}, "backbone.image_size=3 .*multiple of the patch size 7, e.g. 7$"),
         ({"image_size": 0}, "backbone.image_size=0 .*positive"),
-        ({"name": "convnext_atto", "arguments": {}}, "backbone.image_size=28 .*Kernel size can't be greater"),
+        ({"name": "densenet121", "arguments": {}, "image_size": 8}, r"size=8 .*too small; 224 is the size of its"),
         ({"channels": 2}, "backbone.channels=2 must be 1 or 3"),
         ({"pool": "max"}, "backbone.pool='max' is unknown; choose model or class_and_mean"),
         ({"pool": "class_and_mean"}, "needs a class token, vit_tiny_patch16_224 has none; use pool=model"),
@@ -450,5 +537,23 @@ def test_settings_that_cannot_work(backbone: Build, changes: dict, message: str)
         backbone(**changes)
 
 
-def test_a_size_named_by_the_error_works(backbone: Build) -> None:
-    assert backbone(image_size=35)(torch.randn(1, 1, 35, 35)).shape == (1, 32)
+@pytest.mark.parametrize(
+    ("name", "arguments", "size", "unit", "nearest"),
+    [
+        (VIT, SMALL, 28, 16, 32),
+        ("vit_small_patch14_dinov2", SMALL, 64, 14, 70),
+        ("vit_small_patch16_dinov3", SMALL, 30, 16, 32),
+        ("eva02_tiny_patch14_224", SMALL | {"embed_dim": 48}, 8, 14, 14),
+        (SWIN, {"embed_dim": 24, "depths": [1, 1, 2, 1]}, 30, 4, 32),
+        ("convnext_atto", {"dims": [8] * 4}, 28, 32, 32),
+        ("convnextv2_atto", {"dims": [8] * 4}, 80, 32, 64),  # would ignore half of the last row and column
+    ],
+)
+def test_a_size_named_by_the_error_works(
+    backbone: Build, name: str, arguments: dict, size: int, unit: int, nearest: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"image_size={size} .*must be a multiple of .* {unit}, e\.g\. {nearest}$"):
+        backbone(name, arguments, image_size=size)
+    for taken in (nearest, unit):
+        model = backbone(name, arguments, image_size=taken)
+        assert model(torch.randn(1, 1, taken, taken)).isfinite().all()

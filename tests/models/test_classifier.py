@@ -115,10 +115,12 @@ def test_label_smoothing_out_of_range(classifier: Build) -> None:
             model.backbone,
             partial(LinearHead, norm="layer"),
             model.augment,
+            model.mix,
             model.freeze_policy,
             optim,
             10,
             label_smoothing=1.5,
             cache=model.cache,
             compile=False,
+            self_contained=True,
         )

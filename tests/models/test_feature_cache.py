@@ -26,6 +26,7 @@ from torch import Tensor
 from thaw.callbacks.step_seed import StepSeed
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch, MNISTDataModule
+from thaw.data.mix import Mix
 from thaw.models import feature_cache
 from thaw.models.backbone import Backbone
 from thaw.models.classifier import Classifier
@@ -409,6 +410,7 @@ def model(tmp_path: Path, backbone: Callable[..., Backbone], policy: Callable[..
             backbone=base,
             head=partial(LinearHead, norm="layer"),
             augment=augment,
+            mix=Mix(None, None, probability=1),
             freeze=policy(freeze, **({} if k is None else {"k": k})),
             optim=recipe,
             num_classes=10,

@@ -55,7 +55,9 @@ def test_dropout_is_random_in_training_alone() -> None:
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_heads(config: Path) -> None:
-    head = instantiate(OmegaConf.load(config))(in_features=8, num_classes=7)
+    cfg = OmegaConf.load(config)
+    cfg.pop("defaults", None)  # of Hydra's composition
+    head = instantiate(cfg)(in_features=8, num_classes=7).eval()
     assert head(torch.randn(3, 8)).shape == (3, 7)
 
 
@@ -70,6 +72,12 @@ def test_batch_norm_standardises_every_dimension() -> None:
     torch.testing.assert_close(head.norm(features), expected.float(), rtol=0.1, atol=0.1)
 
 
+def test_no_norm_is_a_plain_linear_layer() -> None:
+    head, features = LinearHead(8, 10, norm="none"), 100 * torch.randn(5, 8) + 7
+    assert torch.equal(head(features), F.linear(features, head.linear.weight, head.linear.bias))
+    assert set(head.state_dict()) == {"linear.weight", "linear.bias"}
+
+
 def test_unknown_norm() -> None:
-    with pytest.raises(ValueError, match="choose layer or batch"):
+    with pytest.raises(ValueError, match="choose layer, batch or none"):
         LinearHead(8, 10, norm="group")

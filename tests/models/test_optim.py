@@ -1,8 +1,10 @@
 """Parameter groups and the learning-rate schedule against numbers worked out by hand and torch's own cosine."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -37,6 +39,14 @@ def recipe(**changes: Any) -> OptimizerRecipe:
     return OptimizerRecipe(torch.optim.SGD, **(settings | changes))
 
 
+def training(total_steps: float, epochs: int = 1) -> Any:
+    """What a recipe asks a trainer."""
+    batches = total_steps / epochs
+    return SimpleNamespace(
+        estimated_stepping_batches=total_steps, num_training_batches=batches, accumulate_grad_batches=1
+    )
+
+
 def parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
 
@@ -46,7 +56,7 @@ def parameters() -> dict[str, nn.Parameter]:
 
 def test_groups_by_depth_and_decay() -> None:
     named = parameters()
-    groups = recipe().groups(named.items(), DEPTHS)
+    groups = recipe().groups(named.items(), DEPTHS, {})
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     expected_lr = {0: 0.125, 1: 0.25, 2: 0.5, 3: 1.0}  # lr * layer_decay ** (3 - depth)
     for name, parameter in named.items():
@@ -54,29 +64,37 @@ def test_groups_by_depth_and_decay() -> None:
 
 
 @pytest.mark.parametrize("frozen", [set(), {"cls_token", "pos_embed", "blocks.0.attn.weight"}])
-def test_every_trainable_parameter_once_and_no_frozen_one(frozen: set[str]) -> None:
+def test_what_will_ever_train_once_and_nothing_else(frozen: set[str]) -> None:
     named = parameters()
-    for name in frozen:
-        named[name].requires_grad_(False)
-    grouped = [id(p) for group in recipe().groups(named.items(), DEPTHS) for p in group["params"]]
+    thaws: dict[str, float] = {name: number for number, name in enumerate(named)} | dict.fromkeys(frozen, math.inf)
+    grouped = [id(p) for group in recipe().groups(named.items(), DEPTHS, thaws) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for name, p in named.items() if name not in frozen)
+
+
+def test_groups_by_thaw_epoch() -> None:
+    named = parameters()
+    thaws = {name: 2 * (depth < 2) for name, depth in DEPTHS.items()}
+    groups = recipe().groups(named.items(), DEPTHS, thaws)
+    epochs = {id(p): group["from_epoch"] for group in groups for p in group["params"]}
+    assert {name: epochs[id(parameter)] for name, parameter in named.items()} == thaws
+    assert len({group["name"] for group in groups}) == len(groups)  # the learning-rate monitor needs names of their own
 
 
 # Schedule
 
 
 def test_schedule_against_hand_numbers() -> None:
-    fractions = [recipe().lr_fraction(step, total_steps=10) for step in range(11)]
+    fractions = [recipe().lr_fraction(step, total_steps=10, thaw_step=0) for step in range(11)]
     assert fractions[:3] == pytest.approx([1 / 3, 2 / 3, 1])  # two steps of warmup, then the peak
     assert fractions[6] == pytest.approx(0.55)  # half way down from 1 to 0.1
     assert fractions[10] == pytest.approx(0.1)
     assert fractions[2:] == sorted(fractions[2:], reverse=True)
     flat = recipe(warmup_fraction=0.0, final_lr_fraction=1.0)
-    assert [flat.lr_fraction(step, 10) for step in range(12)] == [1.0] * 12
+    assert [flat.lr_fraction(step, 10, 0) for step in range(12)] == [1.0] * 12
 
 
 def test_every_groups_lr_follows_warmup_and_torchs_cosine() -> None:
-    built = recipe().build(parameters().items(), DEPTHS, total_steps=10)
+    built = recipe().build(parameters().items(), DEPTHS, {}, training(10))
     optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
     peaks = [group["initial_lr"] for group in optimizer.param_groups]
     assert sorted(set(peaks)) == [0.125, 0.25, 0.5, 1.0]
@@ -90,6 +108,19 @@ def test_every_groups_lr_follows_warmup_and_torchs_cosine() -> None:
         if step >= 2:
             other.step()
             cosine.step()
+
+
+def test_a_late_group_rises_to_the_common_cosine() -> None:
+    """Two steps of warmup, twelve in all, three an epoch: what thaws in epoch 1 or 2 starts at step 3 or 6."""
+    groups = [[late(step) for step in range(12)] for late in map(late_fraction, (0, 3, 6))]
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 10)) / 2 for step in range(12)]
+    assert groups[0] == pytest.approx([1 / 3, 2 / 3, *cosine[2:]])
+    assert groups[1] == pytest.approx([0, 0, 0, cosine[3] / 3, cosine[4] * 2 / 3, *cosine[5:]])
+    assert groups[2] == pytest.approx([0] * 6 + [cosine[6] / 3, cosine[7] * 2 / 3, *cosine[8:]])
+
+
+def late_fraction(thaw_step: int) -> Callable[[int], float]:
+    return lambda step: recipe(warmup_fraction=1 / 6).lr_fraction(step, 12, thaw_step)
 
 
 class Rates(L.Callback):
@@ -111,7 +142,7 @@ def test_lightning_steps_the_schedule_per_batch(
 
 def test_a_schedule_without_end_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"set trainer\.max_epochs to a number"):
-        recipe().build(parameters().items(), DEPTHS, total_steps=float("inf"))
+        recipe().build(parameters().items(), DEPTHS, {}, training(float("inf")))
 
 
 # Settings
@@ -147,7 +178,7 @@ def test_all_wrong_numbers_are_named_at_once() -> None:
 )
 def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path) -> None:
     built = instantiate(OmegaConf.load(CONFIGS / f"{config}.yaml"))
-    optimizer = built.build(parameters().items(), DEPTHS, total_steps=10)["optimizer"]
+    optimizer = built.build(parameters().items(), DEPTHS, {}, training(10))["optimizer"]
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
         assert {key: group[key] for key in settings} == settings
@@ -161,7 +192,7 @@ def test_sgd_step_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
     settings = {"lr": 0.1, "weight_decay": 0.5, "layer_decay": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0}
     built = OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), **settings).build(
-        {"w": weight}.items(), {"w": 0}, 2
+        {"w": weight}.items(), {"w": 0}, {}, training(2)
     )
     for expected in (2 - 0.1 * (3 + 0.5 * 2), 1.6 - 0.05 * (0.9 * 4 + 3 + 0.5 * 1.6)):  # lr 0.1, then half of it
         weight.grad = torch.tensor([[3.0]])

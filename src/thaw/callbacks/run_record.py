@@ -12,7 +12,8 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from thaw.loggers import wandb_run
-from thaw.models.freezing import format_table
+from thaw.models.classifier import Classifier
+from thaw.models.freezing import NEVER, format_table
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
 
@@ -59,9 +60,14 @@ class RunRecord(Callback):
 
 
 def count_parameters(module: torch.nn.Module) -> dict[str, int]:
-    """How many numbers train, and how many there are."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
-    return {"trainable_params": sum(n for n, trains in sizes if trains), "total_params": sum(n for n, _ in sizes)}
+    """How many numbers train, now or after a later thaw, and how many there are."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    if isinstance(module, Classifier):
+        epochs = module.freeze_policy.thaw_epochs(module.depths())
+        trained = [name for name, epoch in epochs.items() if epoch != NEVER]
+    else:
+        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return {"trainable_params": sum(sizes.get(name, 0) for name in trained), "total_params": sum(sizes.values())}
 
 
 def git_commit() -> str:

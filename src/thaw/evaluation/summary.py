@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Trainer
 from omegaconf import DictConfig
 
@@ -42,14 +44,17 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         **NOT_TESTED,
         **tested,
         "val/acc": val_acc,
+        **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
         "data_source": digits.name,
         "dataset": cfg.data.dataset,
         "n_train": len(digits.train.labels),
         "n_val": len(digits.val.labels),
-        "backbone": cfg.backbone.name,
-        "weights": cfg.backbone.weights,
+        "backbone": cfg.backbone.get("name") or cfg.backbone._target_.rpartition(".")[2].lower(),  # of a baseline
+        "weights": cfg.backbone.get("weights", "none"),
         **count_parameters(trainer.lightning_module),
         "epochs": trainer.current_epoch,
+        "peak_memory_gb": peak_memory_gb(trainer),
+        "checkpoint_mb": checkpoint_mb(trainer),
         "seconds": round(seconds, 2),
         "seed": cfg.seed,
         "git_commit": git_commit(),
@@ -58,6 +63,24 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
     }
     write_json(facts, Path(cfg.run_dir) / "summary.json")
     print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
+
+
+def peak_memory_gb(trainer: Trainer) -> float | None:
+    """Most memory that this process held so far, in 1e9 bytes: of the GPU where one trains; None where unknown."""
+    if trainer.strategy.root_device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 1e9, 3)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def checkpoint_mb(trainer: Trainer) -> float | None:
+    """Size of the best checkpoint in 1e6 bytes."""
+    best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    return round(best.stat().st_size / 1e6, 3) if best.is_file() else None
 
 
 def write_json(facts: Mapping[str, Any], path: Path) -> None:
@@ -84,10 +107,17 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
     }
     if facts["val/acc"] is not None:
         lines["validation"] = f"{facts['val/acc']:.2%} accuracy, best of {facts['epochs']} epochs"
+    if "heads" in facts:
+        best = f"lr {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
+        lines["head"] = f"{best}, best of {facts['heads']} on validation"
     if facts["test/acc"] is not None:
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
         lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}"
-    lines["time"] = f"{facts['seconds']:.1f} s"
+    lines["cost"] = f"{facts['seconds']:.1f} s"
+    if facts["peak_memory_gb"] is not None:
+        lines["cost"] += f", at most {facts['peak_memory_gb']:.1f} GB of memory"
+    if facts["checkpoint_mb"] is not None:
+        lines["cost"] += f", a checkpoint of {facts['checkpoint_mb']:.2f} MB"
     lines["run"] = os.path.relpath(facts["run_dir"])
     if wandb:
         lines["W&B"] = wandb

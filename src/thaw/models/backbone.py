@@ -3,31 +3,29 @@
 import difflib
 import math
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import timm
 import timm.models
 import torch
+from omegaconf import OmegaConf
 from timm.layers import PatchEmbed
+from timm.models import ConvNeXt
 from torch import Tensor, nn
 
-TimmModel: TypeAlias = Any  # an nn.Module with pretrained_cfg, forward_features, group_matcher and more
-
-BUNDLED = files("thaw.models") / "weights" / "digits_vit.safetensors"
-HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
+from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, places
+from thaw.models.pretrained import check_fit, locate, read_weights
 
 
 class Backbone(nn.Module):
     """A timm model without its classifier, holding weights from a named place.
 
     Args:
-        name: a timm model name, e.g. `vit_small_patch14_dinov2`.
+        name: a timm model name, e.g. `vit_small_patch14_dinov2`; a tag after a dot, as in
+            `vit_base_patch16_224.augreg_in21k`, says which of its weights `hub` means.
         weights: `none` (random), `bundled` (this repository's digits ViT), `hub` (what timm names for the model on
             the Hugging Face hub) or the path of a .safetensors or .pth file of the model's state dict.
         image_size: S, pixels; position embeddings are resampled to it.
@@ -42,7 +40,7 @@ class Backbone(nn.Module):
         fresh: names of the parameters that no weights filled.
         num_features: D of what `forward` returns.
         layers: what an image passes through, one after the other: stem, each block, and final norm with pooling.
-            Models that are no such chain (ConvNeXt, EVA, ...) are a single layer.
+            Models that are no such chain (ResNet, ...) are a single layer.
         is_chain: whether there are several layers.
         num_tokens: T after the stem; the places of a stride of 16 where there are no tokens.
 
@@ -69,7 +67,8 @@ class Backbone(nn.Module):
                 f"backbone.fused_attention={fused_attention!r} must be true or false, or auto in a config."
             )
         self.image_size, self.channels, self.pool = image_size, channels, pool
-        self.model = create(name, image_size, channels, dict(arguments))
+        arguments = {key: OmegaConf.to_object(x) if OmegaConf.is_config(x) else x for key, x in arguments.items()}
+        self.model = create(name, image_size, channels, arguments)
         stated = self.model.pretrained_cfg
         self.mean = match_channels("mean", stated["mean"] if mean is None else mean, channels)
         self.std = match_channels("std", stated["std"] if std is None else std, channels)
@@ -78,18 +77,19 @@ class Backbone(nn.Module):
                 module.fused_attn = fused_attention
         self.num_features: int = self.model.head_hidden_size  # what forward_head gives; num_features comes before it
         if pool == "class_and_mean":
-            if not getattr(self.model, "has_class_token", False):
+            if getattr(self.model, "cls_token", None) is None:
                 raise ValueError(f"backbone.pool=class_and_mean needs a class token, {name} has none; use pool=model.")
             self.num_features = 2 * self.model.num_features
         elif pool != "model":
             raise ValueError(f"backbone.pool={pool!r} is unknown; choose model or class_and_mean.")
         self.architecture: dict[str, Any] = {  # all that `forward` depends on but for the weights, as values of JSON
-            **{"timm": timm.__version__, "name": name, "arguments": dict(arguments), "image_size": image_size},
+            **{"timm": timm.__version__, "name": name, "arguments": arguments, "image_size": image_size},
             **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
         }
         image = torch.linspace(-1, 1, channels * image_size**2).reshape(1, channels, image_size, -1)
         tokens = count_tokens(self.model, image)
         self.is_chain = tokens > 0
+        self.places = {f"model.{name}": layer for name, layer in places(self.model).items()} if tokens else {}
         self.num_tokens = tokens or math.ceil(image_size / 16) ** 2
         self.weights = weights
         self.fresh = frozenset(dict(self.named_parameters()) if weights == "none" else ())
@@ -122,7 +122,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 "model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false."
             )
-        for block in chain(self.model)[1] if self.is_chain else self.model.children():
+        for block in [block[-1] for block in blocks_of(self.model)] if self.is_chain else self.model.children():
             block.compile()
         self.architecture["compiled"] = True
 
@@ -131,7 +131,7 @@ class Backbone(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if self.layer_of(name) < cut}
 
     @property
-    def layers(self) -> list[Callable[[Tensor], Tensor]]:
+    def layers(self) -> list[Layer]:
         if not self.is_chain:
             return [lambda images: self.pooled(self.model.forward_features(images))]
         stem, blocks, norm = chain(self.model)
@@ -139,11 +139,7 @@ class Backbone(nn.Module):
 
     def layer_of(self, parameter: str) -> int:
         """Index of the layer that a parameter belongs to; what lies neither in a block nor after them is the stem's."""
-        if not self.is_chain:
-            return 0
-        block = re.match(r"model\.(?:blocks|layers)\.(\d+)\.", parameter)
-        after = re.match(r"model\.(norm|fc_norm|attn_pool|head)\.", parameter)
-        return 1 + int(block[1]) if block else len(self.layers) - 1 if after else 0
+        return next((layer for place, layer in self.places.items() if parameter.startswith(place)), 0)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """(B, T, D) for a ViT -> (B, num_features)."""
@@ -153,14 +149,17 @@ class Backbone(nn.Module):
         return self.model.forward_head(tokens, pre_logits=True)  # (B, D)
 
     def depths(self) -> dict[str, int]:
-        """Depth of every parameter: 0 for the stem, 1 for the first block, ..., by timm's `group_matcher`.
+        """Depth of every parameter: 0 for the stem, 1 for the first block, ..., as the layers are cut.
 
-        What follows the blocks (a final norm, an attention pool) belongs to the last of them. timm's matchers say so
-        for `norm` but for few of the others, such as `fc_norm`.
+        What follows the blocks (a final norm, an attention pool) belongs to the last of them. Models that are no chain
+        have the depths of timm's `group_matcher`.
         """
+        if self.is_chain:
+            last = max(self.places.values()) - 1
+            return {name: min(self.layer_of(name), last) for name, _ in self.named_parameters()}
         matcher = self.model.group_matcher(coarse=False)
         if isinstance(matcher, dict):
-            matcher["rest"] = [("", (99999,))]  # its mark for "joins the layer before"
+            matcher["rest"] = [("", (99999,))]  # its mark for "joins the layer before", which few say of a head
         depths = timm.models.group_parameters(self.model, matcher, reverse=True)
         return {f"model.{name}": depth for name, depth in depths.items()}
 
@@ -182,13 +181,16 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
             if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
             model = timm.create_model(name, **taken, **arguments)  # convolutional nets take any size
-        embed = getattr(model, "patch_embed", None)
-        patch = embed.patch_size[0] if isinstance(embed, PatchEmbed) else 1
-        if image_size % patch:  # timm would ignore the rest of the image
-            nearest = max(patch, round(image_size / patch) * patch)
-            raise ValueError(f"the size must be a multiple of the patch size {patch}, e.g. {nearest}")
-        with torch.no_grad():  # some sizes fail only here
-            model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
+        unit, meaning = size_unit(model)
+        if image_size % unit:  # timm would fail, or ignore the rest of the image
+            nearest = max(unit, round(image_size / unit) * unit)
+            raise ValueError(f"the size must be a multiple of {meaning} {unit}, e.g. {nearest}")
+        try:
+            with torch.no_grad():
+                model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
+        except RuntimeError as error:
+            trained_at = model.pretrained_cfg["input_size"][-1]
+            raise ValueError(f"{error}; {trained_at} is the size of its weights' images") from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -198,35 +200,12 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
     return model.train()
 
 
-def chain(model: TimmModel) -> tuple[Callable[[Tensor], Tensor], Sequence[nn.Module], nn.Module]:
-    """The stem, the blocks and the final norm of a ViT or Swin: `forward_features` is one after the other."""
-    names = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
-    steps = [getattr(model, name) for name in names if hasattr(model, name)]
-
-    def stem(images: Tensor) -> Tensor:
-        for step in steps:
-            images = step(images)
-        return images
-
-    return stem, list(getattr(model, "blocks", None) or model.layers), model.norm
-
-
-def count_tokens(model: TimmModel, images: Tensor) -> int:
-    """How many tokens `chain` makes of an image; 0 if it does not exactly what the model's `forward_features` does."""
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            stem, blocks, norm = chain(model)
-            tokens = embedded = stem(images)
-            for block in blocks:
-                tokens = block(tokens)
-            same = torch.equal(norm(tokens), model.forward_features(images))
-            return embedded.numel() // embedded.shape[-1] if same else 0
-    except Exception:  # other architectures fail here in any way
-        return 0
-    finally:
-        model.train(mode)
+def size_unit(model: TimmModel) -> tuple[int, str]:
+    """What the image side must be a multiple of, and what that number is."""
+    has_patches, is_convnext = isinstance(getattr(model, "patch_embed", None), PatchEmbed), isinstance(model, ConvNeXt)
+    if is_convnext:  # its strided convolutions have no padding
+        return model.feature_info[-1]["reduction"], "the stride of its last stage,"
+    return (model.patch_embed.patch_size[0], "the patch size") if has_patches else (1, "")
 
 
 def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -243,7 +222,7 @@ def load_weights(model: TimmModel, name: str, weights: str) -> None:
     checkpoints (which resamples position embeddings and patch kernels). The one exception: classifier tensors of the
     file are left out, as the model has no classifier.
     """
-    path = locate(model, weights)
+    path = locate(weights, model.pretrained_cfg)
     state = read_weights(path)
     wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -262,76 +241,9 @@ def load_weights(model: TimmModel, name: str, weights: str) -> None:
             f"backbone.weights={path} cannot be converted for backbone.name={name} ({error}). "
             "Choose the backbone that the weights were made for, or other weights."
         ) from error
-    problems = [
-        *(f"missing {key}" for key in wanted.keys() - state.keys()),
-        *(f"unexpected {key}" for key in state.keys() - wanted.keys()),
-        *(
-            f"{key} is {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}"
-            for key in wanted.keys() & state.keys()
-            if state[key].shape != wanted[key].shape
-        ),
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ValueError(
-            f"backbone.weights={path} does not fit backbone.name={name} ({len(problems)} differences: {shown}). "
-            "Choose the backbone that the weights were made for, or other weights."
-        )
+    check_fit(path, name, state, wanted)
     model.load_state_dict(state)
 
 
 def as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-def locate(model: TimmModel, weights: str) -> Path:
-    """The local file that a `weights` setting means, fetched from the hub if need be."""
-    if weights == "bundled":
-        return Path(str(BUNDLED))
-    if weights != "hub":
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise ValueError(f"backbone.weights={weights!r} is no file; choose none, bundled, hub or an existing file.")
-        return path
-    repository = model.pretrained_cfg.get("hf_hub_id")
-    name = model.pretrained_cfg["architecture"]
-    if not repository:
-        raise ValueError(f"timm names no hub weights for {name}; set backbone.weights to none or to a file.")
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    file = model.pretrained_cfg.get("hf_hub_filename") or "model.safetensors"
-    try:
-        try:
-            return Path(hf_hub_download(repository, file, local_files_only=True))
-        except LocalEntryNotFoundError:
-            # Asked once first, as the download itself retries for minutes where there is no network.
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
-            return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub client raises a dozen unrelated classes
-        raise ConnectionError(
-            f"The weights of {name} could not be fetched: {file} of https://huggingface.co/{repository} "
-            f"({type(error).__name__}). Download that file elsewhere and set backbone.weights=<path>, "
-            "or use backbone=digits_vit, whose weights are bundled."
-        ) from error
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without executing code; ValueError says why a file is not one."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own exceptions for a file that is not of it
-        raise ValueError(
-            f"backbone.weights={path} is not a readable weights file ({type(error).__name__}); allowed are "
-            ".safetensors, and .pth of tensors alone (pickled code is not run). Save the state dict as .safetensors."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"backbone.weights={path} holds no state dict (names to tensors), but {type(state).__name__}.")
-    return state

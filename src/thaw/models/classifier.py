@@ -3,21 +3,28 @@
 Shapes: B batch, C channels, S image side, D feature width.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch, DigitDataset
+from thaw.data.mix import Mix, main_labels
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
-from thaw.models.feature_cache import FeatureCache, digest
-from thaw.models.freezing import FreezePolicy
+from thaw.models.feature_cache import FeatureCache
+from thaw.models.freezing import FreezePolicy, span
+from thaw.models.frozen_features import frozen_features
+from thaw.models.frozen_state import drop_frozen, fill_frozen, frozen_names, refer_to_frozen
+from thaw.models.lora import plain_name
 from thaw.models.optim import OptimizerRecipe
 
 
@@ -28,15 +35,17 @@ class Classifier(LightningModule):
         backbone: images (B, C, S, S) -> features (B, D).
         head: called with the width D, gives a module (B, D) -> logits (B, 10).
         augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), in training only.
+        mix: images (B, C, S, S) and labels (B,) -> images and shares of the classes (B, 10), in training only.
         freeze: decides what trains.
         optim: groups, optimizer and schedule.
         num_classes: number of classes.
         label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
         cache: keeps what the layers that never train give for each digit.
         compile: compile the backbone's layers with torch.compile.
+        self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
 
     Attributes:
-        cut: how many of the backbone's layers, counted from the stem, never train.
+        cut: how many of the backbone's layers, counted from the stem, are frozen in the present epoch.
     """
 
     def __init__(
@@ -44,19 +53,25 @@ class Classifier(LightningModule):
         backbone: Backbone,
         head: Callable[..., nn.Module],
         augment: Augment,
+        mix: Mix,
         freeze: FreezePolicy,
         optim: OptimizerRecipe,
         num_classes: int,
         label_smoothing: float,
         cache: FeatureCache,
         compile: bool,
+        self_contained: bool,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"model.label_smoothing={label_smoothing} must be from 0 to 1.")
         self.augment: Augment = augment
+        self.mix: Mix = mix
+        self.num_classes = num_classes
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
+        if freeze.lora:
+            freeze.lora(backbone)
         if compile:
             backbone.compile_layers()
         self.head = head(in_features=backbone.num_features, num_classes=num_classes)
@@ -64,6 +79,8 @@ class Classifier(LightningModule):
         self.optim = optim
         self.label_smoothing = label_smoothing
         self.cache = cache
+        self.self_contained = self_contained
+        self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
         self.cut = 0
         self.kept: list[DigitDataset] = []  # those whose batches carry features
         # validate_args would make the host wait for a GPU in every step
@@ -76,14 +93,16 @@ class Classifier(LightningModule):
         return self.head(self.backbone(self.preprocess(images)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        targets = batch.labels  # (B,), or (B, 10) where images are mixed
         if batch.features is None:
             images = self.preprocess(self.augment(batch.images))  # (B, 28, 28) uint8 -> (B, C, S, S)
+            images, targets = self.mix(images, targets, self.num_classes)
             features = self.backbone(images)  # (B, D)
         else:  # the layers that never train have run already
             features = self.backbone.suffix(batch.features.to(self.dtype), self.cut)  # (B, T, D) or (B, D) -> (B, D)
         logits = self.head(features)  # (B, 10)
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        self.train_acc.update(logits, batch.labels)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        self.train_acc.update(logits, main_labels(targets))  # of a mixed image the label with the larger share
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -112,19 +131,71 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            fresh = frozenset(f"backbone.{name}" for name in self.backbone.fresh)
-            self.freeze_policy.apply(self, self.depths(), fresh)
-            trains = [self.backbone.layer_of(name) for name, p in self.backbone.named_parameters() if p.requires_grad]
-            self.cut = min(trains, default=len(self.backbone.layers))
+            self.reference = None
+            self.thaw()
+
+    def thaw(self) -> list[str]:
+        """Do what the freezing policy says of the present epoch; returns the names of the parameters it changed."""
+        depths = self.depths()
+        random = {f"backbone.{name}" for name in self.backbone.fresh}
+        fresh = frozenset(name for name in depths if plain_name(name) in random)
+        return self.freeze_policy.apply(self, depths, fresh, self.current_epoch)
+
+    def frozen_layers(self) -> tuple[int, float]:
+        """How many of the backbone's layers are frozen below all that trains, and in which epoch that will change."""
+        thaw_epochs = self.freeze_policy.thaw_epochs(self.depths())
+        lowest = {len(self.backbone.layers): 0.0}  # layer -> the epoch from which it is the lowest that trains
+        for name, _ in self.backbone.named_parameters():
+            layer = self.backbone.layer_of(name)
+            lowest[layer] = min(lowest.get(layer, math.inf), thaw_epochs[f"backbone.{name}"])
+        cut = min(layer for layer, epoch in lowest.items() if epoch <= self.current_epoch)
+        return cut, min((epoch for layer, epoch in lowest.items() if layer < cut), default=math.inf)
 
     def on_train_start(self) -> None:
-        """Run the layers that never train once over the digits; training and validation batches carry their output."""
+        if self.thaw():  # resumed in a later epoch than the first
+            self.sum_gradients_anew()
+        self.cut, _ = self.frozen_layers()
+        self.keep_frozen()
+
+    def on_train_epoch_start(self) -> None:
+        thawed = self.thaw()
+        if thawed:
+            self.say_thawed(thawed)
+            self.sum_gradients_anew()
+            cut, until = self.frozen_layers()
+            if cut != self.cut:
+                self.forget_features()
+                self.cut = cut
+                if min(until, self.trainer.max_epochs or math.inf) - self.current_epoch > 1:  # else not worth a pass
+                    self.keep_frozen()
+        self.check_kept()
+
+    def say_thawed(self, names: list[str]) -> None:
+        if self.trainer.is_global_zero:
+            depths = sorted({depth for name, depth in self.depths().items() if name in names})
+            numbers = sum(self.get_parameter(name).numel() for name in names)
+            print(f"after {self.current_epoch} epochs: depth {span(depths[0], depths[-1])} thaws, {numbers:,} parameters")
+
+    def sum_gradients_anew(self) -> None:
+        """DistributedDataParallel sums the gradients of what trained when it was built over the processes."""
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            strategy.model = self
+            strategy.configure_ddp()
+
+    def keep_frozen(self) -> None:
+        """Run the frozen layers once over the digits; training and validation batches carry their output."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
         if datamodule is None:
             return
+        if self.mix.is_on and datamodule.batch_size == 1:
+            raise ValueError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
         if not self.cut:
             some_frozen = not all(parameter.requires_grad for parameter in self.backbone.parameters())
             self.cache.nothing_to_keep(some_frozen, self.trainer)
+            return
+        if self.mix.is_on:
+            self.cache.keep_nothing("images are mixed anew in every step (mix=none would keep features)", self.trainer)
             return
         views = self.cache.num_views(self.augment.is_random, self.trainer)
         if views:
@@ -135,27 +206,20 @@ class Classifier(LightningModule):
 
     def keep_features(self, split: str, dataset: DigitDataset, views: int, augment: Augment | None) -> None:
         """Give a split's batches the output of the first `cut` layers."""
-        tokens = self.cut < len(self.backbone.layers)
-        autocast = self.trainer.precision_plugin.forward_context
 
-        @torch.no_grad()
-        def compute(indices: Tensor) -> Tensor:  # (B,) -> (B, T, D) or (B, D)
-            images = dataset.digits.images  # on the CPU where worker processes fetch batches
-            images = images[indices.to(images.device)].to(self.device)
-            with autocast():
-                features = self.backbone.prefix(self.preprocess(augment(images) if augment else images), self.cut)
-            return features.bfloat16() if tokens and "bf16" in self.trainer.precision else features.contiguous()
+        def prepare(images: Tensor) -> Tensor:  # (B, 28, 28) uint8 -> (B, C, S, S)
+            return self.preprocess(augment(images) if augment else images)
 
-        facts = {
-            "backbone": self.backbone.architecture,
-            "layers": self.cut,
-            "weights": digest(self.backbone.layers_state(self.cut)),
-            "digits": digest({split: dataset.digits.images}),
-            "augment": augment and augment.settings,
-            "precision": self.trainer.precision,
-        }
-        features = self.cache.features(
-            split, len(dataset), views, compute, self.backbone.num_tokens, facts, self.trainer
+        features = frozen_features(
+            split,
+            dataset.digits.images,
+            prepare,
+            augment and augment.settings,
+            views,
+            self.backbone,
+            self.cut,
+            self.cache,
+            self.trainer,
         )
         if features is not None and self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
@@ -164,7 +228,7 @@ class Classifier(LightningModule):
         if features is not None:
             self.kept.append(dataset)
 
-    def on_train_epoch_start(self) -> None:
+    def check_kept(self) -> None:
         """Refuse to train on kept features what their layers would change."""
         if not self.kept:
             return
@@ -172,16 +236,31 @@ class Classifier(LightningModule):
             if parameter.requires_grad and self.backbone.layer_of(name) < self.cut:
                 raise ValueError(
                     f"backbone.{name} trains now, but lies in the {self.cut} layers that were frozen when their output "
-                    "was kept. Let the freezing policy name it from the start, or set cache.mode=off."
+                    "was kept. Let the freezing policy name it (from_epoch says when), or set cache.mode=off."
                 )
 
     def on_train_end(self) -> None:
         """What is validated and tested from here on starts from pixels."""
+        self.forget_features()
+
+    def forget_features(self) -> None:
         while self.kept:
             self.kept.pop().features = None
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.self_contained or self.backbone.weights == "none":
+            return
+        if self.reference is None:
+            names = frozen_names(self, self.freeze_policy.thaw_epochs(self.depths()))
+            self.reference = refer_to_frozen(names, self.state_dict(), self.backbone.weights)
+        drop_frozen(checkpoint, self.reference)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fill_frozen(checkpoint, self.state_dict())
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)
+        depths = self.depths()
+        return self.optim.build(self.named_parameters(), depths, self.freeze_policy.thaw_epochs(depths), self.trainer)
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest."""

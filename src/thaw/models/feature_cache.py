@@ -66,10 +66,17 @@ class FeatureCache:
             return 1
         if self.views is None:
             reason = "digits are augmented anew in every epoch (cache.views=K would keep K augmented views of each)"
-            if self.mode != "auto":
-                raise ValueError(f"cache.mode={self.mode} keeps nothing: {reason}.")
-            say(trainer, f"off, {reason}")
+            self.keep_nothing(reason, trainer)
         return self.views or 0
+
+    def keep_nothing(self, reason: str, trainer: Trainer) -> None:
+        """Say why nothing can be kept; where that was asked for, it is an error."""
+        if self.mode == "off":
+            return
+        if self.mode != "auto" or self.views is not None:
+            asked = f"mode={self.mode}" if self.mode != "auto" else f"views={self.views}"
+            raise ValueError(f"cache.{asked} keeps nothing: {reason}.")
+        say(trainer, f"off, {reason}")
 
     def nothing_to_keep(self, some_frozen: bool, trainer: Trainer) -> None:
         """Say that no layer is frozen below the lowest one that trains, where one could expect otherwise."""

@@ -1,122 +1,182 @@
-"""What is frozen and what is thawed: one policy of ordered rules over parameter names decides it for everything else.
+"""What is frozen, what is thawed, and when: one policy of ordered rules over parameter names decides it for all else.
 
 Frozen means four things at once: no gradient, eval mode (dropout, drop path, norm statistics), no optimizer update
 (weight decay included), and therefore bit-identical after training, buffers too.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from torch import nn
+
+NEVER = math.inf  # the epoch from which a frozen parameter trains
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose whole name matches `match` train or are frozen.
+    """Parameters whose whole name matches `match` train, from an epoch on, or are frozen.
+
+    Layers are counted as depths are: the stem is 0, the first block 1, ...; a final norm belongs to the last block.
 
     Attributes:
-        match: regular expression for the full name, e.g. `backbone\\..*`.
+        match: regular expression for the full name, e.g. `backbone\\..*`, or a list of which one matches.
         train: whether these parameters train.
-        last: only the backbone's last so many layers, and the head, which is above them (the stem is the first layer,
-            each block is one, a final norm belongs to the last block); None means any depth.
+        first: only the backbone's stem and first so many blocks.
+        last: only the backbone's last so many layers, and the head, which is above them.
+        from_epoch: they are frozen before this epoch (the first is 0).
+        blocks: they thaw from the top down, so many layers at a time (Howard & Ruder 2018, section 3.3) ...
+        every: ... so many epochs apart.
     """
 
-    match: str
+    match: str | Sequence[str]
     train: bool
+    first: int | None = None
     last: int | None = None
+    from_epoch: int = 0
+    blocks: int | None = None
+    every: int | None = None
 
     def __post_init__(self) -> None:
-        re.compile(self.match)
+        if not self.patterns:
+            raise TypeError("match must hold a regular expression")
+        for pattern in self.patterns:
+            re.compile(pattern)
         if not isinstance(self.train, bool):
             raise TypeError(f"train={self.train!r} must be true or false")
-        if self.last is not None and (isinstance(self.last, bool) or not isinstance(self.last, int) or self.last < 1):
-            raise TypeError(f"last={self.last!r} must be a number of layers, 1 or more")
+        for name, lowest in {"first": 0, "last": 1, "from_epoch": 0, "blocks": 1, "every": 1}.items():
+            value = getattr(self, name)
+            if value is None and name != "from_epoch":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise TypeError(f"{name}={value!r} must be a whole number, {lowest} or more")
+        if (self.blocks is None) != (self.every is None):
+            raise TypeError("blocks (layers at a time) and every (epochs between) belong together")
+        if self.is_schedule and not self.train:
+            raise TypeError("from_epoch, blocks and every say when to train, so train must be true")
+
+    @property
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else list(self.match)
+
+    @property
+    def is_schedule(self) -> bool:
+        return self.from_epoch > 0 or self.blocks is not None
 
     def covers(self, name: str, depth: int, num_layers: int) -> bool:
-        if not re.fullmatch(self.match, name):
+        if not any(re.fullmatch(pattern, name) for pattern in self.patterns):
             return False
-        return self.last is None or depth >= num_layers - self.last
+        return (self.first is None or depth <= self.first) and (self.last is None or depth >= num_layers - self.last)
+
+    def thaw_epoch(self, depth: int, num_layers: int) -> float:
+        """The epoch from which a parameter at a depth trains."""
+        if not self.train:
+            return NEVER
+        if self.blocks is None or self.every is None:
+            return self.from_epoch
+        below_top = max(0, num_layers - 1 - depth)  # 0 for the last block
+        return self.from_epoch + below_top // self.blocks * self.every
 
 
 class FreezePolicy:
     """An ordered list of rules: for each parameter the first rule that covers it decides.
 
+    What trains is a pure function of the epoch, so that it is the same on every process and after a resume.
+
     Args:
         rules: mappings with the fields of `Rule`.
+        lora: adds low-rank updates to the backbone, see `thaw.models.lora.add_lora`; None adds none.
 
     Raises:
         ValueError: a rule with unknown fields or an invalid regular expression.
     """
 
-    def __init__(self, rules: Sequence[Mapping]) -> None:
+    def __init__(self, rules: Sequence[Mapping], lora: Callable[[nn.Module], None] | None) -> None:
+        self.lora = lora
         self.rules = []
         for rule in rules:
             try:
                 self.rules.append(Rule(**rule))
             except (TypeError, re.error) as error:
                 raise ValueError(
-                    f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression), "
-                    "train (true or false) and, if wanted, last (a number of layers)."
+                    f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression or a list), "
+                    f"train (true or false) and, if wanted, {', '.join(each.name for each in fields(Rule)[2:])}."
                 ) from error
 
-    def trainable(self, depths: Mapping[str, int]) -> dict[str, bool]:
-        """For each parameter name whether it trains.
+    def thaw_epochs(self, depths: Mapping[str, int]) -> dict[str, float]:
+        """For each parameter name the epoch from which it trains, `NEVER` if it is frozen throughout.
 
         Args:
             depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest,
                 so its depth is the number of the backbone's layers.
 
         Raises:
-            ValueError: a parameter that no rule covers, or a rule that decides nothing.
+            ValueError: a parameter that no rule covers, a rule that decides nothing, one that asks for more layers
+                than there are, or two schedules for one parameter.
         """
         num_layers = max(depths.values())
-        decided: dict[str, int] = {}
-        for name, depth in depths.items():
-            for number, rule in enumerate(self.rules):
-                if rule.covers(name, depth, num_layers):
-                    decided[name] = number
-                    break
-        problems = [f"no rule covers {name}" for name in depths.keys() - decided.keys()]
-        used = Counter(decided.values())
+        covering = {
+            name: [n for n, rule in enumerate(self.rules) if rule.covers(name, depth, num_layers)]
+            for name, depth in depths.items()
+        }
+        problems = [f"no rule covers {name}" for name, numbers in covering.items() if not numbers]
+        used = Counter(numbers[0] for numbers in covering.values() if numbers)
         for number, rule in enumerate(self.rules):
             if not used[number]:
-                earlier = any(rule.covers(name, depth, num_layers) for name, depth in depths.items())
+                earlier = any(number in numbers for numbers in covering.values())
                 why = "only what earlier rules decided" if earlier else "nothing"
                 problems.append(f"rule {number + 1} {rule} matches {why}")
+            if rule.last is not None and rule.last >= num_layers:
+                problems.append(f"last={rule.last} is the whole backbone (below {num_layers} is a part of it)")
+            if rule.first is not None and rule.first >= num_layers - 1:
+                problems.append(f"first={rule.first} is the whole backbone (below {num_layers - 1} is a part of it)")
+        for name, numbers in covering.items():
+            scheduled = [number + 1 for number in numbers if self.rules[number].is_schedule]
+            if len(scheduled) > 1:
+                problems.append(
+                    f"rules {scheduled[0]} and {scheduled[1]} both schedule {name}: overlapping schedules; narrow one "
+                    "by first, last or match"
+                )
+                break
         if problems:
-            everything = [rule.last for rule in self.rules if rule.last is not None and rule.last >= num_layers]
-            problems += [
-                f"last={last} is the whole backbone (below {num_layers} is a part of it)" for last in everything
-            ]
             tops = sorted({".".join(name.split(".")[:3]) for name in depths})
             raise ValueError(
                 f"freeze.rules: {'; '.join(sorted(problems)[:6])}. The model has {num_layers} layers and parameters "
                 f"under {', '.join(tops)}."
             )
-        return {name: self.rules[number].train for name, number in decided.items()}
+        return {name: self.rules[covering[name][0]].thaw_epoch(depth, num_layers) for name, depth in depths.items()}
 
-    def apply(self, model: nn.Module, depths: Mapping[str, int], fresh: frozenset[str]) -> None:
-        """Set `requires_grad` and train or eval mode throughout the model.
+    def apply(self, model: nn.Module, depths: Mapping[str, int], fresh: frozenset[str], epoch: int) -> list[str]:
+        """Set `requires_grad` and train or eval mode throughout the model, as they are in an epoch.
 
         Args:
             model: what the rules speak of.
             depths: depth of each of its parameters.
             fresh: names of parameters that hold random numbers; freezing one is an error.
+            epoch: counted from 0.
+
+        Returns:
+            the names of the parameters that this changed.
         """
-        trains = self.trainable(depths)
-        useless = sorted(name for name in fresh if not trains[name])
+        thaws = self.thaw_epochs(depths)
+        useless = sorted(name for name in fresh if thaws[name] > 0)
         if useless:
             raise ValueError(
-                f"freeze: {len(useless)} freshly initialised tensors would stay random for ever, e.g. {useless[0]}. "
+                f"freeze: {len(useless)} freshly initialised tensors would be frozen while random, e.g. {useless[0]}. "
                 "Load weights (backbone.weights=bundled, hub or a file) or train them (freeze=full)."
             )
-        if not any(trains.values()):
-            raise ValueError("freeze.rules freeze every parameter; let at least the head train.")
+        if not any(start <= 0 for start in thaws.values()):
+            raise ValueError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
+        changed = []
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trains[name])
+            trains = thaws[name] <= epoch
+            if parameter.requires_grad != trains:
+                parameter.requires_grad_(trains)
+                changed.append(name)
         set_modes(model, before=True)
+        return changed
 
 
 def set_modes(module: nn.Module, before: bool) -> bool:
@@ -139,37 +199,44 @@ def set_modes(module: nn.Module, before: bool) -> bool:
 
 
 def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping]) -> str:
-    """One line for each run of equal layers: depth, parameters, whether they train, mode, peak lr and weight decay.
+    """One line for each run of equal layers: depth, parameters, whether they train (`after 3`: after 3 epochs), mode,
+    peak lr and weight decay.
 
     Args:
         model: with the policy applied.
         depths: depth of each parameter.
-        groups: the optimizer's parameter groups, with `lr` or `initial_lr`, and `weight_decay`.
+        groups: the optimizer's parameter groups, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
     """
     modules = dict(model.named_modules())
     numbers = {
-        id(parameter): f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}"
+        id(parameter): (group, f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}")
         for group in groups
         for parameter in group["params"]
     }
     rows: list[Row] = []
     for name, parameter in model.named_parameters():
         mode = "train" if modules[name.rpartition(".")[0]].training else "eval"
-        settings = f"  {'yes' if parameter.requires_grad else 'no':<8}{mode:<5}"
-        settings += numbers.get(id(parameter), f"{'-':>10}{'-':>8}")
+        group, rates = numbers.get(id(parameter), ({"from_epoch": NEVER}, f"{'-':>10}{'-':>8}"))
+        start = group["from_epoch"]
+        trains = "yes" if parameter.requires_grad else "no" if start == NEVER else f"after {start}"
+        settings = f"  {trains:<8}{mode:<5}{rates}"
         layer = Row(*layer_of(name), depths[name], settings)
         row = next((row for row in reversed(rows) if row.continues(layer)), layer)
         if row is layer:
             rows.append(row)
         row.last, row.deepest = layer.first, layer.depth
         row.parameters += parameter.numel()
-    labels = [row.stem + (f".{span(row.first, row.last)}" if row.first >= 0 else "") for row in rows]
+        row.tails.setdefault(layer.tail)
+    labels = [row.label for row in rows]
+    labels = [row.long_label if labels.count(label) > 1 else label for row, label in zip(rows, labels, strict=True)]
     width = max(map(len, labels))
     lines = [f"{'layers':<{width}}{'depth':>7}{'parameters':>12}  trains  mode    peak lr   decay"]
     for row, label in zip(rows, labels, strict=True):
         lines.append(f"{label:<{width}}{span(row.depth, row.deepest):>7}{row.parameters:>12,}{row.settings}")
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    lines.append(f"{trained:,} of {sum(row.parameters for row in rows):,} parameters train")
+    now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ever = sum(parameter.numel() for group in groups for parameter in group["params"])
+    first = "" if now == ever else f", {now:,} of them now"
+    lines.append(f"{ever:,} of {sum(row.parameters for row in rows):,} parameters train{first}")
     return "\n".join(lines)
 
 
@@ -179,24 +246,43 @@ class Row:
 
     stem: str
     first: int
+    tail: str
     depth: int
     settings: str
     last: int = -1
     deepest: int = -1
     parameters: int = 0
+    tails: dict[str, None] = field(default_factory=dict)  # an ordered set: which parts of these layers
 
     def continues(self, layer: "Row") -> bool:
         """Whether a layer is the last of this row, or the one after it."""
         alike = (self.stem, self.settings) == (layer.stem, layer.settings)
         return alike and layer.first - self.last <= 1 and layer.depth - self.deepest <= 1
 
+    @property
+    def label(self) -> str:
+        return self.stem + (f".{span(self.first, self.last)}" if self.first >= 0 else "")
 
-def layer_of(parameter: str) -> tuple[str, int]:
-    """`backbone.model.blocks.3.norm1.bias` -> `backbone.model.blocks`, 3; `head.linear.bias` -> `head.linear`, -1."""
-    numbered = re.match(r"(.*)\.(\d+)(\.|$)", parameter)
+    @property
+    def long_label(self) -> str:
+        """With the parts that are meant, where the others of the same layers have other settings."""
+        named = list(self.tails)
+        return f"{self.label} ({', '.join(named[:2])}{', ...' if len(named) > 2 else ''})"
+
+
+def layer_of(parameter: str) -> tuple[str, int, str]:
+    """Stem, number and rest of a name.
+
+    `backbone.model.blocks.3.norm1.bias` -> `backbone.model.blocks`, 3, `norm1.bias`; `head.linear.bias` ->
+    `head.linear`, -1, `bias`.
+    """
+    parameter = re.sub(r"\.parametrizations\.(?:(\w+)\.original|\w+\.\d+\.(\w+))$", r".\1\2", parameter)
+    numbered = re.match(r"(.*)\.(\d+)\.(.*)", parameter)
     if numbered:
-        return numbered[1], int(numbered[2])
-    return ".".join(re.sub(r"\.(weight|bias)$", "", parameter).split(".")[:3]), -1
+        return numbered[1], int(numbered[2]), numbered[3]
+    parts = parameter.split(".")
+    length = min(3, len(parts) - (parts[-1] in ("weight", "bias")))
+    return ".".join(parts[:length]), -1, ".".join(parts[length:])
 
 
 def span(first: int, last: int) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class LinearHead(nn.Module):
-    """A linear layer on features that are normalised without learned scale.
+    """A linear layer on features, normalised without learned scale unless told otherwise.
 
     Features of frozen backbones differ in scale by orders of magnitude, between models and between dimensions; the
     normalisation lets one learning rate serve all of them.
@@ -16,18 +16,20 @@ class LinearHead(nn.Module):
         num_classes: number of logits.
         norm: `layer` normalises each digit's features on their own, so that logits depend on that digit alone;
             `batch` standardises every dimension over the batch, as the linear probes of MAE do (He et al. 2021,
-            appendix A), which serves frozen backbones whose dimensions differ much, such as DINOv2.
+            appendix A), which serves frozen backbones whose dimensions differ much, such as DINOv2; `none` leaves
+            them as they are, so that the head on pixels is multinomial logistic regression.
     """
 
-    def __init__(self, in_features: int, num_classes: int, norm: Literal["layer", "batch"]) -> None:
+    def __init__(self, in_features: int, num_classes: int, norm: Literal["layer", "batch", "none"]) -> None:
         super().__init__()
-        if norm not in ("layer", "batch"):
-            raise ValueError(f"head.norm={norm!r} is unknown; choose layer or batch.")
-        self.norm = (
-            nn.LayerNorm(in_features, elementwise_affine=False)
-            if norm == "layer"
-            else nn.BatchNorm1d(in_features, affine=False, momentum=0.01)  # statistics of the last few thousand digits
-        )
+        if norm == "layer":
+            self.norm: nn.Module = nn.LayerNorm(in_features, elementwise_affine=False)
+        elif norm == "batch":  # statistics of the last few thousand digits
+            self.norm = nn.BatchNorm1d(in_features, affine=False, momentum=0.01)
+        elif norm == "none":
+            self.norm = nn.Identity()
+        else:
+            raise ValueError(f"head.norm={norm!r} is unknown; choose layer, batch or none.")
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:

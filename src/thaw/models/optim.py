@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightning import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
@@ -50,46 +51,76 @@ class OptimizerRecipe:
         self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
 
     def groups(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int]
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        depths: Mapping[str, int],
+        thaw_epochs: Mapping[str, float],
     ) -> list[dict[str, Any]]:
-        """Trainable parameters by depth and decay, each group with its own lr and weight_decay."""
+        """All parameters that will ever train, by depth, thaw epoch and decay: each group has its lr and weight_decay.
+
+        Args:
+            named_parameters: of the model.
+            depths: of each.
+            thaw_epochs: from which epoch each trains; infinity is never, and a name that is missing trains from 0.
+        """
         top = max(depths.values())
-        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
-            if not parameter.requires_grad:
+            from_epoch = thaw_epochs.get(name, 0)
+            if from_epoch == math.inf:
                 continue
             decays = parameter.ndim > 1 and not name.endswith(EMBEDDINGS)
             depth = depths[name]
             group = groups.setdefault(
-                (depth, decays),
+                (depth, from_epoch, decays),
                 {
                     "params": [],
                     "lr": self.lr * self.layer_decay ** (top - depth),
                     "weight_decay": self.weight_decay if decays else 0.0,
-                    "name": f"layer{depth}/{'decay' if decays else 'no_decay'}",
+                    "from_epoch": from_epoch,
+                    "name": f"layer{depth}/{'decay' if decays else 'no_decay'}"
+                    + (f"/from{from_epoch}" if from_epoch else ""),
                 },
             )
             group["params"].append(parameter)
         return list(groups.values())
 
     def build(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], depths: Mapping[str, int], total_steps: float
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        depths: Mapping[str, int],
+        thaw_epochs: Mapping[str, float],
+        trainer: Trainer,
     ) -> OptimizerLRSchedulerConfig:
-        """What `LightningModule.configure_optimizers` returns."""
+        """What `LightningModule.configure_optimizers` returns.
+
+        The optimizer knows from its first step every parameter that will ever train: what is still frozen has no
+        gradient, and so is left alone.
+        """
+        total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too
         if not math.isfinite(total_steps):
             raise ValueError(
                 "The cosine needs an end: set trainer.max_epochs to a number (not -1) or trainer.max_steps."
             )
-        groups = self.groups(named_parameters, depths)
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        groups = self.groups(named_parameters, depths, thaw_epochs)
         optimizer: Any = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
         optimizer._step_supports_amp_scaling = False  # gradients are unscaled before they are clipped, fused or not
-        scheduler = LambdaLR(optimizer, lambda step: self.lr_fraction(step, total_steps))
+
+        def of_group(from_epoch: int) -> Callable[[int], float]:
+            return lambda step: self.lr_fraction(step, total_steps, from_epoch * steps_per_epoch)
+
+        scheduler = LambdaLR(optimizer, [of_group(group["from_epoch"]) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def lr_fraction(self, step: int, total_steps: float) -> float:
-        """Fraction of the peak learning rate at a step, counted from 0."""
+    def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:
+        """Fraction of the peak learning rate at a step, counted from 0, of what trains from `thaw_step` on.
+
+        One cosine for all, and for each group a linear rise from the step at which it thaws.
+        """
+        if step < thaw_step:
+            return 0.0
         warmup_steps = round(self.warmup_fraction * total_steps)
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
+        rise = min(1.0, (step - thaw_step + 1) / (warmup_steps + 1))
+        progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)

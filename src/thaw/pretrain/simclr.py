@@ -75,7 +75,7 @@ class SimCLR(LightningModule):
         self.log("val/knn_acc", (neighbours.mode(dim=1).values == labels).float().mean(), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        return self.optim.build(self.named_parameters(), self.depths(), self.trainer.estimated_stepping_batches)
+        return self.optim.build(self.named_parameters(), self.depths(), {}, self.trainer)
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter; the projection head is the deepest."""

@@ -26,7 +26,7 @@ class SweepTable(Callback):
         if not jobs:
             log.warning("No job in %s has written a summary, so there is nothing to compare.", sweep)
             return
-        if config.test and jobs[0]["val/acc"] is not None:
+        if config.test and config.test != "always" and jobs[0]["val/acc"] is not None:
             from thaw.evaluation.evaluate import test_run
 
             jobs[0] |= test_run(Path(jobs[0]["run_dir"]))
@@ -44,7 +44,8 @@ def read_jobs(sweep: Path) -> list[dict[str, Any]]:
 
 def format_jobs(jobs: list[dict[str, Any]], sweep: Path) -> str:
     """A line a job, best first; the best is marked and carries the test accuracy."""
-    overrides = [job["overrides"].split() for job in jobs]
+    experiments = len({job["name"] for job in jobs}) > 1
+    overrides = [[job["name"]] * experiments + job["overrides"].split() for job in jobs]
     shared = set.intersection(*map(set, overrides)) if len(jobs) > 1 else set()
     names = [" ".join(override for override in of_job if override not in shared) for of_job in overrides]
     width = max(len("overrides"), *map(len, names))
@@ -56,9 +57,9 @@ def format_jobs(jobs: list[dict[str, Any]], sweep: Path) -> str:
             test = f"{job['test/acc']:.2%} [{job['test/acc_low']:.2%}, {job['test/acc_high']:.2%}]"
         mark = "best" if place == 0 else ""
         rows.append(f"{mark:<4} {name:<{width}}  {val:>8}  {test:>24}  {os.path.relpath(job['run_dir'])}")
-    rows.append(
-        f"{len(jobs)} jobs compared on validation; only the best is tested. Kept in {os.path.relpath(sweep)}/sweep.json"
-    )
+    tested = sum(job["test/acc"] is not None for job in jobs)
+    which = "only the best is tested" if tested <= 1 else "all were tested, none is chosen by that"
+    rows.append(f"{len(jobs)} jobs compared on validation; {which}. Kept in {os.path.relpath(sweep)}/sweep.json")
     return "\n".join(rows)
 
 

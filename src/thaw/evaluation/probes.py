@@ -1,0 +1,249 @@
+"""How good features are without training a network on them: nearest neighbours and logistic regression.
+
+A probe learns from training features, chooses its one setting on validation features and returns a `Choice`; it never
+sees the test split, which `score` measures once. Shapes: N digits, D features, K classes, Q queries.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from thaw.evaluation.metrics import accuracy_interval
+
+METRICS, VOTES = ("cosine", "euclidean"), ("majority", "weighted")
+AT_ONCE = 2**25  # similarities and votes held at a time: 128 MiB
+
+
+class Labelled(NamedTuple):
+    """features float (N, D), labels int64 (N,), on one device."""
+
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What validation chose.
+
+    Attributes:
+        setting: name of what was chosen, `k` or `C`.
+        candidates: validation accuracy of each value, the values in ascending order.
+        chosen: the value with the highest; the smallest of equals.
+        predict: features (Q, D) -> labels (Q,), with the chosen value.
+        num_parameters: how many numbers were fitted.
+    """
+
+    setting: str
+    candidates: dict[float, float]
+    chosen: float
+    predict: Callable[[Tensor], Tensor]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on n digits, with its 95 % interval from low to high."""
+
+    acc: float
+    low: float
+    high: float
+    n: int
+
+
+def score(choice: Choice, test: Labelled) -> Score:
+    """The accuracy of what validation chose."""
+    check_finite("test", test.features)
+    correct, total = int((choice.predict(test.features) == test.labels).sum()), len(test.labels)
+    return Score(correct / total, *accuracy_interval(correct, total), total)
+
+
+def knn(train: Labelled, val: Labelled, k: Sequence[int], metric: str, vote: str, temperature: float) -> Choice:
+    """The k nearest training digits vote for a digit's class; of classes with equal votes the lowest wins.
+
+    Args:
+        train, val: features and labels.
+        k: candidates; validation chooses.
+        metric: `cosine` or `euclidean`.
+        vote: `majority`, or `weighted`: each vote counts exp(s / temperature) of the cosine similarity s.
+        temperature: of the weighted vote.
+
+    Raises:
+        ValueError: a setting out of its range, features that are not finite, labels of one class only.
+    """
+    candidates = check_candidates("k", k, int, "whole numbers, 1 or more", lambda value: value >= 1)
+    if candidates[-1] > len(train.labels):
+        raise ValueError(
+            f"probe.k={candidates[-1]} is more than the {len(train.labels):,} training digits; choose that or less."
+        )
+    for name, value, known in (("metric", metric, METRICS), ("vote", vote, VOTES)):
+        if value not in known:
+            raise ValueError(f"probe.{name}={value!r} is unknown; choose {' or '.join(known)}.")
+    if vote == "weighted" and metric != "cosine":
+        raise ValueError(f"probe.vote=weighted needs probe.metric=cosine, not {metric}; or set probe.vote=majority.")
+    if not temperature > 0:
+        raise ValueError(f"probe.temperature={temperature} must be above 0; 0.07 is common.")
+    check_data(train, val)
+    classes, targets = train.labels.unique(return_inverse=True)  # (K,), (N,)
+
+    def predict(queries: Tensor, wanted: Sequence[int], name: str) -> list[Tensor]:
+        """Labels (Q,) for each wanted k, from one search."""
+        parts = []
+        for similarities, indices in nearest(queries, train.features, max(wanted), metric, name):  # (B, k), best first
+            votes = F.one_hot(targets[indices], len(classes)).float()  # (B, k, K)
+            if vote == "weighted":  # Wu et al. 2018, section 3.4; relative to the best one's weight, against overflow
+                votes = votes * ((similarities - similarities[:, :1]) / temperature).exp()[..., None]
+            parts.append(torch.stack([classes[votes[:, :k].sum(dim=1).argmax(dim=1)] for k in wanted]))
+        return list(torch.cat(parts, dim=1))
+
+    predictions = predict(val.features, candidates, "validation")
+    accuracies = {value: accuracy(p, val.labels) for value, p in zip(candidates, predictions, strict=True)}
+    for value, acc in accuracies.items():
+        print(f"k = {value:<8g} val/acc {acc:.2%}", flush=True)
+    chosen = max(accuracies, key=accuracies.__getitem__)  # the first of equals
+    return Choice("k", accuracies, chosen, lambda queries: predict(queries, [chosen], "test")[0], num_parameters=0)
+
+
+def nearest(queries: Tensor, references: Tensor, k: int, metric: str, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields similarities (B, k) and indices (B, k) of the references nearest to B queries at a time, best first.
+
+    Similarity is the cosine, or something that orders references as the negative Euclidean distance does.
+    """
+    if metric == "cosine":
+        queries, references = F.normalize(queries, dim=1), F.normalize(references, dim=1)
+        offset = references.new_zeros(len(references))
+    else:  # -|q - r|^2 / 2 = q.r - |r|^2 / 2 - |q|^2 / 2, whose last term is the same for all references
+        centre = references.mean(dim=0)  # moving the origin there changes no distance and keeps the terms small
+        queries, references = queries - centre, references - centre
+        offset = references.square().sum(dim=1) / 2  # (N,)
+    with tqdm(total=len(queries), desc=f"{name} neighbours", disable=None, leave=False) as bar:
+        for chunk in queries.split(max(1, AT_ONCE // (len(references) + 16 * k))):  # 16 or so classes to vote for
+            top = (chunk @ references.T - offset).topk(k, dim=1)  # (B, D) -> (B, N) -> (B, k)
+            yield top.values, top.indices
+            bar.update(len(chunk))
+
+
+def logistic_regression(
+    train: Labelled,
+    val: Labelled,
+    C: Sequence[float],  # noqa: N803  # scikit-learn's name
+    max_iterations: int,
+    tolerance: float,
+) -> Choice:
+    """Multinomial logistic regression with an L2 penalty, on features standardised by the training digits.
+
+    Args:
+        train, val: features and labels.
+        C: candidates of the inverse strength of the penalty; validation chooses. Each fit starts at the one before.
+        max_iterations: of L-BFGS for each candidate.
+        tolerance: the largest entry of the gradient at which a fit has converged.
+
+    Raises:
+        ValueError: a setting out of its range, features that are not finite, labels of one class only.
+    """
+    candidates = check_candidates("C", C, float, "finite numbers above 0", lambda value: 0 < value < math.inf)
+    if not max_iterations >= 1:
+        raise ValueError(f"probe.max_iterations={max_iterations} must be 1 or more.")
+    if not tolerance > 0:
+        raise ValueError(f"probe.tolerance={tolerance} must be above 0, e.g. 1e-5.")
+    check_data(train, val)
+    classes, targets = train.labels.unique(return_inverse=True)  # (K,), (N,)
+    mean, std = standardisation(train.features)
+    features, val_features = ((split.features - mean) / std for split in (train, val))  # (N, D)
+    weight, bias = features.new_zeros(len(classes), features.shape[1]), features.new_zeros(len(classes))
+    accuracies, fits = {}, {}
+    for value in candidates:
+        weight, bias, gradient = fit_logistic(features, targets, value, weight, bias, max_iterations, tolerance)
+        fits[value] = weight, bias
+        accuracies[value] = accuracy(classes[(val_features @ weight.T + bias).argmax(dim=1)], val.labels)
+        note = "" if gradient <= tolerance else f"  not converged: the gradient is {gradient:.1e} at the end"
+        print(f"C = {value:<8g} val/acc {accuracies[value]:.2%}{note}", flush=True)
+    chosen = max(accuracies, key=accuracies.__getitem__)  # the first of equals
+    weight, bias = fits[chosen]
+
+    def predict(queries: Tensor) -> Tensor:
+        return classes[((queries - mean) / std @ weight.T + bias).argmax(dim=1)]  # (Q, D) -> (Q, K) -> (Q,)
+
+    return Choice("C", accuracies, chosen, predict, num_parameters=weight.numel() + bias.numel())
+
+
+def fit_logistic(
+    features: Tensor, targets: Tensor, c: float, weight: Tensor, bias: Tensor, max_iterations: int, tolerance: float
+) -> tuple[Tensor, Tensor, float]:
+    """Minimise C sum_i cross-entropy_i + |weight|^2 / 2, as scikit-learn does, by L-BFGS from a given start.
+
+    The sum is divided by C N where that is above 1: so neither term has a weight above 1 on the mean cross-entropy or
+    on the penalty, and one tolerance serves all C.
+
+    Args:
+        features: (N, D), in the precision to compute in; losses are added in float64 where the device has it, without
+            which the line search ends early.
+        targets: (N,) from 0 to K - 1.
+        c, max_iterations, tolerance: as in `logistic_regression`.
+        weight, bias: (K, D) and (K,) to start from.
+
+    Returns:
+        weight (K, D), bias (K,), and the largest entry of their gradient.
+    """
+    exact = torch.float32 if features.device.type == "mps" else torch.float64
+    parameters = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=max_iterations, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = features @ parameters[0].T + parameters[1]  # (N, D) -> (N, K)
+        penalty = parameters[0].to(exact).square().sum() / 2
+        total = (c * len(features) * F.cross_entropy(logits.to(exact), targets) + penalty) / max(1, c * len(features))
+        total.backward()
+        return total
+
+    optimizer.step(loss)  # type: ignore[arg-type]  # L-BFGS needs the tensor's gradient only
+    loss()
+    gradient = max(float(parameter.grad.abs().max()) for parameter in parameters if parameter.grad is not None)
+    return parameters[0].detach(), parameters[1].detach(), gradient
+
+
+def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (D,) of features (N, D); a constant feature is only centred."""
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    return int((predictions == labels).sum()) / len(labels)
+
+
+def check_candidates(name: str, values: Any, kind: type, allowed: str, is_allowed: Callable[[Any], bool]) -> list[Any]:
+    """The candidates in ascending order, each once."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise ValueError(f"probe.{name}={values} holds no candidates; give a list of {allowed}, e.g. probe.{name}=[1].")
+    for value in values:
+        of_kind = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if not of_kind or not is_allowed(value):
+            raise ValueError(f"probe.{name}={list(values)} holds {value!r}; candidates must be {allowed}.")
+    return sorted(set(values))
+
+
+def check_data(train: Labelled, val: Labelled) -> None:
+    check_finite("training", train.features)
+    check_finite("validation", val.features)
+    if len(found := train.labels.unique()) < 2:
+        label = int(found[0])
+        raise ValueError(
+            f"All {len(train.labels):,} training digits are of class {label}; a probe needs two: raise data.train_size."
+        )
+
+
+def check_finite(split: str, features: Tensor) -> None:
+    if bad := int((~features.isfinite().all(dim=1)).sum()):
+        raise ValueError(
+            f"{bad:,} of {len(features):,} {split} digits have features that are not finite. Check the backbone's "
+            "weights, or compute in full precision with trainer.precision=32-true."
+        )

@@ -1,0 +1,85 @@
+"""A timm model as a chain of layers: its stem, its blocks, its final norm, one after the other.
+
+ViT, EVA (with DINOv3), Swin and ConvNeXt are such chains; whether a model is one is found by trying (`count_tokens`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+TimmModel: TypeAlias = Any  # an nn.Module with forward_features, pretrained_cfg, group_matcher and more
+Layer: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
+    """The stem, the blocks and the final norm: `forward_features` is one after the other."""
+    if hasattr(model, "stages"):  # ConvNeXt
+        return model.stem, [in_turn(block) for block in blocks_of(model)], model.norm_pre
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        names = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
+        stem = in_turn([step for name in names if (step := getattr(model, name, None)) is not None])
+        return stem, [in_turn(block) for block in blocks_of(model)], model.norm
+    # EVA: each block turns its queries and keys by the rotary embedding of the grid (Fang et al. 2023, section 2.1)
+    if model.patch_drop is not None or getattr(rope, "aug_active", False):
+        raise ValueError("this rotary embedding is drawn anew for every batch")
+    angles = rope.get_embed(model.patch_embed.grid_size if model.dynamic_img_size else None)
+    stem = in_turn([model.patch_embed, lambda patches: model._pos_embed(patches)[0], model.norm_pre])
+    return stem, [partial(block, rope=angles) for block in model.blocks], model.norm
+
+
+def in_turn(steps: Sequence[Layer]) -> Layer:
+    """One layer that applies several, the first to the input."""
+
+    def run(tokens: Tensor) -> Tensor:
+        for step in steps:
+            tokens = step(tokens)
+        return tokens
+
+    return run
+
+
+def blocks_of(model: TimmModel) -> list[list[nn.Module]]:
+    """Each block, after what an image passes on the way to it.
+
+    The downsampling at the start of a stage belongs to the first block of the stage, as timm's `group_matcher` has it.
+    """
+    if hasattr(model, "blocks"):
+        return [[block] for block in model.blocks]
+    stages = model.stages if hasattr(model, "stages") else model.layers
+    return [
+        [stage.downsample, block] if number == 0 else [block]
+        for stage in stages
+        for number, block in enumerate(stage.blocks)
+    ]
+
+
+def places(model: TimmModel) -> dict[str, int]:
+    """The layer of everything above the stem, by how its names begin: what begins with `blocks.0.` is in layer 1."""
+    blocks = blocks_of(model)
+    layers = {module: 1 + number for number, block in enumerate(blocks) for module in block}
+    after = ("norm_pre" if hasattr(model, "stages") else "norm", "fc_norm", "attn_pool", "head")
+    layers |= {getattr(model, name): 1 + len(blocks) for name in after if getattr(model, name, None) is not None}
+    return {f"{name}.": layers[module] for name, module in model.named_modules() if module in layers}
+
+
+def count_tokens(model: TimmModel, images: Tensor) -> int:
+    """How many places the stem makes of an image; 0 if the chain is not exactly the model's `forward_features`."""
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            stem, blocks, norm = chain(model)
+            tokens = embedded = stem(images)
+            for block in blocks:
+                tokens = block(tokens)
+            same = torch.equal(norm(tokens), model.forward_features(images))
+            width = embedded.shape[1 if hasattr(model, "stages") else -1]  # (1, D, H, W) in a ConvNeXt
+            return embedded.numel() // width if same else 0
+    except Exception:  # other architectures fail here in any way
+        return 0
+    finally:
+        model.train(mode)

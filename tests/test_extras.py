@@ -1,0 +1,255 @@
+"""Each extra for fine-tuning, as one line of configuration, shown to act."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, compose_run
+from hydra.utils import instantiate
+from test_end_to_end import script
+from torch import Tensor
+
+from thaw.config import settle
+from thaw.data.datamodule import Batch
+from thaw.models.classifier import Classifier
+
+TINY = [  # random weights, one block
+    *("experiment=vit_from_scratch", "backbone.arguments.depth=1", "augment=none", "data.source=sample"),
+    *("logger=none", "callbacks.early_stopping=null", "trainer.precision=32-true"),
+]
+SGD = ["optim=sgd", "optim.optimizer.momentum=0", "optim.optimizer.nesterov=false", "optim.weight_decay=0"]
+HALF = [*SMALL, "trainer.val_check_interval=0.5", "callbacks.early_stopping=null"]
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Callable[..., Classifier]:
+    """Builds the model that a command line means."""
+
+    def build(*overrides: str) -> Classifier:
+        cfg = compose_run(tmp_path, *TINY, *overrides)
+        settle(cfg)
+        L.seed_everything(cfg.seed, verbose=False)
+        return instantiate(cfg.model)
+
+    return build
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 28, 28), dtype=torch.uint8, generator=generator)
+    return Batch(images, torch.arange(8), torch.arange(8))
+
+
+@pytest.fixture
+def steps(tmp_path: Path) -> Callable[..., tuple[State, State]]:
+    """Trains the model that a command line means; returns its state before and after."""
+
+    def run(*overrides: str) -> tuple[State, State]:
+        cfg = compose_run(tmp_path, *TINY, *overrides)
+        settle(cfg)
+        L.seed_everything(cfg.seed, verbose=False)
+        model, datamodule = instantiate(cfg.model), instantiate(cfg.data)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        callbacks = [instantiate(block) for block in (cfg.callbacks.step_seed, cfg.callbacks.average) if block]
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False}
+        instantiate(cfg.trainer, callbacks=callbacks, logger=False, **quiet).fit(model, datamodule)
+        return before, model.state_dict()
+
+    return run
+
+
+def saved(run_dir: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def test_drop_path(model: Callable[..., Classifier]) -> None:
+    """Of 32 equal digits some lose a branch in training, none in evaluation."""
+    net = model("backbone.arguments.drop_path_rate=0.5", "backbone.arguments.depth=2").train()
+    features = net.backbone(torch.ones(32, 1, 28, 28))
+    assert (features - features[0]).abs().amax(dim=1).gt(1e-3).any()
+    features = net.eval().backbone(torch.ones(32, 1, 28, 28))
+    torch.testing.assert_close(features, features[:1].expand(32, -1))
+
+
+def test_erasing(model: Callable[..., Classifier]) -> None:
+    white = torch.full((50, 28, 28), 255, dtype=torch.uint8)
+    for blank in model("augment.erase=1").augment(white) == 0:
+        rows, columns = blank.any(dim=1), blank.any(dim=0)
+        assert torch.equal(blank, rows[:, None] & columns)
+        assert 5 <= rows.sum() <= 15 and 5 <= columns.sum() <= 15
+    share = (model("augment.erase=0.3").augment(white.repeat(20, 1, 1)) == 0).any(dim=(1, 2)).float().mean()
+    assert share.item() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("mix", ["none", "mixup"])
+def test_label_smoothing(model: Callable[..., Classifier], batch: Batch, mix: str) -> None:
+    """(1 - e) of the loss on the targets, e of the mean over all classes (Szegedy et al. 2016, section 7)."""
+    net = model("model.label_smoothing=0.2", f"mix={mix}").eval()
+    images, targets = net.preprocess(batch.images), F.one_hot(batch.labels, 10).float()
+    if mix == "mixup":
+        torch.manual_seed(3)
+        images, targets = net.mix(images, batch.labels, 10)
+        assert 0.01 < targets[0, 0] < 0.99
+    logs = net.head(net.backbone(images)).log_softmax(dim=1)
+    expected = -(0.8 * (targets * logs).sum(dim=1) + 0.2 * logs.mean(dim=1)).mean()
+    torch.manual_seed(3)
+    torch.testing.assert_close(net.training_step(batch, 0), expected)
+
+
+def test_training_accuracy_counts_the_larger_share(model: Callable[..., Classifier], batch: Batch) -> None:
+    """Here the neighbour's: the logits say the label of image i - 1 throughout."""
+    net = model("mix=mixup")
+    net.mix.forward = lambda images, labels, classes: (  # type: ignore[method-assign]
+        images,
+        0.4 * F.one_hot(labels, classes) + 0.6 * F.one_hot(labels.roll(1), classes),
+    )
+    net.head.forward = lambda features: 9.0 * F.one_hot(batch.labels.roll(1), 10)  # type: ignore[method-assign]
+    net.training_step(batch, 0)
+    assert net.train_acc.compute() == 1
+
+
+def test_validation_is_not_mixed(model: Callable[..., Classifier], batch: Batch) -> None:
+    net = model("mix=both").eval()
+    net.mix.forward = None  # type: ignore[assignment]
+    net.validation_step(batch, 0)
+    net.test_step(batch, 0)
+    assert (
+        net.val_acc.compute() == net.test_acc.compute() == (net(batch.images).argmax(1) == batch.labels).float().mean()
+    )
+
+
+def test_accumulated_batches_equal_a_large_one(steps: Callable[..., tuple[State, State]]) -> None:
+    common = [*SGD, "data.train_size=96", "trainer.max_epochs=1", "optim.lr=0.1"]
+    before, large = steps(*common, "data.batch_size=32")
+    _, small = steps(*common, "data.batch_size=16", "trainer.accumulate_grad_batches=2")
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.allclose(large["head.linear.weight"], before["head.linear.weight"])
+
+
+def test_clipping_bounds_the_step(steps: Callable[..., tuple[State, State]]) -> None:
+    """One step of plain SGD with learning rate 1 is as long as the gradient, or as its bound."""
+
+    def length(clip: str) -> float:
+        one = ["data.train_size=16", "data.batch_size=16", "trainer.max_epochs=1", "optim.warmup_fraction=0"]
+        before, after = steps(*SGD, *one, "optim.lr=1", f"trainer.gradient_clip_val={clip}")
+        return torch.cat([(after[name] - before[name]).flatten() for name in before]).norm().item()
+
+    assert length("null") > 0.2
+    assert length("0.1") == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("average", [["average=ema"], ["average=swa", "average.start=0"]], ids=["ema", "swa"])
+def test_averages_leave_the_frozen_part_bit_identical(
+    steps: Callable[..., tuple[State, State]], average: list[str]
+) -> None:
+    few = ["data.train_size=64", "data.batch_size=16", "trainer.max_epochs=2", "cache.mode=memory"]
+    last = ["backbone.weights=bundled", "backbone.arguments.depth=6", "freeze=last_blocks"]
+    before, after = steps(*last, *few, *average)
+    frozen = [name for name in before if re.match(r"backbone\.model\.(pos_embed|patch_embed|blocks\.[0-3]\.)", name)]
+    assert len(frozen) > 40
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(
+        before["backbone.model.blocks.5.mlp.fc1.weight"], after["backbone.model.blocks.5.mlp.fc1.weight"]
+    )
+    plain = steps(*last, *few)[1]
+    assert not torch.equal(plain["head.linear.weight"], after["head.linear.weight"])
+
+
+@pytest.mark.parametrize(
+    "extras",
+    [
+        ["experiment=vit_linear_probe", "head.norm=batch", "average=ema"],
+        ["experiment=vit_linear_probe", "head.norm=batch", "average=swa", "average.start=0"],
+        pytest.param(
+            ["experiment=vit_last_blocks", "average=ema", "mix=both", "backbone.arguments.drop_path_rate=0.2"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["ema on kept features", "swa on kept features", "ema and mixing"],
+)
+def test_resumed_within_an_epoch_equals_uninterrupted(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, extras: list[str]
+) -> None:
+    """8 steps an epoch, a checkpoint every 4; the power goes in step 14, after the checkpoint of step 12."""
+    run = [*extras, *HALF, "model.label_smoothing=0.1"]
+    whole = train(*run, name="whole")
+    step = Classifier.training_step
+
+    def crash(self: Classifier, batch: Batch, batch_idx: int) -> Tensor:
+        if self.global_step == 14:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, "training_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*run, name="cut")
+    monkeypatch.undo()
+    cut = whole.parent / "cut"
+    assert saved(cut)["global_step"] == 12 and "current_weights" in saved(cut)
+    resumed = train(f"resume={cut}", name="resumed")
+    for name in ("best", "last"):
+        expected, got = saved(whole, name), saved(resumed, name)
+        for key in ("state_dict", "current_weights"):
+            tensors = expected.get(key, {})  # the best may come before the first average
+            assert tensors.keys() == got.get(key, {}).keys()
+            assert all(torch.equal(tensor, got[key][other]) for other, tensor in tensors.items())
+    averaged, current = (saved(whole)[key]["head.linear.weight"] for key in ("state_dict", "current_weights"))
+    assert not torch.equal(averaged, current)
+    assert json.loads((whole / "summary.json").read_text())["test/acc"] == accuracy_of(whole)
+
+
+def accuracy_of(run_dir: Path) -> float:
+    """What eval.py says of a run's best checkpoint, to the digit."""
+    from omegaconf import OmegaConf
+
+    from thaw import checkpoint as checkpoints
+    from thaw.evaluation.evaluate import evaluate
+
+    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    return evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir / "eval", loggers=[])["test/acc"]
+
+
+def test_mixing_keeps_no_features(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    """One line says so; and a last batch of one digit is no obstacle."""
+    probe = ["experiment=vit_linear_probe", *SMALL, "data.train_size=33", "trainer.max_epochs=1", "mix=cutmix"]
+    run_dir = train(*probe)
+    assert capsys.readouterr().out.count("cache: off, images are mixed anew in every step (mix=none would") == 1
+    assert not (run_dir.parents[2] / "cache").exists()
+    for asked in ("mode=memory", "mode=disk", "views=2"):
+        with pytest.raises(ValueError, match=f"cache.{asked} keeps nothing: images are mixed anew"):
+            train(*probe, f"cache.{asked}", name=asked.replace("=", "_"))
+
+
+@pytest.mark.parametrize("freeze", ["full", "linear_probe"])
+def test_mixing_needs_two_digits(train: Callable[..., Path], freeze: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size=1 leaves no image to mix with; set it to 2 or more, or"):
+        train("experiment=vit_linear_probe", f"freeze={freeze}", *SMALL, "data.batch_size=1", "mix=mixup")
+
+
+@pytest.mark.slow
+def test_ema_in_two_processes_equals_one(tmp_path: Path) -> None:
+    """At the same global batch: gradients are summed in another order, so to about 1e-5."""
+    same = [
+        *("experiment=vit_last_blocks", "freeze.k=1", "augment=none", "data.source=sample", "data.train_size=250"),
+        *("logger=csv", "trainer.max_epochs=2", "trainer.precision=32-true", "callbacks.early_stopping=null"),
+        *(*SGD, "optim.optimizer.fused=false", "optim.lr=0.05", "trainer.gradient_clip_val=null", "average=ema"),
+    ]
+    for name, changes in (("one", ["data.batch_size=50"]), ("two", ["data.batch_size=25", "trainer=ddp_cpu"])):
+        script(
+            "train.py", *same, *changes, f"hydra.run.dir={tmp_path / name}", f"cache.dir={tmp_path / name / 'cache'}"
+        )
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for key in ("state_dict", "current_weights"):
+        for name, tensor in one[key].items():
+            torch.testing.assert_close(two[key][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert first["test/acc"] == second["test/acc"]
