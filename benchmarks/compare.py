@@ -1,8 +1,9 @@
 """Every policy, every baseline and DINOv2, each over seeds, in one table and one picture: `make compare`.
 
 Each run is a process of its own, `python train.py experiment=compare/...` or `python probe.py ...`, whose folder below
-logs/compare holds its summary. What is there already is not run again, so that it can be stopped and started. Writes
-benchmarks/compare.md and compare.png. Nothing is chosen by the test accuracies: all of them are shown.
+logs/compare holds its summary. What is there already is not run again, so that it can be stopped and started. Cost is
+stated as CPU time, which runs side by side (`--jobs`) and other work change little. Writes benchmarks/compare.md and
+compare.png. Nothing is chosen by the test accuracies: all of them are shown.
 """
 
 import argparse
@@ -64,15 +65,15 @@ def run(name: str, seed: int, overrides: list[str], threads: int) -> str | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *ROWS[name][2].split(), f"seed={seed}", "logger=csv", f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (folder / "output.log").open("w") as log:
-        status = subprocess.run(
-            [*command, *overrides],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        ).returncode
-    if status:
+        process = subprocess.Popen(
+            [*command, *overrides], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    (folder / "cpu_seconds.json").write_text(json.dumps(used.ru_utime + used.ru_stime))
+    if process.returncode:
         return next((line for line in (folder / "output.log").read_text().splitlines()[::-1] if line.strip()), "?")
     return None
 
@@ -84,7 +85,7 @@ def finished() -> dict[str, list[dict[str, Any]]]:
         for name in ROWS
         if (
             found := [
-                summary
+                summary | {"cpu_seconds": json.loads(path.with_name("cpu_seconds.json").read_text())}
                 for path in sorted((RUNS / name).glob("seed*/summary.json"))
                 if (summary := json.loads(path.read_text()))["test/acc"] is not None
             ]
@@ -94,7 +95,7 @@ def finished() -> dict[str, list[dict[str, Any]]]:
 
 def table(runs: Mapping[str, list[dict[str, Any]]]) -> str:
     """Markdown: a line for each row, by kind, in the order of ROWS."""
-    head = "| | test accuracy | each seed | trains | time | memory | checkpoint |\n|---|---|---|---|---|---|---|"
+    head = "| | test accuracy | each seed | trains | CPU time | memory | checkpoint |\n|---|---|---|---|---|---|---|"
     lines, kind = [head], ""
     for name, found in runs.items():
         if ROWS[name][0] != kind:
@@ -103,7 +104,7 @@ def table(runs: Mapping[str, list[dict[str, Any]]]) -> str:
         scores = [100 * summary["test/acc"] for summary in found]
         seconds, memory, size = (
             statistics.median(values) if (values := [s[key] for s in found if s.get(key) is not None]) else None
-            for key in ("seconds", "peak_memory_gb", "checkpoint_mb")
+            for key in ("cpu_seconds", "peak_memory_gb", "checkpoint_mb")
         )
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         cells = [
@@ -120,7 +121,7 @@ def table(runs: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Test error of each seed beside the time that a run took, both on logarithmic axes."""
+    """Test error of each seed beside the CPU time that a run took, both on logarithmic axes."""
     colors = {VIT: "#b5432e", DINO: "#2e6bb5", BASELINE: "#6b6b6b"}
     names = sorted(runs, key=lambda name: statistics.mean(summary["test/acc"] for summary in runs[name]))
     figure = Figure(figsize=(11, 0.34 * len(names) + 1.4), layout="constrained", dpi=110)
@@ -130,11 +131,14 @@ def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         scores = [100 - 100 * summary["test/acc"] for summary in runs[name]]
         errors.plot(scores, [row] * len(scores), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
         errors.plot(statistics.mean(scores), row, "|", color=color, markersize=15, markeredgewidth=2)
-        seconds = statistics.median(summary["seconds"] for summary in runs[name])
+        seconds = statistics.median(summary["cpu_seconds"] for summary in runs[name])
         times.barh(row, seconds, color=color, height=0.55)
         times.text(seconds * 1.08, row, f"{seconds:.0f} s", va="center", fontsize=8, color="#333333")
     errors.set_yticks(range(len(names)), [ROWS[name][1] for name in names], fontsize=9)
-    for axes, title in ((errors, "test error in %, 10,000 digits, every seed and their mean"), (times, "time")):
+    for axes, title in (
+        (errors, "test error in %, 10,000 digits, every seed and their mean"),
+        (times, "CPU time of a run, all cores"),
+    ):
         axes.set_xscale("log")
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(axis="x", which="both", color="#e4e4e4", linewidth=0.6)

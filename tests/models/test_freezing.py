@@ -196,7 +196,9 @@ PARTS: Any = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(st.builds(Part, st.sampled_from(["", "c"]), st.lists(PARTS, min_size=1, max_size=2)), RULES, st.randoms())
-def test_what_is_set_is_a_pure_function_of_the_epoch(model: nn.Module, drawn: list[dict], any_order: random.Random) -> None:
+def test_what_is_set_is_a_pure_function_of_the_epoch(
+    model: nn.Module, drawn: list[dict], any_order: random.Random
+) -> None:
     depths = {name: any_order.randrange(5) for name, _ in model.named_parameters()}
     thaws = naive_thaw_epochs(drawn, depths) if depths else None
     if thaws is None or min(thaws.values()) > 0:
@@ -220,7 +222,9 @@ def test_what_is_set_is_a_pure_function_of_the_epoch(model: nn.Module, drawn: li
 
 @pytest.mark.parametrize("freeze", ["linear_probe", "gradual", "lp_ft"])
 def test_freezing_random_numbers_is_an_error(classifier: Build, freeze: str) -> None:
-    with pytest.raises(ValueError, match=r"tensors would be frozen while random, e\.g\. backbone\.model\.\S+\. Load we"):
+    with pytest.raises(
+        ValueError, match=r"tensors would be frozen while random, e\.g\. backbone\.model\.\S+\. Load we"
+    ):
         classifier(freeze, loaded=False).setup("fit")
     classifier("full", loaded=False).setup("fit")
 

@@ -117,7 +117,10 @@ def test_state_dict_round_trip(classifier: Build, policy: Callable, batch: Batch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"match": r".*\.nothing"}, r"freeze\.lora\.match='.*nothing' is the name of no linear layer; .* attn\.qkv, mlp"),
+        (
+            {"match": r".*\.nothing"},
+            r"freeze\.lora\.match='.*nothing' is the name of no linear layer; .* attn\.qkv, mlp",
+        ),
         ({"match": r".*\.blocks\.0\..*", "last": 2}, "is the name of no linear layer in the last 2 layers"),
         ({"rank": 0}, r"freeze\.lora\.rank=0 must be from 1 to 32"),
         ({"rank": 33}, r"freeze\.lora\.rank=33 must be from 1 to 32, the smallest side"),

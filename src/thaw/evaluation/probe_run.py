@@ -64,7 +64,7 @@ def probe_features(
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
     preprocess.to(trainer.strategy.root_device)
     in_memory = FeatureCache("memory", "", float("inf"), views=None)
-    worth_keeping = True and any(True for _ in backbone.parameters())
+    worth_keeping = split != "test" and any(True for _ in backbone.parameters())
     caches = [cache, in_memory] if worth_keeping and cache.num_views(False, trainer) else [in_memory]
     for keeper in caches:
         features = frozen_features(
