@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test lint format bench clean clean-cache
+.PHONY: help install train test lint format bench compare clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests"
 	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
+	@echo "make compare                                 all policies, baselines and DINOv2 on the official test digits (hours)"
 	@echo "make clean-cache                             remove the kept features in logs/cache"
 	@echo "make lint | format | clean"
 
@@ -45,6 +46,9 @@ test: lint
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+compare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare $(ARGS)
 
 clean-cache:
 	rm -rf logs/cache

@@ -46,7 +46,7 @@ ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
     "probe_knn": (VIT, "k nearest neighbours", "probe.py probe=knn"),
     "probe_logistic": (VIT, "logistic regression, L-BFGS", "probe.py probe=logistic_regression"),
     "dinov2_linear_probe": (DINO, "linear probe", "train.py experiment=compare/dinov2_linear_probe"),
-    "dinov2_lora": (DINO, "LoRA in the last 2 blocks", "train.py experiment=compare/dinov2_lora"),
+    "dinov2_lora": (DINO, "LoRA in the last 6 blocks", "train.py experiment=compare/dinov2_lora"),
     "dinov2_last_blocks": (DINO, "last 2 blocks", "train.py experiment=compare/dinov2_last_blocks"),
     "pixels_logistic": (BASELINE, "logistic regression, pixels", "probe.py probe=logistic_regression backbone=pixels"),
     "pixels_knn": (BASELINE, "k nearest neighbours, pixels", "probe.py probe=knn backbone=pixels"),

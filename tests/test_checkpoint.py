@@ -23,8 +23,11 @@ def run_dir(train: Callable[..., Path]) -> Path:
     return train(*RUN)
 
 
-def test_evaluation_needs_the_file_alone(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_needs_the_file_alone(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same accuracy to the last digit, from another folder, without the configs or the backbone's own weights."""
+    run_dir = train(*RUN, "model.self_contained=true")
     summary = json.loads((run_dir / "summary.json").read_text())
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes((run_dir / "checkpoints" / "best.ckpt").read_bytes())

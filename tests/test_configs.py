@@ -12,7 +12,8 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 CONFIGS = ROOT / "configs"
-GROUPS = ["data", "augment", "backbone", "head", "freeze", "optim", "model", "trainer", "logger", "experiment", "debug"]
+GROUPS = ["data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "model", "trainer", "logger"]
+GROUPS += ["experiment", "debug"]
 
 
 def names(group: str) -> list[str]:
@@ -26,6 +27,7 @@ EXPERIMENTS = names("experiment")
 FILLED_IN = {  # arguments that the program passes itself
     "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
     "thaw.models.lr_bank.LRBank": {"in_features", "num_classes"},
+    "thaw.models.lora.add_lora": {"backbone"},
     "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
 }
 

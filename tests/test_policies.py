@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from thaw.data.datamodule import Batch
-from thaw.models.classifier import Classifier
 
 POLICIES = sorted(path.stem for path in (ROOT / "configs" / "freeze").glob("*.yaml"))
 SCHEDULED = {"gradual": 5, "lp_ft": 5}  # epochs until all of the tiny ViT trains, and one more
@@ -142,7 +141,7 @@ def test_two_processes_equal_one(
     run = [*tiny_run, f"freeze={name}", *changes, "test=false", "optim=sgd", "optim.lr=0.05"]
     run += [f"trainer.max_epochs={epochs}", f"+callbacks.record._target_={__name__}.RankRecord"]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])  # what the other rank runs
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}", prepend=os.pathsep)
     for ranks, settings in ((1, ["data.batch_size=16"]), (2, ["data.batch_size=8", "trainer=ddp_cpu"])):
         folder = tmp_path / f"ranks{ranks}"
         folder.mkdir()

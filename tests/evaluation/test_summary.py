@@ -16,6 +16,7 @@ FACTS = {
         "weights": "bundled",
     },
     **{"trainable_params": 25, "total_params": 1000, "seconds": 7.25, "run_dir": "logs/runs/x"},
+    **{"peak_memory_gb": 1.24, "checkpoint_mb": 0.031},
 }
 
 
@@ -24,6 +25,7 @@ def test_says_what_a_person_wants() -> None:
     for part in (
         *("sample of 5,000 digits", "weights: bundled", "25 of 1,000 parameters (2.50%)", "99.00% accuracy"),
         *("97.70% to 99.60%", "n = 500", "logs/runs/x", "wandb sync X"),
+        "7.2 s, at most 1.2 GB of memory, a checkpoint of 0.03 MB",
     ):
         assert part in text
     assert "test" not in format_summary({**FACTS, **NOT_TESTED}, None)

@@ -82,8 +82,8 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0} | dict(optim or {})
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
-        numbers = {"num_classes": 10, "label_smoothing": 0.0}
-        return Classifier(base, head, AS_IT_IS, NO_MIX, chosen, recipe, **numbers, cache=NO_CACHE, compile=False, self_contained=True)  # type: ignore
+        values: dict[str, Any] = {"num_classes": 10, "label_smoothing": 0.0, "compile": False, "self_contained": True}
+        return Classifier(base, head, AS_IT_IS, NO_MIX, chosen, recipe, cache=NO_CACHE, **values)
 
     return build
 

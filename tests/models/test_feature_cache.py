@@ -417,6 +417,7 @@ def model(tmp_path: Path, backbone: Callable[..., Backbone], policy: Callable[..
             label_smoothing=0.0,
             cache=new(tmp_path / "cache", mode, views=views),
             compile=False,
+            self_contained=True,
         )
 
     return build

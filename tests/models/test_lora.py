@@ -140,11 +140,3 @@ def test_what_cannot_be_is_refused(backbone: Callable[..., Backbone], changes: d
 def test_a_model_without_linear_layers(backbone: Callable[..., Backbone]) -> None:
     with pytest.raises(ValueError, match="this backbone has none, so that LoRA cannot be used"):
         add_lora(backbone(**CONVNET), ".*", None, 1, 1.0)
-
-
-def test_rules_must_let_the_factors_train(classifier: Build, policy: Callable) -> None:
-    probe = policy("linear_probe")
-    probe.lora = policy("lora").lora
-    model = classifier(probe)
-    model.setup("fit")
-    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())

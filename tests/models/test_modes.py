@@ -29,6 +29,15 @@ def test_modules_without_parameters_follow_what_comes_before() -> None:
     assert not any(module.training for module in model.modules())
 
 
+def test_what_comes_before_reaches_into_a_partly_frozen_module() -> None:
+    inner = nn.Sequential(nn.Dropout(), nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1))
+    model = nn.Sequential(nn.Linear(1, 1), inner)
+    for trains in (False, True):
+        model[0].requires_grad_(trains)
+        set_modes(model, before=True)
+        assert [child.training for child in inner] == [trains, False, True]
+
+
 def test_modules_without_parameters_follow_the_own_parameters_of_their_module() -> None:
     class Stem(nn.Sequential):
         def __init__(self) -> None:

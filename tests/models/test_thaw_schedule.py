@@ -1,4 +1,4 @@
-"""Every shipped policy in training: what moves in which epoch, at which learning rate, and what the table says of it."""
+"""Every shipped policy in training: what moves in which epoch, at which rate, and what the table says of it."""
 
 import math
 import re

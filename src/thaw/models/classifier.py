@@ -133,6 +133,7 @@ class Classifier(LightningModule):
         if stage == "fit":
             self.reference = None
             self.thaw()
+            self.cut, _ = self.frozen_layers()
 
     def thaw(self) -> list[str]:
         """Do what the freezing policy says of the present epoch; returns the names of the parameters it changed."""
@@ -158,8 +159,8 @@ class Classifier(LightningModule):
         self.keep_frozen()
 
     def on_train_epoch_start(self) -> None:
-        thawed = self.thaw()
-        if thawed:
+        due = self.current_epoch in self.freeze_policy.thaw_epochs(self.depths()).values()
+        if due and (thawed := self.thaw()):
             self.say_thawed(thawed)
             self.sum_gradients_anew()
             cut, until = self.frozen_layers()
