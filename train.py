@@ -39,7 +39,9 @@ def main(cfg: DictConfig) -> float | None:
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data)
         model = instantiate(cfg.model)
-        if cfg.start_from and not cfg.resume:
+        if cfg.resume:
+            model.backbone.fresh = frozenset()  # the checkpoint fills all
+        elif cfg.start_from:
             start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
         loggers = build_list(cfg.logger, "logger")
         callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg))]

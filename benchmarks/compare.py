@@ -42,7 +42,7 @@ ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
         }.items()
     },
     "vit_linear_probe": (VIT, "linear probe, digits as they are, 10 epochs", "train.py experiment=vit_linear_probe"),
-    "vit_finetune": (VIT, "everything, 10 epochs, EMA", "train.py experiment=vit_finetune"),
+    "vit_finetune": (VIT, "everything, 8 epochs, EMA", "train.py experiment=vit_finetune"),
     "probe_knn": (VIT, "k nearest neighbours", "probe.py probe=knn"),
     "probe_logistic": (VIT, "logistic regression, L-BFGS", "probe.py probe=logistic_regression"),
     "dinov2_linear_probe": (DINO, "linear probe", "train.py experiment=compare/dinov2_linear_probe"),
@@ -64,7 +64,9 @@ def run(name: str, seed: int, overrides: list[str], threads: int) -> str | None:
     if (folder / "summary.json").is_file():
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *ROWS[name][2].split(), f"seed={seed}", "logger=csv", f"hydra.run.dir={folder}"]
+    logger = ["logger=csv"] if ROWS[name][2].startswith("train") else []
+    command = [sys.executable, *ROWS[name][2].split(), *logger, f"seed={seed}", f"hydra.run.dir={folder}"]
+
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (folder / "output.log").open("w") as log:
         process = subprocess.Popen(

@@ -144,8 +144,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
     if OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
         raise ValueError(
-            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds other "
-            "parameters. Leave freeze out to go on, or start a new run from its weights alone: "
+            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
+            "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
             f"start_from={path} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, str(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from thaw.data.datamodule import Batch
 from thaw.models.classifier import Classifier
-from thaw.models.freezing import format_table
+from thaw.models.freeze_table import format_table
 
 Build = Callable[..., Classifier]
 

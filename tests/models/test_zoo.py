@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from thaw.models.backbone import Backbone
 from thaw.models.classifier import Classifier
-from thaw.models.freezing import format_table
+from thaw.models.freeze_table import format_table
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "backbone"

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 
 from thaw.loggers import wandb_run
 from thaw.models.classifier import Classifier
-from thaw.models.freezing import NEVER, format_table
+from thaw.models.freeze_table import format_table
+from thaw.models.freezing import NEVER
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
 
@@ -43,6 +44,8 @@ class RunRecord(Callback):
             "device": str(trainer.strategy.root_device),
             "threads": torch.get_num_threads(),
         }
+        if isinstance(pl_module, Classifier):
+            pl_module.thaw()  # a resumed run goes on in a later epoch
         table = format_table(pl_module, pl_module.depths(), trainer.optimizers[0].param_groups)  # type: ignore[operator]
         print(table, flush=True)
         self.run_dir.mkdir(parents=True, exist_ok=True)

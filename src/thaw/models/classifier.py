@@ -21,7 +21,8 @@ from thaw.data.mix import Mix, main_labels
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 from thaw.models.feature_cache import FeatureCache
-from thaw.models.freezing import FreezePolicy, span
+from thaw.models.freeze_table import span
+from thaw.models.freezing import FreezePolicy
 from thaw.models.frozen_features import frozen_features
 from thaw.models.frozen_state import drop_frozen, fill_frozen, frozen_names, refer_to_frozen
 from thaw.models.lora import plain_name
@@ -140,6 +141,13 @@ class Classifier(LightningModule):
         depths = self.depths()
         random = {f"backbone.{name}" for name in self.backbone.fresh}
         fresh = frozenset(name for name in depths if plain_name(name) in random)
+        thaw_epochs = self.freeze_policy.thaw_epochs(depths)
+        useless = [name for name, epoch in thaw_epochs.items() if "lora_" in name and epoch == math.inf]
+        if useless:
+            raise ValueError(
+                f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
+                r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
+            )
         return self.freeze_policy.apply(self, depths, fresh, self.current_epoch)
 
     def frozen_layers(self) -> tuple[int, float]:
@@ -153,8 +161,10 @@ class Classifier(LightningModule):
         return cut, min((epoch for layer, epoch in lowest.items() if layer < cut), default=math.inf)
 
     def on_train_start(self) -> None:
-        if self.thaw():  # resumed in a later epoch than the first
+        self.thaw()
+        if self.current_epoch:  # resumed
             self.sum_gradients_anew()
+        self.say_what_stays_frozen()
         self.cut, _ = self.frozen_layers()
         self.keep_frozen()
 
@@ -175,7 +185,17 @@ class Classifier(LightningModule):
         if self.trainer.is_global_zero:
             depths = sorted({depth for name, depth in self.depths().items() if name in names})
             numbers = sum(self.get_parameter(name).numel() for name in names)
-            print(f"after {self.current_epoch} epochs: depth {span(depths[0], depths[-1])} thaws, {numbers:,} parameters")
+            print(
+                f"after {self.current_epoch} epochs: depth {span(depths[0], depths[-1])} thaws, {numbers:,} parameters"
+            )
+
+    def say_what_stays_frozen(self) -> None:
+        last = self.trainer.max_epochs or math.inf
+        late = [e for e in self.freeze_policy.thaw_epochs(self.depths()).values() if last <= e < math.inf]
+        if late and last > 0 and self.trainer.is_global_zero:
+            print(
+                f"freeze: {len(late)} tensors would thaw after {min(late)} epochs or more; training ends after {last}"
+            )
 
     def sum_gradients_anew(self) -> None:
         """DistributedDataParallel sums the gradients of what trained when it was built over the processes."""

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from thaw.models.feature_cache import digest
 
-STATES = ("state_dict", "current_model_state")  # the second is Lightning's, where weights are averaged
-
 
 def frozen_names(model: nn.Module, thaw_epochs: Mapping[str, float]) -> list[str]:
     """Names in the backbone's state dict that training leaves as they were: parameters that never train, and the
@@ -38,9 +36,7 @@ def refer_to_frozen(names: Iterable[str], state: Mapping[str, Tensor], weights: 
 def drop_frozen(checkpoint: dict[str, Any], reference: Mapping[str, Any]) -> None:
     """Replace the tensors of a reference by it."""
     names = set(reference["names"])
-    for key in STATES:
-        if key in checkpoint:
-            checkpoint[key] = {name: tensor for name, tensor in checkpoint[key].items() if name not in names}
+    checkpoint["state_dict"] = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in names}
     checkpoint["frozen"] = dict(reference)
 
 
@@ -61,12 +57,14 @@ def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None
     missing = [name for name in names if name not in state]
     found = "" if missing else digest({name: state[name] for name in names})
     if found != reference["sha256"]:
-        why = f"the model has no {missing[0]}" if missing else f"SHA-256 {found[:12]} instead of {reference['sha256'][:12]}"
+        why = (
+            f"the model has no {missing[0]}"
+            if missing
+            else f"SHA-256 {found[:12]} instead of {reference['sha256'][:12]}"
+        )
         raise ValueError(
             f"The checkpoint holds what was trained and refers to backbone.weights={reference['weights']} for what was "
             f"frozen, but the weights found are others ({why}). Give the file that it was trained on: weights=<file> "
             "for eval.py, backbone.weights=<file> for train.py; model.self_contained=true keeps them in checkpoints."
         )
-    for key in STATES:
-        if key in checkpoint:
-            checkpoint[key] = {**checkpoint[key], **{name: state[name] for name in names}}
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], **{name: state[name] for name in names}}

@@ -11,7 +11,7 @@ from thaw.models.backbone import Backbone
 
 
 class LoRA(nn.Module):
-    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in); B starts at 0, so that the model starts as it was.
+    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was.
 
     Args:
         weight: W.
@@ -36,7 +36,7 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     """Give the backbone's linear layers a low-rank update.
 
     Args:
-        backbone: changed in place; its weights keep their values under the name `<layer>.parametrizations.weight.original`.
+        backbone: changed in place; its weights are then called `<layer>.parametrizations.weight.original`.
         match: regular expression for the whole name of a layer, e.g. `.*\\.attn\\.(qkv|proj)`.
         last: only in the last so many layers of the backbone, so that what lies below can be kept; None is all.
         rank: r, from 1 to the smaller side of the matrices.
@@ -80,5 +80,5 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter of an adapted layer had before: `qkv.parametrizations.weight.original` -> `qkv.weight`."""
+    """What a parameter of an adapted layer was called before: `parametrizations.weight.original` -> `weight`."""
     return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
