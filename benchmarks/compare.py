@@ -87,9 +87,10 @@ def finished() -> dict[str, list[dict[str, Any]]]:
         for name in ROWS
         if (
             found := [
-                summary | {"cpu_seconds": json.loads(path.with_name("cpu_seconds.json").read_text())}
+                summary | {"cpu_seconds": json.loads(cost.read_text()) if cost.is_file() else None}
                 for path in sorted((RUNS / name).glob("seed*/summary.json"))
                 if (summary := json.loads(path.read_text()))["test/acc"] is not None
+                for cost in [path.with_name("cpu_seconds.json")]  # not there if the run was made by hand
             ]
         )
     }
@@ -133,7 +134,10 @@ def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         scores = [100 - 100 * summary["test/acc"] for summary in runs[name]]
         errors.plot(scores, [row] * len(scores), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
         errors.plot(statistics.mean(scores), row, "|", color=color, markersize=15, markeredgewidth=2)
-        seconds = statistics.median(summary["cpu_seconds"] for summary in runs[name])
+        measured = [summary["cpu_seconds"] for summary in runs[name] if summary["cpu_seconds"] is not None]
+        if not measured:
+            continue
+        seconds = statistics.median(measured)
         times.barh(row, seconds, color=color, height=0.55)
         times.text(seconds * 1.08, row, f"{seconds:.0f} s", va="center", fontsize=8, color="#333333")
     errors.set_yticks(range(len(names)), [ROWS[name][1] for name in names], fontsize=9)
