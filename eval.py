@@ -12,7 +12,7 @@ from thaw.config import clear_errors
 def main(cfg: DictConfig) -> None:
     from thaw import checkpoint as checkpoints
     from thaw.evaluation.evaluate import evaluate
-    from thaw.evaluation.summary import write_json
+    from thaw.json_files import write_json
 
     path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
     checkpoint = checkpoints.read(path)

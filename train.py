@@ -9,28 +9,21 @@ from omegaconf import DictConfig
 from thaw.config import build_list, clear_errors, plain, settle
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(cfg: DictConfig) -> float | None:
-    """One run; returns its best validation accuracy, which sweeps maximise."""
+def train(cfg: DictConfig) -> float | None:
+    """One run in `cfg.run_dir`; returns its best validation accuracy, which sweeps maximise."""
     started = time.monotonic()
     import lightning as L
-    from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
 
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
-    from thaw.checkpoint import resumed_config, start_from
+    from thaw.checkpoint import start_from
     from thaw.evaluation.evaluate import validate_best
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
-    from thaw.sweeps.processes import is_launched, ranks
-    from thaw.sweeps.table import is_sweep_job
+    from thaw.sweeps.processes import ranks
 
     quiet()
-    if cfg.resume and not is_launched():  # other ranks are started with the outcome
-        cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
-    if is_sweep_job() and cfg.test != "always":  # a sweep measures its winner only
-        cfg.validate = cfg.test = False
     settle(cfg)
     if cfg.start_from:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
@@ -58,6 +51,20 @@ def main(cfg: DictConfig) -> float | None:
         finally:
             finish(loggers)
     return val_acc
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """Train, go on with an earlier run, or do a job of a sweep, if it is not done already."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from thaw.checkpoint import resumed_config
+    from thaw.sweeps.jobs import run_job
+    from thaw.sweeps.processes import is_launched
+
+    if cfg.resume and not is_launched():  # other ranks are started with the outcome
+        cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
+    return run_job(cfg, train)
 
 
 if __name__ == "__main__":

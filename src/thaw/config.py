@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -88,6 +88,79 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return config  # type: ignore[return-value]
 
 
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ValueError: says what there is.
+    """
+    import torch
+
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if accelerator in ("gpu", "cuda"):
+        found = torch.cuda.device_count()
+        wanted = len(devices) if OmegaConf.is_list(devices) else devices
+        if not found:
+            raise ValueError(f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer=cpu.")
+        if isinstance(wanted, int) and wanted > found:
+            raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")
+
+
+def check_types(node: DictConfig, place: str = "") -> None:
+    """Compare every value of every block with the annotation in the signature of its `_target_`.
+
+    Args:
+        node: a configuration.
+        place: where it lies in the whole, with a dot at its end.
+
+    Raises:
+        ValueError: names the key, its value and the type it must have.
+    """
+    from hydra.utils import get_object
+
+    annotations = types_of(get_object(node._target_)) if "_target_" in node else {}
+    for key in node:
+        value = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(value, DictConfig):
+            if not OmegaConf.is_interpolation(node, key):  # checked where it is written
+                check_types(value, f"{place}{key}.")
+        elif key in annotations:
+            given, wanted = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value, annotations[key]
+            if not fits(given, wanted):
+                name = wanted.__name__ if isinstance(wanted, type) else str(wanted).replace("typing.", "")
+                raise ValueError(f"{place}{key}={given!r} must be of type {name}.")
+
+
+def types_of(target: Any) -> dict[str, Any]:
+    """The annotated arguments of a class or function; none where they cannot be told."""
+    function = vars(target).get("__init__", target) if isinstance(target, type) else target
+    try:
+        return get_type_hints(function)
+    except (NameError, TypeError):  # names that only a type checker imports
+        return {}
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a type, as strictly as YAML can tell: an int is a float, a list may stand for a tuple.
+
+    `auto` is of every type, as `settle` writes out what it means, and a list of blocks is checked when it is built.
+    """
+    if value == "auto" or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+        return True
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=not isinstance(value, list))
+    except ValidationError:
+        return False
+    except PydanticUserError:  # a type that pydantic cannot check
+        return True
+    return True
+
+
 def settle(cfg: DictConfig) -> None:
     """Write out what `auto` means on this machine, and refuse what it cannot do.
 
@@ -99,16 +172,8 @@ def settle(cfg: DictConfig) -> None:
     """
     import torch
 
-    accelerator, devices = cfg.trainer.accelerator, cfg.trainer.devices
-    if accelerator in ("gpu", "cuda"):
-        found = torch.cuda.device_count()
-        wanted = len(devices) if OmegaConf.is_list(devices) else devices
-        if not found:
-            raise ValueError(f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer=cpu.")
-        if isinstance(wanted, int) and wanted > found:
-            raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
-    if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")
+    check_devices(cfg.trainer)
+    accelerator = cfg.trainer.accelerator
     if not torch.cuda.device_count():
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch's optimizers would look for a GPU in every step
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

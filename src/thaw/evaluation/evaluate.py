@@ -1,6 +1,5 @@
 """Test a checkpoint on its own configuration's test split; all it needs is the file."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw import checkpoint as checkpoints
 from thaw.config import build_list, settle
-from thaw.evaluation.summary import write_json
+from thaw.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +73,6 @@ def test_run(run_dir: Path) -> dict[str, Any]:
         results = evaluate(checkpoint, cfg, run_dir, loggers)
     finally:
         finish(loggers)
-    summary = json.loads((run_dir / "summary.json").read_text()) | results
+    summary = read_json(run_dir / "summary.json") | results
     write_json(summary, run_dir / "summary.json")
     return results

@@ -2,27 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from thaw.evaluation.pictures import save
-
-NEARLY = 1.001  # keeps 100 % at a finite height
-TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
-
-
-def stretch(accuracy: Any) -> Any:
-    """Height of an accuracy: the logarithm of the errors, by which learning rates near the best can be told apart."""
-    return -np.log(np.maximum(NEARLY - accuracy, 1e-9))
-
-
-def squeeze(height: Any) -> Any:
-    """The inverse of `stretch`."""
-    return NEARLY - np.exp(-height)
+from thaw.evaluation.axes import accuracy_axis, save
 
 
 def save_lr_curve(
@@ -42,19 +26,13 @@ def save_lr_curve(
         points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)
         color = (0.13, 0.4, 0.67) if len(decays) == 1 else colormaps["viridis"](0.85 * place / (len(decays) - 1))
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
-    axes.set_yscale("function", functions=(stretch, squeeze))
-    lowest, highest = min(accuracies), max(accuracies)
-    axes.set_ylim(squeeze(stretch(lowest) - 0.2), squeeze(stretch(highest) + 0.2))
-    axes.set_yticks([tick for tick in TICKS if lowest <= tick <= highest])
+    accuracy_axis(axes, min(accuracies), max(accuracies))
     lr, decay = settings[chosen]
     axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color="#b2182b")
     axes.set_title(f"Chosen of {len(settings)} heads: lr {lr:g}, weight decay {decay:g}", fontsize=12)
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate")
     axes.set_ylabel("best validation accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=1))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(decays) > 1:
         axes.legend(title="weight decay", frameon=False)
     save(figure, path)

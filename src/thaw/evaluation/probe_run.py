@@ -13,7 +13,8 @@ from thaw import checkpoint as checkpoints
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.data.preprocess import Preprocess
 from thaw.evaluation.probes import Choice, Labelled, Score
-from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb, write_json
+from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
+from thaw.json_files import write_json
 from thaw.models.feature_cache import FeatureCache
 from thaw.models.frozen_features import frozen_features
 

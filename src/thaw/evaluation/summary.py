@@ -1,6 +1,5 @@
 """The few facts of a run that a person wants first, as `summary.json` and as text."""
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
+from thaw.json_files import write_json
 from thaw.loggers import where_to_look
 
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
@@ -51,7 +51,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "n_val": len(digits.val.labels),
         "backbone": cfg.backbone.get("name") or cfg.backbone._target_.rpartition(".")[2].lower(),  # of a baseline
         "weights": cfg.backbone.get("weights", "none"),
-        **count_parameters(trainer.lightning_module),
+        **count_parameters(trainer.lightning_module, trainer.max_epochs),
         "epochs": trainer.current_epoch,
         "peak_memory_gb": peak_memory_gb(trainer),
         "checkpoint_mb": checkpoint_mb(trainer),
@@ -81,14 +81,6 @@ def checkpoint_mb(trainer: Trainer) -> float | None:
     """Size of the best checkpoint in 1e6 bytes."""
     best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     return round(best.stat().st_size / 1e6, 3) if best.is_file() else None
-
-
-def write_json(facts: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(facts, indent=2) + "\n")
-    part.replace(path)
 
 
 def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:

@@ -1,39 +1,9 @@
 """What a sweep ends with: its jobs in a table, the best by validation marked, and only that one tested."""
 
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-log = logging.getLogger(__name__)
-
-
-class SweepTable(Callback):
-    """A Hydra callback: when all jobs have ended, compares their `summary.json` and tests the winner.
-
-    The table is printed and kept as `sweep.json` in the sweep's folder, best job first.
-    """
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        sweep = Path(config.hydra.sweep.dir)
-        jobs = read_jobs(sweep)
-        if not jobs:
-            log.warning("No job in %s has written a summary, so there is nothing to compare.", sweep)
-            return
-        if config.test and config.test != "always" and jobs[0]["val/acc"] is not None:
-            from thaw.evaluation.evaluate import test_run
-
-            jobs[0] |= test_run(Path(jobs[0]["run_dir"]))
-        from thaw.evaluation.summary import write_json
-
-        write_json({"jobs": jobs}, sweep / "sweep.json")
-        print(format_jobs(jobs, sweep))
 
 
 def read_jobs(sweep: Path) -> list[dict[str, Any]]:
@@ -61,8 +31,3 @@ def format_jobs(jobs: list[dict[str, Any]], sweep: Path) -> str:
     which = "only the best is tested" if tested <= 1 else "all were tested, none is chosen by that"
     rows.append(f"{len(jobs)} jobs compared on validation; {which}. Kept in {os.path.relpath(sweep)}/sweep.json")
     return "\n".join(rows)
-
-
-def is_sweep_job() -> bool:
-    """Whether this process runs a job of `-m`."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

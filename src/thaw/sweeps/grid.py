@@ -1,0 +1,151 @@
+"""A grid of jobs: checked as a whole, then run as far as they are not done, then reported."""
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    overrides: tuple[str, ...]  # as typed, with one value of each list
+    cfg: DictConfig  # composed
+    folder: Path
+
+
+class Grid(Sweeper):
+    """Every combination of the values on the command line, each as a job in a folder of its own.
+
+    The sweep's folder is pinned before the first job: it is named by the whole command, which a job does not know.
+    """
+
+    config: DictConfig
+    hydra_context: HydraContext
+    launcher: Launcher
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.folder = Path(str(config.hydra.sweep.dir)).resolve()
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{self.folder}'")
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run the jobs of a command line; exits with status 1 if one of them has failed.
+
+        Raises:
+            ValueError: a job that could not run, before the first one starts.
+        """
+        jobs = self.jobs(arguments)
+        check_jobs(jobs, on_this_machine="slurm" not in self.config.hydra.launcher._target_.lower())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        todo = to_be_run(jobs, self.folder)
+        try:
+            if todo:
+                self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
+        finally:
+            unfinished = report_sweep(jobs, self.folder, self.config)
+        if unfinished:
+            print("Run the same command again to run what is missing.", file=sys.stderr)
+            sys.exit(1)
+
+    def jobs(self, arguments: list[str]) -> list[Job]:
+        """Every job of the grid, composed.
+
+        Raises:
+            ValueError: a list of values that is empty.
+        """
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides(arguments)
+        for override in overrides:
+            if override.is_discrete_sweep() and not list(override.sweep_string_iterator()):
+                raise ValueError(f"{override.input_line} gives no value at all; name at least one.")
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+        return [self.compose(of_job) for of_job in batch]
+
+    def compose(self, overrides: Sequence[str]) -> Job:
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        folder = self.folder / cfg.hydra.sweep.subdir
+        cfg.run_dir, cfg.overrides = str(folder), " ".join(overrides)  # what only the running job knows
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return Job(tuple(overrides), cfg, folder)
+
+
+def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
+    """Find before the first job starts what would stop a later one.
+
+    Args:
+        jobs: all of the sweep.
+        on_this_machine: the jobs run here, so that the devices must be here.
+
+    Raises:
+        ValueError: two jobs are the same, a value has the wrong type, or a job wants devices that are not there.
+    """
+    from thaw.config import check_devices, check_types
+
+    twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
+    if twice:
+        same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
+        raise ValueError(f"The sweep holds the same job {len(same)} times: {' and '.join(same)}. Name each value once.")
+    for job in jobs:
+        check_types(job.cfg)
+        if on_this_machine:
+            check_devices(job.cfg.trainer)
+
+
+def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """The jobs that are not done; says what is found in the sweep's folder."""
+    from thaw.sweeps.jobs import read_state
+
+    states = [read_state(job.folder) for job in jobs]
+    counts: Counter[str] = Counter(states)
+    found = {
+        "done": "{} done already",
+        "cut off": "{} cut off: they go on from their last checkpoint",
+        "failed": "{} failed: they are tried again",
+        "new": "{} to be run",
+    }
+    said = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
+    print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {said}", flush=True)
+    return [job for job, state in zip(jobs, states, strict=True) if state != "done"]
+
+
+def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
+    """Test the winner, or with `test=always` every job, and write and print the report; returns how many are not done.
+
+    The winner is tested once no job can overtake it any more: when all are done or have failed.
+    """
+    from thaw.evaluation.evaluate import test_run
+    from thaw.json_files import read_json
+    from thaw.sweeps.jobs import SUMMARY, read_state
+    from thaw.sweeps.table import format_jobs, read_jobs
+
+    states = [read_state(job.folder) for job in jobs]
+    done = [job.folder for job, state in zip(jobs, states, strict=True) if state == "done"]
+    accuracies = {run: read_json(run / SUMMARY)["val/acc"] for run in done}
+    measured = [run for run, accuracy in accuracies.items() if accuracy is not None]
+    winners = measured if config.test == "always" else sorted(measured, key=lambda run: -accuracies[run])[:1]
+    if config.test and set(states) <= {"done", "failed"}:
+        for run in winners:
+            if read_json(run / SUMMARY)["test/acc"] is None:
+                test_run(run)
+    ranked = read_jobs(folder)
+    if ranked:
+        print(format_jobs(ranked, folder))
+    return len(jobs) - len(done)

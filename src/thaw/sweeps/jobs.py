@@ -1,0 +1,166 @@
+"""One run in its folder: skipped when it is done, continued when it was cut off, recorded when it fails."""
+
+import logging
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from thaw.config import USER_ERRORS, explain, plain
+from thaw.json_files import read_json, write_json
+from thaw.sweeps.folders import job_key
+
+log = logging.getLogger(__name__)
+
+State = Literal["new", "cut off", "failed", "done"]
+
+JOB = "job.json"  # whose folder this is
+SUMMARY = "summary.json"  # of a run that came to its end
+FAILURE = "failure.json"  # of one that did not
+LAST = "checkpoints/last.ckpt"
+
+
+def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    """Train in `cfg.run_dir` what is still to be trained there; in a sweep a failure ends this job only.
+
+    Args:
+        cfg: a composed run; its `resume` is set if there is something to go on with.
+        train: the whole run; returns its best validation accuracy.
+
+    Returns:
+        the best validation accuracy; None if there is none.
+
+    Raises:
+        ValueError: the folder belongs to another configuration, or another process works there.
+    """
+    if not is_sweep_job():
+        return run_in_folder(cfg, train)
+    cfg.validate = cfg.test = False  # the winner alone is measured, at the end
+    try:
+        return run_in_folder(cfg, train)
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS):
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        return None
+
+
+def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    run_dir = Path(cfg.run_dir)
+    with claimed(run_dir, job_key(cfg)):
+        if read_state(run_dir) == "done":
+            val_acc = read_json(run_dir / SUMMARY)["val/acc"]
+            log.info("%s is done already, with a validation accuracy of %s.", os.path.relpath(run_dir), val_acc)
+            return val_acc
+        if (run_dir / LAST).is_file():
+            go_on(cfg, run_dir / LAST)
+        with recorded(cfg):
+            return train(cfg)
+
+
+def read_state(run_dir: Path) -> State:
+    """What has become of the run in a folder."""
+    if (run_dir / SUMMARY).is_file():
+        return "done"
+    if (run_dir / FAILURE).is_file():
+        return "failed"
+    return "cut off" if (run_dir / LAST).is_file() else "new"
+
+
+def go_on(cfg: DictConfig, last: Path) -> None:
+    """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run."""
+    from thaw import checkpoint
+
+    log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(cfg.run_dir))
+    cfg.resume = str(last)
+    if cfg.logger and "wandb" in cfg.logger:
+        cfg.logger.wandb.id = checkpoint.read(last)["wandb_id"]
+
+
+@contextmanager
+def claimed(run_dir: Path, key: str) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run.
+
+    Raises:
+        ValueError: as in `run_job`.
+    """
+    from filelock import FileLock, Timeout
+
+    if not is_first_rank():
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / "job.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{run_dir} is being written by another process; wait until it ends.") from error
+    try:
+        job = run_dir / JOB
+        if job.is_file() and read_json(job)["key"] != key:
+            raise ValueError(
+                f"{run_dir} holds a run of another configuration; choose another hydra.run.dir, or remove that folder."
+            )
+        write_json({"key": key, "pid": os.getpid(), "host": platform.node()}, job)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def recorded(cfg: DictConfig) -> Iterator[None]:
+    """Write the configuration at the start; at a failure `failure.json`, which goes once the run has succeeded."""
+    run_dir, started = Path(cfg.run_dir), time.monotonic()
+    if is_first_rank():
+        OmegaConf.save(OmegaConf.create(plain(cfg)), run_dir / "config.yaml")
+    try:
+        yield
+    except Exception as error:
+        if is_first_rank():
+            record_failure(cfg, "failed", explain(error), traceback.format_exc(), time.monotonic() - started)
+        raise
+    if is_first_rank():
+        (run_dir / FAILURE).unlink(missing_ok=True)
+
+
+def record_failure(cfg: DictConfig, status: str, reason: str, trace: str, seconds: float) -> None:
+    """Say in `failure.json` why a run has no summary.
+
+    Args:
+        cfg: of the run.
+        status: failed | killed | timeout | pruned.
+        reason: in a line.
+        trace: the traceback, or nothing.
+        seconds: since the run started.
+    """
+    facts = {
+        "status": status,
+        "reason": reason,
+        "traceback": trace,
+        "name": cfg.name,
+        "overrides": cfg.overrides,
+        "seed": cfg.seed,
+        "seconds": round(seconds, 2),
+        "run_dir": cfg.run_dir,
+    }
+    write_json(facts, Path(cfg.run_dir) / FAILURE)
+
+
+def is_sweep_job() -> bool:
+    """Whether this process runs a job of `-m`."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its run, or its only process."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
