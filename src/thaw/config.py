@@ -56,6 +56,9 @@ def clear_errors() -> Iterator[None]:
             raise
         print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -121,7 +124,7 @@ def check_types(node: DictConfig, place: str = "") -> None:
     from hydra.utils import get_object
 
     annotations = types_of(get_object(node._target_)) if "_target_" in node else {}
-    for key in node:
+    for key in map(str, node):
         value = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):
             if not OmegaConf.is_interpolation(node, key):  # checked where it is written
@@ -135,9 +138,10 @@ def check_types(node: DictConfig, place: str = "") -> None:
 
 def types_of(target: Any) -> dict[str, Any]:
     """The annotated arguments of a class or function; none where they cannot be told."""
-    function = vars(target).get("__init__", target) if isinstance(target, type) else target
+    if isinstance(target, type):
+        target = next(vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls))
     try:
-        return get_type_hints(function)
+        return get_type_hints(target)
     except (NameError, TypeError):  # names that only a type checker imports
         return {}
 
@@ -172,6 +176,7 @@ def settle(cfg: DictConfig) -> None:
     """
     import torch
 
+    check_types(cfg)
     check_devices(cfg.trainer)
     accelerator = cfg.trainer.accelerator
     if not torch.cuda.device_count():

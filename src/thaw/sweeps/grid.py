@@ -76,15 +76,31 @@ class Grid(Sweeper):
             if override.is_discrete_sweep() and not list(override.sweep_string_iterator()):
                 raise ValueError(f"{override.input_line} gives no value at all; name at least one.")
         (batch,) = BasicSweeper.split_arguments(overrides, None)
-        return [self.compose(of_job) for of_job in batch]
+        return [compose_job(self.hydra_context, self.config, overrides) for overrides in batch]
 
-    def compose(self, overrides: Sequence[str]) -> Job:
-        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-        folder = self.folder / cfg.hydra.sweep.subdir
-        cfg.run_dir, cfg.overrides = str(folder), " ".join(overrides)  # what only the running job knows
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return Job(tuple(overrides), cfg, folder)
+
+def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> Job:
+    """A job of a sweep as it will run.
+
+    Args:
+        hydra_context: composes.
+        config: of the sweep, its folder pinned.
+        overrides: of the job.
+    """
+    cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
+    folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
+    ignored = cfg.hydra.job.config.override_dirname.exclude_keys
+    shown = [override for override in overrides if override.split("=")[0] not in ignored]
+    cfg.run_dir, cfg.overrides = str(folder), " ".join(shown)  # what only the running job knows
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return Job(tuple(overrides), cfg, folder)
+
+
+def short_names(overrides: Sequence[Sequence[str]]) -> list[str]:
+    """What tells jobs apart: the overrides that not all of them share."""
+    shared = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
+    return [" ".join(override for override in of_job if override not in shared) for of_job in overrides]
 
 
 def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
@@ -101,7 +117,8 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
 
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
-        same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
+        names = short_names([job.overrides for job in jobs])
+        same = [name or "all of it" for job, name in zip(jobs, names, strict=True) if job.folder == twice[0]]
         raise ValueError(f"The sweep holds the same job {len(same)} times: {' and '.join(same)}. Name each value once.")
     for job in jobs:
         check_types(job.cfg)

@@ -1,0 +1,86 @@
+"""What of this machine a job needs, and what is free."""
+
+import csv
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from thaw.sweeps.processes import num_processes
+
+Kind = Literal["gpu", "core"]
+FREE_MIB = 1000  # a GPU whose memory is used by less is free: drivers and displays take a little
+
+
+def free_gpus(wanted: str | Sequence[int]) -> list[str]:
+    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Args:
+        wanted: `auto` for those that no other program uses, or their numbers among those that this process sees.
+
+    Raises:
+        ValueError: a number that does not exist, or all are in use.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
+    names = visible.split(",")[:found]
+    if wanted != "auto":
+        wrong = [number for number in wanted if not isinstance(number, int) or not 0 <= number < found]
+        if wrong:
+            raise ValueError(f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is none of the {found} GPUs seen here.")
+        return [names[int(number)] for number in wanted]
+    used = used_mib() if found else {}
+    free = [name for name in names if used.get(name, 0) < FREE_MIB]
+    if found and not free:
+        raise ValueError(
+            f"Other programs use all {found} GPUs seen here; wait, or name those to share: hydra.launcher.gpus=[0]."
+        )
+    return free
+
+
+def used_mib() -> Mapping[str, float]:
+    """Memory in use on each GPU, in MiB, by its number and by its UUID; empty where nvidia-smi is missing."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = [[field.strip() for field in row] for row in csv.reader(answer.splitlines())]
+    return {
+        name: float(used) for index, uuid, used in rows for name in (index, uuid) if used.replace(".", "").isdigit()
+    }
+
+
+def free_cores() -> list[str]:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return [str(core) for core in sorted(os.sched_getaffinity(0))]
+    return [str(core) for core in range(os.cpu_count() or 1)]
+
+
+def needs(trainer: DictConfig, threads: int, cores: int) -> tuple[Kind, int]:
+    """What a job takes while it runs: GPUs, or cores of the CPU, of which it never waits for more than there are."""
+    import torch
+
+    processes = num_processes(trainer)
+    if trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available()):
+        return "gpu", processes
+    return "core", min(processes * threads, cores)
+
+
+def environment(kind: Kind, units: Sequence[str], cores: int, gpus: int) -> dict[str, Any]:
+    """The environment variables by which a job keeps to its share of the machine."""
+    if kind == "gpu":
+        return {"CUDA_VISIBLE_DEVICES": ",".join(units), "OMP_NUM_THREADS": str(max(1, cores * len(units) // gpus))}
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(len(units))}
+
+
+def pin(pid: int, cores: Sequence[str]) -> None:
+    """Let a process that has just started, and all it will start, run on these cores only, where the system can."""
+    if hasattr(os, "sched_setaffinity") and Path(f"/proc/{pid}").exists():
+        os.sched_setaffinity(pid, [int(core) for core in cores])

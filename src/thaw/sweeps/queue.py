@@ -1,0 +1,209 @@
+"""Jobs of a sweep as processes of their own, as many at once as there is room for."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from thaw.config import plain
+from thaw.sweeps import machine
+from thaw.sweeps.grid import Job, compose_job, short_names
+from thaw.sweeps.jobs import FAILURE, SUMMARY, record_failure
+from thaw.sweeps.processes import CONFIG_NAME, run_command
+from thaw.sweeps.status import Status
+
+OUTPUT = "output.log"  # what a job prints, in its folder
+GRACE = 30.0  # seconds in which a job that is stopped may write its checkpoint
+POLL = 0.2  # seconds
+
+
+@dataclass
+class Running:
+    job: Job
+    name: str
+    process: subprocess.Popen
+    kind: machine.Kind
+    units: list[str]  # GPUs or cores
+    started: float
+    late: bool = False  # was told to end, as its time is over
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Queue(Launcher):
+    """A launcher that gives every job a process, a share of the machine and a log file.
+
+    A job runs its composed configuration from its own folder, without `-m`: several processes in a job are ordinary.
+
+    Args:
+        gpus: `auto` or numbers, see `machine.free_gpus`.
+        threads: of each process of a job that trains on the CPU.
+        max_jobs: at once; None is as many as there is room for.
+        minutes: after which a job is stopped; None is never.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    config: DictConfig
+    hydra_context: HydraContext
+
+    def __init__(self, gpus: str | Sequence[int], threads: int, max_jobs: int | None, minutes: float | None) -> None:
+        ranges = {"threads": threads, "max_jobs": max_jobs, "minutes": minutes}
+        wrong = [
+            f"hydra.launcher.{name}={value} must be a number above 0"
+            for name, value in ranges.items()
+            if not (value is None and name != "threads") and not (isinstance(value, (int, float)) and value > 0)
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong) + ".")
+        self.gpus, self.threads, self.max_jobs, self.minutes = gpus, threads, max_jobs, minutes
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs in their order, each as soon as there is room; what becomes of each is in its folder."""
+        waiting = [compose_job(self.hydra_context, self.config, overrides) for overrides in job_overrides]
+        names = short_names([job.overrides for job in waiting])
+        self.cores, self.devices = machine.free_cores(), machine.free_gpus(self.gpus)
+        self.free: dict[machine.Kind, list[str]] = {"core": list(self.cores), "gpu": list(self.devices)}
+        self.check(waiting)
+        queue = list(zip(waiting, names, strict=True))
+        running: list[Running] = []
+        with Status(len(queue)) as status, sigterm_interrupts():
+            try:
+                while queue or running:
+                    running = [job for job in running if not self.has_ended(job, status)]
+                    self.start_what_fits(queue, running, status)
+                    status.show([(job.name, job.units, job.seconds, job.job.folder / OUTPUT) for job in running])
+                    time.sleep(POLL)
+            except BaseException:
+                stop([job.process for job in running])
+                raise
+        return []
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuse before the first job starts what could never start."""
+        for job in jobs:
+            kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
+            if count > len(self.free[kind]):
+                raise ValueError(
+                    f"{' '.join(job.overrides)} needs {count} GPUs, but {len(self.free['gpu'])} are free here; "
+                    "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
+                )
+
+    def start_what_fits(self, queue: list[tuple[Job, str]], running: list[Running], status: Status) -> None:
+        """Start waiting jobs, first come, first served; what waits for a GPU does not keep others from the CPU."""
+        full: set[machine.Kind] = set()
+        for entry in list(queue):
+            job, name = entry
+            kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
+            if len(running) == self.max_jobs:
+                return
+            if kind in full or count > len(self.free[kind]):
+                full.add(kind)
+                continue
+            units, self.free[kind] = self.free[kind][:count], self.free[kind][count:]
+            queue.remove(entry)
+            running.append(Running(job, name, self.start(job, kind, units), kind, units, time.monotonic()))
+            status.started(name, kind, units)
+
+    def start(self, job: Job, kind: machine.Kind, units: list[str]) -> subprocess.Popen:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        job.cfg.validate = job.cfg.test = False  # the winner alone is measured, at the end
+        OmegaConf.save(OmegaConf.create(plain(job.cfg)), job.folder / CONFIG_NAME)
+        share = machine.environment(kind, units, len(self.cores), len(self.devices))
+        inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+        with (job.folder / OUTPUT).open("ab") as output:
+            process = subprocess.Popen(
+                run_command(job.folder, "train"),
+                env=inherited | share,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the jobs in good order
+            )
+        if kind == "core":
+            machine.pin(process.pid, units)
+        return process
+
+    def has_ended(self, running: Running, status: Status) -> bool:
+        """Whether a job is over; if so its share is free again, and its end is recorded and told."""
+        code = running.process.poll()
+        if code is None:
+            if self.minutes is not None and running.seconds > 60 * self.minutes and not running.late:
+                running.late = True
+                running.process.terminate()
+            elif running.late and running.seconds > 60 * self.minutes + GRACE:  # type: ignore[operator]
+                kill(running.process)
+            return False
+        kill(running.process)  # ranks that it may have left
+        self.free[running.kind] += running.units
+        folder = running.job.folder
+        if not (folder / SUMMARY).is_file() and (running.late or not (folder / FAILURE).is_file()):
+            status_word, reason = (
+                ("timeout", f"took more than {self.minutes} minutes") if running.late else killed(code)
+            )
+            record_failure(running.job.cfg, status_word, reason, tail(folder / OUTPUT), running.seconds)
+        status.ended(running.name, folder, running.seconds)
+        return True
+
+
+def killed(code: int) -> tuple[str, str]:
+    """What an exit status means of a process that did not say itself why it ended."""
+    if code < 0:
+        hint = "; perhaps memory ran out" if -code == signal.SIGKILL else ""
+        return "killed", f"ended by {signal.Signals(-code).name}{hint}"
+    return "failed", f"ended with exit status {code}; see {OUTPUT}"
+
+
+def tail(output: Path) -> str:
+    """The last lines of a job's output."""
+    return "\n".join(output.read_text(errors="replace").splitlines()[-30:]) if output.is_file() else ""
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes and all they have started; they get some seconds to write their checkpoints."""
+    print(f"Stopping {len(processes)} jobs.", file=sys.stderr)
+    for process in processes:
+        process.terminate()
+    ends = time.monotonic() + GRACE
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(max(0.0, ends - time.monotonic()))
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End what is left of a process and of those that it has started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Treat a request to end as Ctrl-C, so that the jobs end too."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

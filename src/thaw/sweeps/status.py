@@ -1,0 +1,89 @@
+"""The state of a queue as lines: on a terminal those of the running jobs are kept up to date."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from thaw.json_files import read_json
+from thaw.sweeps.jobs import FAILURE, SUMMARY
+
+EPOCH = re.compile(r"epoch \d+/\d+.*")  # a line of thaw.callbacks.progress.EpochLines
+TAIL = 4000  # bytes at the end of a log in which to look for it
+
+
+class Status:
+    """Tells when jobs start and end, and on a terminal how far each is.
+
+    Args:
+        total: number of jobs.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.over = total, 0
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.shown = 0.0
+
+    def __enter__(self) -> "Status":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def started(self, name: str, kind: str, units: Sequence[str]) -> None:
+        if not self.console.is_terminal:
+            self.say(f"{'':{self.width}} {name}: starts on {place(kind, units)}")
+
+    def ended(self, name: str, folder: Path, seconds: float) -> None:
+        self.over += 1
+        if (folder / SUMMARY).is_file():
+            accuracy = read_json(folder / SUMMARY)["val/acc"]
+            outcome = "done" if accuracy is None else f"done, val/acc {accuracy:.2%}"
+        else:
+            failure = read_json(folder / FAILURE)
+            outcome = f"{failure['status']}: {failure['reason']}"
+        self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome} ({seconds:.0f} s)")
+
+    def show(self, jobs: Sequence[tuple[str, Sequence[str], float, Path]]) -> None:
+        """Bring the lines of the running jobs up to date, at most twice a second.
+
+        Args:
+            jobs: name, GPUs or cores, seconds so far and log file of each.
+        """
+        if not self.console.is_terminal or time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        table = Table.grid(padding=(0, 2))
+        for name, units, seconds, log in jobs:
+            table.add_row(f"  {name}", f"on {','.join(units)}", f"{seconds:.0f} s", progress(log))
+        self.live.update(table, refresh=True)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    @property
+    def width(self) -> int:
+        return 2 * len(str(self.total)) + 1
+
+
+def place(kind: str, units: Sequence[str]) -> str:
+    word = "GPU" if kind == "gpu" else "core"
+    return f"{word}{'s' * (len(units) > 1)} {','.join(units)}"
+
+
+def progress(log: Path) -> str:
+    """The newest line about an epoch in a log file."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            lines = EPOCH.findall(file.read().decode(errors="replace"))
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""
