@@ -6,6 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from thaw.evaluation.axes import save
+
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> None:
     """Counts by true class (rows) and predicted class (columns); colour shows the errors, not the many right ones.
@@ -79,10 +81,3 @@ def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> Non
         panel.set_yticks([])
         panel.spines[:].set_visible(False)
     save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png")
-    part.replace(path)

@@ -117,9 +117,8 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
 
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
-        names = short_names([job.overrides for job in jobs])
-        same = [name or "all of it" for job, name in zip(jobs, names, strict=True) if job.folder == twice[0]]
-        raise ValueError(f"The sweep holds the same job {len(same)} times: {' and '.join(same)}. Name each value once.")
+        same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
+        raise ValueError(f"The sweep holds the same job {len(same)} times: {same[0]}. Name each value once.")
     for job in jobs:
         check_types(job.cfg)
         if on_this_machine:
@@ -146,23 +145,20 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
 def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
     """Test the winner, or with `test=always` every job, and write and print the report; returns how many are not done.
 
-    The winner is tested once no job can overtake it any more: when all are done or have failed.
+    The winner is the setting with the best validation accuracy, of which every seed is tested. That waits until no job
+    can overtake it any more: until all are done or have failed.
     """
     from thaw.evaluation.evaluate import test_run
-    from thaw.json_files import read_json
-    from thaw.sweeps.jobs import SUMMARY, read_state
-    from thaw.sweeps.table import format_jobs, read_jobs
+    from thaw.sweeps.jobs import read_state
+    from thaw.sweeps.report import read_report, write_report
 
     states = [read_state(job.folder) for job in jobs]
-    done = [job.folder for job, state in zip(jobs, states, strict=True) if state == "done"]
-    accuracies = {run: read_json(run / SUMMARY)["val/acc"] for run in done}
-    measured = [run for run, accuracy in accuracies.items() if accuracy is not None]
-    winners = measured if config.test == "always" else sorted(measured, key=lambda run: -accuracies[run])[:1]
-    if config.test and set(states) <= {"done", "failed"}:
-        for run in winners:
-            if read_json(run / SUMMARY)["test/acc"] is None:
-                test_run(run)
-    ranked = read_jobs(folder)
-    if ranked:
-        print(format_jobs(ranked, folder))
-    return len(jobs) - len(done)
+    if "done" in states and config.test and set(states) <= {"done", "failed"}:
+        groups = [group for group in read_report([folder]).groups if group.val]
+        for group in groups if config.test == "always" else groups[:1]:
+            for run in group.done:
+                if run.test_acc is None:
+                    test_run(Path(run.folder))
+    if set(states) != {"new"}:
+        print(write_report([folder], folder).text)
+    return len(jobs) - states.count("done")

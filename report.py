@@ -1,0 +1,27 @@
+"""Finished runs or sweeps in one table, from their files alone.    python report.py logs/sweeps/<sweep>"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from thaw.sweeps.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compare all runs in and below some folders: best setting first, mean and spread over seeds, "
+        "curves, and what failed. Writes report.html, report.md and report.csv; reads nothing but files."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="of a sweep, or of runs: logs/sweeps")
+    parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
+    arguments = parser.parse_args()
+    folders = arguments.folders
+    try:
+        report = write_report(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(report.text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Runs grouped into settings, which are equal in everything but the seed, and ranked by validation accuracy."""
+
+import json
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from thaw.sweeps.runs import DONE, Run
+
+Score = tuple[float, float | None, int]  # mean, sample standard deviation (None of one), number
+ABSENT = "-"
+
+
+@dataclass
+class Group:
+    """The runs of one setting; `tokens` is what sets it apart from the others, as typed: `optim.lr=0.1`."""
+
+    runs: list[Run]
+    tokens: list[str]
+
+    @property
+    def done(self) -> list[Run]:
+        return [run for run in self.runs if run.state == DONE]
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.tokens) or self.runs[0].name
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """Key and value of each token; that of the name is `name`, and `~key` stands for itself."""
+        split = [token.lstrip("+").partition("=") for token in self.tokens]
+        return [(key, value) if equals else (key if key[0] == "~" else "name", key) for key, equals, value in split]
+
+    @property
+    def trainable_params(self) -> int | None:
+        return next((run.trainable_params for run in self.done if run.trainable_params is not None), None)
+
+    @property
+    def val(self) -> Score | None:
+        return self.score("val_acc")
+
+    @property
+    def test(self) -> Score | None:
+        return self.score("test_acc")
+
+    @property
+    def seconds(self) -> Score | None:
+        return self.score("seconds")
+
+    def score(self, field: str) -> Score | None:
+        """Over seeds: what was run twice with the same seed counts once, with its mean."""
+        by_seed: dict[Any, list[float]] = {}
+        for run in self.done:
+            if (value := getattr(run, field)) is not None:
+                by_seed.setdefault(run.folder if run.seed is None else run.seed, []).append(value)
+        if not by_seed:
+            return None
+        values = [statistics.mean(of_seed) for of_seed in by_seed.values()]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs by setting: the best mean validation accuracy first, then fewer trained parameters, then the name.
+
+    Within a setting the finished runs come first, the best of them at the head.
+    """
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(run.identity, []).append(run)
+    for group in members.values():
+        group.sort(key=lambda run: (run.state != DONE, run.val_acc is None, -(run.val_acc or 0.0), str(run.folder)))
+    groups = [
+        Group(group, tokens) for group, tokens in zip(members.values(), set_apart([*members.values()]), strict=True)
+    ]
+    return sorted(groups, key=rank)
+
+
+def rank(group: Group) -> tuple[Any, ...]:
+    mean = round(group.val[0], 9) if group.val else None  # sums in another order are a tie all the same
+    params = group.trainable_params
+    return not group.done, mean is None, -(mean or 0.0), params is None, params or 0, group.label
+
+
+def set_apart(groups: list[list[Run]]) -> list[list[str]]:
+    """For each group the name and overrides that not all have; what they lack, the configuration says."""
+    names = len({runs[0].name for runs in groups}) > 1
+    overrides = [[token for token in runs[0].overrides if not token.startswith("name=")] for runs in groups]
+    tokens = [[runs[0].name] * names + own for runs, own in zip(groups, overrides, strict=True)]
+    shared = set.intersection(*map(set, tokens)) if len(groups) > 1 else set()
+    tokens = [[token for token in own if token not in shared] for own in tokens]
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for place, own in enumerate(tokens):
+        alike.setdefault(tuple(own), []).append(place)
+    for places in alike.values():
+        settings = [{key: shown(value) for key, value in groups[place][0].settings.items()} for place in places]
+        for key in telling(settings):
+            for place, one in zip(places, settings, strict=True):
+                tokens[place].append(f"{key}={one.get(key, ABSENT)}")
+    return tokens
+
+
+def telling(settings: list[dict[str, str]]) -> list[str]:
+    """A few keys by which all of these can be told apart."""
+    chosen: list[str] = []
+    apart = 1
+    for key in sorted({key for one in settings for key in one}):
+        now = len({tuple(one.get(name, ABSENT) for name in [*chosen, key]) for one in settings})
+        if now > apart:
+            chosen, apart = [*chosen, key], now
+    return chosen
+
+
+def shown(value: Any) -> str:
+    return textwrap.shorten(json.dumps(value, default=str).replace('"', ""), 60, placeholder=" ...")

@@ -1,0 +1,152 @@
+"""Run folders read back from their files alone."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thaw.sweeps.folders import NOT_THE_RUN
+
+DONE, UNFINISHED = "done", "unfinished"
+FAILURES = ("failed", "pruned", "killed", "timeout")
+RUN_FILES = ("config.yaml", "summary.json", "failure.json")
+NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
+
+NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir")  # runs that differ in these alone are of one setting
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of one run; None where its files do not say.
+
+    `val_acc`, `test_acc` and its 95 % interval `test_low` to `test_high` are from 0 to 1; `settings` is its
+    configuration, flat and without what `NOT_THE_SETTING` lists, and empty if there is no `config.yaml`.
+    """
+
+    folder: Path
+    state: str
+    name: str = "?"
+    overrides: tuple[str, ...] = ()
+    seed: int | None = None
+    val_acc: float | None = None
+    test_acc: float | None = None
+    test_low: float | None = None
+    test_high: float | None = None
+    trainable_params: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+    reason: str = ""
+    traceback: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for runs that differ in their seed alone."""
+        return json.dumps(self.settings or [self.name, *self.overrides], sort_keys=True, default=str)
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """All run folders at and below the given ones, each once; links below them are not followed.
+
+    Raises:
+        ValueError: a folder does not exist or holds no run.
+    """
+    found: dict[Path, None] = {}  # keeps the order
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; give the folder of a sweep or of runs, such as logs/sweeps.")
+        here = []
+        for path, inner, files in os.walk(folder.resolve()):
+            inner[:] = sorted(name for name in inner if name not in NOT_SEARCHED and not name.startswith("."))
+            if set(RUN_FILES) & set(files):
+                here.append(Path(path))
+        if not here:
+            raise ValueError(
+                f"{folder} holds no run: nothing at or below it has a {', a '.join(RUN_FILES)}. "
+                "Give the folder of a sweep or of runs, such as logs/sweeps."
+            )
+        found.update(dict.fromkeys(here))
+    return list(found)
+
+
+def read_run(folder: Path, warnings: list[str]) -> Run:
+    """The record of one run; what cannot be read is said in `warnings` and left out."""
+    config = read(folder / "config.yaml", warnings)
+    summary, failure = read(folder / "summary.json", warnings), read(folder / "failure.json", warnings)
+    state = UNFINISHED
+    if summary:
+        state = DONE
+    elif failure:
+        state = next((status for status in FAILURES if status == failure.get("status")), "failed")
+    facts = failure | summary
+    said = config | facts
+    return Run(
+        folder=folder,
+        state=state,
+        name=str(said.get("name", folder.name)),
+        overrides=split_overrides(said.get("overrides")),
+        seed=number(said, "seed", folder, warnings),
+        val_acc=number(facts, "val/acc", folder, warnings),
+        test_acc=number(facts, "test/acc", folder, warnings),
+        test_low=number(facts, "test/acc_low", folder, warnings),
+        test_high=number(facts, "test/acc_high", folder, warnings),
+        trainable_params=number(facts, "trainable_params", folder, warnings),
+        epochs=number(facts, "epochs", folder, warnings),
+        seconds=number(facts, "seconds", folder, warnings),
+        reason="" if state == DONE else str(failure.get("reason") or "cut off, or still running"),
+        traceback="" if state == DONE else str(failure.get("traceback") or ""),
+        settings={key: value for key, value in flat(config).items() if not is_aside(key)},
+    )
+
+
+def read(path: Path, warnings: list[str]) -> dict[str, Any]:
+    """The keys of a JSON or YAML file; none if it is missing or broken."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=fast)
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__} where keys and values were expected")
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        warnings.append(f"{os.path.relpath(path)} cannot be read and is left out: {' '.join(str(error).split())}")
+        return {}
+    return content
+
+
+def number(facts: dict[str, Any], key: str, folder: Path, warnings: list[str]) -> Any:
+    """A finite number, or None."""
+    value = facts.get(key)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
+        return value
+    warnings.append(f"{os.path.relpath(folder)}: {key} is {value!r}, which is no finite number; it is left out.")
+    return None
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots; lists stay whole."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config} if prefix else {}
+    return {
+        key: value
+        for name, inner in config.items()
+        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def is_aside(key: str) -> bool:
+    return any(key == aside or key.startswith(f"{aside}.") for aside in NOT_THE_SETTING)
+
+
+def split_overrides(text: Any) -> tuple[str, ...]:
+    """`optim.lr=0.1 seed=1 betas=[0.9, 0.99]` as (`optim.lr=0.1`, `betas=[0.9, 0.99]`): without what `is_aside`."""
+    parts = re.split(r"\s+(?=[+~]{0,2}[\w./@:-]+=|~)", str(text or "").strip())
+    return tuple(part for part in parts if part and not is_aside(re.split("[=@]", part.lstrip("+~"))[0]))

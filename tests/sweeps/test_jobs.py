@@ -1,0 +1,90 @@
+"""A run in its folder: done, cut off, failed, or someone else's."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import compose_run
+from filelock import FileLock
+from omegaconf import DictConfig
+
+from thaw.sweeps import jobs
+
+
+def done(cfg: DictConfig) -> float:
+    (Path(cfg.run_dir) / "summary.json").write_text(json.dumps({"val/acc": 0.5}))
+    return 0.5
+
+
+def raising(cfg: DictConfig) -> float:
+    raise ValueError("a bad day")
+
+
+def never(cfg: DictConfig) -> float:
+    raise AssertionError("trained again")
+
+
+def test_what_is_done_is_not_trained_again(tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path)
+    assert jobs.run_job(cfg, done) == 0.5
+    assert jobs.run_job(compose_run(tmp_path), never) == 0.5
+    assert jobs.read_state(tmp_path) == "done"
+
+
+def test_a_failure_is_recorded_until_a_later_success(tmp_path: Path) -> None:
+    assert jobs.read_state(tmp_path) == "new"
+    with pytest.raises(ValueError, match="a bad day"):
+        jobs.run_job(compose_run(tmp_path, "seed=3"), raising)
+    failure = json.loads((tmp_path / "failure.json").read_text())
+    assert (failure["status"], failure["reason"], failure["seed"]) == ("failed", "a bad day", 3)
+    assert "in raising" in failure["traceback"]
+    assert jobs.read_state(tmp_path) == "failed"
+    jobs.run_job(compose_run(tmp_path, "seed=3"), done)
+    assert not (tmp_path / "failure.json").exists()
+    assert jobs.read_state(tmp_path) == "done"
+
+
+def test_an_interruption_is_no_failure(tmp_path: Path) -> None:
+    def interrupted(cfg: DictConfig) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_job(compose_run(tmp_path), interrupted)
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_another_configuration_is_kept_out(tmp_path: Path) -> None:
+    jobs.run_job(compose_run(tmp_path), done)
+    with pytest.raises(ValueError, match="another configuration"):
+        jobs.run_job(compose_run(tmp_path, "optim.lr=0.5"), done)
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_another_process_is_kept_out(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "job.lock"), pytest.raises(ValueError, match="another process"):
+        jobs.run_job(compose_run(tmp_path), never)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="a bad day"):
+        jobs.run_job(compose_run(tmp_path), raising)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),  # torchrun's second machine
+        ({"SLURM_PROCID": "1"}, False),
+        ({"SLURM_PROCID": "0", "LOCAL_RANK": "1"}, False),  # started by rank 0 within an allocation
+    ],
+)
+def test_first_rank(variables: dict, first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert jobs.is_first_rank() == first

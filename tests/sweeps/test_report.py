@@ -1,0 +1,239 @@
+import csv
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sweeps.test_runs import make_run
+
+from thaw.sweeps.curves import epoch_curve, swept_curves, swept_keys
+from thaw.sweeps.groups import group_runs
+from thaw.sweeps.report import read_report, write_report
+from thaw.sweeps.runs import find_runs, read_run
+
+ROOT = Path(__file__).parents[2]
+EVIL = "<script>alert('x')</script> & \"q\" | *b*"
+
+
+class Page(HTMLParser):
+    """Text by tag, the attributes of all tags, and whether every tag was closed in its order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[tuple[str, str]] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1], data))
+
+    def of(self, tag: str) -> list[str]:
+        return [text for own, text in self.texts if own == tag]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two policies at three learning rates, three seeds each; the highest of one failed."""
+    folder = tmp_path / "sweep"
+    for policy in ("lora", "full"):
+        for place, lr in enumerate((0.001, 0.01, 0.1)):
+            for seed in range(3):
+                lost = policy == "full" and lr == 0.1
+                val = None if lost else 0.9 + 0.02 * place - 0.01 * seed + 0.005 * (policy == "lora")
+                run = make_run(
+                    folder / f"{policy}{lr}_{seed}",
+                    f"freeze={policy} optim.lr={lr} seed={seed}",
+                    val,
+                    status="failed" if lost else None,
+                    test=0.95 if (policy, lr, seed) == ("lora", 0.1, 0) else None,
+                    params=100 if policy == "lora" else 1000,
+                    seed=seed,
+                    optim__lr=lr,
+                    freeze__rules=[{"match": policy, "train": True}],
+                )
+                (run / "csv").mkdir()
+                rows = "epoch,step,train/acc,val/acc\n0,9,,0.5\n0,9,0.4,\n1,19,,0.75\n1,29,,0.8\n2,30,,0.8\n"
+                (run / "csv" / "metrics.csv").write_text(rows)
+    return folder
+
+
+def test_the_text_is_aligned_and_the_best_is_marked(sweep: Path) -> None:
+    report = read_report([sweep])
+    lines = report.text.splitlines()
+    assert lines[1].split() == ["freeze", "optim.lr", "val/acc", "n", "test/acc", "trained", "time"]
+    assert lines[2].split()[:7] == ["best", "lora", "0.1", "93.50%", "±", "1.00", "3"]
+    assert "95.00% [94.00%, 96.00%]" in lines[2]
+    assert lines[3].split()[:5] == ["lora", "0.01", "91.50%", "±", "1.00"]
+    assert len({len(line) for line in lines[1:7]}) == 1
+    assert max(map(len, lines)) <= 100
+    assert "failed freeze=full optim.lr=0.1 seed=2: failed for a reason" in lines
+    assert "18 runs of 6 settings: 15 done, 3 failed." in report.text and "one run is tested" in report.text
+    assert report.runs[0].folder == sweep / "lora0.1_0"  # the best run of the best setting
+
+
+def test_long_settings_still_fit(tmp_path: Path) -> None:
+    for place in range(2):
+        overrides = f"{' '.join(f'some.long.key{key}=value{place}' for key in range(6))} weights=/{'x' * 120}{place}"
+        make_run(tmp_path / str(place), overrides, 0.9 + place / 100, optim__lr=place)
+    text = read_report([tmp_path]).text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "key5=value1" in re.sub(r"\s", "", text)
+
+
+def test_csv_reads_back_as_the_records(sweep: Path, tmp_path: Path) -> None:
+    make_run(sweep / "odd", 'name="a, b"', 0.123456789012345, params=5, optim__lr=9, name='n"\nx')
+    report = write_report([sweep], tmp_path / "out")
+    with (tmp_path / "out" / "report.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    fields = {
+        **{"name": "name", "state": "state", "val/acc": "val_acc", "test/acc": "test_acc", "test/acc_low": "test_low"},
+        **{"trainable_params": "trainable_params", "seconds": "seconds", "seed": "seed", "folder": "folder"},
+        **{"epochs": "epochs", "reason": "reason"},
+    }
+    assert len(rows) == len(report.runs) == 19
+    assert 'n"\nx' in {row["name"] for row in rows}
+    for row, run in zip(rows, report.runs, strict=True):
+        for name, field in fields.items():
+            value = getattr(run, field)
+            assert row[name] == ("" if value is None else str(value))
+            if isinstance(value, float):
+                assert float(row[name]) == value
+    assert [row["rank"] for row in rows[:4]] == ["1", "1", "1", "2"]
+    assert rows[0]["setting"].endswith("freeze=lora optim.lr=0.1")
+
+
+def test_markdown_has_a_row_for_each_setting(sweep: Path, tmp_path: Path) -> None:
+    make_run(sweep / "evil", status="failed", name="a|b", optim__lr=7)
+    write_report([sweep], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    assert {len(row) for row in rows[:7]} == {9} and {len(row) for row in rows[7:]} == {3}
+    assert [cell.strip() for cell in rows[2]][:6] == ["**best**", "probe", "lora", "0.1", "93.50% ± 1.00", "3"]
+    assert "a\\|b" in text
+    for picture in re.findall(r"!\[.*\]\(<(.*)>\)", text):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_html_holds_everything_and_escapes_it(sweep: Path, tmp_path: Path) -> None:
+    run = make_run(sweep / "evil", f"x={EVIL}", status="failed", name=EVIL, optim__lr=7)
+    failure = (run / "failure.json").read_text().replace("Traceback: <boom>", "</pre><b>boom</b>")
+    (run / "failure.json").write_text(failure)
+    (sweep / "lora0.1_1" / "summary.json").write_text("{<broken>")
+    picture = tmp_path / "more.png"
+    picture.write_bytes(b"\x89PNG...")
+    write_report([sweep], tmp_path / "out", [("<More>", picture)])
+    html = (tmp_path / "out" / "report.html").read_text()
+    page = Page(html)
+    assert len(page.of("script")) == len(page.of("style")) == 1
+    assert "alert" not in page.of("script")[0]
+    assert any(EVIL in text for text in page.of("summary"))
+    assert "</pre><b>boom</b>" in page.of("pre")
+    assert page.of("h2").count("<More>") == 1
+    sources = [value for tag, name, value in page.attributes if tag == "img" and name == "src"]
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not [name for _, name, _ in page.attributes if name in ("href", "srcset", "onclick", "onload")]
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]*", "", html))
+    assert any("lora0.1_1/summary.json cannot be read" in text for text in page.of("li"))
+    keys = [value for tag, name, value in page.attributes if tag == "td" and name == "data-key"]
+    assert keys[2:4] == ["0.1", "0.935"]  # of the best setting, for sorting: its seeds 0 and 2
+
+
+def test_curves_over_the_learning_rate(sweep: Path) -> None:
+    groups = group_runs([read_run(folder, []) for folder in find_runs([sweep])])
+    assert swept_keys(groups) == ["optim.lr"]
+    lora, full = swept_curves(groups, "optim.lr")
+    assert (lora.label, full.label) == ("freeze=lora", "freeze=full")
+    assert [(point.x, point.seeds) for point in lora.points] == [(0.001, 3), (0.01, 3), (0.1, 3)]
+    assert [point.mean for point in lora.points] == pytest.approx([0.895, 0.915, 0.935])
+    assert (lora.points[0].low, lora.points[0].high) == pytest.approx((0.885, 0.905))
+    assert [point.x for point in full.points] == [0.001, 0.01] and full.lost == [0.1]
+    assert lora.joined and full.joined and lora.lost == []
+
+
+def test_other_swept_numbers_have_curves(tmp_path: Path) -> None:
+    for place, (lr, size) in enumerate([(0.1, 32), (0.1, 64), (0.2, 32), (0.2, 64)]):
+        overrides = f"optim.lr={lr} data.batch_size={size}"
+        make_run(tmp_path / str(place), overrides, 0.9 + place / 100, optim__lr=lr, data__batch_size=size)
+    make_run(tmp_path / "other", "", 0.5, name="other", optim__weight_decay=3.0)  # another experiment, nothing swept
+    groups = group_runs([read_run(folder, []) for folder in find_runs([tmp_path])])
+    assert swept_keys(groups) == ["optim.lr", "data.batch_size"]
+    curves = swept_curves(groups, "data.batch_size")
+    assert [(curve.label, [point.x for point in curve.points]) for curve in curves] == [
+        ("probe optim.lr=0.2", [32, 64]),
+        ("probe optim.lr=0.1", [32, 64]),
+        ("other", [64]),
+    ]
+    assert [curve.joined for curve in curves] == [True, True, False]
+
+
+def test_a_random_search_is_points_and_not_a_line_for_each(tmp_path: Path) -> None:
+    for place in range(6):
+        lr, decay = 0.1 * 1.7**place, 0.01 * (place * 7 % 6)
+        make_run(tmp_path / str(place), f"optim.lr={lr}", 0.9, optim__lr=lr, optim__weight_decay=decay)
+    groups = group_runs([read_run(folder, []) for folder in find_runs([tmp_path])])
+    assert swept_keys(groups) == ["optim.lr", "optim.weight_decay"]
+    (curve,) = swept_curves(groups, "optim.lr")
+    assert (curve.label, len(curve.points), curve.joined) == ("probe", 6, False)
+
+
+def test_a_single_learning_rate_has_no_curve(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "0", val=0.9)
+    make_run(tmp_path / "runs" / "1", val=0.9, seed=1)
+    write_report([tmp_path / "runs"], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.csv", "report.html", "report.md"]
+
+
+def test_one_learning_rate_that_came_to_its_end_is_no_curve(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "0", "optim.lr=0.1", 0.9)
+    make_run(tmp_path / "runs" / "1", "optim.lr=9.0", status="failed", optim__lr=9.0)
+    write_report([tmp_path / "runs"], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_validation_over_the_epochs_leaves_out_the_last_look_at_the_best(sweep: Path) -> None:
+    run = read_run(sweep / "lora0.1_0", [])
+    assert epoch_curve(run) == [(1.0, 0.5), (1.5, 0.75), (2.0, 0.8)]
+    assert epoch_curve(read_run(sweep / "full0.1_0", []))[-1] == (3.0, 0.8)  # nothing of it says that it ended
+    (sweep / "lora0.1_0" / "csv" / "metrics.csv").write_text("epoch,val/acc\n0,abc\n")
+    assert epoch_curve(run) == []
+
+
+def test_nothing_done_is_a_report_all_the_same(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "0", status="killed")
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert "killed probe seed=0: killed for a reason" in report.text and "best" not in report.text
+    Page((tmp_path / "out" / "report.html").read_text())
+
+
+def test_the_script_needs_neither_torch_nor_hydra(sweep: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv[1:] = [sys.argv[1]]; runpy.run_path('report.py', run_name='__main__'); "
+        "heavy = {'torch', 'lightning', 'wandb', 'hydra', 'pandas'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sweep)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "best lora" in done.stdout
+    assert {"report.html", "report.md", "report.csv", "report_optim_lr.png", "report_epochs.png"} <= {
+        path.name for path in sweep.iterdir()
+    }
+
+
+def test_the_script_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
+    command = [sys.executable, "report.py", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "nowhere is no folder" in done.stderr

@@ -1,0 +1,166 @@
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from thaw.sweeps.groups import group_runs
+from thaw.sweeps.runs import DONE, UNFINISHED, Run, find_runs, read_run, split_overrides
+
+CONFIG: dict[str, Any] = {
+    "name": "probe",
+    "seed": 0,
+    "run_dir": "",
+    "overrides": "",
+    "logger": {"csv": {"save_dir": "${run_dir}"}},
+    "cache": {"dir": "logs/cache"},
+    "data": {"dir": "data", "seed": "${seed}", "batch_size": 64},
+    "freeze": {"rules": [{"match": ".*", "train": True}]},
+    "optim": {"lr": 0.1, "weight_decay": 0.0},
+}
+
+
+def make_run(
+    folder: Path,
+    overrides: str = "",
+    val: float | None = None,
+    status: str | None = None,
+    test: float | None = None,
+    params: int = 10,
+    **keys: Any,
+) -> Path:
+    """A run folder: done if it has `val`, else as `status` says; `keys` such as `optim__lr` change its config."""
+    folder.mkdir(parents=True)
+    config = json.loads(json.dumps(CONFIG | {"overrides": overrides, "run_dir": str(folder)}))
+    for key, value in keys.items():
+        *inner, last = key.split("__")
+        place = config
+        for name in inner:
+            place = place[name]
+        place[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    facts = {"name": config["name"], "overrides": overrides, "seed": config["seed"], "seconds": 1.5}
+    if status is not None:
+        facts |= {"status": status, "reason": f"{status} for a reason", "traceback": "Traceback: <boom>"}
+        (folder / "failure.json").write_text(json.dumps(facts))
+    elif val is not None:
+        facts |= {"val/acc": val, "test/acc": test, "test/acc_low": test and test - 0.01, "epochs": 2}
+        facts |= {"test/acc_high": test and test + 0.01, "trainable_params": params}
+        (folder / "summary.json").write_text(json.dumps(facts))
+    return folder
+
+
+def read(*folders: Path) -> tuple[list[Run], list[str]]:
+    warnings: list[str] = []
+    return [read_run(folder, warnings) for folder in find_runs(folders)], warnings
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_setting(tmp_path: Path) -> None:
+    accuracies = [0.91, 0.935, 0.92]
+    for seed, accuracy in enumerate(accuracies):
+        keys = {"data__dir": f"/node{seed}", "cache__dir": f"cache{seed}", "logger": None if seed else {}}
+        make_run(tmp_path / f"a{seed}", f"seed={seed}", accuracy, test=accuracy - 0.01, seed=seed, **keys)
+    make_run(tmp_path / "b", "optim.lr=0.2 seed=0", 0.925, optim__lr=0.2)
+    make_run(tmp_path / "c", "data.seed=7", 0.5, data__seed=7)  # other data, not another seed of the run
+    runs, warnings = read(tmp_path)
+    first, second, third = group_runs(runs)
+    assert not warnings
+    assert (second.val, second.test) == (
+        (pytest.approx(statistics.mean(accuracies)), pytest.approx(statistics.stdev(accuracies)), 3),
+        (pytest.approx(statistics.mean(accuracies) - 0.01), pytest.approx(statistics.stdev(accuracies)), 3),
+    )
+    assert [run.seed for run in second.runs] == [1, 2, 0]  # the best first
+    assert (first.label, first.val, first.test) == ("optim.lr=0.2", (0.925, None, 1), None)
+    assert (second.label, third.label) == ("probe", "data.seed=7")
+
+
+def test_a_seed_that_ran_twice_counts_once(tmp_path: Path) -> None:
+    for place, (seed, accuracy) in enumerate([(0, 0.9), (0, 0.92), (1, 0.95)]):
+        make_run(tmp_path / str(place), val=accuracy, seed=seed)
+    (group,) = group_runs(read(tmp_path)[0])
+    assert group.val == (pytest.approx(0.93), pytest.approx(statistics.stdev([0.91, 0.95])), 2)
+
+
+def test_order_is_by_validation_then_fewer_parameters_then_name(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", "x=many", 0.9, test=0.99, params=30, optim__lr=1)
+    make_run(tmp_path / "1", "x=zz", 0.9, params=20, optim__lr=2)
+    make_run(tmp_path / "2", "x=aa", 0.9, params=20, optim__lr=3)
+    make_run(tmp_path / "3", "x=best", 0.91, test=0.5, params=99, optim__lr=4)
+    make_run(tmp_path / "4", "x=unknown", optim__lr=5)
+    assert [group.label for group in group_runs(read(tmp_path)[0])] == ["x=best", "x=aa", "x=zz", "x=many", "x=unknown"]
+
+
+def test_states_and_reasons(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", val=0.9)
+    for place, status in enumerate(["failed", "pruned", "killed", "timeout"], start=1):
+        make_run(tmp_path / str(place), status=status, seed=place)
+    make_run(tmp_path / "5")
+    make_run(tmp_path / "6", val=0.8, seed=6)
+    (tmp_path / "6" / "failure.json").write_text('{"status": "failed"}')  # of an earlier try
+    runs, _ = read(tmp_path)
+    assert [run.state for run in runs] == [DONE, "failed", "pruned", "killed", "timeout", UNFINISHED, DONE]
+    assert [run.reason for run in runs[:3]] == ["", "failed for a reason", "pruned for a reason"]
+    assert runs[1].traceback == "Traceback: <boom>" and runs[5].reason == "cut off, or still running"
+    (group,) = group_runs(runs)
+    assert group.val == (pytest.approx(0.85), pytest.approx(statistics.stdev([0.8, 0.9])), 2)
+
+
+def test_broken_files_are_named_and_the_others_count(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", val=0.9)
+    make_run(tmp_path / "1", val=0.8, seed=1)
+    (tmp_path / "1" / "summary.json").write_text('{"val/acc": 0.')
+    make_run(tmp_path / "2", val=0.7, seed=2)
+    (tmp_path / "2" / "config.yaml").write_text("a: [")
+    make_run(tmp_path / "3", seed=3)
+    (tmp_path / "3" / "summary.json").write_text('{"val/acc": "high", "seed": [1], "seconds": NaN, "name": "p"}')
+    make_run(tmp_path / "4", seed=4)
+    (tmp_path / "4" / "summary.json").write_text("[1, 2]")
+    runs, warnings = read(tmp_path)
+    assert [run.state for run in runs] == [DONE, UNFINISHED, DONE, DONE, UNFINISHED]
+    assert [run.val_acc for run in runs] == [0.9, None, 0.7, None, None]
+    assert len(group_runs(runs)) == 2  # without its configuration, run 2 cannot be told to be of the same setting
+    for part in ("1/summary.json", "2/config.yaml", "val/acc is 'high'", "seconds is nan", "seed is", "4/summary.json"):
+        assert sum(part in line for line in warnings) == 1, (part, warnings)
+
+
+def test_every_run_is_found_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sweep" / "a", val=0.9)
+    make_run(tmp_path / "sweep" / "deeper" / "b", val=0.9)
+    for hidden in ("checkpoints", "wandb", ".hydra"):
+        make_run(run / hidden, val=0.1)
+    (tmp_path / "sweep" / "loop").symlink_to(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "sweep")
+    found = find_runs([tmp_path / "sweep", tmp_path / "link", run, tmp_path])
+    assert [path.name for path in found] == ["a", "b"]
+
+
+def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is no folder; give"):
+        find_runs([tmp_path / "nowhere"])
+    make_run(tmp_path / "some" / "a")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no run.*logs/sweeps"):
+        find_runs([tmp_path / "some", tmp_path / "empty"])
+
+
+def test_overrides_are_split_where_a_key_begins() -> None:
+    text = "optim.lr=0.1 +a.b=[1, 2] ~callbacks.progress seed=3 data.source=sample cache.dir=/c data.dir=/d"
+    assert split_overrides(text) == ("optim.lr=0.1", "+a.b=[1, 2]", "~callbacks.progress", "data.source=sample")
+    assert split_overrides(None) == split_overrides("") == ()
+
+
+def test_a_name_that_was_typed_is_said_once(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", "name=mine optim.lr=0.1", 0.9, name="mine")
+    make_run(tmp_path / "1", "optim.lr=0.2", 0.8, optim__lr=0.2)
+    labels = [group.label for group in group_runs(read(tmp_path)[0])]
+    assert labels == ["mine optim.lr=0.1", "probe optim.lr=0.2"]
+
+
+def test_settings_with_the_same_overrides_are_told_apart_by_their_configuration(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", "optim.lr=0.1", 0.9, data__batch_size=64)
+    make_run(tmp_path / "1", "optim.lr=0.1", 0.8, data__batch_size=128)
+    make_run(tmp_path / "2", "optim.lr=0.1", 0.7, data__batch_size=128, name="other")
+    labels = [group.label for group in group_runs(read(tmp_path)[0])]
+    assert labels == ["probe data.batch_size=64", "probe data.batch_size=128", "other"]
