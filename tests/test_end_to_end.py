@@ -15,12 +15,12 @@ from conftest import ROOT, SMALL
 PROBE = "experiment=vit_linear_probe"
 
 
-def script(name: str, *arguments: str, cwd: Path = ROOT) -> str:
+def script(name: str, *arguments: str, cwd: Path = ROOT, fails: bool = False) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     result = subprocess.run(
         [sys.executable, ROOT / name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
     )
-    assert result.returncode == 0 and "did not end" not in result.stderr, result.stderr
+    assert result.returncode == int(fails) and "did not end" not in result.stderr, result.stderr
     return result.stdout
 
 
@@ -88,19 +88,61 @@ def test_sweep_of_two_processes(tmp_path: Path) -> None:
         *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={sweep}", f"cache.dir={tmp_path / 'cache'}"),
     )
     assert printed.count("computed in") == printed.count("reused") == 2  # the second job takes the first one's features
-    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1"]
-    jobs = json.loads((sweep / "sweep.json").read_text())["jobs"]
-    assert [job["overrides"].split("optim.lr=")[1].split()[0] for job in jobs] == ["0.01", "1e-05"]
-    assert jobs[0]["val/acc"] > jobs[1]["val/acc"]
-    assert jobs[0]["n_test"] == 500
-    assert jobs[1]["test/acc"] is None
-    lines = printed.splitlines()
-    assert any(line.startswith("best optim.lr=0.01") for line in lines)
-    for job in ("0", "1"):
-        (run,) = {path.name.rsplit("-", 1)[1] for path in (sweep / job / "wandb").glob("offline-run-*")}
+    jobs = {path.parent: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
+    assert len(jobs) == len(list(sweep.glob("*/config.yaml"))) == 2
+    worse, better = sorted(jobs.values(), key=lambda job: job["val/acc"])
+    assert [job["overrides"].split("optim.lr=")[1].split()[0] for job in (better, worse)] == ["0.01", "1e-05"]
+    assert better["n_test"] == 500
+    assert worse["test/acc"] is None
+    assert any(line.startswith("best 0.01") for line in printed.splitlines())
+    for job in jobs:
+        (run,) = {path.name.rsplit("-", 1)[1] for path in (job / "wandb").glob("offline-run-*")}
         assert run
-        config = yaml.safe_load((sweep / job / "config.yaml").read_text())
-        assert config["run_dir"] == str(sweep / job)
+        config = yaml.safe_load((job / "config.yaml").read_text())
+        assert config["run_dir"] == str(job)
+
+
+@pytest.mark.slow
+def test_a_disturbed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """One job is killed and one raises after two of four epochs; the same command runs these to their end."""
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "disturbed").mkdir()
+    for seed in (1, 4):  # have had their fault
+        (tmp_path / "calm" / str(seed)).touch()
+    states = {}
+    for name in ("disturbed", "calm"):
+        sweep = [
+            *(
+                "-m",
+                PROBE,
+                *SMALL,
+                "trainer.max_epochs=4",
+                "seed=0,1,4",
+                "test=false",
+                f"hydra.sweep.dir={tmp_path}/to",
+            ),
+            *(f"cache.dir={tmp_path / 'cache'}", "trainer.plugins.0.seconds=0"),
+            f"+callbacks.fault={{_target_:benchmarks.sweeps.Fault,marks:'{tmp_path / name}',seed:'${{seed}}'}}",
+        ]
+        if name == "disturbed":
+            assert sorted(path.name for path in tmp_path.glob("to/*/failure.json")) == []
+            queued = script("train.py", *sweep, "hydra/launcher=queue", fails=True)
+            assert "seed=1: killed" in queued and "seed=4: failed: a fault" in queued
+            done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("to/*/summary.json")}
+            assert len(done) == 1
+            assert "1 done already, 2 failed" in script("train.py", *sweep)  # in one process this time
+            assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+        else:
+            script("train.py", *sweep)
+        for path in tmp_path.glob("to/*/summary.json"):
+            seed = json.loads(path.read_text())["seed"]
+            last = torch.load(path.parent / "checkpoints" / "last.ckpt", weights_only=True)
+            states[name, seed] = last["state_dict"], json.loads(path.read_text())["val/acc"]
+        (tmp_path / "to").rename(tmp_path / f"was_{name}")
+    for seed in (0, 1, 4):
+        (weights, accuracy), (expected, expected_accuracy) = states["disturbed", seed], states["calm", seed]
+        assert accuracy == expected_accuracy
+        assert all(torch.equal(weights[key], tensor) for key, tensor in expected.items())
 
 
 def test_early_stopping_fires(train: Callable[..., Path]) -> None:
