@@ -25,7 +25,10 @@ def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
 
 
 def settings(**changed: object) -> dict:
-    return dict(project="p", entity=None, group=None, name="n", mode="auto", run_dir="/x/sweep/0", id=None) | changed
+    names = {"project": "p", "entity": None, "group": None, "name": "n", "tags": ["t"], "job_type": "train"}
+    return (
+        names | {"mode": "auto", "log_model": False, "save_code": True, "run_dir": "/x/sweep/0", "id": None} | changed
+    )
 
 
 def test_offline_without_a_key() -> None:
@@ -62,6 +65,13 @@ def test_offline_when_the_server_is_dead(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_users_mode_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert loggers.why_offline() == "WANDB_MODE is offline"
+
+
+def test_offline_asks_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is configured, so that `auto` would ask."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: pytest.fail("connects"))
+    assert loggers.wandb_logger(**settings(mode="offline"))._wandb_init["mode"] == "offline"
 
 
 def test_wrong_modes() -> None:

@@ -4,27 +4,76 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT = 3.0  # seconds
+BEST: dict[str, Callable[..., float]] = {"val/acc": max, "val/loss": min}
+
+
+class RunWandb(WandbLogger):
+    """Lightning's W&B logger, except that a run's summary holds the best of `BEST`, not the last.
+
+    W&B's own way to do that puts `val/acc.max` into the summary, where a table or a W&B sweep looks for `val/acc`.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            run = super().experiment
+            for name in BEST:
+                run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
+            self.best = {name: run.summary.get(name) for name in BEST}  # of a run that goes on online
+            show_in_sweep(Path(run.dir).parent)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        for name in BEST.keys() & metrics.keys():
+            before = self.best[name]
+            self.best[name] = metrics[name] if before is None else BEST[name](metrics[name], before)
+            self.experiment.summary[name] = self.best[name]
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        if checkpoint_callback.monitor is not None:  # last.ckpt is for going on, it was not chosen
+            super().after_save_checkpoint(checkpoint_callback)
 
 
 def wandb_logger(
-    project: str, entity: str | None, group: str | None, name: str, mode: str, run_dir: str, id: str | None
-) -> WandbLogger:
-    """Lightning's W&B logger in a mode that is decided before W&B starts.
+    project: str,
+    entity: str | None,
+    group: str | None,
+    name: str,
+    tags: Sequence[str],
+    job_type: str,
+    mode: str,
+    log_model: bool,
+    save_code: bool,
+    run_dir: str,
+    id: str | None,
+) -> RunWandb:
+    """A W&B logger in a mode that is decided before W&B starts.
 
     Args:
-        project, entity, name: as in `wandb.init`.
+        project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
         mode: `online`, `offline`, or `auto`: online if a key is configured and the server answers.
+        log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
+        save_code: keep the program and, as a patch, what git says has changed in thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
         id: of the W&B run to go on with, or None for a new one.
 
@@ -35,23 +84,49 @@ def wandb_logger(
         raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online or offline.")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
-    reason = why_offline()
+    wandb.setup()  # reads both, before it has anything to say
+    reason = None if mode == "offline" else why_offline()
     if mode == "online" and reason == NO_KEY:
         raise ValueError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
     offline = mode == "offline" or (mode == "auto" and reason is not None)
     if mode == "auto" and reason not in (None, NO_KEY):
         log.warning("W&B runs offline: %s.", reason)
-    return WandbLogger(
+    return RunWandb(
         project=project,
         entity=entity,
         group=group or Path(run_dir).parent.name,
-        name=name,
+        name=name.strip(),  # a run without overrides
+        tags=list(tags),
+        job_type=job_type,
         save_dir=run_dir,
         mode="offline" if offline else "online",
         id=id,
         resume="allow",
-        settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),  # versions are logged
+        log_model=log_model,
+        add_file_policy="immutable",  # else W&B copies each checkpoint before it uploads it
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            x_save_requirements=False,  # versions are logged
+            save_code=save_code,
+            git_root=str(Path(__file__).parent),  # W&B would look where the program was started
+        ),
     )
+
+
+def show_in_sweep(folder: Path) -> None:
+    """Link a W&B run's folder into `<sweep>/wandb`, if it is a job's: there W&B shows and uploads the sweep as a whole.
+
+    Args:
+        folder: `<sweep>/<job>/wandb/<run>`; anything else is left alone.
+    """
+    sweep = folder.parents[2]
+    if not (sweep / "multirun.yaml").is_file():
+        return
+    link = sweep / "wandb" / folder.name
+    link.parent.mkdir(exist_ok=True)
+    with suppress(OSError):  # it is there already, or this file system has no links
+        link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
 
 
 NO_KEY = "no W&B key is configured"
@@ -101,8 +176,17 @@ def where_to_look(loggers: list[Logger]) -> str | None:
         return None
     if not run.settings._offline:
         return str(run.url)
-    folder = os.path.relpath(Path(run.dir).parent)
-    return f"offline; look: wandb leet {folder}\n{'':<14}upload: wandb sync {folder}"
+    folder = Path(run.dir).parent
+    every = f"offline-run-*-{run.id}*"  # a run that went on has several folders
+    upload = folder.with_name(every) if len(list(folder.parent.glob(every))) > 1 else folder
+    return f"offline; look: wandb leet {os.path.relpath(folder)}\n{'':<14}upload: wandb sync {os.path.relpath(upload)}"
+
+
+def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:
+    """Put facts of a finished run, such as its time and size, into its summary in W&B, where its table shows them."""
+    run = wandb_run(loggers)
+    if run is not None:
+        run.summary.update({key: value for key, value in facts.items() if value is not None})
 
 
 def finish(loggers: list[Logger]) -> None:

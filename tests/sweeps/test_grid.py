@@ -69,6 +69,7 @@ def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained) ->
         ("optim.rate=0.1,0.2", "optim.rate"),
         ("seed=0,1 trainer=cpu,gpu", "torch sees no GPU"),
         ("hydra/launcher=nowhere seed=0,1", "nowhere"),
+        ("hydra.launcher._target_=hydra_plugins.missing.Launcher seed=0,1", "is not installed"),
         ("hydra/launcher=queue hydra.launcher.threads=0 seed=0,1", "hydra.launcher.threads=0 must be"),
     ],
 )

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
 from thaw.json_files import write_json
-from thaw.loggers import where_to_look
+from thaw.loggers import add_to_summary, where_to_look
 
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
 
@@ -61,6 +61,8 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "resumed_from": cfg.resume,
         "run_dir": cfg.run_dir,
     }
+    told = ("val/acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
+    add_to_summary(trainer.loggers, {key: facts[key] for key in told})
     write_json(facts, Path(cfg.run_dir) / "summary.json")
     print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
 

@@ -108,7 +108,8 @@ class Classifier(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log("train/acc", self.train_acc)
+        if self.train_acc.update_called:  # a run that goes on from the end of an epoch ends it once more
+            self.log("train/acc", self.train_acc)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.features is None:

@@ -1,6 +1,5 @@
 """A grid of jobs: checked as a whole, then run as far as they are not done, then reported."""
 
-import logging
 import os
 import sys
 from collections import Counter
@@ -16,7 +15,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-log = logging.getLogger(__name__)
+from thaw.config import check_devices, check_types
+from thaw.sweeps.jobs import is_first_rank, read_state
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Grid(Sweeper):
         self.hydra_context, self.config = hydra_context, config
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{self.folder}'")
+        if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
+            raise ValueError(
+                f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} is not installed; for clusters run: "
+                "pip install 'thaw-vit[slurm]', for one machine choose basic or queue."
+            )
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -58,8 +63,8 @@ class Grid(Sweeper):
         try:
             if todo:
                 self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
-        finally:
-            unfinished = report_sweep(jobs, self.folder, self.config)
+        finally:  # under torchrun and srun every rank is here
+            unfinished = report_sweep(jobs, self.folder, self.config) if is_first_rank() else 0
         if unfinished:
             print("Run the same command again to run what is missing.", file=sys.stderr)
             sys.exit(1)
@@ -113,8 +118,6 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
     Raises:
         ValueError: two jobs are the same, a value has the wrong type, or a job wants devices that are not there.
     """
-    from thaw.config import check_devices, check_types
-
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
         same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
@@ -127,8 +130,6 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
 
 def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     """The jobs that are not done; says what is found in the sweep's folder."""
-    from thaw.sweeps.jobs import read_state
-
     states = [read_state(job.folder) for job in jobs]
     counts: Counter[str] = Counter(states)
     found = {
@@ -138,7 +139,8 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
         "new": "{} to be run",
     }
     said = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
-    print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {said}", flush=True)
+    if is_first_rank():
+        print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {said}", flush=True)
     return [job for job, state in zip(jobs, states, strict=True) if state != "done"]
 
 
@@ -149,7 +151,6 @@ def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
     can overtake it any more: until all are done or have failed.
     """
     from thaw.evaluation.evaluate import test_run
-    from thaw.sweeps.jobs import read_state
     from thaw.sweeps.report import read_report, write_report
 
     states = [read_state(job.folder) for job in jobs]
@@ -161,4 +162,7 @@ def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
                     test_run(Path(run.folder))
     if set(states) != {"new"}:
         print(write_report([folder], folder).text)
+        if (folder / "wandb").is_dir():
+            wandb = os.path.relpath(folder / "wandb")
+            print(f"W&B: look: wandb leet {wandb}    upload: wandb sync {wandb}/*")
     return len(jobs) - states.count("done")
