@@ -1,7 +1,9 @@
 """Train one configuration: compose, build, fit, test.    python train.py experiment=vit_linear_probe"""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -9,8 +11,11 @@ from omegaconf import DictConfig
 from thaw.config import build_list, clear_errors, plain, settle
 
 
-def train(cfg: DictConfig) -> float | None:
-    """One run in `cfg.run_dir`; returns its best validation accuracy, which sweeps maximise."""
+def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
+    """One run in `cfg.run_dir`; returns its best validation accuracy, which sweeps maximise.
+
+    `callbacks` are what no configuration knows, beside those of `cfg`.
+    """
     started = time.monotonic()
     import lightning as L
     from hydra.utils import instantiate
@@ -37,7 +42,7 @@ def train(cfg: DictConfig) -> float | None:
         elif cfg.start_from:
             start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
         loggers = build_list(cfg.logger, "logger")
-        callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg))]
+        callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg)), *callbacks]
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
         try:
             trainer.fit(model, datamodule, ckpt_path=cfg.resume)
@@ -60,9 +65,9 @@ def main(cfg: DictConfig) -> float | None:
 
     from thaw.checkpoint import resumed_config
     from thaw.sweeps.jobs import run_job
-    from thaw.sweeps.processes import is_launched
+    from thaw.sweeps.processes import is_child
 
-    if cfg.resume and not is_launched():  # other ranks are started with the outcome
+    if cfg.resume and not is_child():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
     return run_job(cfg, train)
 

@@ -79,7 +79,7 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         if loaded:
             base.fresh = frozenset()
         settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "layer_decay": 1.0}
-        settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0} | dict(optim or {})
+        settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | dict(optim or {})
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
         values: dict[str, Any] = {"num_classes": 10, "label_smoothing": 0.0, "compile": False, "self_contained": True}

@@ -403,7 +403,8 @@ def model(tmp_path: Path, backbone: Callable[..., Backbone], policy: Callable[..
                 if perturb and name.startswith(perturb):
                     parameter.add_(0.01)
         recipe = OptimizerRecipe(
-            SGD, lr=lr, weight_decay=0.1, layer_decay=1.0, warmup_fraction=0.0, final_lr_fraction=0.1
+            **{"optimizer": SGD, "lr": lr, "weight_decay": 0.1, "layer_decay": 1.0, "warmup_fraction": 0.0},
+            **{"final_lr_fraction": 0.1, "lr_scaling": "none"},
         )
         torch.manual_seed(1)
         return Classifier(

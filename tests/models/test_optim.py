@@ -16,6 +16,8 @@ from torch import nn
 
 from thaw.data.datamodule import Batch
 from thaw.models.classifier import Classifier
+from thaw.models.freeze_table import format_table
+from thaw.models.lr_bank import BankRecipe, LRBank
 from thaw.models.optim import OptimizerRecipe
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "optim"
@@ -35,15 +37,22 @@ DECAY = {"patch_embed.weight", "blocks.0.attn.weight", "head.weight"}
 
 
 def recipe(**changes: Any) -> OptimizerRecipe:
-    settings = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5, "warmup_fraction": 0.2, "final_lr_fraction": 0.1}
+    settings: dict[str, Any] = {
+        "lr": 1.0,
+        "weight_decay": 0.1,
+        "layer_decay": 0.5,
+        "warmup_fraction": 0.2,
+        "final_lr_fraction": 0.1,
+    }
+    settings["lr_scaling"] = "none"
     return OptimizerRecipe(torch.optim.SGD, **(settings | changes))
 
 
-def training(total_steps: float, epochs: int = 1) -> Any:
-    """What a recipe asks a trainer."""
-    batches = total_steps / epochs
+def training(total_steps: float, ranks: int = 1, accumulated: int = 1) -> Any:
+    """What a recipe asks a trainer of one epoch."""
     return SimpleNamespace(
-        estimated_stepping_batches=total_steps, num_training_batches=batches, accumulate_grad_batches=1
+        **{"estimated_stepping_batches": total_steps, "num_training_batches": total_steps * accumulated},
+        **{"accumulate_grad_batches": accumulated, "world_size": ranks, "is_global_zero": True},
     )
 
 
@@ -145,6 +154,63 @@ def test_a_schedule_without_end_is_an_error() -> None:
         recipe().build(parameters().items(), DEPTHS, {}, training(float("inf")))
 
 
+# Larger steps
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("none", 1.0), ("linear", 6.0), ("sqrt", math.sqrt(6))])
+def test_scaling_by_processes_and_accumulated_batches(
+    rule: str, scale: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """3 processes that accumulate 2 batches each: a step is on 6 batches."""
+    named = parameters()
+    built = recipe(lr_scaling=rule).build(named.items(), DEPTHS, {}, training(10, ranks=3, accumulated=2))
+    peaks = {id(p): group["initial_lr"] for group in built["optimizer"].param_groups for p in group["params"]}
+    for name, parameter in named.items():
+        assert peaks[id(parameter)] == pytest.approx(scale * 0.5 ** (3 - DEPTHS[name])), name
+    assert ("times" in capsys.readouterr().out) == (rule != "none")
+
+
+def test_one_process_and_one_batch_scale_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    built = recipe(lr_scaling="linear").build(parameters().items(), DEPTHS, {}, training(10))
+    assert max(group["initial_lr"] for group in built["optimizer"].param_groups) == 1.0
+    assert not capsys.readouterr().out
+
+
+def test_linear_scaling_of_sgd_is_the_sum_of_gradients(
+    classifier: Callable[..., Classifier], batch: Batch, fit: Callable
+) -> None:
+    """Without momentum, two batches accumulated at twice the rate are one batch of both at twice the rate."""
+
+    def trained(batches: list[Batch], lr: float, rule: str, **changes: Any) -> dict[str, torch.Tensor]:
+        model = classifier("full", optim={"lr": lr, "final_lr_fraction": 1.0, "lr_scaling": rule})
+        model.optim.optimizer = torch.optim.SGD
+        fit(model, batches, **changes)
+        return model.state_dict()
+
+    halves = [Batch(batch.images[part], batch.labels[part], batch.indices[part]) for part in (range(8), range(8, 16))]
+    scaled = trained(halves, 0.01, "linear", accumulate_grad_batches=2)
+    whole = trained([batch], 0.02, "none")
+    untouched = trained(halves, 0.01, "none", accumulate_grad_batches=2)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(scaled[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.allclose(untouched["head.linear.bias"], whole["head.linear.bias"], rtol=1e-3)
+
+
+def test_the_table_shows_scaled_rates(classifier: Callable[..., Classifier], batch: Batch, fit: Callable) -> None:
+    model = classifier("full", optim={"lr": 0.01, "lr_scaling": "linear"})
+    trainer = fit(model, [batch] * 2, accumulate_grad_batches=2)
+    assert "2.00e-02" in format_table(model, model.depths(), trainer.optimizers[0].param_groups)
+
+
+def test_every_head_of_a_bank_is_scaled() -> None:
+    bank = LRBank(4, 10, norm="none", lrs=[0.1, 0.2], weight_decays=[0.0])
+    named = {f"head.{name}": parameter for name, parameter in bank.named_parameters()}
+    built = BankRecipe(recipe(lr_scaling="linear"), bank).build(
+        named.items(), dict.fromkeys(named, 0), {}, training(10, ranks=2)
+    )
+    assert {group["initial_lr"] for group in built["optimizer"].param_groups} == {0.2, 0.4}
+
+
 # Settings
 
 
@@ -156,6 +222,7 @@ def test_a_schedule_without_end_is_an_error() -> None:
         ("layer_decay", [0, 1.1, float("nan")], "above 0 and at most 1"),
         ("warmup_fraction", [-0.1, 1.0, float("nan")], "from 0 to below 1"),
         ("final_lr_fraction", [-0.1, 1.1, float("nan")], "from 0 to 1"),
+        ("lr_scaling", ["cubic", None, True], "one of none, linear, sqrt"),
     ],
 )
 def test_numbers_out_of_range(name: str, values: list[float], allowed: str) -> None:
@@ -191,6 +258,7 @@ def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path
 def test_sgd_step_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
     settings = {"lr": 0.1, "weight_decay": 0.5, "layer_decay": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0}
+    settings["lr_scaling"] = "none"
     built = OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), **settings).build(
         {"w": weight}.items(), {"w": 0}, {}, training(2)
     )

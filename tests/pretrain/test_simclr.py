@@ -34,7 +34,8 @@ class Noise(nn.Module):
 
 def simclr(output: Path) -> SimCLR:
     torch.manual_seed(0)
-    settings = {"lr": 3e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 1.0}
+    settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
+    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
     optim = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
     return SimCLR(backbone(), Noise(), optim, projection=16, temperature=0.2, output=str(output))
 

@@ -25,7 +25,7 @@ import yaml
 folder = Path(sys.argv[1])
 cfg = yaml.safe_load((folder / "config.yaml").read_text())
 cores = sorted(os.sched_getaffinity(0))
-record = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
+record = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "THAW_PARENT")}
 (folder / "seen.json").write_text(json.dumps(record | {"cores": cores, "start": time.time(), "test": cfg["test"]}))
 print("epoch 1/2 going", flush=True)
 if cfg["seed"] == 1: os.kill(os.getpid(), signal.SIGKILL)
@@ -86,6 +86,7 @@ def test_jobs_at_once_have_cores_of_their_own(sweep: Sweep, tmp_path: Path) -> N
         assert sorted(len(one["cores"]) for one in seen) == [1, 1, 1, 2, 2, 2]
     assert all(one["OMP_NUM_THREADS"] == str(len(one["cores"])) for one in seen)
     assert all(one["CUDA_VISIBLE_DEVICES"] == "" and one["test"] is False for one in seen)
+    assert all(one["THAW_PARENT"] == str(os.getpid()) for one in seen)  # without which a job ends, see `end_with`
 
 
 def test_each_gpu_job_sees_its_own(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,13 @@ class FiniteLoss(Callback):
 
 def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
     """What to look at first, from the state of the model."""
-    broken = [name for name, parameter in pl_module.named_parameters() if not torch.isfinite(parameter).all()]
+    from torch.distributed.tensor import DTensor  # takes a while
+
+    own = {  # of a sharded parameter this process's part: the other processes may not be here
+        name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        for name, parameter in pl_module.named_parameters()
+    }
+    broken = [name for name, parameter in own.items() if not torch.isfinite(parameter).all()]
     if broken:
         loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]
         if loaded:

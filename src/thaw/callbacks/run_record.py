@@ -11,6 +11,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
+from thaw.callbacks.same_config import check_same_config
 from thaw.loggers import wandb_run
 from thaw.models.classifier import Classifier
 from thaw.models.freeze_table import format_table
@@ -22,6 +23,8 @@ PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmet
 class RunRecord(Callback):
     """Keeps configuration, command, commit and versions; prints what is frozen and what trains.
 
+    Before that it sees to it that all processes of the run have the same configuration.
+
     A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt, and
     `checkpoint["wandb_id"]` lets a resumed run go on in the same W&B run.
 
@@ -32,6 +35,9 @@ class RunRecord(Callback):
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.run_dir, self.config = Path(run_dir), config
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_same_config(self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -54,7 +60,8 @@ class RunRecord(Callback):
         OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
         resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
         for logger in trainer.loggers:
-            logger.log_hyperparams({**resolved, **record, **count_parameters(pl_module)})  # type: ignore[dict-item]
+            counts = count_parameters(pl_module, trainer.max_epochs)
+            logger.log_hyperparams({**resolved, **record, **counts})  # type: ignore[dict-item]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
@@ -62,12 +69,18 @@ class RunRecord(Callback):
         checkpoint["wandb_id"] = run and str(run.id)
 
 
-def count_parameters(module: torch.nn.Module) -> dict[str, int]:
-    """How many numbers train, now or after a later thaw, and how many there are."""
+def count_parameters(module: torch.nn.Module, epochs: int | None = None) -> dict[str, int]:
+    """How many numbers train, and how many there are.
+
+    Args:
+        module: a model.
+        epochs: of the run: what would thaw later does not train. None or -1 for a run without such an end.
+    """
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     if isinstance(module, Classifier):
-        epochs = module.freeze_policy.thaw_epochs(module.depths())
-        trained = [name for name, epoch in epochs.items() if epoch != NEVER]
+        end = NEVER if epochs is None or epochs < 0 else epochs
+        thaw_epochs = module.freeze_policy.thaw_epochs(module.depths())
+        trained = [name for name, epoch in thaw_epochs.items() if epoch < end]
     else:
         trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return {"trainable_params": sum(sizes.get(name, 0) for name in trained), "total_params": sum(sizes.values())}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Trainer
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
+SCALINGS: dict[str, Callable[[int], float]] = {"none": lambda k: 1.0, "linear": float, "sqrt": math.sqrt}
 
 
 class OptimizerRecipe:
@@ -23,9 +24,12 @@ class OptimizerRecipe:
         layer_decay: each layer down multiplies the learning rate by this (Clark et al. 2020, section 3.3.2); 1 is off.
         warmup_fraction: share of all steps in which the learning rate rises linearly.
         final_lr_fraction: the learning rate falls by a cosine to this fraction of the peak (Loshchilov & Hutter 2016).
+        lr_scaling: what a step on k times the digits does to the learning rate, k being the number of processes times
+            trainer.accumulate_grad_batches: `none`; `linear`, times k (Goyal et al. 2017, section 2.1); `sqrt`, times
+            the square root of k (Krizhevsky 2014, section 5).
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range, or an unknown rule.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class OptimizerRecipe:
         layer_decay: float,
         warmup_fraction: float,
         final_lr_fraction: float,
+        lr_scaling: Literal["none", "linear", "sqrt"],
     ) -> None:
         ranges = {
             "lr": (lr, lr > 0 and math.isfinite(lr), "above 0"),
@@ -43,12 +48,14 @@ class OptimizerRecipe:
             "layer_decay": (layer_decay, 0 < layer_decay <= 1, "above 0 and at most 1"),
             "warmup_fraction": (warmup_fraction, 0 <= warmup_fraction < 1, "from 0 to below 1"),
             "final_lr_fraction": (final_lr_fraction, 0 <= final_lr_fraction <= 1, "from 0 to 1"),
+            "lr_scaling": (lr_scaling, lr_scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
         }
         wrong = [f"optim.{name}={value} must be {allowed}" for name, (value, ok, allowed) in ranges.items() if not ok]
         if wrong:
             raise ValueError("; ".join(wrong) + ".")
         self.optimizer, self.lr, self.weight_decay, self.layer_decay = optimizer, lr, weight_decay, layer_decay
         self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
+        self.lr_scaling = lr_scaling
 
     def groups(
         self,
@@ -104,6 +111,9 @@ class OptimizerRecipe:
             )
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         groups = self.groups(named_parameters, depths, thaw_epochs)
+        scale = self.lr_scale(trainer)
+        for group in groups:
+            group["lr"] *= scale
         optimizer: Any = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
         optimizer._step_supports_amp_scaling = False  # gradients are unscaled before they are clipped, fused or not
 
@@ -112,6 +122,18 @@ class OptimizerRecipe:
 
         scheduler = LambdaLR(optimizer, [of_group(group["from_epoch"]) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scale(self, trainer: Trainer) -> float:
+        """By what the rule multiplies every learning rate; says so where that is not 1."""
+        ranks, batches = trainer.world_size, trainer.accumulate_grad_batches
+        scale = SCALINGS[self.lr_scaling](ranks * batches)
+        if scale != 1 and trainer.is_global_zero:
+            print(
+                f"optim.lr_scaling={self.lr_scaling}: learning rates are times {scale:.4g}, as a step is on "
+                f"{ranks} x {batches} batches (processes x trainer.accumulate_grad_batches)",
+                flush=True,
+            )
+        return scale
 
     def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:
         """Fraction of the peak learning rate at a step, counted from 0, of what trains from `thaw_step` on.

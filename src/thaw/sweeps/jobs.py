@@ -126,7 +126,10 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         yield
     except Exception as error:
         if is_first_rank():
-            record_failure(cfg, "failed", explain(error), traceback.format_exc(), time.monotonic() - started)
+            pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
+            trace = "" if pruned else traceback.format_exc()
+            status = "pruned" if pruned else "failed"
+            record_failure(cfg, status, explain(error), trace, time.monotonic() - started)
         raise
     if is_first_rank():
         (run_dir / FAILURE).unlink(missing_ok=True)

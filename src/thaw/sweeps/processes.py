@@ -16,12 +16,26 @@ from omegaconf import DictConfig, OmegaConf
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
-RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
+# What a run of several processes changes in the environment; SLURM_NTASKS would tell Lightning that srun started it.
+RANK_VARIABLES = (
+    *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMP_NUM_THREADS", "SLURM_NTASKS"),
+)
 
 
 def is_launched() -> bool:
-    """Whether something else (rank 0, torchrun) started this process as one of several ranks."""
-    return "LOCAL_RANK" in os.environ
+    """Whether something else (rank 0, torchrun, srun) started this process as one of several ranks.
+
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no step of its job: what it starts is alone.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
+    return "LOCAL_RANK" in os.environ or ("SLURM_PROCID" in os.environ and tasks > 1)
+
+
+def is_child() -> bool:
+    """Whether rank 0 of this run started this process with its own configuration, in which all is decided."""
+    return PARENT in os.environ and "LOCAL_RANK" in os.environ
 
 
 def num_processes(trainer: DictConfig) -> int:
@@ -40,40 +54,34 @@ def num_processes(trainer: DictConfig) -> int:
 def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     """Run the body as rank 0 of as many processes as the trainer asks for; the others run `config`.
 
-    One process needs nothing, and ranks that torchrun started are left alone. Afterwards the environment, the number
-    of threads and the process group are as before, so that the next job of a sweep starts clean.
+    One process needs nothing, and ranks that torchrun or srun started are left alone. Afterwards the environment, the
+    number of threads and the process group are as before, so that the next job of a sweep starts clean.
 
     Args:
         cfg: with `trainer` and `run_dir`.
         config: the same configuration as plain values.
     """
     count = num_processes(cfg.trainer)
-    if count == 1 or is_launched():
+    if PARENT in os.environ:
+        threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    if is_launched():
+        yield
+        return
+    if count == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1:
         yield
         return
     import torch
     import torch.distributed
-    from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-    run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), run_dir / CONFIG_NAME)
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     threads = torch.get_num_threads()
-    share = max(1, threads // count)  # ranks that each use all cores slow each other down many times
-    os.environ.update(
-        NODE_RANK="0",
-        WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(find_free_network_port()),
-        OMP_NUM_THREADS=str(share),
-    )
-    torch.set_num_threads(share)
-    children = [start_rank(rank, run_dir) for rank in range(1, count)]
-    os.environ["LOCAL_RANK"] = "0"
     ended = threading.Event()
-    threading.Thread(target=watch, args=(children, ended), daemon=True).start()
+    children: list[subprocess.Popen] = []
     try:
+        os.environ.pop("SLURM_NTASKS", None)
+        if count > 1:
+            children += start_ranks(count, Path(cfg.run_dir), config)
+            threading.Thread(target=watch, args=(children, ended), daemon=True).start()
         yield
         for rank, child in enumerate(children, start=1):
             try:
@@ -94,16 +102,55 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Popen]:
+    """Make this process rank 0 of `count`, and start the others."""
+    import torch
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config), run_dir / CONFIG_NAME)
+    share = max(1, torch.get_num_threads() // count)  # ranks that each use all cores slow each other down many times
+    torch.set_num_threads(share)
+    os.environ.update(
+        NODE_RANK="0",
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(find_free_network_port()),
+        OMP_NUM_THREADS=str(share),
+    )
+    children = [start_rank(rank, run_dir) for rank in range(1, count)]
+    os.environ["LOCAL_RANK"] = "0"
+    return children
+
+
 def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
     """Start this program again as another rank of the run in `run_dir`."""
-    command = [
-        *(sys.executable, str(Path(sys.argv[0]).resolve())),
-        *("--config-path", str(run_dir), "--config-name", CONFIG_NAME),
-        *(f"hydra.run.dir={run_dir}", "hydra.output_subdir=null", f"hydra.job.name=rank{rank}"),
-    ]
-    environment = {**os.environ, "LOCAL_RANK": str(rank)}
+    environment = {**os.environ, "LOCAL_RANK": str(rank), PARENT: str(os.getpid())}
     environment.pop("HYDRA_FULL_ERROR", None)  # set by thaw.config.clear_errors, for this process only
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(run_command(run_dir, f"rank{rank}"), env=environment, stdin=subprocess.DEVNULL)
+
+
+def run_command(run_dir: Path, job_name: str) -> list[str]:
+    """The command that trains exactly what `config.yaml` in `run_dir` says, in that folder.
+
+    Args:
+        run_dir: absolute.
+        job_name: names the log file.
+    """
+    program = Path(sys.argv[0]).resolve()
+    if program.name == "sweep.py":  # what it sweeps over are runs of train.py
+        program = program.with_name("train.py")
+    return [
+        *(sys.executable, str(program), "--config-path", str(run_dir), "--config-name", CONFIG_NAME),
+        *(f"hydra.run.dir={run_dir}", "hydra.output_subdir=null", f"hydra.job.name={job_name}"),
+    ]
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, which may have been killed and could end nothing itself."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def watch(children: list[subprocess.Popen], ended: threading.Event) -> None:

@@ -20,7 +20,7 @@ from thaw.config import plain
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
 from thaw.sweeps.jobs import FAILURE, SUMMARY, record_failure
-from thaw.sweeps.processes import CONFIG_NAME, run_command
+from thaw.sweeps.processes import CONFIG_NAME, PARENT, run_command
 from thaw.sweeps.status import Status
 
 OUTPUT = "output.log"  # what a job prints, in its folder
@@ -131,7 +131,7 @@ class Queue(Launcher):
         with (job.folder / OUTPUT).open("ab") as output:
             process = subprocess.Popen(
                 run_command(job.folder, "train"),
-                env=inherited | share,
+                env=inherited | share | {PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
