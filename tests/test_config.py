@@ -1,14 +1,16 @@
 """Wrong settings get a message with the value, what was allowed and the next step, and a status that is not 0."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, compose_run
 from omegaconf import OmegaConf
 
-from thaw.config import build_list, plain, settle
+from thaw.config import build_list, check_types, plain, settle
 
 
 def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProcess:
@@ -131,3 +133,29 @@ def test_settle_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("precision", "fused"), [("16-mixed", True), ("64-true", False)])
 def test_settle_leaves_choices_alone(precision: str, fused: bool) -> None:
     assert settled("cpu", precision=precision, fused=fused) == (precision, fused)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "optim.lr='fast' must be of type float"),
+        ("optim.lr=null", "optim.lr=None must be of type float"),
+        ("data.batch_size=12.5", "data.batch_size=12.5 must be of type int"),
+        ("data.batch_size=true", "data.batch_size=True must be of type int"),
+        ("model.compile=1", "model.compile=1 must be of type bool"),
+        ("seed=one", "data.seed='one' must be of type int"),
+        ("optim.optimizer.betas=[a,b]", "optim.optimizer.betas=['a', 'b'] must be of type"),
+        ("trainer.max_epochs=ten", "trainer.max_epochs='ten' must be of type"),
+    ],
+)
+def test_values_of_a_wrong_type(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_types(compose_run(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=1", "data.train_size=null", "data.train_size=100", "trainer.devices=auto", "trainer.devices=[0]"],
+)
+def test_values_that_have_the_type(override: str, tmp_path: Path) -> None:
+    check_types(compose_run(tmp_path, override))

@@ -11,6 +11,8 @@ from conftest import ROOT, compose_run
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from thaw.config import check_types
+
 CONFIGS = ROOT / "configs"
 DINOV2 = ROOT.parent / "shared" / "weights" / "vit_small_patch14_dinov2.safetensors"
 GROUPS = ["data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "model", "trainer", "logger"]
@@ -50,6 +52,7 @@ def test_composes_and_matches_signatures(option: str, tmp_path: Path) -> None:
     """YAML keys equal the signature: no default hides in Python, no key is swallowed."""
     cfg = compose_run(tmp_path, option)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_types(cfg)
     for block in targets(cfg):
         target = block["_target_"]
         function = get_object(target)
