@@ -194,7 +194,8 @@ def finish(loggers: list[Logger]) -> None:
 
     Called while an exception passes, it marks the run as failed.
     """
-    failed = sys.exc_info()[0] is not None
+    error = sys.exc_info()[0]
+    failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's, which is there for sweep.py alone
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
     if any(isinstance(logger, WandbLogger) for logger in loggers):

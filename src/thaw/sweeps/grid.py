@@ -61,8 +61,8 @@ class Grid(Sweeper):
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
         try:
-            if todo:
-                self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
+            for ended in self.launcher.launch([job.overrides for job in todo], initial_job_idx=0) if todo else ():
+                _ = ended.return_value  # raises what no job could record
         finally:  # under torchrun and srun every rank is here
             unfinished = report_sweep(jobs, self.folder, self.config) if is_first_rank() else 0
         if unfinished:

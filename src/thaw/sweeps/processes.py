@@ -91,7 +91,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     finally:
         ended.set()
         for child in children:
-            child.terminate()
+            child.kill()  # what it would say of its end is no news
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)

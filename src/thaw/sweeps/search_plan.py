@@ -1,0 +1,150 @@
+"""What a search will do, checked before its first trial: the space, the sampler, the objectives, the runs to come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from hydra import compose
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from optuna.pruners import BasePruner, NopPruner
+
+from thaw.config import check_devices, check_types, explain
+from thaw.sweeps.folders import job_key
+from thaw.sweeps.processes import is_launched
+from thaw.sweeps.space import Space, as_overrides, probes, read_space, shown
+from thaw.sweeps.study import make_sampler
+
+Train = Callable[..., float | None]  # of a configuration and of callbacks that it does not name
+
+COSTS = ("trainable_params", "total_params", "seconds", "peak_memory_gb", "checkpoint_mb")
+OBJECTIVES = {"val/acc": "maximize", **dict.fromkeys(COSTS, "minimize")}
+ACCURACY = {"val/acc": "maximize"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search that has been checked.
+
+    Args:
+        cfg: a run of `configs/train.yaml`, with a `sweep` block.
+        typed: overrides of the command line that hold for every trial.
+        folder: of the study and its trials.
+        train: trains a configuration; takes `callbacks` too.
+    """
+
+    cfg: DictConfig
+    typed: list[str]
+    folder: Path
+    train: Train
+
+    @cached_property
+    def base(self) -> DictConfig:
+        """The run in which nothing is searched."""
+        return self.compose({})
+
+    @cached_property
+    def space(self) -> Space:
+        """What varies."""
+        return read_space(self.cfg.sweep.space, self.base)
+
+    @cached_property
+    def pruner(self) -> BasePruner:
+        return instantiate(self.cfg.sweep.pruner) or NopPruner()
+
+    @property
+    def name(self) -> str:
+        return f"{self.cfg.name}_{self.cfg.sweep.study}"
+
+    @property
+    def storage(self) -> Path:
+        return Path(self.cfg.sweep.storage).expanduser().resolve()
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """What is looked for, and whether much or little of it."""
+        return {metric: OBJECTIVES[metric] for metric in self.cfg.sweep.objectives}
+
+    @property
+    def asking(self) -> FileLock:
+        """Held while a worker asks for a trial."""
+        return FileLock(self.folder / ".asking.lock")
+
+    def sampler(self, drawn: int) -> optuna.samplers.BaseSampler:
+        return make_sampler(self.cfg.sweep.sampler, self.space, drawn)
+
+    def compose(self, params: dict[str, Any]) -> DictConfig:
+        """The run of a trial, with its folder."""
+        cfg = compose("train", [*self.typed, *as_overrides(params)], return_hydra_config=True)
+        ignored = cfg.hydra.job.config.override_dirname.exclude_keys
+        with open_dict(cfg):
+            del cfg["hydra"]
+        named = [override for override in self.typed if key_of(override) not in ignored]
+        cfg.overrides = " ".join([*named, shown(params)]).strip()
+        cfg.validate = cfg.test = False  # the winner alone is measured, at the end
+        cfg.run_dir = str(self.folder / job_key(cfg))
+        return cfg
+
+
+def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
+    """Check all that can be known before the first trial.
+
+    Raises:
+        ValueError: what is wrong and what was allowed.
+    """
+    if is_launched():
+        raise ValueError(
+            "sweep.py starts the processes of its trials itself: start each worker as `python sweep.py ...`, on a "
+            "cluster as a task of its own (srun --ntasks=1)."
+        )
+    if cfg.resume:
+        raise ValueError(f"resume={cfg.resume} goes on with one run; a search goes on by its same command.")
+    trials = cfg.sweep.trials
+    if not isinstance(trials, int) or trials < 1:
+        raise ValueError(f"sweep.trials={trials!r} must be a whole number of at least 1.")
+    typed = [override for override in overrides if key_of(override).replace("/", ".").split(".")[0] != "sweep"]
+    plan = Plan(cfg, typed, Path(cfg.run_dir).resolve(), train)
+    check_types(plan.base)
+    check_devices(plan.base.trainer)
+    check_objectives(plan)
+    both = [override for override in typed if key_of(override) in plan.space]
+    if both:
+        raise ValueError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
+    for params in probes(plan.space):
+        try:
+            one = plan.compose(params)
+            check_types(one)
+            check_devices(one.trainer)
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"sweep.space leads to {shown(params)}, which cannot run: {explain(error)}") from error
+    directions: Sequence[Any] = list(plan.objectives.values())
+    study = optuna.create_study(directions=directions, sampler=plan.sampler(0))  # in memory
+    try:
+        study.ask(plan.space)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"sweep.sampler cannot draw: {error}") from error
+    return plan
+
+
+def key_of(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0].split("@")[0]
+
+
+def check_objectives(plan: Plan) -> None:
+    objectives = plan.cfg.sweep.objectives
+    if not OmegaConf.is_list(objectives) or not objectives or len(set(objectives)) < len(objectives):
+        raise ValueError(f"sweep.objectives={objectives} must be a list of different metrics, such as [val/acc].")
+    for metric in objectives:
+        if metric not in OBJECTIVES:
+            raise ValueError(f"sweep.objectives: {metric} cannot be searched for; choose from {', '.join(OBJECTIVES)}.")
+    if not isinstance(plan.pruner, NopPruner) and plan.objectives != ACCURACY:
+        raise ValueError(
+            f"sweep.pruner looks at validation accuracy alone, but the objectives are {', '.join(objectives)}; choose "
+            "sweep/pruner=none."
+        )

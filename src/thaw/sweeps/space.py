@@ -1,0 +1,152 @@
+"""What a search varies: keys of the configuration and their values, from YAML, as Optuna's distributions."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import GridSampler
+
+from thaw.sweeps.folders import NOT_THE_RUN
+
+Space = dict[str, BaseDistribution]
+
+RANGE, CHOICES = {"low", "high", "log", "step"}, {"choices"}
+HELP = "Give {low, high}, with log: true or a step if wanted, or {choices: [...]}."
+
+
+class Grid(GridSampler):
+    """Optuna's, for a loop that counts by itself: `Study.stop`, which Optuna's calls, is an error outside of its own.
+
+    Args:
+        search_space: the values of each key.
+        seed: of the order; the same for all trials of a study.
+    """
+
+    def __init__(self, search_space: Mapping[str, Sequence[Any]], seed: int) -> None:
+        super().__init__(search_space, seed)
+        self.size = math.prod(map(len, search_space.values()))
+
+    def after_trial(self, *_: Any) -> None:
+        pass
+
+
+def read_space(block: DictConfig, base: DictConfig) -> Space:
+    """The space of a `sweep` block.
+
+    Args:
+        block: `{optim: {lr: {low: 1e-4, high: 1.0, log: true}}, freeze: {choices: [full, lora]}}`.
+        base: a composed run. Where it has a float, a range of integers is one of floats.
+
+    Raises:
+        ValueError: a range or a list of choices that holds nothing or cannot be drawn from.
+    """
+    space: Space = {}
+    for key, leaf in leaves(OmegaConf.to_container(block, resolve=True)):
+        if key in space:
+            raise ValueError(f"sweep.space names {key} twice.")
+        if any(key == aside or key.startswith(f"{aside}.") for aside in NOT_THE_RUN):
+            raise ValueError(f"sweep.space.{key}: {key} changes nothing in what is trained; leave it out.")
+        is_float = isinstance(OmegaConf.select(base, key.lstrip("+")), float)
+        space[key] = choices(key, leaf) if "choices" in leaf else numbers(key, leaf, is_float)
+    if not space:
+        raise ValueError(f"sweep.space is empty: name a key of the configuration, such as optim.lr. {HELP}")
+    return space
+
+
+def leaves(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """The ranges and choices with their dotted keys."""
+    if not isinstance(node, dict):
+        raise ValueError(f"sweep.space.{key}={node!r} is neither a range nor choices. {HELP}")
+    if node.keys() & (RANGE | CHOICES):
+        allowed = CHOICES if "choices" in node else RANGE
+        if node.keys() - allowed:
+            wrong = ", ".join(sorted(node.keys() - allowed))
+            raise ValueError(f"sweep.space.{key}: {wrong} is unknown beside {', '.join(sorted(node))}. {HELP}")
+        return [(key, node)]
+    return [leaf for name in node if node[name] is not None for leaf in leaves(node[name], f"{key}.{name}".lstrip("."))]
+
+
+def choices(key: str, leaf: dict[str, Any]) -> BaseDistribution:
+    values = leaf["choices"]
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"sweep.space.{key}: choices={values!r} must be a list of at least one value.")
+    for value in values:
+        if not isinstance(value, str | int | float | bool | None):
+            raise ValueError(f"sweep.space.{key}: {value!r} is no choice; allowed are numbers, words, booleans, null.")
+    if len({(type(value), value) for value in values}) < len(values):
+        raise ValueError(f"sweep.space.{key}: choices={values} holds a value twice; name each once.")
+    return CategoricalDistribution(values)
+
+
+def numbers(key: str, leaf: dict[str, Any], is_float: bool) -> BaseDistribution:
+    missing = {"low", "high"} - leaf.keys()
+    if missing:
+        raise ValueError(f"sweep.space.{key} has no {' and no '.join(sorted(missing))}. {HELP}")
+    low, high, step, log = leaf["low"], leaf["high"], leaf.get("step"), leaf.get("log", False)
+    for name, value in {"low": low, "high": high, "step": step}.items():
+        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not right and not (name == "step" and value is None):
+            raise ValueError(f"sweep.space.{key}: {name}={value!r} must be a number.")
+    if not isinstance(log, bool):
+        raise ValueError(f"sweep.space.{key}: log={log!r} must be true or false.")
+    if low >= high:
+        raise ValueError(f"sweep.space.{key}: low={low} must be less than high={high}.")
+    if log and low <= 0:
+        raise ValueError(f"sweep.space.{key}: low={low} must be more than 0, as log is true.")
+    if step is not None and (step <= 0 or log):
+        raise ValueError(f"sweep.space.{key}: step={step} must be more than 0, and not beside log: true.")
+    if is_float or not all(isinstance(value, int) for value in (low, high, step or 1)):
+        return FloatDistribution(float(low), float(high), log, step)
+    return IntDistribution(low, high, log, step or 1)
+
+
+def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
+    """Every value of choices or of a range with steps.
+
+    Raises:
+        ValueError: the range has no steps.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    if distribution.step is None or distribution.log:
+        raise ValueError(f"sweep.space.{key} has no end of values, which a grid cannot visit; give choices, or a step.")
+    low, high, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
+    kind = int if isinstance(distribution, IntDistribution) else float
+    return [kind(low + place * step) for place in range(int((high - low) / step) + 1)]
+
+
+def probes(space: Space) -> list[dict[str, Any]]:
+    """Parameters that have between them every choice and both ends of every range."""
+    columns = {}
+    for key, distribution in space.items():
+        assert isinstance(distribution, CategoricalDistribution | FloatDistribution | IntDistribution)
+        is_choice = isinstance(distribution, CategoricalDistribution)
+        columns[key] = list(distribution.choices) if is_choice else [distribution.low, distribution.high]  # type: ignore
+    most = max(map(len, columns.values()))
+    return [{key: column[row % len(column)] for key, column in columns.items()} for row in range(most)]
+
+
+def as_overrides(params: Mapping[str, Any]) -> list[str]:
+    """Parameters of a trial as they would be typed; every digit of a number is kept."""
+    return [f"{key}={as_typed(value)}" for key, value in params.items()]
+
+
+def as_typed(value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    is_word = re.fullmatch(r"[A-Za-z_][\w/-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf")
+    quoted = value.replace("'", "\\'")
+    return value if is_word else f"'{quoted}'"
+
+
+def shown(params: Mapping[str, Any]) -> str:
+    """Parameters as text to read: `optim.lr=0.01234 freeze=lora`."""
+    return " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+    )

@@ -1,0 +1,194 @@
+"""The study behind a search: its storage, who works at it, and what became of its trials.
+
+All workers of a study share its folder. They ask for trials one at a time, and each holds a lock while it is at one, so
+that a trial whose worker has died is seen by the next and goes on from its last checkpoint.
+"""
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+from optuna.distributions import CategoricalDistribution, distribution_to_json
+from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from thaw.sweeps.space import Grid, Space, values_of
+
+CONTINUES = "continues"  # of a trial: the number of the one that it repeats or goes on with
+WORKER = "worker"  # of a trial: who is at it; set once its lock is held
+OPEN = (TrialState.RUNNING, TrialState.WAITING)
+SAID = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running or cut off",
+    TrialState.WAITING: "to be tried again",
+}
+WAIT = 100.0  # seconds for other workers to let go of the storage
+
+
+def quiet() -> None:
+    """One line a trial is ours to say."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", ".*already reported")  # epochs that a trial repeats as it goes on
+
+
+def open_storage(path: Path) -> BaseStorage:
+    """SQLite for `*.db`, a journal for `*.journal`; made if it is not there.
+
+    Raises:
+        ValueError: another ending, or a file that is no storage of this version of Optuna.
+    """
+    if path.suffix not in (".db", ".journal"):
+        raise ValueError(f"sweep.storage={path} must end in .db, for SQLite, or .journal, for a journal.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".journal":
+            return JournalStorage(JournalFileBackend(str(path)))
+        return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": WAIT}})
+    except Exception as error:  # of SQLAlchemy, alembic, json: whatever a strange file leads to
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
+        ) from error
+
+
+def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: Mapping[str, str]) -> optuna.Study:
+    """Make the study, or find it.
+
+    Args:
+        path: of the storage.
+        name: of the study.
+        objectives: direction of each metric, `maximize` or `minimize`.
+        identity: what makes the search this one, as text; the study keeps it.
+
+    Raises:
+        ValueError: the storage cannot be read, or holds a study of this name of another search.
+    """
+    storage = open_storage(path)
+    directions: Any = list(objectives.values())
+    study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+    if not study.trials and not study.user_attrs:
+        study.set_metric_names(list(objectives))
+        for key, value in identity.items():
+            study.set_user_attr(key, value)
+    for key, value in identity.items():
+        kept = study.user_attrs.get(key)
+        if kept != value:
+            raise ValueError(
+                f"{path} holds the study {name} of another search: its {key} is {kept}, but here it is {value}. Choose "
+                "a name for this one with sweep.study=<name>, or remove the old one's folder."
+            )
+    return study
+
+
+def identify(space: Space, objectives: Mapping[str, str], typed: str, key: str) -> dict[str, str]:
+    """What tells one search from another; how many trials and by which sampler may change."""
+    return {
+        "space": json.dumps({name: json.loads(distribution_to_json(space[name])) for name in sorted(space)}),
+        "objectives": json.dumps(objectives),
+        "run": f"{typed or 'as configured'} (key {key})",
+    }
+
+
+def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
+    """The sampler for one trial.
+
+    It is made anew for each: with a seed told from its own and from how many trials were drawn before, so that workers
+    draw different trials, and a study that was interrupted goes on with the draws it would have had. The order of a
+    grid and of a quasi-random sequence is the same for all trials.
+
+    Raises:
+        ValueError: no such sampler, or one that cannot draw from this space.
+    """
+    try:
+        kind = get_class(block._target_)
+        assert issubclass(kind, BaseSampler)
+    except Exception as error:  # Hydra raises ImportError, ValueError and its own
+        known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler") and name[:4] != "Base")
+        raise ValueError(
+            f"sweep.sampler._target_={block._target_} is no sampler; choose sweep/sampler=tpe, cmaes, grid, random, or "
+            f"one of optuna.samplers: {known}."
+        ) from error
+    settings: dict[str, Any] = {}
+    if issubclass(kind, Grid):
+        settings["search_space"] = {key: values_of(key, distribution) for key, distribution in space.items()}
+    elif "seed" in block and block.seed is not None and not issubclass(kind, QMCSampler):
+        settings["seed"] = int(np.random.SeedSequence([block.seed, drawn]).generate_state(1)[0])
+    ranges = [key for key, one in space.items() if not isinstance(one, CategoricalDistribution)]
+    if issubclass(kind, CmaEsSampler) and len(ranges) < 2:
+        raise ValueError(
+            f"CMA-ES moves in two or more numbers at once, but sweep.space has {len(ranges)} with low and high; "
+            "choose sweep/sampler=tpe or random, or add a range."
+        )
+    try:
+        return instantiate(block, **settings)
+    except (InstantiationException, ImportError) as error:
+        raise ValueError(f"sweep.sampler cannot be made: {str(error.__cause__ or error).strip()}") from error
+
+
+def counted(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials of a study, each once: without those that another goes on with, or that never got parameters."""
+    trials = study.get_trials(deepcopy=False)
+    repeated = {trial.user_attrs.get(CONTINUES) for trial in trials}
+    return [
+        trial
+        for trial in trials
+        if trial.number not in repeated and not (trial.state == TrialState.FAIL and not trial.params)
+    ]
+
+
+def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial's parameters again; what it has reported so far stays, as the run goes on from its checkpoint."""
+    if trial.state == TrialState.RUNNING:
+        study.tell(trial.number, state=TrialState.FAIL)
+    if not trial.params:
+        return
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={CONTINUES: trial.number},
+            system_attrs=trial.system_attrs,
+            intermediate_values=trial.intermediate_values,
+        )
+    )
+
+
+def lock_of(folder: Path, number: int) -> FileLock:
+    """Held by the worker that is at a trial."""
+    (folder / ".running").mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".running" / f"{number}.lock", timeout=0)
+
+
+def is_left(folder: Path, trial: FrozenTrial) -> bool:
+    """Whether the worker of a running trial is gone. Asked while nobody else asks for trials."""
+    if WORKER not in trial.user_attrs:
+        return True
+    lock = lock_of(folder, trial.number)
+    if not Path(lock.lock_file).exists():  # a worker elsewhere, that does not share this folder
+        return False
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def worker() -> str:
+    return f"{platform.node()}:{os.getpid()}"

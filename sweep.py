@@ -1,0 +1,31 @@
+"""Search for good settings with Optuna.    python sweep.py experiment=vit_linear_probe sweep=lr_tpe"""
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from thaw.config import clear_errors
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="sweep")
+def main(cfg: DictConfig) -> None:
+    """Work at a study until it has its trials, alone or beside other workers, and report."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from thaw.sweeps.jobs import is_sweep_job
+
+    if is_sweep_job():  # Hydra keeps to itself what a job raises
+        sys.exit("error: sweep.py takes no -m. It draws values from sweep.space; train.py -m runs those you type.")
+    try:
+        from thaw.sweeps.search import search
+    except ModuleNotFoundError as error:
+        raise ValueError(f"sweep.py needs {error.name}: pip install 'thaw-vit[search]'.") from error
+    from train import train
+
+    search(cfg, list(HydraConfig.get().overrides.task), train)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
