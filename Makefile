@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test lint format bench compare clean clean-cache
+.PHONY: help install train test test-slurm lint format bench compare clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests"
+	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
 	@echo "make compare                                 all policies, baselines and DINOv2 on the official test digits (hours)"
 	@echo "make clean-cache                             remove the kept features in logs/cache"
@@ -43,6 +44,10 @@ format: $(VENV)/.installed-test
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-slurm: $(VENV)/.installed-test
+	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(ARGS)

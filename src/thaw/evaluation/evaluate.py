@@ -41,7 +41,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
         raise ValueError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
     datamodule = instantiate(cfg.data)
     report = TestReport(str(run_dir))
-    settings = {"devices": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
+    settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
     trainer = instantiate(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
     (validated,) = trainer.validate(model, datamodule, verbose=False)
     trainer.test(model, datamodule, verbose=False)

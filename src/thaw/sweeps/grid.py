@@ -1,6 +1,7 @@
 """A grid of jobs: checked as a whole, then run as far as they are not done, then reported."""
 
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +45,10 @@ class Grid(Sweeper):
             raise ValueError(
                 f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} is not installed; for clusters run: "
                 "pip install 'thaw-vit[slurm]', for one machine choose basic or queue."
+            )
+        if "SlurmLauncher" in config.hydra.launcher._target_ and shutil.which("sbatch") is None:
+            raise ValueError(
+                "hydra/launcher=submitit_slurm needs SLURM's sbatch, which is not here; choose queue or submitit_local."
             )
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

@@ -1,0 +1,175 @@
+"""A run that its cluster takes off the machine saves where it is, and goes on from there when it is started again."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch.distributed
+import wandb
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
+
+from thaw.loggers import wandb_run
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # a later one counts for more where several came
+PATIENCE = 20.0  # seconds that loggers get to be closed: a cluster does not wait long
+
+
+class Preemption(Checkpoint):
+    """On a signal, completes the step, writes `checkpoints/last.ckpt` and ends the process; all ranks at the same step.
+
+    SIGUSR1 and SIGUSR2 announce the end of the job's time (`#SBATCH --signal=USR1@90`, submitit): the job is put back
+    into the queue. SIGTERM is what preemption, which requeues by itself, `scancel` and `kill` send: the process ends.
+    Whoever starts the same command in the same folder goes on from last.ckpt, to the last bit as if there had been no
+    signal.
+
+    Lightning's own handler of SIGUSR1 saves in the middle of a step, another file for each signal.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.last = Path(run_dir) / "checkpoints" / "last.ckpt"
+        self.received = 0  # by this process
+        self.agreed = 0  # by any rank; the same on all
+        self.training = False
+        self.step = 0
+        self.whole = True  # no gradients are accumulated that a checkpoint would lose
+        self.submitit: Callable[[int, FrameType | None], Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training, self.step, self.whole = True, trainer.global_step, True
+        self.listen(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.listen(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen(trainer)
+
+    def listen(self, trainer: Trainer) -> None:
+        """Take the signals over from whoever has them; Lightning gives them back when the loop ends."""
+        if threading.current_thread() is not threading.main_thread():  # Python has handlers there alone
+            return
+        if "SUBMITIT_EXECUTOR" in os.environ and self.submitit is None:
+            name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+            handler = signal.getsignal(signal.Signals[f"SIG{name}"])
+            self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.received = max(self.received, number, key=rank_of)
+            if not self.training:
+                self.end(trainer, self.received)
+
+        for number in SIGNALS:
+            signal.signal(number, remember)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.whole = trainer.global_step != self.step
+        self.step = trainer.global_step
+        self.agreed = self.received
+        if trainer.world_size > 1:
+            place = torch.tensor(rank_of(self.received), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
+            self.agreed = (0, *SIGNALS)[int(place)]
+        if not trainer.is_last_batch and not validates_next(trainer):
+            self.save(trainer)
+
+    # Lightning can only go on from a checkpoint that is saved after the validation of a step or the end of an epoch,
+    # where one of these comes. As a Checkpoint, this callback comes after those which look at the metrics there.
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.training = False
+        if self.received:  # since the last step; its checkpoint is written
+            self.end(trainer, self.received)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save and end, if a signal has come, the step is a whole one and training would go on."""
+        if not self.agreed or not self.whole or trainer.should_stop:  # no checkpoint knows that it should stop
+            return
+        trainer.save_checkpoint(self.last)
+        trainer.strategy.checkpoint_io.teardown()  # writes what PacedCheckpointIO holds back
+        trainer.strategy.barrier()
+        self.end(trainer, self.agreed)
+
+    def end(self, trainer: Trainer, number: int) -> NoReturn:
+        """Put the job back into the queue, unless it is to end, and leave at once.
+
+        Leaving by an exception would have loggers and process groups tidy up while the cluster ends their processes.
+        """
+        for each in SIGNALS:  # what comes now is the cluster's answer
+            signal.signal(each, signal.SIG_IGN)
+        status = 128 + number  # as a shell says that a signal ended a program
+        if trainer.is_global_zero:
+            print(f"{signal.Signals(number).name}: step {trainer.global_step} is in {self.last}", flush=True)
+            closing = threading.Thread(target=close, args=(trainer.loggers, status), daemon=True)
+            closing.start()
+            closing.join(PATIENCE)
+        if number != signal.SIGTERM:
+            if self.submitit is not None:
+                try:
+                    self.submitit(number, None)
+                except SystemExit as leaving:  # on the first rank; its status may ask for the next try
+                    status = int(leaving.code or 0)
+            elif trainer.is_global_zero and "SLURM_JOB_ID" in os.environ:
+                requeue()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if trainer.is_global_zero else 0)  # an error would have the others killed
+
+
+def rank_of(number: int) -> int:
+    return (0, *SIGNALS).index(number)
+
+
+def validates_next(trainer: Trainer) -> bool:
+    """Whether a validation follows this step."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def close(loggers: list[Logger], status: int) -> None:
+    """Write what loggers hold back, and tell W&B that the run is preempted, not failed."""
+    run = wandb_run(loggers)
+    for logger in loggers:
+        logger.finalize("preempted")
+    if run is None:
+        return
+    try:
+        run.mark_preempting()
+        wandb.finish(exit_code=status)
+    except OSError as error:  # W&B's own process has got the signal too
+        log.warning("The W&B run was not closed (%s); it goes on when this run does.", error)
+
+
+def requeue() -> None:
+    """Put the SLURM job that this process belongs to back into the queue."""
+    job = os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if done.returncode:
+        print(
+            f"error: SLURM job {job} was not requeued ({done.stderr.strip()}). Submit it again with "
+            "`#SBATCH --requeue`, or start the same command in the same run folder: it goes on from last.ckpt.",
+            file=sys.stderr,
+        )

@@ -1,0 +1,270 @@
+"""A run that gets a signal ends at once, and goes on as if it had not."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch import Tensor
+
+from thaw.callbacks.preemption import close, requeue
+from thaw.models.classifier import Classifier
+
+TRAINING_STEP = Classifier.training_step
+CALLBACK = ["++callbacks.preemption._target_=thaw.callbacks.preemption.Preemption"]
+CALLBACK += ["++callbacks.preemption.run_dir=${run_dir}"]
+RUN = [*CALLBACK, "trainer.max_epochs=3", "augment=affine", "logger=csv", "test=false"]  # 4 steps an epoch
+
+
+def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+def validations(run_dir: Path) -> list[tuple[str, str]]:
+    metrics = run_dir / "csv" / "metrics.csv"
+    if not metrics.exists():  # none was due
+        return []
+    with metrics.open() as file:
+        return [(row["step"], row["val/acc"]) for row in csv.DictReader(file) if row["val/acc"]]
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let this process send itself signals in the middle of a batch, counted from 0."""
+
+    def at(batch: int, *numbers: signal.Signals) -> None:
+        batches = iter(range(1000))
+
+        def interrupted(self: Classifier, *args: Any) -> Tensor:
+            if next(batches) == batch:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return TRAINING_STEP(self, *args)
+
+        monkeypatch.setattr(Classifier, "training_step", interrupted)
+
+    return at
+
+
+@pytest.fixture
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What is there before, and has to be there afterwards; the process does not really end."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    after = [signal.getsignal(number) for number in numbers]
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("batch", "saved", "settings"),
+    [
+        (5, 6, []),
+        (3, 4, []),
+        (11, 12, []),
+        (5, 6, ["trainer.val_check_interval=0.5"]),
+        (7, 8, ["trainer.val_check_interval=0.5"]),
+        (4, 5, ["trainer.val_check_interval=1"]),
+        (3, 4, ["trainer.check_val_every_n_epoch=2"]),
+        (4, 3, ["trainer.accumulate_grad_batches=2"]),
+        (5, 6, ["average=ema"]),
+        (5, 6, ["freeze=gradual"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_goes_on_to_the_same_weights(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    signalled: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    saved: int,
+    settings: list[str],
+) -> None:
+    """The step is completed, saved although checkpoints are written seconds apart, and nothing after it is done."""
+    run = [*tiny_run, *RUN, *settings]
+    whole = train(*run, name="whole")
+    signalled(batch, signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        train(*run, name="cut")
+    monkeypatch.setattr(Classifier, "training_step", TRAINING_STEP)
+    cut = whole.parent / "cut"
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert checkpoint(cut)["global_step"] == saved
+    assert not list(cut.glob("hpc_ckpt*")) and not (cut / "summary.json").exists()
+
+    resumed = train(f"resume={cut}", name="resumed")
+
+    for name, run_dir in (("last", resumed if saved < 12 else cut), ("best", resumed)):  # after 12 nothing is left
+        expected, got = checkpoint(whole, name), checkpoint(run_dir, name)
+        for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+            assert equal(expected[key], got[key]), (name, key)
+    assert validations(whole) == validations(cut) + validations(resumed)
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """A program of that name which keeps its arguments, in SLURM's job 7; it knows no job 8."""
+    asked = tmp_path / "bin" / "asked"
+    asked.parent.mkdir()
+    program = asked.with_name("scontrol")
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n[ "$2" = 7 ] || {{ echo Invalid job id >&2; exit 1; }}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return lambda: asked.read_text() if asked.exists() else ""
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("numbers", "asked"),
+    [
+        ([signal.SIGUSR1], "requeue 7\n"),
+        ([signal.SIGUSR2], "requeue 7\n"),
+        ([signal.SIGUSR1, signal.SIGUSR1], "requeue 7\n"),
+        ([signal.SIGTERM], ""),
+        ([signal.SIGUSR1, signal.SIGTERM], ""),
+        ([signal.SIGTERM, signal.SIGUSR1], ""),
+    ],
+    ids=lambda value: " ".join(number.name for number in value) if isinstance(value, list) else "",
+)
+def test_requeues_unless_it_is_to_end(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    signalled: Callable[..., None],
+    scontrol: Callable[[], str],
+    numbers: list[signal.Signals],
+    asked: str,
+) -> None:
+    signalled(5, *numbers)
+    with pytest.raises(SystemExit) as ended:
+        train(*tiny_run, *RUN)
+    assert scontrol() == asked
+    assert ended.value.code == 128 + max(numbers, key=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM).index)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_says_what_to_do_if_the_job_is_not_requeued(
+    scontrol: Callable[[], str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    requeue()
+    assert scontrol() == "requeue 8\n"
+    assert "SLURM job 8 was not requeued (Invalid job id). Submit it again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("handlers")
+def test_submitit_requeues_its_own_jobs(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    signalled: Callable[..., None],
+    scontrol: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its handler is there before training; it saves the job's function, requeues the job and leaves."""
+    seen: list[int] = []
+
+    def checkpoint_and_try_requeue(number: int, frame: Any) -> None:
+        seen.append(checkpoint(tmp_path / "runs" / "test" / "run")["global_step"])
+        raise SystemExit(-1)
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    signal.signal(signal.SIGUSR2, before := checkpoint_and_try_requeue)
+    signalled(5, signal.SIGUSR2)
+    with pytest.raises(SystemExit) as ended:
+        train(*tiny_run, *RUN)
+    assert (ended.value.code, seen, scontrol()) == (-1, [6], "")
+    assert signal.getsignal(signal.SIGUSR2) == before
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+
+
+def test_a_logger_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """W&B's own process gets a cluster's SIGTERM too."""
+    run = MagicMock()
+    run.mark_preempting.side_effect = ConnectionResetError("Connection lost")
+    monkeypatch.setattr("thaw.callbacks.preemption.wandb_run", lambda loggers: run)
+    logger = MagicMock()
+    close([logger], 143)
+    logger.finalize.assert_called_once_with("preempted")
+    assert "The W&B run was not closed (Connection lost)" in caplog.text
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_that_is_being_tested_is_requeued_at_once(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    scontrol: Callable[[], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        pytest.fail("not reached")
+
+    monkeypatch.setattr(Classifier, "test_step", interrupted)
+    with pytest.raises(SystemExit):
+        train(*tiny_run, *RUN, "test=true")
+    run_dir = tmp_path / "runs" / "test" / "run"
+    assert scontrol() == "requeue 7\n"
+    assert checkpoint(run_dir)["global_step"] == 12 and not (run_dir / "summary.json").exists()
+
+
+def state(pid: str) -> str:
+    """Of a process, such as R (running) or Z (has ended); nothing if it is gone."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.read_text().rpartition(") ")[2][0] if stat.exists() else ""
+
+
+@pytest.mark.slow
+def test_all_ranks_end_when_one_gets_the_signal(tmp_path: Path) -> None:
+    run = [*CALLBACK, "trainer=ddp_cpu", "experiment=vit_last_blocks", "augment=affine", "logger=none"]
+    run += ["data.source=sample", "data.train_size=256", "trainer.max_epochs=50", "callbacks.early_stopping=null"]
+    program = Path(__file__).parents[2] / "train.py"
+    command = [sys.executable, str(program), *run, "data.batch_size=16", f"hydra.run.dir={tmp_path / 'run'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        rank0 = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
+    try:
+        until = time.monotonic() + 120
+        while "epoch 1/" not in output.read_text():
+            assert rank0.poll() is None and time.monotonic() < until, output.read_text()
+            time.sleep(0.1)
+        others = Path(f"/proc/{rank0.pid}/task/{rank0.pid}/children").read_text().split()
+        rank0.terminate()
+        assert rank0.wait(60) == 128 + signal.SIGTERM, output.read_text()
+    finally:
+        rank0.kill()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert f"SIGTERM: step {step} is in {last}" in output.read_text() and 8 < step < 400
+    until = time.monotonic() + 10
+    while not all(state(pid) in ("Z", "") for pid in others):  # ended, though perhaps nobody asked
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert len(others) == 1
