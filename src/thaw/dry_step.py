@@ -6,7 +6,6 @@ optimizer run on them unchanged, autocast included, and nothing is allocated.
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -202,7 +202,7 @@ class Memory(TorchDispatchMode):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.known: dict[int, Any] = {}  # by the storage's id
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}  # by the storage's address, which the reference keeps
         self.now = self.peak = 0
         for tensor in tensors:
             self.add(tensor)
@@ -216,18 +216,14 @@ class Memory(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.known:
+        if storage._cdata in self.known:
             return
-        nbytes = storage.nbytes()
-
-        def gone(_: Any) -> None:
-            del self.known[key]
-            self.now -= nbytes
-
-        self.known[key] = weakref.ref(storage, gone)
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
+        self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.now += storage.nbytes()
+        if self.now > self.peak:  # perhaps: not all that is known is still alive
+            gone = [key for key, (reference, _) in self.known.items() if reference.expired()]
+            self.now -= sum(self.known.pop(key)[1] for key in gone)
+            self.peak = max(self.peak, self.now)
 
 
 class SameShape(TorchFunctionMode):

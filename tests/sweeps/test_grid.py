@@ -51,12 +51,14 @@ def test_a_wider_grid_takes_the_jobs_that_are_done(sweep: Sweep, trained: Traine
     assert rates(trained) == [0.01, 0.1, 0.2]
 
 
-def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained) -> None:
-    """Without hydra.sweep.dir, which the other tests give; nothing is trained, as the jobs are refused a folder."""
-    trained.fails = lambda cfg: KeyboardInterrupt()
-    sweep("optim.lr=0.01,0.1", "hydra.sweep.dir=${run_dir}/${sweep_key:}", "run_dir=/tmp/none")
-    sweep("hydra.sweep.dir=${run_dir}/${sweep_key:}", "run_dir=/tmp/none", "optim.lr=0.01,0.1")
-    assert len(trained) == 2
+def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained, tmp_path: Path) -> None:
+    """Whatever the order of what was typed."""
+    named = f"hydra.sweep.dir={tmp_path}/${{sweep_key:}}"
+    assert sweep(named, "optim.lr=0.01,0.1", "seed=1") == 0
+    assert sweep("seed=1", "optim.lr=0.01,0.1", named) == 0
+    assert sweep("seed=2", "optim.lr=0.01,0.1", named) == 0
+    assert len(trained) == 4
+    assert len(list(tmp_path.glob("train_*"))) == 2
 
 
 @pytest.mark.parametrize(
