@@ -43,7 +43,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }

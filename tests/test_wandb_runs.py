@@ -77,7 +77,9 @@ def test_a_run_reads_back(train: Callable[..., Path], run_settings: list[str]) -
         assert history(found, key) == in_csv(run_dir, key), key
 
     summary = merged(of_type(found, "summary"))
-    assert summary["val/acc"] == pytest.approx(max(value for _, value in history(found, "val/acc")), abs=1e-6)  # rounded
+    assert summary["val/acc"] == pytest.approx(
+        max(value for _, value in history(found, "val/acc")), abs=1e-6
+    )  # rounded
     assert summary["val/loss"] == min(value for _, value in history(found, "val/loss"))
 
     (run,) = of_type(found, "run")

@@ -46,6 +46,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds pickled code, is no checkpoint, or none of thaw's.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
@@ -149,6 +151,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"start_from={path} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, str(path)
+    saved.validate, saved.test = cfg.validate, cfg.test  # a job of a sweep leaves them to the sweep
     if saved.logger and "wandb" in saved.logger:
         saved.logger.wandb.id = checkpoint["wandb_id"]
     return saved

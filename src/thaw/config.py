@@ -67,6 +67,8 @@ def clear_errors() -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """The message of an error; for an unknown key also the keys that exist in its place."""
     message = str(error).split("\n    full_key:")[0].strip()
+    if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
     cause = error.__cause__ or error
     parent = getattr(cause, "parent_node", None)
     if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
@@ -123,7 +125,11 @@ def check_types(node: DictConfig, place: str = "") -> None:
     """
     from hydra.utils import get_object
 
-    annotations = types_of(get_object(node._target_)) if "_target_" in node else {}
+    try:
+        annotations = types_of(get_object(node._target_)) if "_target_" in node else {}
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
     for key in map(str, node):
         value = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):

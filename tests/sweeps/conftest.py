@@ -53,8 +53,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> 
 
     monkeypatch.chdir(ROOT)
 
-    def run(*overrides: str) -> int:
-        program = [str(ROOT / "train.py"), "--config-path", str(ROOT / "configs"), "-m", "test=false", "logger=none"]
+    def run(*overrides: str, configs: Path = ROOT / "configs") -> int:
+        program = [str(ROOT / "train.py"), "--config-path", str(configs), "-m", "test=false", "logger=none"]
         folder = [f"hydra.sweep.dir={tmp_path / 'sweep'}"]
         given = any(override.startswith("hydra.sweep.dir") for override in overrides)
         monkeypatch.setattr(sys, "argv", [*program, *([] if given else folder), *overrides])

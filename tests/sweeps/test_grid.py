@@ -1,11 +1,18 @@
 """A grid is checked before its first job, runs what is not done, and tells by its exit status."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
 from sweeps.conftest import Trained
+
+from thaw.sweeps.processes import run_command
 
 Sweep = Callable[..., int]
 
@@ -28,7 +35,7 @@ def test_the_same_command_runs_only_what_failed(sweep: Sweep, trained: Trained, 
     assert rates(trained) == [0.01, 0.1, 0.2]  # the failure ended its own job only
     assert "out of luck" in capsys.readouterr().err
     failure = json.loads((Path(trained[1].run_dir) / "failure.json").read_text())
-    assert failure["reason"] == "out of luck"
+    assert failure["reason"] == "RuntimeError: out of luck"
     trained.fails = lambda cfg: None
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert rates(trained) == [0.01, 0.1, 0.2, 0.1]
@@ -61,6 +68,56 @@ def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained, tm
     assert len(list(tmp_path.glob("train_*"))) == 2
 
 
+def test_an_edit_reaches_no_job_that_was_checked(sweep: Sweep, trained: Trained, tmp_path: Path) -> None:
+    """Hydra composes each job again when it starts."""
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+
+    def edit(cfg: DictConfig) -> None:
+        adamw = configs / "optim" / "adamw.yaml"
+        adamw.write_text(adamw.read_text().replace("weight_decay: 0.05", "weight_decay: 0.5"))
+
+    trained.fails = edit
+    assert sweep("seed=0,1,2", configs=configs) == 0
+    assert [cfg.optim.weight_decay for cfg in trained] == [0.05] * 3
+    assert [cfg.seed for cfg in trained] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("leaving", [SystemExit(0), SystemExit("enough"), MemoryError()])
+def test_a_job_that_leaves_the_program_ends_itself_only(leaving, sweep: Sweep, trained: Trained) -> None:
+    trained.fails = lambda cfg: leaving if cfg.seed == 1 else None
+    assert sweep("seed=0,1,2") == 1
+    assert [cfg.seed for cfg in trained] == [0, 1, 2]
+    failure = json.loads((Path(trained[1].run_dir) / "failure.json").read_text())
+    assert failure["reason"].startswith(type(leaving).__name__)
+
+
+def test_a_job_that_runs_elsewhere_is_left_alone(sweep: Sweep, trained: Trained, capsys) -> None:
+    sweep("seed=0,1")
+    (Path(trained[0].run_dir) / "summary.json").unlink()
+    with FileLock(Path(trained[0].run_dir) / "job.lock"):
+        assert sweep("seed=0,1,2") == 1
+    assert [cfg.seed for cfg in trained] == [0, 1, 2]
+    assert "1 done already, 1 running in another process, 1 to be run" in capsys.readouterr().out
+
+
+def test_a_winner_that_cannot_be_tested_hides_no_report(sweep: Sweep, trained: Trained, capsys) -> None:
+    assert sweep("test=true", "seed=0,1") == 1  # the stand-in has written no checkpoint
+    printed = capsys.readouterr()
+    assert "cannot be tested" in printed.err and "does not exist" in printed.err
+    assert "2 runs of 1 settings" in printed.out
+
+
+@pytest.mark.parametrize("name", ["it's", "a b", "x=(y),z", "[c]"])
+def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -> None:
+    quoted = str(tmp_path / name).replace("'", "\\'")
+    assert sweep(f"hydra.sweep.dir='{quoted}'", "seed=0,1") == 0
+    assert {Path(cfg.run_dir).parent for cfg in trained} == {tmp_path / name}
+    parser = OverridesParser.create()
+    (override,) = (part for part in run_command(tmp_path / name, "job") if part.startswith("hydra.run.dir"))
+    assert parser.parse_override(override).value() == str(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -69,6 +126,9 @@ def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained, tm
         ("optim.lr=0.01,1e-2", "the same job 2 times"),
         ("optim.lr=range(2,1)", "gives no value at all"),
         ("optim.rate=0.1,0.2", "optim.rate"),
+        ("optim.lr=interval(0.1,1)", "is a range, but a grid needs values"),
+        ("name=??? seed=0,1", "name must be given a value"),
+        ("+callbacks.mine={_target_:nowhere.Mine} seed=0,1", "callbacks.mine._target_=nowhere.Mine cannot be imported"),
         ("seed=0,1 trainer=cpu,gpu", "torch sees no GPU"),
         ("hydra/launcher=nowhere seed=0,1", "nowhere"),
         ("hydra.launcher._target_=hydra_plugins.missing.Launcher seed=0,1", "is not installed"),

@@ -1,9 +1,12 @@
 """A run in its folder: done, cut off, failed, or someone else's."""
 
 import json
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import compose_run
 from filelock import FileLock
 from omegaconf import DictConfig
@@ -44,6 +47,67 @@ def test_a_failure_is_recorded_until_a_later_success(tmp_path: Path) -> None:
     assert jobs.read_state(tmp_path) == "done"
 
 
+def checkpoint(cfg: DictConfig) -> None:
+    path = Path(cfg.run_dir) / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save({"config": {}, "state_dict": {}, "wandb_id": "abc"}, path)
+
+
+def test_what_was_cut_off_goes_on_and_what_failed_starts_anew(tmp_path: Path) -> None:
+    resumed = []
+
+    def train(cfg: DictConfig) -> float:
+        resumed.append((cfg.resume, cfg.logger.wandb.id))
+        checkpoint(cfg)
+        raise errors.pop(0)
+
+    errors: list[BaseException] = [KeyboardInterrupt(), ValueError("a bad day"), KeyboardInterrupt()]
+    while errors:
+        with pytest.raises((KeyboardInterrupt, ValueError)):
+            jobs.run_job(compose_run(tmp_path), train)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed == [(None, None), (last, "abc"), (None, None)]
+    for status, goes_on in (("killed", True), ("timeout", True), ("failed", False)):
+        jobs.record_failure(compose_run(tmp_path), status, "", "", 0.0)
+        cfg = compose_run(tmp_path)
+        jobs.go_on(cfg)
+        assert (cfg.resume == last) == goes_on, status
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = compose_run(tmp_path)
+    checkpoint(cfg)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:100])
+    assert jobs.read_state(tmp_path) == "cut off"
+    assert jobs.run_job(cfg, done) == 0.5
+    assert cfg.resume is None and "Starting anew" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", '{"val/', "[]", "{}"])
+def test_a_damaged_summary_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    assert jobs.read_state(tmp_path) == "new"
+    assert jobs.run_job(compose_run(tmp_path), done) == 0.5
+
+
+def test_lightnings_way_to_end_at_ctrl_c_is_an_interruption(tmp_path: Path) -> None:
+    """It raises SystemExit(1) and ignores a second Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def train(cfg: DictConfig) -> float:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run_job(compose_run(tmp_path), train)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / "failure.json").exists()
+
+
 def test_an_interruption_is_no_failure(tmp_path: Path) -> None:
     def interrupted(cfg: DictConfig) -> float:
         raise KeyboardInterrupt
@@ -61,6 +125,9 @@ def test_another_configuration_is_kept_out(tmp_path: Path) -> None:
 
 
 def test_another_process_is_kept_out(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "job.lock"):
+        assert jobs.read_state(tmp_path) == "running"
+    assert jobs.read_state(tmp_path) == "new"
     with FileLock(tmp_path / "job.lock"), pytest.raises(ValueError, match="another process"):
         jobs.run_job(compose_run(tmp_path), never)
 

@@ -73,7 +73,7 @@ def test_command_of_a_run(program: str, run: str, tmp_path: Path, monkeypatch: p
     assert command[:2] == [sys.executable, str(tmp_path / run)]
     assert command[2:] == [
         *("--config-path", str(tmp_path / "a run"), "--config-name", "config.yaml"),
-        *(f"hydra.run.dir={tmp_path / 'a run'}", "hydra.output_subdir=null", "hydra.job.name=rank1"),
+        *(f"hydra.run.dir='{tmp_path}/a run'", "hydra.output_subdir=null", "hydra.job.name=rank1"),
     ]
 
 

@@ -11,7 +11,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 # What changes nothing in the trained weights: where they lie, what is measured afterwards, who is told.
-NOT_THE_RUN = ("run_dir", "overrides", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb")
+NOT_THE_RUN = (
+    *("run_dir", "overrides", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
+    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
+    *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "preemption")),
+)
 
 
 def register_resolvers() -> None:
@@ -25,7 +29,10 @@ def job_key(_root_: DictConfig) -> str:
     """Ten hexadecimal digits of a hash of the resolved configuration: equal keys train equal weights."""
     config = OmegaConf.create({key: _root_._get_node(key) for key in _root_ if key != "hydra"})
     for key in NOT_THE_RUN:  # emptied, not removed: others refer to them
-        OmegaConf.update(config, key, None, merge=False)
+        parent, _, name = key.rpartition(".")
+        block = OmegaConf.select(config, parent) if parent else config
+        if block is not None and name in block:
+            block[name] = None
     return digest(OmegaConf.to_container(config, resolve=True))
 
 

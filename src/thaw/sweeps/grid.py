@@ -1,5 +1,6 @@
 """A grid of jobs: checked as a whole, then run as far as they are not done, then reported."""
 
+import copy
 import os
 import shutil
 import sys
@@ -7,17 +8,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.config import check_devices, check_types
+from thaw.config import check_devices, check_types, explain
 from thaw.sweeps.jobs import is_first_rank, read_state
+from thaw.sweeps.processes import quoted
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,16 @@ class Job:
     overrides: tuple[str, ...]  # as typed, with one value of each list
     cfg: DictConfig  # composed
     folder: Path
+
+
+class Frozen(CachingConfigRepository):
+    """The configuration files as they were when the sweep was checked: an edit changes no job that is still to come."""
+
+    def __deepcopy__(self, memo: dict) -> "Frozen":  # which Hydra makes to compose a job
+        return self
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        return copy.deepcopy(super().load_config(config_path))
 
 
 class Grid(Sweeper):
@@ -39,8 +54,10 @@ class Grid(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
+        loader: Any = hydra_context.config_loader
+        loader.repository = Frozen(loader.repository)
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{self.folder}'")
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(self.folder)}")
         if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
             raise ValueError(
                 f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} is not installed; for clusters run: "
@@ -66,8 +83,9 @@ class Grid(Sweeper):
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
         try:
-            for ended in self.launcher.launch([job.overrides for job in todo], initial_job_idx=0) if todo else ():
-                _ = ended.return_value  # raises what no job could record
+            if todo:
+                ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
+                _ = [job.return_value for job in ended]  # raises what a job could not record
         finally:  # under torchrun and srun every rank is here
             unfinished = report_sweep(jobs, self.folder, self.config) if is_first_rank() else 0
         if unfinished:
@@ -83,6 +101,11 @@ class Grid(Sweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(arguments)
         for override in overrides:
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise ValueError(
+                    f"{override.input_line} is a range, but a grid needs values: name them, as in optim.lr=1e-3,1e-2; "
+                    "sweep.py searches ranges."
+                )
             if override.is_discrete_sweep() and not list(override.sweep_string_iterator()):
                 raise ValueError(f"{override.input_line} gives no value at all; name at least one.")
         (batch,) = BasicSweeper.split_arguments(overrides, None)
@@ -128,6 +151,8 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
         same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
         raise ValueError(f"The sweep holds the same job {len(same)} times: {same[0]}. Name each value once.")
     for job in jobs:
+        if missing := OmegaConf.missing_keys(job.cfg):
+            raise ValueError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
         check_types(job.cfg)
         if on_this_machine:
             check_devices(job.cfg.trainer)
@@ -139,6 +164,7 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     counts: Counter[str] = Counter(states)
     found = {
         "done": "{} done already",
+        "running": "{} running in another process",
         "cut off": "{} cut off: they go on from their last checkpoint",
         "failed": "{} failed: they are tried again",
         "new": "{} to be run",
@@ -146,28 +172,33 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     said = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
     if is_first_rank():
         print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {said}", flush=True)
-    return [job for job, state in zip(jobs, states, strict=True) if state != "done"]
+    return [job for job, state in zip(jobs, states, strict=True) if state not in ("done", "running")]
 
 
 def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
     """Test the winner, or with `test=always` every job, and write and print the report; returns how many are not done.
 
     The winner is the setting with the best validation accuracy, of which every seed is tested. That waits until no job
-    can overtake it any more: until all are done or have failed.
+    can overtake it any more: until all are done or have failed. A test that fails counts as a job that is not done.
     """
     from thaw.evaluation.evaluate import test_run
     from thaw.sweeps.report import read_report, write_report
 
     states = [read_state(job.folder) for job in jobs]
+    untested = 0
     if "done" in states and config.test and set(states) <= {"done", "failed"}:
         groups = [group for group in read_report([folder]).groups if group.val]
         for group in groups if config.test == "always" else groups[:1]:
             for run in group.done:
                 if run.test_acc is None:
-                    test_run(Path(run.folder))
+                    try:
+                        test_run(Path(run.folder))
+                    except Exception as error:  # what the other jobs have found is still to be reported
+                        print(f"error: {run.folder} cannot be tested: {explain(error)}", file=sys.stderr)
+                        untested += 1
     if set(states) != {"new"}:
         print(write_report([folder], folder).text)
         if (folder / "wandb").is_dir():
             wandb = os.path.relpath(folder / "wandb")
             print(f"W&B: look: wandb leet {wandb}    upload: wandb sync {wandb}/*")
-    return len(jobs) - states.count("done")
+    return len(jobs) - states.count("done") + untested

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,9 +23,10 @@ from thaw.sweeps.folders import job_key
 
 log = logging.getLogger(__name__)
 
-State = Literal["new", "cut off", "failed", "done"]
+State = Literal["new", "running", "cut off", "failed", "done"]
 
 JOB = "job.json"  # whose folder this is
+LOCK = "job.lock"  # held by the process that works there
 SUMMARY = "summary.json"  # of a run that came to its end
 FAILURE = "failure.json"  # of one that did not
 LAST = "checkpoints/last.ckpt"
@@ -47,7 +50,9 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
     cfg.validate = cfg.test = False  # the winner alone is measured, at the end
     try:
         return run_in_folder(cfg, train)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
+            raise  # which has put the job back into the queue
         if not isinstance(error, USER_ERRORS):
             traceback.print_exc()
         print(f"error: {explain(error)}", file=sys.stderr, flush=True)
@@ -61,29 +66,74 @@ def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) 
             val_acc = read_json(run_dir / SUMMARY)["val/acc"]
             log.info("%s is done already, with a validation accuracy of %s.", os.path.relpath(run_dir), val_acc)
             return val_acc
-        if (run_dir / LAST).is_file():
-            go_on(cfg, run_dir / LAST)
-        with recorded(cfg):
+        with recorded(cfg), interruptible():
+            go_on(cfg)
             return train(cfg)
 
 
 def read_state(run_dir: Path) -> State:
     """What has become of the run in a folder."""
-    if (run_dir / SUMMARY).is_file():
+    if has_summary(run_dir):
         return "done"
+    if is_claimed(run_dir):
+        return "running"
     if (run_dir / FAILURE).is_file():
         return "failed"
     return "cut off" if (run_dir / LAST).is_file() else "new"
 
 
-def go_on(cfg: DictConfig, last: Path) -> None:
-    """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run."""
+def has_summary(run_dir: Path) -> bool:
+    """Whether a run came to its end and its summary can be read."""
+    try:
+        return "val/acc" in read_json(run_dir / SUMMARY)
+    except (ValueError, OSError):
+        return False
+
+
+def is_claimed(run_dir: Path) -> bool:
+    """Whether a process works in a folder."""
+    if not (run_dir / LOCK).is_file():
+        return False
+    try:
+        with FileLock(run_dir / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def go_on(cfg: DictConfig) -> None:
+    """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run, if it was cut off.
+
+    What has raised an error starts anew: its cause may be mended, and what it has computed so far may be wrong.
+    """
     from thaw import checkpoint
 
-    log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(cfg.run_dir))
-    cfg.resume = str(last)
+    run_dir = Path(cfg.run_dir)
+    failed = (run_dir / FAILURE).is_file() and read_json(run_dir / FAILURE).get("status") == "failed"
+    if failed or not (run_dir / LAST).is_file():
+        return
+    try:
+        last = checkpoint.read(run_dir / LAST)
+    except ValueError as error:
+        log.warning("%s Starting anew.", error)
+        return
+    log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))
+    cfg.resume = str(run_dir / LAST)
     if cfg.logger and "wandb" in cfg.logger:
-        cfg.logger.wandb.id = checkpoint.read(last)["wandb_id"]
+        cfg.logger.wandb.id = last["wandb_id"]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Hand on Ctrl-C as what it is: Lightning ends the program with status 1 instead, and ignores it from then on."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, KeyboardInterrupt) and type(leaving).__name__ != "SIGTERMException":
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from None
 
 
 @contextmanager
@@ -93,20 +143,18 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
     Raises:
         ValueError: as in `run_job`.
     """
-    from filelock import FileLock, Timeout
-
     if not is_first_rank():
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / "job.lock", timeout=0)
+    lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise ValueError(f"{run_dir} is being written by another process; wait until it ends.") from error
     try:
         job = run_dir / JOB
-        if job.is_file() and read_json(job)["key"] != key:
+        if job.is_file() and read_json(job).get("key") != key:
             raise ValueError(
                 f"{run_dir} holds a run of another configuration; choose another hydra.run.dir, or remove that folder."
             )
@@ -124,7 +172,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         OmegaConf.save(OmegaConf.create(plain(cfg)), run_dir / "config.yaml")
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_first_rank():
             pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()

@@ -142,8 +142,13 @@ def run_command(run_dir: Path, job_name: str) -> list[str]:
         program = program.with_name("train.py")
     return [
         *(sys.executable, str(program), "--config-path", str(run_dir), "--config-name", CONFIG_NAME),
-        *(f"hydra.run.dir={run_dir}", "hydra.output_subdir=null", f"hydra.job.name={job_name}"),
+        *(f"hydra.run.dir={quoted(run_dir)}", "hydra.output_subdir=null", f"hydra.job.name={job_name}"),
     ]
+
+
+def quoted(path: Path) -> str:
+    """A path as a value on Hydra's command line, whatever characters it has."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def end_with(parent: int) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.config import plain
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
-from thaw.sweeps.jobs import FAILURE, SUMMARY, record_failure
+from thaw.sweeps.jobs import FAILURE, SUMMARY, read_state, record_failure
 from thaw.sweeps.processes import CONFIG_NAME, PARENT, run_command
 from thaw.sweeps.status import Status
 
@@ -62,11 +62,11 @@ class Queue(Launcher):
     hydra_context: HydraContext
 
     def __init__(self, gpus: str | Sequence[int], threads: int, max_jobs: int | None, minutes: float | None) -> None:
-        ranges = {"threads": threads, "max_jobs": max_jobs, "minutes": minutes}
+        limits = {name: value for name, value in (("max_jobs", max_jobs), ("minutes", minutes)) if value is not None}
         wrong = [
             f"hydra.launcher.{name}={value} must be a number above 0"
-            for name, value in ranges.items()
-            if not (value is None and name != "threads") and not (isinstance(value, (int, float)) and value > 0)
+            for name, value in {"threads": threads, **limits}.items()
+            if not isinstance(value, int | float) or value <= 0
         ]
         if wrong:
             raise ValueError("; ".join(wrong) + ".")
@@ -116,6 +116,10 @@ class Queue(Launcher):
                 return
             if kind in full or count > len(self.free[kind]):
                 full.add(kind)
+                continue
+            if (state := read_state(job.folder)) in ("done", "running"):
+                queue.remove(entry)
+                status.elsewhere(name, state)
                 continue
             units, self.free[kind] = self.free[kind][:count], self.free[kind][count:]
             queue.remove(entry)

@@ -51,6 +51,11 @@ class Status:
             outcome = f"{failure['status']}: {failure['reason']}"
         self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome} ({seconds:.0f} s)")
 
+    def elsewhere(self, name: str, state: str) -> None:
+        """A job that another process has begun, or ended, meanwhile."""
+        self.over += 1
+        self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {state} in another process")
+
     def show(self, jobs: Sequence[tuple[str, Sequence[str], float, Path]]) -> None:
         """Bring the lines of the running jobs up to date, at most twice a second.
 
