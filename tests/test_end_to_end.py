@@ -127,7 +127,7 @@ def test_a_disturbed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
         if name == "disturbed":
             assert sorted(path.name for path in tmp_path.glob("to/*/failure.json")) == []
             queued = script("train.py", *sweep, "hydra/launcher=queue", fails=True)
-            assert "seed=1: killed" in queued and "seed=4: failed: a fault" in queued
+            assert "seed=1: killed" in queued and "seed=4: failed: RuntimeError: a fault" in queued
             done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("to/*/summary.json")}
             assert len(done) == 1
             assert "1 done already, 2 failed" in script("train.py", *sweep)  # in one process this time

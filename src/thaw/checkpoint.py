@@ -151,7 +151,6 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"start_from={path} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, str(path)
-    saved.validate, saved.test = cfg.validate, cfg.test  # a job of a sweep leaves them to the sweep
     if saved.logger and "wandb" in saved.logger:
         saved.logger.wandb.id = checkpoint["wandb_id"]
     return saved

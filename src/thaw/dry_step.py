@@ -4,9 +4,11 @@ torch's fake tensors are meta tensors that say which device they are on, so that
 optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
+import gc
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +88,7 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
         backbone = instantiate(cfg.backbone)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+    with cleared_up_here(), warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
@@ -100,6 +102,19 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         thaws = model.freeze_policy.thaw_epochs(depths)
         model.freeze_policy.apply(model, depths, frozenset(), int(max(e for e in thaws.values() if e < math.inf)))
         return Dry(model, thaws, batch_size, precision, device).step(cfg.cache.mode != "off")
+
+
+@contextmanager
+def cleared_up_here() -> Iterator[None]:
+    """Collect garbage at the end, and in this thread: torch crashes where another one comes to free fake tensors."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if was_on:
+            gc.enable()
 
 
 class Dry:

@@ -24,6 +24,14 @@ CALLBACK += ["++callbacks.preemption.run_dir=${run_dir}"]
 RUN = [*CALLBACK, "trainer.max_epochs=3", "augment=affine", "logger=csv", "test=false"]  # 4 steps an epoch
 
 
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+    @property
+    def code(self) -> int:
+        return self.args[0]
+
+
 def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
     return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
 
@@ -67,7 +75,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What is there before, and has to be there afterwards; the process does not really end."""
 
     def leave(status: int) -> None:
-        raise SystemExit(status)
+        raise Left(status)
 
     monkeypatch.setattr(os, "_exit", leave)
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -109,7 +117,7 @@ def test_goes_on_to_the_same_weights(
     run = [*tiny_run, *RUN, *settings]
     whole = train(*run, name="whole")
     signalled(batch, signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Left) as ended:
         train(*run, name="cut")
     monkeypatch.setattr(Classifier, "training_step", TRAINING_STEP)
     cut = whole.parent / "cut"
@@ -161,7 +169,7 @@ def test_requeues_unless_it_is_to_end(
     asked: str,
 ) -> None:
     signalled(5, *numbers)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Left) as ended:
         train(*tiny_run, *RUN)
     assert scontrol() == asked
     assert ended.value.code == 128 + max(numbers, key=(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM).index)
@@ -196,7 +204,7 @@ def test_submitit_requeues_its_own_jobs(
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     signal.signal(signal.SIGUSR2, before := checkpoint_and_try_requeue)
     signalled(5, signal.SIGUSR2)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Left) as ended:
         train(*tiny_run, *RUN)
     assert (ended.value.code, seen, scontrol()) == (-1, [6], "")
     assert signal.getsignal(signal.SIGUSR2) == before
@@ -227,7 +235,7 @@ def test_a_run_that_is_being_tested_is_requeued_at_once(
         pytest.fail("not reached")
 
     monkeypatch.setattr(Classifier, "test_step", interrupted)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Left):
         train(*tiny_run, *RUN, "test=true")
     run_dir = tmp_path / "runs" / "test" / "run"
     assert scontrol() == "requeue 7\n"

@@ -146,8 +146,8 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
 
 
 def test_overrides_are_split_where_a_key_begins() -> None:
-    text = "optim.lr=0.1 +a.b=[1, 2] ~callbacks.progress seed=3 data.source=sample cache.dir=/c data.dir=/d"
-    assert split_overrides(text) == ("optim.lr=0.1", "+a.b=[1, 2]", "~callbacks.progress", "data.source=sample")
+    text = "optim.lr=0.1 +a.b=[1, 2] ~callbacks.finite_loss seed=3 data.source=sample cache.dir=/c data.dir=/d"
+    assert split_overrides(text) == ("optim.lr=0.1", "+a.b=[1, 2]", "~callbacks.finite_loss", "data.source=sample")
     assert split_overrides(None) == split_overrides("") == ()
 
 

@@ -62,7 +62,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
 def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
     run_dir = Path(cfg.run_dir)
     with claimed(run_dir, job_key(cfg)):
-        if read_state(run_dir) == "done":
+        if has_summary(run_dir):
             val_acc = read_json(run_dir / SUMMARY)["val/acc"]
             log.info("%s is done already, with a validation accuracy of %s.", os.path.relpath(run_dir), val_acc)
             return val_acc
@@ -147,7 +147,7 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_dir / LOCK, timeout=0)
+    lock = FileLock(run_dir / LOCK, timeout=1)  # second: others may just be asking
     try:
         lock.acquire()
     except Timeout as error:
