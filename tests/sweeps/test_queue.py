@@ -164,6 +164,7 @@ def test_free_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lines_on_a_terminal(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
     assert sweep(QUEUE, "seed=0,2,4") == 1
     printed = capsys.readouterr().out
     assert "epoch 1/2 going" in printed and "on 1" in printed  # of a running job

@@ -26,11 +26,12 @@ class Status:
     def __init__(self, total: int) -> None:
         self.total, self.over = total, 0
         self.console = Console(highlight=False, soft_wrap=True)
+        self.can_redraw = self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.shown = 0.0
 
     def __enter__(self) -> "Status":
-        if self.console.is_terminal:
+        if self.can_redraw:
             self.live.start()
         return self
 
@@ -38,7 +39,7 @@ class Status:
         self.live.stop()
 
     def started(self, name: str, kind: str, units: Sequence[str]) -> None:
-        if not self.console.is_terminal:
+        if not self.can_redraw:
             self.say(f"{'':{self.width}} {name}: starts on {place(kind, units)}")
 
     def ended(self, name: str, folder: Path, seconds: float) -> None:
@@ -62,7 +63,7 @@ class Status:
         Args:
             jobs: name, GPUs or cores, seconds so far and log file of each.
         """
-        if not self.console.is_terminal or time.monotonic() - self.shown < 0.5:
+        if not self.can_redraw or time.monotonic() - self.shown < 0.5:
             return
         self.shown = time.monotonic()
         table = Table.grid(padding=(0, 2))
