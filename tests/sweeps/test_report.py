@@ -2,13 +2,14 @@ import csv
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from sweeps.test_runs import make_run
 
-from thaw.sweeps.curves import epoch_curve, swept_curves, swept_keys
+from thaw.sweeps.curves import epoch_curve, save_swept, swept_curves, swept_keys
 from thaw.sweeps.groups import group_runs
 from thaw.sweeps.report import read_report, write_report
 from thaw.sweeps.runs import find_runs, read_run
@@ -180,7 +181,7 @@ def test_other_swept_numbers_have_curves(tmp_path: Path) -> None:
     assert [curve.joined for curve in curves] == [True, True, False]
 
 
-def test_a_random_search_is_points_and_not_a_line_for_each(tmp_path: Path) -> None:
+def test_a_random_search_is_points_and_not_a_line_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in range(6):
         lr, decay = 0.1 * 1.7**place, 0.01 * (place * 7 % 6)
         make_run(tmp_path / str(place), f"optim.lr={lr}", 0.9, optim__lr=lr, optim__weight_decay=decay)
@@ -188,6 +189,11 @@ def test_a_random_search_is_points_and_not_a_line_for_each(tmp_path: Path) -> No
     assert swept_keys(groups) == ["optim.lr", "optim.weight_decay"]
     (curve,) = swept_curves(groups, "optim.lr")
     assert (curve.label, len(curve.points), curve.joined) == ("probe", 6, False)
+    drawn = []
+    monkeypatch.setattr("thaw.sweeps.curves.save", lambda figure, path: drawn.append(figure))
+    for joined in (False, True):
+        save_swept([replace(curve, joined=joined)], "optim.lr", tmp_path / "curve.png")
+    assert ["-" in [line.get_linestyle() for line in figure.axes[0].lines] for figure in drawn] == [False, True]
 
 
 def test_a_single_learning_rate_has_no_curve(tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def save_swept(curves: Sequence[Curve], key: str, path: Path) -> None:
         x, y = [point.x for point in one.points], [point.mean for point in one.points]
         low, high = [point.low for point in one.points], [point.high for point in one.points]
         label = textwrap.shorten(one.label, 100, placeholder=" ...") if named else None
-        line = "-" if one.joined else ""
-        axes.plot(x, y, line, marker=marker, markersize=5, linewidth=1.6, color=color, label=label)
+        line = "-" if one.joined else "none"
+        axes.plot(x, y, linestyle=line, marker=marker, markersize=5, linewidth=1.6, color=color, label=label)
         if one.joined and len(x) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         else:

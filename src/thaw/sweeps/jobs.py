@@ -177,7 +177,8 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
             pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
             status = "pruned" if pruned else "failed"
-            record_failure(cfg, status, explain(error), trace, time.monotonic() - started)
+            reason = str(error) if pruned else explain(error)
+            record_failure(cfg, status, reason, trace, time.monotonic() - started)
         raise
     if is_first_rank():
         (run_dir / FAILURE).unlink(missing_ok=True)
