@@ -30,6 +30,8 @@ record = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIB
 print("epoch 1/2 going", flush=True)
 if cfg["seed"] == 1: os.kill(os.getpid(), signal.SIGKILL)
 if cfg["seed"] == 2: sys.exit(3)
+if cfg["seed"] == 8: sys.exit(128 + signal.SIGTERM)
+if cfg["seed"] == 9: sys.exit(3) if not (folder / "failure.json").exists() else os.kill(os.getpid(), signal.SIGKILL)
 if cfg["seed"] == 3:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (folder / "child").write_text(str(child.pid))
@@ -70,6 +72,19 @@ def test_a_killed_and_a_failed_job_touch_no_other(sweep: Sweep, tmp_path: Path, 
     assert sweep(QUEUE, "seed=0,1,2,4") == 1
     after = {seed: seen["start"] for seed, seen in by_seed(tmp_path / "sweep", "seen.json").items()}
     assert {seed for seed in before if after[seed] != before[seed]} == {1, 2}  # what was done did not run again
+
+
+def test_the_last_end_of_a_job_counts(sweep: Sweep, tmp_path: Path) -> None:
+    """A signal that was handled is one too, and another try may end in another way."""
+    ends = []
+    for _ in range(2):
+        assert sweep(QUEUE, "seed=8,9") == 1
+        failures = by_seed(tmp_path / "sweep", "failure.json")
+        ends.append([(failures[seed]["status"], failures[seed]["reason"].split(";")[0]) for seed in (8, 9)])
+    assert ends == [
+        [("killed", "ended by SIGTERM"), ("failed", "ended with exit status 3")],
+        [("killed", "ended by SIGTERM"), ("killed", "ended by SIGKILL")],
+    ]
 
 
 def test_jobs_at_once_have_cores_of_their_own(sweep: Sweep, tmp_path: Path) -> None:

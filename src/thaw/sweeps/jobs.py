@@ -60,6 +60,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
 
 
 def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    """As `run_job`, but what is raised goes on to the caller."""
     run_dir = Path(cfg.run_dir)
     with claimed(run_dir, job_key(cfg)):
         if has_summary(run_dir):

@@ -36,6 +36,7 @@ class Running:
     kind: machine.Kind
     units: list[str]  # GPUs or cores
     started: float
+    failure: float | None  # when an earlier try has left its failure.json
     late: bool = False  # was told to end, as its time is over
 
     @property
@@ -123,7 +124,9 @@ class Queue(Launcher):
                 continue
             units, self.free[kind] = self.free[kind][:count], self.free[kind][count:]
             queue.remove(entry)
-            running.append(Running(job, name, self.start(job, kind, units), kind, units, time.monotonic()))
+            before = failed_at(job.folder)
+            process = self.start(job, kind, units)
+            running.append(Running(job, name, process, kind, units, time.monotonic(), before))
             status.started(name, kind, units)
 
     def start(self, job: Job, kind: machine.Kind, units: list[str]) -> subprocess.Popen:
@@ -158,20 +161,25 @@ class Queue(Launcher):
         kill(running.process)  # ranks that it may have left
         self.free[running.kind] += running.units
         folder = running.job.folder
-        if not (folder / SUMMARY).is_file() and (running.late or not (folder / FAILURE).is_file()):
-            status_word, reason = (
-                ("timeout", f"took more than {self.minutes} minutes") if running.late else killed(code)
-            )
-            record_failure(running.job.cfg, status_word, reason, tail(folder / OUTPUT), running.seconds)
+        if not (folder / SUMMARY).is_file() and (running.late or failed_at(folder) == running.failure):
+            late = "timeout", f"took more than {self.minutes} minutes"
+            how, reason = late if running.late else killed(code)
+            record_failure(running.job.cfg, how, reason, tail(folder / OUTPUT), running.seconds)
         status.ended(running.name, folder, running.seconds)
         return True
 
 
+def failed_at(folder: Path) -> float | None:
+    """When a run's failure was recorded, if it was."""
+    return (folder / FAILURE).stat().st_mtime if (folder / FAILURE).is_file() else None
+
+
 def killed(code: int) -> tuple[str, str]:
     """What an exit status means of a process that did not say itself why it ended."""
-    if code < 0:
-        hint = "; perhaps memory ran out" if -code == signal.SIGKILL else ""
-        return "killed", f"ended by {signal.Signals(-code).name}{hint}"
+    number = -code if code < 0 else code - 128  # what a shell, and thaw.callbacks.preemption, make of a signal
+    if number in set(signal.Signals):
+        hint = "; perhaps memory ran out" if number == signal.SIGKILL else ""
+        return "killed", f"ended by {signal.Signals(number).name}{hint}"
     return "failed", f"ended with exit status {code}; see {OUTPUT}"
 
 
