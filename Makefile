@@ -8,7 +8,7 @@ ARGS   ?=
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
-	@echo "make test                                    install the test extras, then lint, types and all tests"
+	@echo "make test                                    install the test extras, then lint, types and all tests but test-slurm"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
 	@echo "make compare                                 all policies, baselines and DINOv2 on the official test digits (hours)"
@@ -43,7 +43,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }
