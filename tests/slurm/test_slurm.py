@@ -144,7 +144,7 @@ def sweep(folder: Path, launcher: str, meanwhile: Callable[[subprocess.Popen], N
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         try:
             meanwhile(process)
-            process.wait(180)
+            process.wait(400)  # SLURM may take two minutes to start a requeued job again
         finally:
             process.kill()
     said = (folder / "output").read_text()

@@ -152,10 +152,11 @@ class Queue(Launcher):
         """Whether a job is over; if so its share is free again, and its end is recorded and told."""
         code = running.process.poll()
         if code is None:
-            if self.minutes is not None and running.seconds > 60 * self.minutes and not running.late:
+            over = running.seconds - 60 * self.minutes if self.minutes is not None else 0.0
+            if over > 0 and not running.late:
                 running.late = True
                 running.process.terminate()
-            elif running.late and running.seconds > 60 * self.minutes + GRACE:  # type: ignore[operator]
+            elif over > GRACE:
                 kill(running.process)
             return False
         kill(running.process)  # ranks that it may have left

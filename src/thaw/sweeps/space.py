@@ -123,11 +123,13 @@ def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
 
 def probes(space: Space) -> list[dict[str, Any]]:
     """Parameters that have between them every choice and both ends of every range."""
-    columns = {}
+    columns: dict[str, list[Any]] = {}
     for key, distribution in space.items():
-        assert isinstance(distribution, CategoricalDistribution | FloatDistribution | IntDistribution)
-        is_choice = isinstance(distribution, CategoricalDistribution)
-        columns[key] = list(distribution.choices) if is_choice else [distribution.low, distribution.high]  # type: ignore
+        if isinstance(distribution, CategoricalDistribution):
+            columns[key] = list(distribution.choices)
+        else:
+            assert isinstance(distribution, FloatDistribution | IntDistribution)
+            columns[key] = [distribution.low, distribution.high]
     most = max(map(len, columns.values()))
     return [{key: column[row % len(column)] for key, column in columns.items()} for row in range(most)]
 
