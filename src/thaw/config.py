@@ -93,6 +93,11 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return config  # type: ignore[return-value]
 
 
+def backbone_name(backbone: DictConfig) -> str:
+    """What a backbone is called: timm's name, or the class of a baseline."""
+    return backbone.get("name") or backbone._target_.rpartition(".")[2].lower()
+
+
 def check_devices(trainer: DictConfig) -> None:
     """Refuse devices that this machine does not have.
 

@@ -26,7 +26,7 @@ class RunRecord(Callback):
     Before that it sees to it that all processes of the run have the same configuration.
 
     A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt, and
-    `checkpoint["wandb_id"]` lets a resumed run go on in the same W&B run.
+    `checkpoint["git_commit"]` names the code, `checkpoint["wandb_id"]` lets a resumed run go on in the same W&B run.
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
@@ -35,6 +35,7 @@ class RunRecord(Callback):
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.run_dir, self.config = Path(run_dir), config
+        self.git_commit = git_commit()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_same_config(self.config)
@@ -44,7 +45,7 @@ class RunRecord(Callback):
             return
         record = {
             "command": " ".join(sys.argv),
-            "git_commit": git_commit(),
+            "git_commit": self.git_commit,
             "python": sys.version.split()[0],
             "packages": {name: version(name) for name in PACKAGES},
             "device": str(trainer.strategy.root_device),
@@ -65,6 +66,7 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.config
+        checkpoint["git_commit"] = self.git_commit
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
 

@@ -82,6 +82,13 @@ def load(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str
         return load_sample(dataset)
 
 
+def class_names(dataset: str) -> list[str]:
+    """The ten classes of a dataset, in the order of its labels."""
+    if dataset == "MNIST":  # torchvision says "0 - zero"
+        return [str(digit) for digit in range(10)]
+    return list(getattr(torchvision.datasets, dataset).classes)
+
+
 def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) -> Source:
     """The official files, split by position: validation is the first 6,000 training digits, in every run."""
     official = getattr(torchvision.datasets, dataset)

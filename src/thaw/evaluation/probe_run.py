@@ -11,6 +11,7 @@ from torch import nn
 
 from thaw import checkpoint as checkpoints
 from thaw.callbacks.run_record import count_parameters, git_commit
+from thaw.config import backbone_name
 from thaw.data.preprocess import Preprocess
 from thaw.evaluation.probes import Choice, Labelled, Score
 from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
@@ -113,7 +114,7 @@ def report_probe(
         "dataset": cfg.data.dataset,
         "n_train": len(digits.train.labels),
         "n_val": len(digits.val.labels),
-        "backbone": cfg.backbone.get("name") or cfg.backbone._target_.rpartition(".")[2].lower(),  # of a baseline
+        "backbone": backbone_name(cfg.backbone),
         "weights": cfg.ckpt or cfg.backbone.get("weights", "none"),
         "trainable_params": fitted,
         "total_params": count_parameters(backbone)["total_params"] + fitted,

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
+from thaw.config import backbone_name
 from thaw.json_files import write_json
 from thaw.loggers import add_to_summary, where_to_look
 
@@ -49,7 +50,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "dataset": cfg.data.dataset,
         "n_train": len(digits.train.labels),
         "n_val": len(digits.val.labels),
-        "backbone": cfg.backbone.get("name") or cfg.backbone._target_.rpartition(".")[2].lower(),  # of a baseline
+        "backbone": backbone_name(cfg.backbone),
         "weights": cfg.backbone.get("weights", "none"),
         **count_parameters(trainer.lightning_module, trainer.max_epochs),
         "epochs": trainer.current_epoch,

@@ -1,0 +1,73 @@
+"""Where a vision transformer looks: attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928).
+
+Shapes: B batch, H heads, T tokens, h x w the grid of patches.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def rollout(maps: Sequence[Tensor]) -> Tensor:
+    """How much of each input token is in each output token, (B, T, T); rows sum to 1.
+
+    A block adds what it attends to to what it had, so half of its attention, averaged over heads, is each token's own
+    (section 3 of the paper); one block after the other is a product of matrices.
+
+    Args:
+        maps: attention (B, H, T, T) of each block, the first block's first.
+    """
+    total = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)  # (T, T)
+    for attention in maps:
+        mean = attention.mean(dim=1)  # (B, T, T)
+        total = mean @ total / 2 + total / 2
+    return total
+
+
+def attention_layers(backbone: Any) -> list[nn.Module]:
+    """The attention layer of each block; none where a token does not see all others, as in Swin and in CNNs."""
+    model = backbone.model
+    layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
+    has_grid = hasattr(getattr(model, "patch_embed", None), "grid_size") and hasattr(model, "num_prefix_tokens")
+    return layers if has_grid and all(hasattr(layer, "attn_drop") for layer in layers) else []  # type: ignore[return-value]
+
+
+@contextmanager
+def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
+    """While this is open, the backbone's attention is computed openly and its maps (B, H, T, T) go into the list."""
+    layers: list[Any] = attention_layers(backbone)
+    maps: list[Tensor] = []
+    fused = [layer.fused_attn for layer in layers]
+    hooks = [layer.attn_drop.register_forward_hook(lambda *call: maps.append(call[2])) for layer in layers]
+    for layer in layers:
+        layer.fused_attn = False  # torch's fused attention never has the map as a whole
+    try:
+        yield maps
+    finally:
+        for layer, was_fused, hook in zip(layers, fused, hooks, strict=True):
+            layer.fused_attn = was_fused
+            hook.remove()
+
+
+def share_of_patches(backbone: Any, maps: Sequence[Tensor]) -> Tensor:
+    """How much of each patch is in the pooled features, (B, h, w); each image's shares sum to 1.
+
+    The class token's row of the rollout, the mean of the patches' rows, or of both, as the backbone pools.
+
+    Args:
+        backbone: whose attention was recorded.
+        maps: as `recorded_attention` gave them.
+    """
+    model = backbone.model
+    flow = rollout([attention.float() for attention in maps])  # (B, T, T)
+    prefix = model.num_prefix_tokens
+    pooled = flow[:, prefix:].mean(dim=1)  # (B, T)
+    if backbone.pool == "class_and_mean":
+        pooled = (flow[:, 0] + pooled) / 2
+    elif model.global_pool == "token":
+        pooled = flow[:, 0]
+    patches = pooled[:, prefix:]  # (B, h w)
+    return (patches / patches.sum(dim=1, keepdim=True)).unflatten(1, model.patch_embed.grid_size)

@@ -1,0 +1,119 @@
+"""A trained classifier, ready for digits: what eval.py, predict.py, export.py, serve.py and notebooks share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from thaw import checkpoint as checkpoints
+from thaw.callbacks.progress import quiet
+from thaw.config import backbone_name, settle
+from thaw.data.sources import class_names
+from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
+from thaw.models.classifier import Classifier
+
+BATCH = 500  # digits at a time
+
+
+class Predictor:
+    """Digits, uint8 (N, 28, 28) on any device -> logits or probabilities (N, 10) on the CPU, in float32.
+
+    Args:
+        model: a classifier in eval mode.
+        cfg: its configuration, settled; `trainer` says on which accelerator and in which precision it computes.
+        checkpoint: the file that it came from.
+        commit: of the code that trained it.
+
+    Attributes:
+        has_attention: whether `attention` works.
+    """
+
+    def __init__(self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str) -> None:
+        self.cfg, self.checkpoint, self.commit = cfg, checkpoint, commit
+        self.fabric = Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision)
+        self.model = model.to(self.fabric.device)
+        self.has_attention = bool(attention_layers(model.backbone))
+
+    def logits(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
+        """(N, 28, 28) -> (N, 10); `told` is called with the number of digits after each batch."""
+        return self.by_batches(images, self.model, told)
+
+    def __call__(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
+        """(N, 28, 28) -> probabilities (N, 10)."""
+        return self.logits(images, told).softmax(dim=1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 28, 28) -> the backbone's features (N, D)."""
+        return self.by_batches(images, lambda batch: self.model.backbone(self.model.preprocess(batch)), None)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """(N, 28, 28) -> (N, h, w): each patch's share in what the head sees.
+
+        Raises:
+            ValueError: the backbone has no attention between all its patches.
+        """
+        if not self.has_attention:
+            raise ValueError(
+                f"{self.name} has no attention between all its patches; attention maps need a ViT or an EVA."
+            )
+
+        def maps(batch: Tensor) -> Tensor:
+            with recorded_attention(self.model.backbone) as recorded:
+                self.model(batch)
+            return share_of_patches(self.model.backbone, recorded)
+
+        return self.by_batches(images, maps, None)
+
+    @torch.inference_mode()
+    def by_batches(
+        self, images: Tensor, compute: Callable[[Tensor], Tensor], told: Callable[[int], Any] | None
+    ) -> Tensor:
+        parts = []
+        for batch in images.split(BATCH):
+            with self.fabric.autocast():
+                parts.append(compute(batch.to(self.fabric.device)).float().cpu())
+            if told:
+                told(len(batch))
+        return torch.cat(parts)
+
+    @property
+    def name(self) -> str:
+        """The architecture: timm's name, or a baseline's."""
+        return backbone_name(self.cfg.backbone)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the ten classes."""
+        return class_names(self.cfg.data.dataset)
+
+
+def load_predictor(
+    ckpt: str, weights: str | None = None, accelerator: str | None = None, precision: str | None = None
+) -> Predictor:
+    """The classifier of a run's best checkpoint, or of a checkpoint file.
+
+    Args:
+        ckpt: `last`, a run's folder or a checkpoint file.
+        weights: where the frozen weights lie, if not where they lay in training.
+        accelerator, precision: where and how it computes; None means as in training.
+
+    Raises:
+        ValueError: no such checkpoint, or one of a model that does not classify.
+    """
+    quiet()
+    path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")
+    checkpoint = checkpoints.read(path)
+    if weights:
+        checkpoint["config"]["backbone"]["weights"] = weights
+    cfg = OmegaConf.create(checkpoint["config"])
+    cfg.trainer.accelerator = accelerator or cfg.trainer.accelerator
+    cfg.trainer.precision = precision or cfg.trainer.precision
+    settle(cfg)
+    model = checkpoints.load_model(checkpoint)
+    if not isinstance(model, Classifier):
+        raise ValueError(f"{path} holds a {type(model).__name__}, which has no classes; give the run of a classifier.")
+    return Predictor(model, cfg, path, checkpoint.get("git_commit", "unknown"))
