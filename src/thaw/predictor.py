@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -15,8 +15,24 @@ from thaw.config import backbone_name, settle
 from thaw.data.sources import class_names
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.models.classifier import Classifier
+from thaw.models.feature_cache import digest
 
 BATCH = 500  # digits at a time
+
+
+class DigitModel(Protocol):
+    """What predicts: a `Predictor`, or an exported file's `thaw.export.onnx_model.OnnxModel`."""
+
+    has_attention: bool
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 28, 28) -> probabilities (N, 10)."""
+
+    def attention(self, images: Tensor) -> Tensor:
+        """uint8 (N, 28, 28) -> each patch's share in what the head sees (N, h, w)."""
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the model, as values of JSON."""
 
 
 class Predictor:
@@ -79,6 +95,19 @@ class Predictor:
             if told:
                 told(len(batch))
         return torch.cat(parts)
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the model, as values of JSON."""
+        return {
+            "name": self.cfg.name,
+            "backbone": self.name,
+            "dataset": self.cfg.data.dataset,
+            "classes": self.classes,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "weights_sha256": digest(self.model.state_dict()),
+            "git_commit": self.commit,
+            "checkpoint": str(self.checkpoint),
+        }
 
     @property
     def name(self) -> str:
