@@ -1,6 +1,8 @@
-"""Test a checkpoint: it holds all that is needed.    python eval.py ckpt=logs/runs/.../checkpoints/best.ckpt"""
+"""Test checkpoints and write a report: they hold all that is needed.    python eval.py ckpt=<run folder>"""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -10,24 +12,57 @@ from thaw.config import clear_errors
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
 def main(cfg: DictConfig) -> None:
-    from thaw import checkpoint as checkpoints
-    from thaw.evaluation.evaluate import evaluate
-    from thaw.json_files import write_json
+    from hydra.core.hydra_config import HydraConfig
+    from tqdm import tqdm
 
-    path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path)
-    if cfg.weights:
-        checkpoint["config"]["backbone"]["weights"] = cfg.weights
-    saved = OmegaConf.create(checkpoint["config"])
-    for group in ("data", "trainer"):
-        changes = {key: value for key, value in cfg[group].items() if value is not None}
-        saved[group] = OmegaConf.merge(saved[group], changes)
-    results = {"checkpoint": str(path), **evaluate(checkpoint, saved, Path(cfg.run_dir), loggers=[])}
-    write_json(results, Path(cfg.run_dir) / "eval.json")
-    print(
-        f"test/acc {results['test/acc']:.4%} on {results['n_test']:,} {results['data_source']} digits, 95 % interval "
-        f"[{results['test/acc_low']:.2%}, {results['test/acc_high']:.2%}]\npictures and eval.json in {cfg.run_dir}"
-    )
+    from thaw import checkpoint as checkpoints
+    from thaw.data import sources
+    from thaw.evaluation.assessment import assess, count_digits
+    from thaw.evaluation.report import log_report, write_report
+    from thaw.predictor import load_predictor
+
+    typed = {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+    chosen = "dataset" in cfg.data  # data=fashion_mnist
+    changes = {
+        key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
+    }
+    second = None
+    if chosen:
+        second = (cfg.data.dataset, sources.load(cfg.data.dataset, cfg.data.dir, cfg.data.source, cfg.data.mirrors))
+
+    predictors = []
+    for ckpt in cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]:
+        predictor = load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
+        predictor.cfg.data.merge_with(changes)
+        predictors.append(predictor)
+    names = Counter(predictor.cfg.name for predictor in predictors)
+    folder = Path(cfg.run_dir) / "report"
+    robustness: Any = OmegaConf.to_container(cfg.robustness)
+
+    assessments = []
+    for number, predictor in enumerate(predictors, start=1):
+        data, label = predictor.cfg.data, predictor.cfg.name
+        if names[label] > 1:
+            label += f" {number}"
+        source = sources.load(data.dataset, data.dir, data.source, data.mirrors)
+        total = count_digits(source, second, robustness)
+        pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
+        with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:
+            assessment = assess(label, predictor, source, second, robustness, pictures, bar.update)
+        facts = assessment.facts
+        print(
+            f"{label}: "
+            * (len(predictors) > 1)
+            + f"test/acc {facts['test/acc']:.4%} on {facts['n_test']:,} {facts['data_source']} digits, 95 % interval "
+            f"[{facts['test/acc_low']:.2%}, {facts['test/acc_high']:.2%}]",
+            flush=True,
+        )
+        assessments.append(assessment)
+    page = write_report(assessments, folder)
+    if cfg.wandb:
+        for predictor, assessment in zip(predictors, assessments, strict=True):
+            log_report(assessment, checkpoints.read(predictor.checkpoint), page)
+    print(f"report: {page}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from thaw.models.attention import attention_layers, recorded_attention, share_of
 from thaw.models.classifier import Classifier
 from thaw.models.feature_cache import digest
 
-BATCH = 500  # digits at a time
-
 
 class DigitModel(Protocol):
     """What predicts: a `Predictor`, or an exported file's `thaw.export.onnx_model.OnnxModel`."""
@@ -40,7 +38,8 @@ class Predictor:
 
     Args:
         model: a classifier in eval mode.
-        cfg: its configuration, settled; `trainer` says on which accelerator and in which precision it computes.
+        cfg: its configuration, settled; `trainer` says on which accelerator and in which precision it computes,
+            `data.eval_batch_size` for how many digits at a time.
         checkpoint: the file that it came from.
         commit: of the code that trained it.
 
@@ -89,7 +88,7 @@ class Predictor:
         self, images: Tensor, compute: Callable[[Tensor], Tensor], told: Callable[[int], Any] | None
     ) -> Tensor:
         parts = []
-        for batch in images.split(BATCH):
+        for batch in images.split(self.cfg.data.eval_batch_size):
             with self.fabric.autocast():
                 parts.append(compute(batch.to(self.fabric.device)).float().cpu())
             if told:

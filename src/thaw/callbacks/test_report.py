@@ -49,10 +49,10 @@ class TestReport(Callback):
         self.results = {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high, "n_test": total}
         if not trainer.is_global_zero:
             return
-        from thaw.evaluation.pictures import save_confusion_matrix, save_worst_digits  # matplotlib, only for pictures
+        from thaw.evaluation.pictures import save_confusion_matrix, save_digits  # matplotlib, only for pictures
 
         worst = worst_digits(logits, labels, WORST)
         save_confusion_matrix(labels, predictions, self.folder / "confusion_matrix.png")
-        save_worst_digits(images[worst], logits[worst], labels[worst], self.folder / "worst_digits.png")
+        save_digits(images[worst], logits[worst], labels[worst], "Highest loss first", self.folder / "worst_digits.png")
         for picture in ("confusion_matrix", "worst_digits"):
             log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

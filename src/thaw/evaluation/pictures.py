@@ -1,12 +1,16 @@
-"""What people would rather look at than read: confusion matrix, worst digits, contact sheet. Each writes a PNG."""
+"""What people would rather look at than read: where a model errs, how sure it is, where it looks. Each writes a PNG."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.evaluation.axes import save
+from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.metrics import BINS, accuracy_interval, calibration_error, reliability
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> None:
@@ -40,13 +44,14 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> No
     save(figure, path)
 
 
-def save_worst_digits(images: Tensor, logits: Tensor, labels: Tensor, path: Path) -> None:
+def save_digits(images: Tensor, logits: Tensor, labels: Tensor, order: str, path: Path) -> None:
     """The given digits in a grid, each with its label and what the model said instead.
 
     Args:
         images: uint8 (K, 28, 28).
         logits: (K, 10).
         labels: (K,).
+        order: in which they come, for the title.
     """
     chances = logits.softmax(dim=1)
     columns = 8
@@ -65,7 +70,7 @@ def save_worst_digits(images: Tensor, logits: Tensor, labels: Tensor, path: Path
             fontsize=9,
             color="#b2182b" if wrong else "#333333",
         )
-    figure.suptitle("Highest loss first: true \N{RIGHTWARDS ARROW} predicted (confidence)", fontsize=11)
+    figure.suptitle(f"{order}: true \N{RIGHTWARDS ARROW} predicted (confidence)", fontsize=11)
     save(figure, path)
 
 
@@ -80,4 +85,99 @@ def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> Non
         panel.set_xticks([])
         panel.set_yticks([])
         panel.spines[:].set_visible(False)
+    save(figure, path)
+
+
+def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: Path) -> None:
+    """Accuracy against confidence, as the model says it and after division by the temperature.
+
+    Args:
+        logits, labels: (N, 10) and (N,) of test digits.
+        temperature: chosen on validation.
+    """
+    figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=110)
+    titles = ("as trained", f"with temperature {temperature:.2f}")
+    for axes, scaled, title in zip(figure.subplots(1, 2), (logits, logits / temperature), titles, strict=True):
+        confidence, accuracy, counts = reliability(scaled, labels)
+        error = calibration_error(scaled, labels)
+        edges = torch.arange(BINS) / BINS
+        filled = counts > 0
+        axes.bar(edges[filled], accuracy[filled], 1 / BINS, align="edge", color="#4878a8", edgecolor="white")
+        axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
+        axes.scatter(confidence[filled], accuracy[filled], s=14, color="#b2182b", zorder=3)
+        for edge, height, count in zip(edges[filled], accuracy[filled], counts[filled], strict=True):
+            inside = float(height) > 0.12
+            axes.text(
+                *(edge + 0.5 / BINS, max(float(height), 0) + (-0.01 if inside else 0.01), f"{int(count):,}"),
+                **{"ha": "center", "va": "top" if inside else "bottom", "rotation": 90, "fontsize": 8},
+                color="white" if inside else "#333333",
+            )
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=f"{title}: ECE {error:.2%}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("accuracy (bars: number of digits)")
+    save(figure, path)
+
+
+def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path) -> None:
+    """Digits above the share of each patch in what the head sees, as a map over the digit.
+
+    Args:
+        images: uint8 (K, 28, 28).
+        shares: (K, h, w).
+        titles: of each digit.
+    """
+    figure = Figure(figsize=(1.15 * len(images), 2.75), layout="constrained", dpi=110)
+    for number, (above, below) in enumerate(figure.subplots(2, len(images), squeeze=False).T):
+        above.imshow(images[number].numpy(), cmap="gray_r", vmin=0, vmax=255)
+        above.set_title(titles[number], fontsize=9)
+        below.imshow(images[number].numpy(), cmap="gray_r", vmin=0, vmax=255, extent=(0, 28, 28, 0))
+        below.imshow(shares[number].numpy(), cmap="inferno", alpha=0.65, extent=(0, 28, 28, 0), interpolation="bicubic")
+        for panel in (above, below):
+            panel.axis("off")
+    save(figure, path)
+
+
+def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], digits: int, path: Path) -> None:
+    """Accuracy against the strength of each corruption, a line for each model with its 95 % interval.
+
+    Args:
+        curves: of each model, by corruption: pairs of strength and accuracy.
+        digits: how many each accuracy is of.
+    """
+    figure = Figure(figsize=(11, 6), layout="constrained", dpi=110)
+    for axes, (name, corruption) in zip(figure.subplots(2, 3).flat, CORRUPTIONS.items(), strict=True):
+        for number, (label, curve) in enumerate(curves.items()):
+            strengths, accuracies = zip(*curve[name], strict=True)
+            low, high = zip(*(accuracy_interval(round(x * digits), digits) for x in accuracies), strict=True)
+            axes.plot(strengths, accuracies, marker="o", markersize=3.5, color=f"C{number}", label=label)
+            axes.fill_between(strengths, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        axes.axvline(corruption.harmless, color="#aaaaaa", linewidth=0.8, linestyle=":")
+        axes.set(title=name, xlabel=corruption.unit, ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if name == "contrast":
+            axes.invert_xaxis()  # harder to the right
+    if len(curves) > 1:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save(figure, path)
+
+
+def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Features in two dimensions, coloured by class and named where each class has its middle.
+
+    Args:
+        points: (N, 2).
+        labels: (N,).
+        classes: names of the classes.
+    """
+    figure = Figure(figsize=(7, 6), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    axes.scatter(*points.T, c=labels, cmap="tab10", s=7, alpha=0.7, linewidths=0)
+    for number, name in enumerate(classes):
+        if (chosen := labels == number).any():
+            middle = points[chosen].median(dim=0).values
+            box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#888888", "alpha": 0.85}
+            axes.text(*middle.tolist(), name, ha="center", va="center", weight="bold", bbox=box)
+    axes.axis("off")
     save(figure, path)

@@ -1,0 +1,65 @@
+"""What a model costs to use: parameters, floating-point operations, time and size."""
+
+import copy
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from thaw.models.lora import merge_lora
+from thaw.predictor import Predictor
+
+SECONDS = 2.0  # spent on each timing
+
+
+def cost(predictor: Predictor, images: Tensor) -> dict[str, Any]:
+    """Parameters, FLOPs of one digit, time and size, as values of JSON.
+
+    Times are medians in the predictor's precision, on its device, on a machine that may do other things besides.
+
+    Args:
+        predictor: of the model.
+        images: uint8 (N, 28, 28), as many as a batch has.
+    """
+    model, device = predictor.model, predictor.fabric.device
+    seconds_of_one, seconds_of_all = seconds(predictor, images[:1]), seconds(predictor, images)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": flops(model, images[:1].to(device)),
+        "latency_ms": round(1000 * seconds_of_one, 3),
+        "images_per_second": round(len(images) / seconds_of_all, 1),
+        "batch_size": len(images),
+        "device": str(device),
+        "precision": predictor.cfg.trainer.precision,
+        "threads": torch.get_num_threads(),
+        "checkpoint_mb": round(predictor.checkpoint.stat().st_size / 1e6, 3),
+        "weights_mb": round(sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6, 3),
+    }
+
+
+def flops(model: nn.Module, image: Tensor) -> int | None:
+    """Operations in matrix products, convolutions and attention, a multiplication and an addition counting as two.
+
+    None for a recurrent network, which torch does not count.
+    """
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        return None
+    model = copy.deepcopy(model)
+    merge_lora(model)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops()
+
+
+def seconds(predictor: Predictor, images: Tensor) -> float:
+    """Median time of predicting these images, after one call to warm up."""
+    predictor(images)
+    taken: list[float] = []
+    while sum(taken) < SECONDS and len(taken) < 200:
+        started = time.perf_counter()
+        predictor(images)
+        taken.append(time.perf_counter() - started)
+    return median(taken)
