@@ -1,0 +1,44 @@
+"""Serve a checkpoint, or an exported model: a page to draw on, and a JSON API.    python serve.py ckpt=last"""
+
+import hydra
+from omegaconf import DictConfig
+
+from thaw.config import clear_errors
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="serve")
+def main(cfg: DictConfig) -> None:
+    import torch
+
+    from thaw.serve.limits import Limits
+
+    try:
+        from thaw.serve.app import create_app
+        from thaw.serve.server import open_port, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
+
+    sizes = ("max_batch", "max_queue", "max_images", "max_body_mb", "max_connections", "request_seconds")
+    limits = Limits(**{name: cfg[name] for name in sizes})
+    opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    if cfg.ckpt.endswith(".onnx"):
+        from pathlib import Path
+
+        from thaw.export.onnx_model import load_onnx
+
+        model = load_onnx(Path(cfg.ckpt))
+    else:
+        from thaw.predictor import load_predictor
+
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
+    app = create_app(model, limits)
+    address, port = opened.getsockname()[:2]
+    print(f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)", flush=True)
+    serve(app, opened)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,45 @@
+"""From the model's answer to the JSON of `POST /predict`."""
+
+import json
+from collections.abc import Sequence
+
+from pydantic import BaseModel, Field
+
+from thaw.serve.batcher import Answer
+from thaw.serve.requests import Digits
+
+
+class Prediction(BaseModel):
+    """Of one image. `input` (28 x 28) and `attention` (h x w, sums to 1) come with `explain` only."""
+
+    index: int
+    class_: str = Field(alias="class")
+    confidence: float
+    probabilities: list[float]
+    input: list[list[int]] | None = None
+    attention: list[list[float]] | None = None
+
+
+class PredictResponse(BaseModel):
+    predictions: list[Prediction]
+
+
+def to_json(answer: Answer, digits: Digits, names: Sequence[str]) -> bytes:
+    """The whole answer. Written by hand: it is a third of what a request costs if pydantic does it."""
+    quoted = [json.dumps(name) for name in names]
+    numbers = "[" + ",".join(["%.7g"] * len(names)) + "]"  # seven digits are all that float32 has
+    parts = []
+    for place, row in enumerate(answer.probabilities):
+        confidence = max(row)
+        index = row.index(confidence)
+        part = (
+            f'{{"class":{quoted[index]},"index":{index},"confidence":{confidence:.7g},'
+            f'"probabilities":{numbers % tuple(row)}'
+        )
+        if digits.explain:
+            attention = None
+            if answer.attention is not None:
+                attention = [[float(f"{share:.4g}") for share in line] for line in answer.attention[place]]
+            part += f',"input":{json.dumps(digits.images[place].tolist())},"attention":{json.dumps(attention)}'
+        parts.append(part + "}")
+    return f'{{"predictions":[{",".join(parts)}]}}'.encode()

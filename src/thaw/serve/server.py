@@ -1,0 +1,67 @@
+"""Running the application: the port, the stop on SIGTERM or Ctrl-C, and what is logged."""
+
+import errno
+import functools
+import math
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from thaw.serve.connection import Connection
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one.
+
+    Raises:
+        ValueError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"port={port} on host={host} is taken; choose another, or port=0 for any free one.") from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"port={port} is not yours to open; choose one of 1024 or above.") from error
+        raise ValueError(f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0.") from error
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, telling the application at once that it is about to stop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self.fastapi = app
+        limits = app.state.limits
+        connection = functools.partial(Connection, limits=limits)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=connection,  # type: ignore[arg-type]
+                ws="none",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(limits.request_seconds) + 1,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.fastapi.state.stopping = True
+        super().handle_exit(sig, frame)
+
+
+def serve(app: FastAPI, opened: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C; then answer what was asked already, and return."""
+    server = Server(app)
+
+    def stop(number: int, frame: FrameType | None) -> None:  # uvicorn raises the signal again once it has stopped
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    server.run(sockets=[opened])
