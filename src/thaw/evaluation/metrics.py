@@ -47,8 +47,9 @@ def least_certain(logits: Tensor, count: int) -> Tensor:
 
 def class_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Precision and recall of each class, (C,) both; 0 for a class that is never predicted, or never there."""
-    settings = {"num_classes": logits.shape[1], "average": "none"}
-    return multiclass_precision(logits, labels, **settings), multiclass_recall(logits, labels, **settings)
+    classes = logits.shape[1]
+    precision = multiclass_precision(logits, labels, classes, average="none")
+    return precision, multiclass_recall(logits, labels, classes, average="none")
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:

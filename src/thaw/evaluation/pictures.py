@@ -105,13 +105,11 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
         axes.bar(edges[filled], accuracy[filled], 1 / BINS, align="edge", color="#4878a8", edgecolor="white")
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         axes.scatter(confidence[filled], accuracy[filled], s=14, color="#b2182b", zorder=3)
-        for edge, height, count in zip(edges[filled], accuracy[filled], counts[filled], strict=True):
-            inside = float(height) > 0.12
-            axes.text(
-                *(edge + 0.5 / BINS, max(float(height), 0) + (-0.01 if inside else 0.01), f"{int(count):,}"),
-                **{"ha": "center", "va": "top" if inside else "bottom", "rotation": 90, "fontsize": 8},
-                color="white" if inside else "#333333",
-            )
+        for edge, height, count in zip(edges[filled].tolist(), accuracy[filled].tolist(), counts[filled], strict=True):
+            inside = height > 0.12
+            x, y = edge + 0.5 / BINS, height - 0.01 if inside else height + 0.01
+            colour, side = ("white", "top") if inside else ("#333333", "bottom")
+            axes.text(x, y, f"{count:,}", ha="center", va=side, rotation=90, fontsize=8, color=colour)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=f"{title}: ECE {error:.2%}")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("accuracy (bars: number of digits)")
@@ -173,11 +171,11 @@ def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], pat
     """
     figure = Figure(figsize=(7, 6), layout="constrained", dpi=110)
     axes = figure.add_subplot()
-    axes.scatter(*points.T, c=labels, cmap="tab10", s=7, alpha=0.7, linewidths=0)
+    axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab10", s=7, alpha=0.7, linewidths=0)
     for number, name in enumerate(classes):
         if (chosen := labels == number).any():
-            middle = points[chosen].median(dim=0).values
+            x, y = points[chosen].median(dim=0).values.tolist()
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#888888", "alpha": 0.85}
-            axes.text(*middle.tolist(), name, ha="center", va="center", weight="bold", bbox=box)
+            axes.text(x, y, name, ha="center", va="center", weight="bold", bbox=box)
     axes.axis("off")
     save(figure, path)

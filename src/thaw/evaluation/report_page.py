@@ -110,8 +110,8 @@ def classes_table(classes: Sequence[dict[str, Any]]) -> str:
 def second_text(second: dict[str, Any], own: str) -> str:
     return (
         f"<h2>On {escape(second['dataset'])}</h2><p>{second['n_test']:,} test images, {second['test/acc']:.2%} of "
-        f"which get the number of their own class ({second['test/acc_low']:.2%} to {second['test/acc_high']:.2%}; 10 % is "
-        f"chance where the classes are other things). Mean confidence {second['mean_confidence']:.1%}, on "
+        f"which get the number of their own class ({second['test/acc_low']:.2%} to {second['test/acc_high']:.2%}; 10 % "
+        f"is chance where the classes are other things). Mean confidence {second['mean_confidence']:.1%}, on "
         f"{escape(own)} {second['mean_confidence_own']:.1%}; confidence tells the two apart with an area under the ROC "
         f"curve of {second['auroc']:.3f}.</p>"
     )
