@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BATCH = 500  # digits at a time
-MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install -e '.[export]'"
+MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install -e '.[export]'."
 
 
 class OnnxModel:
@@ -55,12 +55,12 @@ class OnnxModel:
             raise ValueError(f"Digits must be uint8 (N, 28, 28), not {images.dtype} {tuple(images.shape)}.")
         options = RunOptions()
         options.only_execute_path_to_fetches = True
-        digits = images.cpu().numpy()
+        digits = images.cpu().numpy() if len(images) else np.zeros((1, 28, 28), np.uint8)  # none could end the process
         parts = [
             self.session.run([output], {"images": digits[start : start + BATCH]}, options)[0]
-            for start in range(0, max(1, len(digits)), BATCH)
+            for start in range(0, len(digits), BATCH)
         ]
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(np.concatenate(parts)[: len(images)])
 
     def facts(self) -> dict[str, Any]:
         """What identifies the model, as values of JSON."""
@@ -71,13 +71,12 @@ def load_onnx(path: Path) -> OnnxModel:
     """An ONNX file that `export.py` wrote.
 
     Raises:
-        ValueError: no such file, or not one of these.
-        ImportError: onnxruntime is not installed.
+        ValueError: no such file, or not one of these, or onnxruntime is not installed.
     """
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ValueError(MISSING) from error
     if not path.is_file():
         raise ValueError(f"{path} is no file; give one that export.py wrote.")
     options = onnxruntime.SessionOptions()

@@ -1,0 +1,36 @@
+"""A checkpoint as one file for other programs, or as a folder to share.    python export.py ckpt=last format=onnx"""
+
+import hydra
+from omegaconf import DictConfig
+
+from thaw.config import clear_errors
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="export")
+def main(cfg: DictConfig) -> None:
+    from thaw.data import sources
+    from thaw.export.destination import check_request, destination, summary
+    from thaw.export.export_file import export_file
+    from thaw.predictor import load_predictor
+
+    check_request(cfg)
+    predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true")
+    path = destination(cfg, predictor.checkpoint)
+    data = predictor.cfg.data
+    data.update({key: value for key, value in cfg.data.items() if value is not None})
+    source = sources.load(data.dataset, data.dir, data.source, data.mirrors)
+    if cfg.format == "hub_folder":
+        from thaw.export.hub_folder import export_folder
+        from thaw.export.push import push
+
+        facts = export_folder(predictor, source, cfg.license, path)
+        print(summary(facts, path))
+        if cfg.push:
+            print(push(path, cfg.push, cfg.private))
+    else:
+        print(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path))
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,78 @@
+"""From a predictor to one checked file, ONNX or torch.export's."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from thaw.data.sources import Source
+from thaw.export.facts import model_facts
+from thaw.export.measure import check_parity, expected, probabilities_of, tested
+from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx
+from thaw.export.onnx_model import load_onnx
+from thaw.export.portable import portable, trace
+from thaw.export.torch_program import load_program, save_program
+from thaw.predictor import DigitModel, Predictor
+
+
+class Format(NamedTuple):
+    """How a traced model is written with its facts, and read again."""
+
+    save: Callable[[Any, Mapping[str, Any], Path], None]
+    load: Callable[[Path], Any]
+
+
+FORMATS = {"onnx": Format(save_onnx, load_onnx), "torch_export": Format(save_program, load_program)}
+
+
+def export_file(predictor: Predictor, source: Source, format: str, quantize: str | None, path: Path) -> dict[str, Any]:
+    """Write a file and check it; what was at `path` is replaced only by one that has passed.
+
+    Args:
+        predictor: in fp32 on the CPU; LoRA is merged into its model.
+        source: of the digits that it is compared and tested on.
+        format: `onnx` or `torch_export`.
+        quantize: `int8`, for `onnx`, or None.
+        path: of the file.
+
+    Returns:
+        the facts that the file holds.
+
+    Raises:
+        ValueError: the model cannot be exported, or the file does not compute what the model does.
+    """
+    if format == "onnx":
+        check_onnx_installed()
+    wanted = expected(predictor, source.test)
+    model = portable(predictor)
+    facts = model_facts(predictor, format)
+    exported: Any = trace(model, predictor.name)
+    if format == "onnx":
+        exported = to_onnx(exported, model.outputs, predictor.name)
+        facts["opset"] = OPSET
+    save, load = FORMATS[format]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        save(exported, facts, part)
+        written: DigitModel = load(part)
+        facts |= check_parity(written, wanted)
+        probabilities = probabilities_of(written, source.test.images, f"test of {path.name}")
+        facts |= tested(probabilities, source)
+        if quantize:
+            fp32 = {"fp32_test_accuracy": facts["test_accuracy"], "fp32_bytes": part.stat().st_size}
+            exported, operators = to_int8(exported)
+            save(exported, facts, part)
+            rounded = probabilities_of(load(part), source.test.images, f"test of {path.name}")
+            same = (rounded.argmax(dim=1) == probabilities.argmax(dim=1)).float().mean()
+            facts |= tested(rounded, source) | fp32
+            facts |= {
+                "quantized": "int8",
+                "quantized_operators": operators,
+                "agreement_with_fp32": round(float(same), 6),
+                "largest_difference_to_fp32": float((rounded - probabilities).abs().max()),
+            }
+        save(exported, facts, part)  # once more, now with what was measured
+        assert load(part).facts().keys() >= facts.keys()
+        part.replace(path)
+    return facts
