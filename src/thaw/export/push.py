@@ -1,0 +1,53 @@
+"""A folder to the Hugging Face hub, when that is asked for."""
+
+import re
+from pathlib import Path
+
+MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface.co/settings/tokens"
+
+
+def check_push(repository: str) -> None:
+    """Refuse what cannot be pushed to, as far as can be told without a network.
+
+    Raises:
+        ValueError: no name of a repository, or no token.
+    """
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ValueError(f"push={repository!r} must be <user>/<name>, e.g. push=ada/mnist-vit.")
+    if get_token() is None:
+        raise ValueError(f"push={repository} needs a token of the Hugging Face hub, and there is none: {MAKE_TOKEN}.")
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload all files of a folder in one commit; returns where they are.
+
+    Args:
+        folder: stays as it is, whatever happens.
+        repository: `<user>/<name>`, created where it does not exist.
+        private: whether it is created as a private one.
+
+    Raises:
+        ValueError: the hub refuses.
+        ConnectionError: it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    later = f"The folder stays in {folder}; upload it later by `hf upload {repository} {folder}`"
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model exported by thaw")
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"push={repository}: the hub refuses ({reason}). {later}, with a token that may write there: {MAKE_TOKEN}."
+        ) from error
+    except Exception as error:  # the hub client raises a dozen unrelated classes for a connection that fails
+        reason = next(iter(str(error).strip().splitlines()), "no message")
+        raise ConnectionError(
+            f"push={repository}: {api.endpoint} cannot be reached ({type(error).__name__}: {reason}). {later}."
+        ) from error
+    return f"pushed     {commit.commit_url}"
