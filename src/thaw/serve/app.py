@@ -143,6 +143,8 @@ def public(facts: dict[str, Any]) -> dict[str, Any]:
 
 def refused(request: Request, error: Any) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status in (400, 408):  # the rest of the body is not waited for
+        headers["Connection"] = "close"
     return error_response(error.status, error.detail, headers)
 
 

@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import math
 from typing import Any
 
-import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from thaw.serve.limits import Limits

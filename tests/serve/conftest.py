@@ -1,0 +1,95 @@
+"""Servers inside a test: a real uvicorn on a free port, in a thread, with a model that does as it is told."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, compose_run
+from torch import Tensor
+
+from thaw.serve.app import create_app
+from thaw.serve.limits import Limits
+from thaw.serve.server import Server, open_port
+
+LIMITS = {
+    "max_batch": 8,
+    "max_queue": 50,
+    "max_images": 20,
+    "max_body_mb": 0.2,
+    "max_connections": 20,
+    "request_seconds": 1.0,
+}
+
+
+class StandIn:
+    """Class `brightness of the first pixel % 10`, surely. `open` lets it answer; `broken` makes it fail."""
+
+    has_attention = True
+
+    def __init__(self) -> None:
+        self.open, self.broken, self.batches = threading.Event(), False, list[int]()
+        self.seen: list[list[int]] = []
+        self.open.set()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        self.seen.append(images[:, 0, 0].tolist())
+        assert self.open.wait(20)
+        if self.broken:
+            raise RuntimeError("out of order")
+        return torch.eye(10)[images[:, 0, 0].long() % 10]
+
+    def attention(self, images: Tensor) -> Tensor:
+        return torch.full((len(images), 2, 2), 0.25)
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": "stand-in", "classes": [*"012345678", "<b>nine"], "checkpoint": "/home/someone/runs/a/b/best.ckpt"}
+
+
+@pytest.fixture
+def stand_in() -> Iterator[StandIn]:
+    model = StandIn()
+    yield model
+    model.open.set()
+
+
+@pytest.fixture
+def serving() -> Iterator[Callable[..., str]]:
+    """Start a server of a model with these limits; returns its address."""
+    running: list[tuple[Server, threading.Thread]] = []
+
+    def start(model: Any, **limits: Any) -> str:
+        opened = open_port("127.0.0.1", 0)
+        server = Server(create_app(model, Limits(**{**LIMITS, **limits})))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        thread.start()
+        running.append((server, thread))
+        address = f"http://127.0.0.1:{opened.getsockname()[1]}"
+        while not server.started:
+            time.sleep(0.01)
+        return address
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run: a linear probe on the bundled sample and weights."""
+    folder = tmp_path_factory.mktemp("served")
+    run_dir = folder / "runs" / "probe" / "one"
+    run_dir.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        import train as script
+
+        wanted = ["experiment=vit_linear_probe", "data.source=sample", "logger=none", "test=false"]
+        script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
+    return run_dir

@@ -1,0 +1,156 @@
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from thaw.serve.batcher import Answer, Batcher, ModelFailedError
+from thaw.serve.limits import Refused
+
+
+@contextmanager
+def batching(model, max_batch: int = 8, max_queue: int = 100) -> Iterator[Batcher]:
+    told: list[int] = []
+    batcher = Batcher(model, max_batch, max_queue, lambda size, seconds: told.append(size))
+    yield batcher
+    model.open.set()
+    batcher.close(10)
+    assert not batcher.thread.is_alive()
+    assert told == model.batches
+
+
+def digits(*classes: int) -> Tensor:
+    images = torch.zeros(len(classes), 28, 28, dtype=torch.uint8)
+    images[:, 0, 0] = torch.tensor(classes)
+    return images
+
+
+def classes(answer: Answer) -> list[int]:
+    return [row.index(1.0) for row in answer.probabilities]
+
+
+async def until(condition) -> None:
+    stop = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < stop
+        await asyncio.sleep(0.005)
+
+
+def test_every_request_gets_its_own_answers_in_order(stand_in) -> None:
+    """Requests of 1 to 21 digits, together: batches are full, and each request gets what it asked for."""
+    wanted = [torch.randint(0, 10, (size,)).tolist() for size in range(1, 22)]
+
+    async def run() -> list[Answer]:
+        with batching(stand_in, max_queue=300) as batcher:
+            stand_in.open.clear()
+            tasks = [asyncio.create_task(batcher.predict(digits(*some), explain=len(some) % 2 == 0)) for some in wanted]
+            await until(lambda: batcher.waiting >= 231 - 8)
+            stand_in.open.set()
+            return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(run())
+    assert [classes(answer) for answer in answers] == wanted
+    for some, answer in zip(wanted, answers, strict=True):
+        assert answer.attention == ([[[0.25, 0.25], [0.25, 0.25]]] * len(some) if len(some) % 2 == 0 else None)
+    assert max(stand_in.batches) == 8
+    assert sum(stand_in.batches) == 231
+    assert len(stand_in.batches) <= 231 / 8 + 2  # full, but for the first and the last
+
+
+def test_a_big_request_holds_up_a_small_one_by_one_batch(stand_in) -> None:
+    async def run() -> None:
+        with batching(stand_in) as batcher:
+            stand_in.open.clear()
+            big = asyncio.create_task(batcher.predict(digits(*[1] * 80), False))
+            await until(lambda: stand_in.batches)
+            small = asyncio.create_task(batcher.predict(digits(2), False))
+            await asyncio.sleep(0.05)
+            stand_in.open.set()
+            assert classes(await small) == [2]
+            assert classes(await big) == [1] * 80
+
+    asyncio.run(run())
+    assert [2 in batch for batch in stand_in.seen].index(True) == 2  # one was running, and one came before it
+
+
+def test_cancelled_requests_leave_the_queue(stand_in) -> None:
+    async def run() -> None:
+        with batching(stand_in) as batcher:
+            stand_in.open.clear()
+            first = asyncio.create_task(batcher.predict(digits(1), False))
+            await until(lambda: stand_in.batches)
+            gone = asyncio.create_task(batcher.predict(digits(*[5] * 30), False))
+            kept = asyncio.create_task(batcher.predict(digits(2), False))
+            await until(lambda: batcher.waiting == 31)
+            gone.cancel()
+            await until(lambda: batcher.waiting == 1)
+            first.cancel()  # in the model already: its batch runs, its answer goes nowhere
+            stand_in.open.set()
+            assert classes(await kept) == [2]
+            assert batcher.waiting == 0
+
+    asyncio.run(run())
+    assert stand_in.batches == [1, 1]
+
+
+def test_a_full_queue_refuses(stand_in) -> None:
+    async def run() -> None:
+        with batching(stand_in, max_queue=10) as batcher:
+            batcher.seconds_per_image = 0.5
+            stand_in.open.clear()
+            first = asyncio.create_task(batcher.predict(digits(1), False))
+            await until(lambda: stand_in.batches)
+            waiting = asyncio.create_task(batcher.predict(digits(*range(7)), False))
+            await until(lambda: batcher.waiting == 7)
+            with pytest.raises(Refused, match="7 of at most 10 images are waiting, no room for 4 more") as refused:
+                await batcher.predict(digits(*range(4)), False)
+            assert (refused.value.status, refused.value.retry_after) == (503, 4)  # 7 x 0.5 s
+            fits = asyncio.create_task(batcher.predict(digits(1, 2, 3), False))
+            await until(lambda: batcher.waiting == 10)
+            stand_in.open.set()
+            await asyncio.gather(first, waiting, fits)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", ["exception", "nan"])
+def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monkeypatch) -> None:
+    async def run() -> None:
+        with batching(stand_in) as batcher:
+            stand_in.open.clear()
+            first = asyncio.create_task(batcher.predict(digits(1), False))
+            await until(lambda: stand_in.batches)
+            if fault == "exception":
+                stand_in.broken = True
+            else:
+                monkeypatch.setattr(torch, "eye", lambda size: torch.full((size, size), torch.nan))
+            big = asyncio.create_task(batcher.predict(digits(*[5] * 30), False))  # of which no second batch is tried
+            await until(lambda: batcher.waiting == 30)
+            stand_in.open.set()
+            for task in (first, big):
+                with pytest.raises(ModelFailedError):
+                    await task
+            await until(lambda: batcher.waiting == 0)
+            stand_in.broken = False
+            monkeypatch.undo()
+            assert classes(await batcher.predict(digits(3), False)) == [3]
+
+    asyncio.run(run())
+
+
+def test_close_answers_what_waits(stand_in) -> None:
+    async def run() -> list[int]:
+        batcher = Batcher(stand_in, 8, 100, lambda size, seconds: None)
+        stand_in.open.clear()
+        tasks = [asyncio.create_task(batcher.predict(digits(*[4] * 20), False)) for _ in range(3)]
+        await until(lambda: batcher.waiting == 52)
+        closing = asyncio.create_task(asyncio.to_thread(batcher.close, 10))
+        stand_in.open.set()
+        await closing
+        assert not batcher.thread.is_alive()
+        return [len(answer.probabilities) for answer in await asyncio.gather(*tasks)]
+
+    assert asyncio.run(run()) == [20, 20, 20]

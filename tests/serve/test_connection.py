@@ -1,0 +1,151 @@
+"""Clients that keep a connection and give nothing: each is ended in bounded time, and others are served meanwhile."""
+
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+ROWS = [[7] + [0] * 27] + [[0] * 28] * 27
+BODY = json.dumps({"images": [ROWS]}).encode()
+WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+SECONDS = 0.6  # the servers' time limit here
+
+
+@pytest.fixture
+def address(stand_in, serving) -> str:
+    return serving(stand_in, request_seconds=SECONDS)
+
+
+def connect(address: str) -> socket.socket:
+    parts = urlsplit(address)
+    return socket.create_connection((parts.hostname, parts.port), timeout=15)
+
+
+def everything(client: socket.socket) -> bytes:
+    """What the server sends until it closes."""
+    received = b""
+    try:
+        while part := client.recv(65536):
+            received += part
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def answer_of(client: socket.socket) -> tuple[int, str]:
+    """Status and detail of the one answer that comes before the server closes."""
+    head, _, body = everything(client).partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower(), head
+    return int(head.split()[1]), json.loads(body)["detail"]
+
+
+HALVES = {
+    "half a line": (b"POST /pre", 408, "no whole request in 0.6 s"),
+    "half the headers": (HEAD, 408, "no whole request in 0.6 s"),
+    "no body": (HEAD + b"Content-Length: 100\r\n\r\n", 408, "only 0 bytes came in 0.6 s"),
+    "half a body": (WHOLE[:-100], 408, f"only {len(BODY) - 100:,} bytes came in 0.6 s"),
+    "half a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n50\r\nabc", 408, "only 3 bytes came"),
+    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "no HTTP request"),
+    "endless header": (HEAD + b"X: " + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
+    "endless line": (b"GET /" + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
+}
+
+
+def test_half_a_request(address: str) -> None:
+    """A client that stops half way is told so and let go; and the next request is served."""
+    for name, (sent, status, reason) in HALVES.items():
+        started = time.monotonic()
+        with connect(address) as client:
+            client.sendall(sent)
+            found, detail = answer_of(client)
+            assert (found, reason in detail) == (status, True), (name, found, detail)
+        assert time.monotonic() - started < SECONDS + 4, name
+    assert httpx.post(f"{address}/predict", json={"images": [ROWS]}).status_code == 200
+
+
+def test_half_a_request_and_an_end(address: str) -> None:
+    """A client that hangs up half way leaves nothing behind."""
+    for sent in (HEAD, WHOLE[:-100]):
+        with connect(address) as client:
+            client.sendall(sent)
+    assert httpx.post(f"{address}/predict", json={"images": [ROWS]}).status_code == 200
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_client_that_dribbles(address: str, part: str) -> None:
+    """A byte at a time does not renew the time limit."""
+    started = time.monotonic()
+    with connect(address) as client:
+        client.sendall(HEAD + (b"Content-Length: 1000\r\n\r\n" if part == "body" else b"X: "))
+        try:
+            while time.monotonic() - started < 10:
+                client.sendall(b"x")
+                time.sleep(0.05)
+        except OSError:  # the server has closed
+            pass
+    assert SECONDS * 0.9 < time.monotonic() - started < SECONDS + 5
+
+
+def test_a_client_that_says_nothing(address: str) -> None:
+    with connect(address) as client:
+        started = time.monotonic()
+        assert everything(client) == b""
+        assert SECONDS * 0.9 < time.monotonic() - started < SECONDS + 3
+
+
+def test_a_refused_body_is_not_read_for_ever(address: str) -> None:
+    """The 413 comes at once; who then dribbles on is cut off, who sends on can read it."""
+    with connect(address) as client:
+        client.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
+        assert b" 413 " in client.recv(65536)
+        started = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() - started < 10:
+                client.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - started < 6
+
+
+def test_a_client_that_does_not_read(stand_in, serving) -> None:
+    """Answers that are not fetched are given up, and so is their connection."""
+    address = serving(stand_in, request_seconds=SECONDS, max_images=1000, max_queue=1000, max_body_mb=10.0)
+    body = json.dumps({"images": [ROWS] * 500, "explain": True}).encode()
+    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connect(address) as client:
+        started = time.monotonic()
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):  # by the server, before the client's own timeout
+            for _ in range(20):  # answers of a megabyte each: more than the system holds back for them
+                client.sendall(request)
+        assert time.monotonic() - started < 10
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_keep_alive_and_pipelining(address: str) -> None:
+    """The limits leave honest clients alone: many requests on one connection, also several at once, and pauses."""
+    with connect(address) as client:
+        for _ in range(3):
+            client.sendall(WHOLE * 3)
+            received = b""
+            while received.count(b'"class":"7"') < 3:
+                part = client.recv(65536)
+                assert part
+                received += part
+            time.sleep(SECONDS * 1.5)
+
+
+def test_too_many_connections(stand_in, serving) -> None:
+    address = serving(stand_in, max_connections=3, request_seconds=SECONDS)
+    held = [connect(address) for _ in range(3)]
+    time.sleep(0.1)
+    response = httpx.get(f"{address}/healthz")
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+    assert "more than 3 connections" in response.json()["detail"]
+    time.sleep(SECONDS * 2)  # those who said nothing are gone
+    assert httpx.get(f"{address}/healthz").status_code == 200
+    for client in held:
+        client.close()
