@@ -19,8 +19,8 @@ def format_page(assessments: Sequence[Assessment], pairs: Sequence[dict[str, Any
     parts = [
         f"<h1>{escape(title)}</h1>",
         "" if several else f"<p style='font-size:2.6rem;margin:.6rem 0 0'>{first['test/acc']:.2%}</p>",
-        f"<p class=soft>of {first['n_test']:,} {kind} ({escape(first['dataset'])}) are read right. Intervals are "
-        "Wilson's, at 95 %.</p>",
+        f"<p class=soft>{'on' if several else 'of'} {first['n_test']:,} {kind} ({escape(first['dataset'])})"
+        f"{'' if several else ' are read right'}. Intervals are Wilson's, at 95 %.</p>",
         models_table(assessments),
     ]
     if pairs:
@@ -39,7 +39,7 @@ def format_page(assessments: Sequence[Assessment], pairs: Sequence[dict[str, Any
 
 def models_table(assessments: Sequence[Assessment]) -> str:
     head = ["model", "accuracy", "95 % interval", "errors", "ECE", "ECE with T", "corrupted"]
-    head += ["parameters", "FLOPs a digit", "one digit", "digits/s"]
+    head += ["parameters", "FLOPs a digit", "digits/s"]
     rows = []
     for model in assessments:
         facts, calibration, cost = model.facts, model.facts["calibration"], model.facts["cost"]
@@ -55,7 +55,6 @@ def models_table(assessments: Sequence[Assessment]) -> str:
                 (f"{facts['robustness']['mean']:.2%}", facts["robustness"]["mean"]),
                 (f"{cost['parameters']:,}", cost["parameters"]),
                 ("-" if cost["flops"] is None else f"{cost['flops'] / 1e6:,.1f} M", cost["flops"]),
-                (f"{cost['latency_ms']:.1f} ms", cost["latency_ms"]),
                 (f"{cost['images_per_second']:,.0f}", cost["images_per_second"]),
             ]
         )

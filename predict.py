@@ -1,0 +1,53 @@
+"""Read the digits in pictures.    python predict.py ckpt=<run folder> <files or folders>"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from thaw.config import clear_errors
+
+
+def take_inputs(arguments: list[str]) -> list[str]:
+    """Remove from the command line what is neither a setting nor an option, and return it: files and folders."""
+    inputs = [
+        word
+        for word in filter(None, arguments[1:])
+        if Path(word).exists() or ("=" not in word and word[0] not in "-~+")
+    ]
+    arguments[1:] = [word for word in arguments[1:] if word not in inputs]
+    return inputs
+
+
+inputs: list[str] = []
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
+def main(cfg: DictConfig) -> None:
+    from tqdm import tqdm
+
+    from thaw.prediction import Writer, find_files, in_batches, open_output, predictions, read_file
+    from thaw.predictor import load_predictor
+
+    files = find_files([*cfg.inputs, *inputs])
+    with open_output(cfg.output, cfg.format) as (file, format):
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
+        print(f"model: {model.checkpoint}", file=sys.stderr)
+        writer = Writer(file, format, model.classes)
+        read = failed = 0
+        with tqdm(files, desc="files", unit="file", disable=None, leave=False) as bar:
+            for batch in in_batches(one for path in bar for one in read_file(path)):
+                for row in predictions(model, batch, model.classes):
+                    writer.write(row)
+                    read, failed = read + (row["error"] is None), failed + (row["error"] is not None)
+    if cfg.output:
+        print(f"{read:,} digits of {len(files):,} files in {cfg.output}", file=sys.stderr)
+    if failed:
+        raise ValueError(f"{failed:,} of {len(files):,} files could not be read; the column `error` says why.")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        inputs = take_inputs(sys.argv)
+        main()
