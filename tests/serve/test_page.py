@@ -1,0 +1,235 @@
+"""The page in a real browser: digits are drawn as a hand would, with a mouse and with a finger."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from thaw.data.sources import load
+from thaw.predictor import load_predictor
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+Strokes = list[list[tuple[float, float]]]  # points (x, y) from 0 to 1
+
+pytestmark = pytest.mark.slow
+
+
+def thinned(ink: np.ndarray) -> np.ndarray:
+    """The middle lines of a boolean picture (Zhang & Suen 1984)."""
+    ink = np.pad(ink, 1)
+    while True:
+        before = ink.copy()
+        for first in (True, False):
+            # the eight neighbours, clockwise from the one above
+            n = [np.roll(ink, shift, (0, 1)) for shift in [(1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1)]]
+            count = sum(neighbour.astype(int) for neighbour in n)
+            turns = sum((~n[i] & n[(i + 1) % 8]).astype(int) for i in range(8))
+            up, right, down, left = n[0], n[2], n[4], n[6]
+            ends = ~(up & right & down) & ~(right & down & left) if first else ~(up & right & left) & ~(up & down & left)
+            ink = ink & ~((count >= 2) & (count <= 6) & (turns == 1) & ends)
+        if (ink == before).all():
+            return ink[1:-1, 1:-1]
+
+
+def strokes_of(digit: np.ndarray) -> Strokes:
+    """A real digit (28, 28) as the strokes of a pen: its middle lines, walked from their ends."""
+    large = np.asarray(Image.fromarray(digit).resize((84, 84), Image.Resampling.BICUBIC))
+    left = {(int(y), int(x)) for y, x in np.argwhere(thinned(large > 100))}
+    around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+
+    def neighbours(y: int, x: int) -> list[tuple[int, int]]:
+        return [(y + dy, x + dx) for dy, dx in around if (y + dy, x + dx) in left]
+
+    strokes = []
+    while left:
+        at = min(left, key=lambda point: (len(neighbours(*point)) != 1, point))
+        walk, step = [at], (0, 0)
+        left.remove(at)
+        while choices := neighbours(*at):
+            following = min(choices, key=lambda p: abs(p[0] - at[0] - step[0]) + abs(p[1] - at[1] - step[1]))
+            step, at = (following[0] - at[0], following[1] - at[1]), following
+            left.remove(at)
+            walk.append(at)
+        if len(walk) > 6 or not strokes:
+            strokes.append([((x + 0.5) / 84, (y + 0.5) / 84) for y, x in (*walk[:-1:3], walk[-1])])
+    return strokes
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[np.ndarray]:
+    """The first digit of each class that is in the sample's test split."""
+    test = load("MNIST", ROOT / "data", "sample", None).test
+    return [test.images[(test.labels == label).nonzero()[0, 0]].numpy() for label in range(10)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if not found:
+        pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def address(linear_probe, serving) -> str:
+    return serving(load_predictor(str(linear_probe)), max_body_mb=2.0, request_seconds=10.0)
+
+
+@pytest.fixture
+def opened(browser, address) -> Iterator[Callable]:
+    """Open the page in a window of its own; afterwards nothing must have gone wrong in it, or come from elsewhere."""
+    contexts, wrong = [], []
+
+    def go(**window):
+        context = browser.new_context(**window)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: None if request.url.startswith((address, "data:")) else wrong.append(request.url))
+        page.goto(address)
+        page.wait_for_selector("#bars li")
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def settled(page) -> str:
+    """The answer, once the page has asked for all that was drawn."""
+    stop = time.monotonic() + 15
+    while page.evaluate("asking || changed && strokes.length > 0"):
+        assert time.monotonic() < stop
+        page.wait_for_timeout(20)
+    return page.inner_text("#name")
+
+
+def draw(page, strokes: Strokes) -> None:
+    box = page.locator("#pad").bounding_box()
+    for points in strokes:
+        for place, (x, y) in enumerate(points):
+            page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+            if not place:
+                page.mouse.down()
+        page.mouse.up()
+
+
+def draw_with_finger(page, strokes: Strokes) -> None:
+    box, session = page.locator("#pad").bounding_box(), page.context.new_cdp_session(page)
+    for points in strokes:
+        for place, (x, y) in enumerate(points):
+            at = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}]
+            session.send("Input.dispatchTouchEvent", {"type": "touchMove" if place else "touchStart", "touchPoints": at})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+def ink(page, canvas: str) -> int:
+    """How many pixels of a canvas are not black."""
+    return page.evaluate(
+        "id => { const c = document.getElementById(id), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        " let n = 0; for (let i = 0; i < d.length; i += 4) n += d[i] > 20; return n; }",
+        canvas,
+    )
+
+
+def test_ten_digits_with_a_mouse(opened, digits) -> None:
+    page = opened(viewport={"width": 1000, "height": 700})
+    answers = []
+    for digit in digits:
+        draw(page, strokes_of(digit))
+        answers.append(settled(page))
+        assert ink(page, "input") > 40
+        page.keyboard.press("Escape")
+    assert sum(answer == str(label) for label, answer in enumerate(answers)) >= 9, answers
+
+
+def test_small_and_off_centre(opened, digits) -> None:
+    """MNIST's rule makes size and place irrelevant, and so does the pen that is scaled with the drawing."""
+    page = opened(viewport={"width": 1000, "height": 700})
+    answers = []
+    for digit in digits:
+        draw(page, [[(0.6 + 0.3 * x, 0.05 + 0.3 * y) for x, y in points] for points in strokes_of(digit)])
+        answers.append(settled(page))
+        page.keyboard.press("Delete")
+    assert sum(answer == str(label) for label, answer in enumerate(answers)) >= 9, answers
+
+
+def test_on_a_phone_with_a_finger(opened, digits) -> None:
+    page = opened(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, device_scale_factor=2)
+    answers = []
+    for digit in digits:
+        draw_with_finger(page, strokes_of(digit))
+        answers.append(settled(page))
+        assert page.evaluate("scrollY") == 0, "the page does not scroll while one draws"
+        page.tap("#clear")
+    assert sum(answer == str(label) for label, answer in enumerate(answers)) >= 9, answers
+    assert page.evaluate("document.documentElement.scrollWidth") == 360, "nothing is wider than the screen"
+
+
+def test_what_is_shown(opened, digits) -> None:
+    """Ten bars that add up, the input, the attention; undo takes back a stroke, clear takes back all."""
+    page = opened(viewport={"width": 1000, "height": 700}, color_scheme="dark")
+    assert page.inner_text("#name") == "?"
+    assert page.is_disabled("#clear")
+    assert ink(page, "input") == 0
+    draw(page, strokes_of(digits[3]))
+    answer = settled(page)
+    shares = [float(text.removesuffix(" %")) for text in page.locator("#bars span").all_inner_texts()]
+    assert len(shares) == 10
+    assert abs(sum(shares) - 100) < 0.6
+    assert page.inner_text("#bars .best b") == answer
+    assert page.is_visible("#attention")
+    assert ink(page, "attention") > ink(page, "input")
+    assert "ms" in page.inner_text("#state")
+    drawn = ink(page, "pad")
+    draw(page, [[(0.05, 0.05), (0.1, 0.05)]])
+    settled(page)
+    assert ink(page, "pad") > drawn
+    page.keyboard.press("Control+z")
+    assert settled(page) == answer
+    assert ink(page, "pad") == drawn
+    page.click("#clear")
+    assert (page.inner_text("#name"), ink(page, "input"), ink(page, "attention"), ink(page, "pad")) == ("?", 0, 0, 0)
+
+
+def test_class_names_are_text(browser, stand_in, serving) -> None:
+    """A class may be called anything; and without attention its panel is not there."""
+    stand_in.has_attention = False
+    page = browser.new_page()
+    page.goto(serving(stand_in, request_seconds=10.0))
+    page.wait_for_selector("#bars li")
+    assert page.locator("#bars li").last.locator("b").inner_text() == "<b>nine"
+    assert page.is_hidden("#where")
+    page.close()
+
+
+def test_a_server_that_is_gone_or_busy(browser, stand_in, serving, digits) -> None:
+    """It says so, and goes on by itself with the newest drawing."""
+    page = browser.new_page()
+    page.goto(serving(stand_in, request_seconds=0.5))
+    page.wait_for_selector("#bars li")
+    stand_in.open.clear()
+    draw(page, strokes_of(digits[2]))
+    page.wait_for_selector("#state.bad:has-text('busy')")
+    stand_in.open.set()
+    page.wait_for_selector("#state:has-text('answered in')")
+    page.route("**/predict", lambda route: route.abort())
+    draw(page, strokes_of(digits[1]))
+    page.wait_for_selector("#state.bad:has-text('does not answer')")
+    page.unroute("**/predict")
+    page.wait_for_selector("#state:has-text('answered in')")
+    page.close()

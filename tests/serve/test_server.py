@@ -1,0 +1,147 @@
+"""serve.py as a user starts it."""
+
+import concurrent.futures
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import torch
+from conftest import ROOT
+
+from thaw.data.idx import write_idx
+from thaw.serve.limits import Limits
+
+
+@contextmanager
+def started(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """serve.py in a process of its own, run in `folder`; yields it and its address."""
+    command = [sys.executable, ROOT / "serve.py", "port=0", *overrides]
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line + process.stdout.read()
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_open(address: str) -> bool:
+    parts = urlsplit(address)
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
+    """A request that is being computed gets its whole answer; then the process is gone, status 0, and left nothing."""
+    images = write_idx(torch.randint(0, 256, (400, 28, 28), dtype=torch.uint8))
+    with started(tmp_path, f"ckpt={linear_probe}", "max_batch=1", "request_seconds=60.0") as (process, address):
+        assert httpx.get(f"{address}/healthz").status_code == 200
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            headers = {"Content-Type": "application/octet-stream"}
+            asked = pool.submit(httpx.post, f"{address}/predict", content=images, headers=headers, timeout=60)
+            while "thaw_batch_size_count 0.0" in httpx.get(f"{address}/metrics").text:
+                time.sleep(0.01)
+            assert not asked.done()
+            process.send_signal(signal.SIGTERM)
+            response = asked.result()
+        assert response.status_code == 200
+        assert len(response.json()["predictions"]) == 400
+        assert process.wait(20) == 0
+        assert process.stdout
+        assert process.stdout.read() == ""
+        assert not is_open(address)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
+    """Ctrl-C with connections that are idle, half way through headers and half way through a body."""
+    with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=2.0") as (process, address):
+        parts = urlsplit(address)
+        clients = []
+        for sent in (b"", b"POST /pre", b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"):
+            clients.append(socket.create_connection((parts.hostname, parts.port)))
+            clients[-1].sendall(sent)
+        time.sleep(0.3)
+        stopped = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert time.monotonic() - stopped < 8
+        assert b" 408 " in clients[-1].recv(65536), "who has begun a request is told"
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.slow
+def test_only_this_machine_unless_told(linear_probe, tmp_path) -> None:
+    with started(tmp_path, f"ckpt={linear_probe}") as (process, address):
+        assert urlsplit(address).hostname == "127.0.0.1"
+        assert not is_open(address.replace("127.0.0.1", "127.0.0.2"))
+
+
+def refusal(folder: Path, *overrides: str, without: str = "nothing") -> str:
+    """What serve.py prints when it refuses to start."""
+    code = (
+        f"import sys, runpy; sys.modules[{without!r}] = None; sys.argv[0] = {str(ROOT / 'serve.py')!r}; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *overrides], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(folder.iterdir()) == []
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_refusals_to_start(tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        printed = refusal(tmp_path, "ckpt=last", f"port={port}")
+    assert f"port={port} on host=127.0.0.1 is taken; choose another" in printed
+    assert "fastapi is missing, which serving needs: pip install -e '.[serve]'" in refusal(
+        tmp_path, "ckpt=last", without="fastapi"
+    )
+    assert "neither `last`, a run folder nor a checkpoint" in refusal(tmp_path, "ckpt=nowhere", "port=0")
+    assert "host=999.1.1.1" in refusal(tmp_path, "ckpt=last", "host=999.1.1.1")
+    assert "max_batch=0 lets nothing through" in refusal(tmp_path, "ckpt=last", "max_batch=0")
+
+
+def test_limits_that_make_no_sense() -> None:
+    good = {
+        "max_batch": 8,
+        "max_queue": 50,
+        "max_images": 20,
+        "max_body_mb": 1,
+        "max_connections": 9,
+        "request_seconds": 1.0,
+    }
+    assert Limits(**good).max_body == 1_000_000
+    for name, value in (("max_batch", -1), ("max_queue", 19), ("max_images", 2.5), ("request_seconds", float("inf"))):
+        with pytest.raises(ValueError, match=f"^{name}={value}"):
+            Limits(**{**good, name: value})
