@@ -6,6 +6,7 @@ Shapes: B batch, D feature width, h x w the grid of patches.
 import warnings
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -73,10 +74,14 @@ def trace(model: Portable, name: str) -> ExportedProgram:
     images = torch.zeros(2, 28, 28, dtype=torch.uint8)
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
     except Exception as error:  # torch.export raises dozens of classes for what it cannot follow
         reason = next(iter(str(error).strip().splitlines()), "no message")
         raise ValueError(
             f"torch.export cannot follow {name} ({type(error).__name__}: {reason}); "
             "format=hub_folder shares the weights without a graph."
         ) from error
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            node.meta.pop("stack_trace", None)  # names the files of this machine
+    return program

@@ -49,7 +49,7 @@ class TorchProgram:
 
 def save_program(program: ExportedProgram, facts: Mapping[str, Any], path: Path) -> None:
     """One file, which `torch.export.load` reads without thaw."""
-    with path.open("wb") as file:  # a path would have to end in .pt2
+    with warnings.catch_warnings(action="ignore"), path.open("wb") as file:  # a path would have to end in .pt2
         torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
 
 

@@ -1,0 +1,80 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from omegaconf import DictConfig, OmegaConf
+
+from thaw.export.destination import check_request, destination, summary
+
+
+def request_(**changes: Any) -> DictConfig:
+    cfg = OmegaConf.load(ROOT / "configs" / "export.yaml")
+    return OmegaConf.merge(cfg, {"ckpt": "run", **changes})  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "tflite"}, "choose one of onnx, torch_export, hub_folder"),
+        ({"quantize": "int4"}, "choose int8"),
+        ({"quantize": "int8", "format": "torch_export"}, "is for format=onnx"),
+        ({"push": "ada/digits"}, "is for format=hub_folder"),
+        ({"license": "mit"}, "is for format=hub_folder"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_request(request_(**changes))
+
+
+def test_where_it_goes(tmp_path: Path) -> None:
+    run = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    bare = tmp_path / "best.ckpt"
+    assert destination(request_(), run) == tmp_path / "run" / "export" / "model.onnx"
+    assert destination(request_(quantize="int8"), run) == tmp_path / "run" / "export" / "model.int8.onnx"
+    assert destination(request_(format="torch_export"), run) == tmp_path / "run" / "export" / "model.pt2"
+    assert destination(request_(format="hub_folder"), run) == tmp_path / "run" / "export" / "hub"
+    assert destination(request_(), bare) == tmp_path / "best.onnx"
+    assert destination(request_(quantize="int8"), bare) == tmp_path / "best.int8.onnx"
+    assert destination(request_(format="hub_folder"), bare) == tmp_path / "best_hub"
+    assert destination(request_(output="a/b.onnx"), run) == Path("a/b.onnx")
+    with pytest.raises(ValueError, match=r"must end in \.onnx"):
+        destination(request_(output="model.pt2"), run)
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        destination(request_(output=str(tmp_path / "folder.onnx")), run)
+
+
+def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"parity_digits": 500, "parity_largest_difference": 1e-6, "data_source": "sample"}
+    facts |= {"test_accuracy": 0.97, "test_accuracy_interval": [0.95, 0.98], "test_digits": 500}
+    assert "WARNING" not in summary(facts, tmp_path)
+    facts |= {"quantized": "int8", "quantized_operators": {"MatMulInteger": 3}, "agreement_with_fp32": 0.9}
+    facts |= {"largest_difference_to_fp32": 0.2, "fp32_test_accuracy": 0.975, "fp32_bytes": 10**6}
+    assert "WARNING" not in summary(facts, tmp_path)
+    assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path)
+
+
+@pytest.mark.slow
+def test_command(train: Callable[..., Path], tiny_run: list[str]) -> None:
+    """Commands on one run, each leaving what it says and nothing else."""
+    run_dir = train(*tiny_run, "trainer.max_epochs=1", "freeze=lora")
+    before = {path for path in ROOT.iterdir()}
+
+    def export(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "export.py", f"ckpt={run_dir}", *overrides]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = export("quantize=int8")
+    assert done.returncode == 0, done.stderr
+    assert "same classes on 500 test digits" in done.stdout and "fp32" in done.stdout
+    done = export("format=hub_folder", "license=mit")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["hub", "model.int8.onnx"]
+    done = export("format=onxn")
+    assert done.returncode == 1 and "error: format='onxn' is unknown" in done.stderr and "Traceback" not in done.stderr
+    assert {path for path in ROOT.iterdir() if path.name not in ("outputs", "__pycache__")} <= before
