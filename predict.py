@@ -1,6 +1,7 @@
 """Read the digits in pictures.    python predict.py ckpt=<run folder> <files or folders>"""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import hydra
@@ -8,15 +9,16 @@ from omegaconf import DictConfig
 
 from thaw.config import clear_errors
 
+TAKE_A_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
+
 
 def take_inputs(arguments: list[str]) -> list[str]:
     """Remove from the command line what is neither a setting nor an option, and return it: files and folders."""
-    inputs = [
-        word
-        for word in filter(None, arguments[1:])
-        if Path(word).exists() or ("=" not in word and word[0] not in "-~+")
-    ]
-    arguments[1:] = [word for word in arguments[1:] if word not in inputs]
+    inputs, others = [], arguments[:1]
+    for before, word in pairwise(arguments):
+        is_input = Path(word).exists() or ("=" not in word and word[:1] not in ("", "-", "~", "+"))
+        (inputs if is_input and before not in TAKE_A_VALUE else others).append(word)
+    arguments[:] = others
     return inputs
 
 

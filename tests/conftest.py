@@ -15,9 +15,14 @@ SMALL = ["data.source=sample", "data.train_size=256", "data.batch_size=32", "log
 
 def compose_run(run_dir: Path, *overrides: str) -> DictConfig:
     """The configuration that train.py would get, with its own run folder."""
+    return compose_config("train", *overrides, f"run_dir={run_dir}", "overrides=''")
+
+
+def compose_config(name: str, *overrides: str) -> DictConfig:
+    """The configuration that a root script would get; Hydra's own part is where scripts look for it."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*overrides, f"run_dir={run_dir}", "overrides=''"], return_hydra_config=True)
+        cfg = compose(name, list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]

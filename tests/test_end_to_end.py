@@ -42,7 +42,7 @@ def test_linear_probe_on_the_sample(tmp_path: Path) -> None:
     for file in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "record.yaml", "parameters.txt"):
         assert (tmp_path / file).exists()
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    again = script("eval.py", f"ckpt={tmp_path}", f"hydra.run.dir={tmp_path / 'eval'}")
+    again = script("eval.py", f"ckpt={tmp_path}", "robustness.digits=20", f"hydra.run.dir={tmp_path / 'eval'}")
     assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in again
 
 

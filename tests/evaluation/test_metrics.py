@@ -1,8 +1,31 @@
 import pytest
 import torch
-from scipy.stats import binomtest
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from scipy.stats import binom, binomtest
+from sklearn.metrics import precision_recall_fscore_support
+from torch import Tensor
 
-from thaw.evaluation.metrics import accuracy_interval, worst_digits
+from thaw.evaluation.metrics import (
+    BINS,
+    accuracy_interval,
+    calibration_error,
+    class_scores,
+    fit_temperature,
+    least_certain,
+    mcnemar,
+    reliability,
+    worst_digits,
+)
+
+
+@pytest.fixture
+def predicted() -> tuple[Tensor, Tensor]:
+    """Logits that are too sure of themselves, and labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(700, 10, generator=generator)
+    labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator)[:, 0]
+    return 3 * logits, labels  # right at temperature 3
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (487, 500), (9921, 10_000)])
@@ -21,3 +44,54 @@ def test_worst_digits() -> None:
     logits = torch.tensor([[5.0, 0.0], [0.0, 5.0], [1.0, 0.0], [0.0, 9.0]])
     assert worst_digits(logits, torch.tensor([0, 0, 0, 0]), count=2).tolist() == [3, 1]
     assert len(worst_digits(logits, torch.tensor([0, 0, 0, 0]), count=9)) == 4
+
+
+def test_least_certain() -> None:
+    logits = torch.tensor([[5.0, 0.0], [0.2, 0.0], [0.0, 1.0]])
+    assert least_certain(logits, count=2).tolist() == [1, 2]
+
+
+def test_class_scores_equal_scikit_learns(predicted: tuple[Tensor, Tensor]) -> None:
+    logits, labels = predicted
+    precision, recall, _, _ = precision_recall_fscore_support(labels, logits.argmax(dim=1))
+    found = class_scores(logits, labels)
+    assert found[0].numpy() == pytest.approx(precision)
+    assert found[1].numpy() == pytest.approx(recall)
+
+
+def test_calibration_error_is_the_gap_of_the_reliability_diagram(predicted: tuple[Tensor, Tensor]) -> None:
+    """By the definition, digit for digit; and the bars of the diagram give the same number."""
+    logits, labels = predicted
+    gaps = [[0.0, 0.0] for _ in range(BINS)]
+    for row, label in zip(logits.softmax(dim=1), labels, strict=True):
+        confidence = float(row.max())
+        bin = min(int(confidence * BINS), BINS - 1)
+        gaps[bin][0] += confidence
+        gaps[bin][1] += float(row.argmax() == label)
+    expected = sum(abs(confidence - right) for confidence, right in gaps) / len(labels)
+    assert calibration_error(logits, labels) == pytest.approx(expected, abs=1e-5)
+    confidence, accuracy, counts = reliability(logits, labels)
+    drawn = float(((confidence - accuracy).abs() * counts).nan_to_num().sum() / counts.sum())
+    assert drawn == pytest.approx(expected, abs=1e-5)
+
+
+def test_temperature_equals_a_search_of_one_number(predicted: tuple[Tensor, Tensor]) -> None:
+    logits, labels = predicted
+    best = minimize_scalar(lambda t: float(F.cross_entropy(logits / t, labels)), bounds=(0.1, 20), method="bounded")
+    temperature = fit_temperature(logits, labels)
+    assert temperature == pytest.approx(best.x, rel=1e-3)
+    assert temperature == pytest.approx(3, rel=0.15)
+    assert calibration_error(logits / temperature, labels) < calibration_error(logits, labels) / 2
+
+
+def test_temperature_of_a_model_without_errors_is_finite() -> None:
+    labels = torch.arange(100) % 10
+    assert 0 < fit_temperature(F.one_hot(labels, 10).float(), labels) < 0.1
+
+
+def test_mcnemar_equals_the_sum_of_the_binomial() -> None:
+    first = torch.tensor([True] * 90 + [True] * 9 + [False] * 3 + [False] * 5)
+    second = torch.tensor([True] * 90 + [False] * 9 + [True] * 3 + [False] * 5)
+    assert mcnemar(first, second) == (9, 3, pytest.approx(2 * binom.cdf(3, 12, 0.5)))
+    assert mcnemar(second, first)[:2] == (3, 9)
+    assert mcnemar(first, first) == (0, 0, 1.0)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -98,14 +99,14 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
     figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=110)
     titles = ("as trained", f"with temperature {temperature:.2f}")
     for axes, scaled, title in zip(figure.subplots(1, 2), (logits, logits / temperature), titles, strict=True):
-        confidence, accuracy, counts = reliability(scaled, labels)
+        confidence, accuracy, counts = (values.numpy() for values in reliability(scaled, labels))
         error = calibration_error(scaled, labels)
-        edges = torch.arange(BINS) / BINS
+        edges = np.arange(BINS) / BINS
         filled = counts > 0
         axes.bar(edges[filled], accuracy[filled], 1 / BINS, align="edge", color="#4878a8", edgecolor="white")
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
         axes.scatter(confidence[filled], accuracy[filled], s=14, color="#b2182b", zorder=3)
-        for edge, height, count in zip(edges[filled].tolist(), accuracy[filled].tolist(), counts[filled], strict=True):
+        for edge, height, count in zip(edges[filled], accuracy[filled], counts[filled], strict=True):
             inside = height > 0.12
             x, y = edge + 0.5 / BINS, height - 0.01 if inside else height + 0.01
             colour, side = ("white", "top") if inside else ("#333333", "bottom")
@@ -171,7 +172,7 @@ def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], pat
     """
     figure = Figure(figsize=(7, 6), layout="constrained", dpi=110)
     axes = figure.add_subplot()
-    axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab10", s=7, alpha=0.7, linewidths=0)
+    axes.scatter(*points.T.numpy(), c=labels.numpy(), cmap="tab10", s=7, alpha=0.7, linewidths=0)
     for number, name in enumerate(classes):
         if (chosen := labels == number).any():
             x, y = points[chosen].median(dim=0).values.tolist()

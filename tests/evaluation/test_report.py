@@ -1,0 +1,134 @@
+"""eval.py on a real run: the numbers that training printed, a page that needs nothing else, W&B, and two models."""
+
+import json
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose_config
+from sklearn.metrics import roc_auc_score
+
+from thaw.checkpoint import read
+from thaw.data import sources
+from thaw.evaluation.assessment import evenly, second_facts
+from thaw.evaluation.report_page import second_text
+from thaw.predictor import load_predictor
+
+FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
+FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]
+
+
+@pytest.fixture(autouse=True)
+def no_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thaw.evaluation.cost.SECONDS", 0.0)
+
+
+def evaluate(folder: Path, *overrides: str) -> Path:
+    """Run eval.py in this process; returns the report's folder."""
+    import_module("eval").main(compose_config("eval", *FEW, *overrides, f"run_dir={folder}"))
+    return folder / "report"
+
+
+@pytest.fixture
+def run(train: Callable[..., Path]) -> Path:
+    return train("experiment=vit_linear_probe", "data.source=sample", "logger=csv", "trainer.max_epochs=4")
+
+
+@pytest.mark.slow
+def test_report_of_one_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = evaluate(tmp_path / "eval", f"ckpt={run}")
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
+    names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_digits"]
+    assert sorted(path.stem for path in folder.glob("*.png")) == names
+    facts = json.loads((folder / "report.json").read_text())["models"]["vit_linear_probe"]
+    assert {key: facts[key] for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test")} == {
+        key: summary[key] for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test")
+    }
+    recalled = sum(row["recall"] * row["n"] for row in facts["classes"])
+    assert recalled == pytest.approx(500 * summary["test/acc"], abs=1e-3)
+    assert facts["cost"]["parameters"] == summary["total_params"]
+    # a multiplication and an addition each for 16 tokens: patches, then per block 12 D^2 and attention 2 T D, and head
+    width, tokens, depth = 192, 16, 6
+    matrices = tokens * (49 * width + depth * (12 * width**2 + 2 * tokens * width)) + 10 * width
+    assert facts["cost"]["flops"] == 2 * matrices
+    curves = facts["robustness"]["curves"]
+    assert [strength for strength, _ in curves["rotation"]] == [0.0, 45.0]
+    assert curves["rotation"][0] == curves["shift"][0], "uncorrupted, the same digits"
+    assert curves["rotation"][1][1] < curves["rotation"][0][1]
+    assert len(curves["blur"]) == 1
+    page = (folder / "report.html").read_text()
+    assert len(re.findall("data:image/png;base64,", page)) == len(names)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+@pytest.mark.slow
+def test_two_models_are_compared(train: Callable[..., Path], tmp_path: Path) -> None:
+    few = ["data.source=sample", "logger=csv", "trainer.max_epochs=1"]
+    runs = [
+        train("experiment=vit_linear_probe", *few, name="probe"),
+        train("experiment=baseline/mlp", *few, "data.train_size=300", "data.batch_size=100", name="mlp"),
+    ]
+    ckpts = f"ckpt=[{','.join(map(str, runs))}]"
+    folder = evaluate(tmp_path / "eval", ckpts)
+    report = json.loads((folder / "report.json").read_text())
+    (pair,) = report["comparison"]
+    assert pair["models"] == ["vit_linear_probe", "baseline_mlp"]
+    accuracies = [report["models"][name]["test/acc"] for name in pair["models"]]
+    assert (pair["only_first_right"] - pair["only_second_right"]) / 500 == pytest.approx(accuracies[0] - accuracies[1])
+    assert pair["p_value"] < 1e-6
+    page = (folder / "report.html").read_text()
+    assert page.count('alt="Where it looks') == 1, "an MLP looks nowhere"
+
+
+@pytest.mark.slow
+def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train(
+        *("experiment=vit_linear_probe", "data.source=sample", "data.train_size=512", "data.batch_size=256"),
+        *("logger=wandb", "logger.wandb.mode=offline", "trainer.max_epochs=1"),
+    )
+    wandb_id = read(run / "checkpoints" / "best.ckpt")["wandb_id"]
+    before = set(run.glob("wandb/offline-run-*"))
+    evaluate(tmp_path / "eval", f"ckpt={run}")
+    (added,) = set(run.glob("wandb/offline-run-*")) - before
+    assert added.name.endswith(wandb_id)
+    media = {path.name.rsplit("_", 2)[0] for path in added.glob("files/media/**/*") if path.is_file()}
+    assert {"reliability", "robustness", "attention", "page"} <= media
+    evaluate(tmp_path / "again", f"ckpt={run}", "wandb=false")
+    assert len(set(run.glob("wandb/offline-run-*")) - before) == 1
+
+
+def test_second_dataset(train: Callable[..., Path]) -> None:
+    """Noise in place of another dataset, whose files need a network: what is said of it holds for any."""
+    run = train("experiment=vit_linear_probe", "data.source=sample", "logger=none", "trainer.max_epochs=4")
+    predictor = load_predictor(str(run))
+    source = sources.load("MNIST", "nowhere", "sample", None)
+    noise = torch.randint(0, 256, source.test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    other = source._replace(test=source.test._replace(images=noise))
+    facts = second_facts("KMNIST", other, predictor, predictor.logits(source.test.images), lambda done: None)
+    assert 0.03 < facts["test/acc"] < 0.2
+    own, others = (predictor(images).amax(dim=1) for images in (source.test.images, noise))
+    assert facts["mean_confidence"] == pytest.approx(float(others.mean()))
+    assert facts["mean_confidence_own"] == pytest.approx(float(own.mean()))
+    is_own = torch.cat([torch.ones(500), torch.zeros(500)])
+    assert facts["auroc"] == pytest.approx(roc_auc_score(is_own, torch.cat([own, others])), abs=1e-4)
+    assert f"{facts['test/acc']:.2%}" in second_text(facts, "MNIST")
+
+
+def test_second_dataset_that_is_not_there(train: Callable[..., Path], tmp_path: Path) -> None:
+    run = train("experiment=vit_linear_probe", "debug=fast", "data.source=sample", "logger=none")
+    settings = [f"data.dir={tmp_path / 'none'}", "data.mirrors=[]"]
+    with pytest.raises(ConnectionError, match="FashionMNIST"):
+        evaluate(tmp_path / "eval", f"ckpt={run}", "data=fashion_mnist", *settings)
+    assert not (tmp_path / "eval" / "report").exists()
+
+
+def test_evenly() -> None:
+    assert evenly(500, None).tolist() == evenly(500, 900).tolist() == list(range(500))
+    chosen = evenly(10_000, 1000)
+    assert len(chosen.unique()) == 1000
+    assert chosen[0] == 0
+    assert chosen[-1] == 9999
