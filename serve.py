@@ -1,5 +1,7 @@
 """Serve a checkpoint, or an exported model: a page to draw on, and a JSON API.    python serve.py ckpt=last"""
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
@@ -10,6 +12,7 @@ from thaw.config import clear_errors
 def main(cfg: DictConfig) -> None:
     import torch
 
+    from thaw.predictor import DigitModel, load_predictor
     from thaw.serve.limits import Limits
 
     try:
@@ -23,15 +26,12 @@ def main(cfg: DictConfig) -> None:
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+    model: DigitModel
     if cfg.ckpt.endswith(".onnx"):
-        from pathlib import Path
-
         from thaw.export.onnx_model import load_onnx
 
         model = load_onnx(Path(cfg.ckpt))
     else:
-        from thaw.predictor import load_predictor
-
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
     app = create_app(model, limits)
     address, port = opened.getsockname()[:2]

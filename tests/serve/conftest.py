@@ -47,7 +47,11 @@ class StandIn:
         return torch.full((len(images), 2, 2), 0.25)
 
     def facts(self) -> dict[str, Any]:
-        return {"name": "stand-in", "classes": [*"012345678", "<b>nine"], "checkpoint": "/home/someone/runs/a/b/best.ckpt"}
+        return {
+            "name": "stand-in",
+            "classes": [*"012345678", "<b>nine"],
+            "checkpoint": "/home/someone/runs/a/b/best.ckpt",
+        }
 
 
 @pytest.fixture

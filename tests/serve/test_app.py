@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -38,7 +37,9 @@ def bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
 
 
 def idx(*shape: int) -> bytes:
@@ -98,7 +99,12 @@ BAD = {
     "empty json": (b"", "application/json", 422, "Invalid JSON"),
     "no ink": (png((30, 15)), "image/png", 422, "shows no digit"),
     "bomb": (bomb(50_000), "image/png", 422, "claims too many pixels"),
-    "bomb in base64": ({"images": [base64.b64encode(bomb(50_000)).decode()]}, "application/json", 422, "claims too many pixels"),
+    "bomb in base64": (
+        {"images": [base64.b64encode(bomb(50_000)).decode()]},
+        "application/json",
+        422,
+        "claims too many pixels",
+    ),
     "gzip bomb": (gzip.compress(bytes(70_000_000)), FILE, 422, "holds more than 64,000,000 bytes"),
     "too large": (bytes(100_000_000), FILE, 413, "100,000,000 bytes or more; at most 200,000"),
     "10,000 tiny images": (idx(10_000, 1, 1), FILE, 413, "10,000 images in one request; at most 20"),

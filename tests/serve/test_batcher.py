@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thaw.serve.batcher import Answer, Batcher, ModelFailedError
-from thaw.serve.limits import Refused
+from thaw.serve.limits import RefusedError
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def test_a_full_queue_refuses(stand_in) -> None:
             await until(lambda: stand_in.batches)
             waiting = asyncio.create_task(batcher.predict(digits(*range(7)), False))
             await until(lambda: batcher.waiting == 7)
-            with pytest.raises(Refused, match="7 of at most 10 images are waiting, no room for 4 more") as refused:
+            with pytest.raises(RefusedError, match="7 of at most 10 images are waiting, no room for 4 more") as refused:
                 await batcher.predict(digits(*range(4)), False)
             assert (refused.value.status, refused.value.retry_after) == (503, 4)  # 7 x 0.5 s
             fits = asyncio.create_task(batcher.predict(digits(1, 2, 3), False))

@@ -20,6 +20,7 @@ from conftest import ROOT
 
 from thaw.data.idx import write_idx
 from thaw.serve.limits import Limits
+from thaw.serve.server import open_port
 
 
 @contextmanager
@@ -83,7 +84,11 @@ def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
     with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=2.0") as (process, address):
         parts = urlsplit(address)
         clients = []
-        for sent in (b"", b"POST /pre", b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"):
+        for sent in (
+            b"",
+            b"POST /pre",
+            b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n",
+        ):
             clients.append(socket.create_connection((parts.hostname, parts.port)))
             clients[-1].sendall(sent)
         time.sleep(0.3)
@@ -98,38 +103,42 @@ def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_only_this_machine_unless_told(linear_probe, tmp_path) -> None:
-    with started(tmp_path, f"ckpt={linear_probe}") as (process, address):
+    with started(tmp_path, f"ckpt={linear_probe}") as (_, address):
         assert urlsplit(address).hostname == "127.0.0.1"
         assert not is_open(address.replace("127.0.0.1", "127.0.0.2"))
 
 
-def refusal(folder: Path, *overrides: str, without: str = "nothing") -> str:
-    """What serve.py prints when it refuses to start."""
-    code = (
-        f"import sys, runpy; sys.modules[{without!r}] = None; sys.argv[0] = {str(ROOT / 'serve.py')!r}; "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *overrides], cwd=folder, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert list(folder.iterdir()) == []
-    return done.stderr
-
-
 @pytest.mark.slow
 def test_refusals_to_start(tmp_path) -> None:
+    """One message, no traceback, no folder; before the model is loaded."""
+    code = (
+        "import sys, runpy; sys.modules[sys.argv[1]] = None; sys.argv[:2] = [sys.argv[2]]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        printed = refusal(tmp_path, "ckpt=last", f"port={port}")
-    assert f"port={port} on host=127.0.0.1 is taken; choose another" in printed
-    assert "fastapi is missing, which serving needs: pip install -e '.[serve]'" in refusal(
-        tmp_path, "ckpt=last", without="fastapi"
-    )
-    assert "neither `last`, a run folder nor a checkpoint" in refusal(tmp_path, "ckpt=nowhere", "port=0")
-    assert "host=999.1.1.1" in refusal(tmp_path, "ckpt=last", "host=999.1.1.1")
-    assert "max_batch=0 lets nothing through" in refusal(tmp_path, "ckpt=last", "max_batch=0")
+        for without, message in (
+            ("fastapi", "fastapi is missing, which serving needs: pip install -e '.[serve]'"),
+            ("nothing", f"port={port} on host=127.0.0.1 is taken; choose another"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", code, without, ROOT / "serve.py", "ckpt=last", f"port={port}"],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == 1, done.stderr
+            assert message in done.stderr
+            assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses() -> None:
+    with pytest.raises(ValueError, match="^host=999.1.1.1 port=0 cannot be opened .*; use host=127.0.0.1 or 0.0.0.0"):
+        open_port("999.1.1.1", 0)
+    with open_port("127.0.0.1", 0) as opened:
+        assert opened.getsockname()[0] == "127.0.0.1"
 
 
 def test_limits_that_make_no_sense() -> None:

@@ -20,7 +20,7 @@ from thaw.predictor import DigitModel
 from thaw.serve.answers import to_json
 from thaw.serve.batcher import Batcher, ModelFailedError
 from thaw.serve.docs import docs_page, predict_docs
-from thaw.serve.limits import Limits, Refused
+from thaw.serve.limits import Limits, RefusedError
 from thaw.serve.metrics import CountedRequests, Metrics
 from thaw.serve.requests import FILE_TYPES, RequestReader
 
@@ -55,7 +55,7 @@ def create_app(model: DigitModel, limits: Limits) -> FastAPI:
     app.state.stopping = False
     app.state.limits = limits
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
-    app.add_exception_handler(Refused, refused)
+    app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, not_here)
     app.add_exception_handler(ModelFailedError, failed)  # the batcher has logged it
     app.add_exception_handler(Exception, failed)
@@ -66,15 +66,16 @@ def create_app(model: DigitModel, limits: Limits) -> FastAPI:
         deadline = asyncio.get_running_loop().time() + limits.request_seconds
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and kind not in FILE_TYPES:
-            raise Refused(
-                415, f"Content-Type {kind!r} is not read; send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}."
+            raise RefusedError(
+                415,
+                f"Content-Type {kind!r} is not read; send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}.",
             )
         try:
             digits = await reader.read(request, kind, deadline)
             async with asyncio.timeout_at(deadline):
                 answer = await batcher.predict(digits.images, digits.explain)
         except TimeoutError:
-            raise Refused(
+            raise RefusedError(
                 503,
                 f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images.",
                 batcher.retry_after(),
@@ -84,9 +85,11 @@ def create_app(model: DigitModel, limits: Limits) -> FastAPI:
     @app.get("/healthz", summary="Whether it can serve: 200, else 503")
     async def healthz() -> Response:
         if app.state.stopping:
-            raise Refused(503, "the server is stopping; ask another one.", retry_after=1)
+            raise RefusedError(503, "the server is stopping; ask another one.", retry_after=1)
         if not batcher.thread.is_alive() or batcher.stuck > limits.request_seconds:
-            raise Refused(503, f"the model has not answered for {batcher.stuck:.0f} s; restart the server.", retry_after=1)
+            raise RefusedError(
+                503, f"the model has not answered for {batcher.stuck:.0f} s; restart the server.", retry_after=1
+            )
         return Response('{"status":"ok"}', media_type=JSON)
 
     @app.get("/info", summary="Which model this is, and what it takes")

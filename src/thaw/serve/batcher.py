@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from thaw.predictor import DigitModel
-from thaw.serve.limits import Refused
+from thaw.serve.limits import RefusedError
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,7 @@ class Batcher:
         told: called with the size and the seconds of each batch, on the model's thread.
     """
 
-    def __init__(
-        self, model: DigitModel, max_batch: int, max_queue: int, told: Callable[[int, float], None]
-    ) -> None:
+    def __init__(self, model: DigitModel, max_batch: int, max_queue: int, told: Callable[[int, float], None]) -> None:
         self.model, self.max_batch, self.max_queue, self.told = model, max_batch, max_queue, told
         self.queue: deque[Job] = deque()
         self.waiting = 0  # digits in the queue
@@ -84,12 +82,12 @@ class Batcher:
         """uint8 (N, 28, 28) -> the answer; a cancelled caller's digits leave the queue.
 
         Raises:
-            Refused: the queue has no room.
+            RefusedError: the queue has no room.
         """
         job = Job(images, explain, asyncio.get_running_loop().create_future())
         with self.changed:
             if self.waiting + len(images) > self.max_queue:
-                raise Refused(
+                raise RefusedError(
                     503,
                     f"{self.waiting:,} of at most {self.max_queue:,} images are waiting, no room for {len(images):,} "
                     "more; try again later.",

@@ -95,7 +95,9 @@ def docs_page(schema: dict[str, Any]) -> str:
             for status, answer in operation["responses"].items():
                 parts.append(f"<p><code>{status}</code> {escape(answer['description'])}</p>")
                 if status == "200":
-                    parts += [content_of("Answer", kind, content) for kind, content in answer.get("content", {}).items()]
+                    parts += [
+                        content_of("Answer", kind, content) for kind, content in answer.get("content", {}).items()
+                    ]
     return page(f"{schema['info']['title']} API", parts)
 
 
@@ -107,7 +109,8 @@ def content_of(verb: str, kind: str, content: dict[str, Any]) -> str:
     examples += [content["example"]] if "example" in content else []
     shown = "".join(f"<pre>{escape(shortened(json.dumps(example)))}</pre>" for example in examples)
     schema = escape(json.dumps(content.get("schema", {}), indent=1))
-    return f"<p>{verb} <code>{escape(kind)}</code></p>{shown}<details><summary>schema</summary><pre>{schema}</pre></details>"
+    unfolded = f"<details><summary>schema</summary><pre>{schema}</pre></details>"
+    return f"<p>{verb} <code>{escape(kind)}</code></p>{shown}{unfolded}"
 
 
 def shortened(text: str) -> str:

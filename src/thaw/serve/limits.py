@@ -43,7 +43,7 @@ class Limits:
         return 8 * self.max_body
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is answered by an error.
 
     Args:

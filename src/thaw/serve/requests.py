@@ -16,7 +16,7 @@ from torch import Tensor
 
 from thaw.data.digit_image import SIDE, decompress, find_digit, read_digits
 from thaw.data.idx import read_idx
-from thaw.serve.limits import Limits, Refused
+from thaw.serve.limits import Limits, RefusedError
 
 FILE_TYPES = ("image/png", "image/jpeg", "application/octet-stream")
 QUICK = 50_000  # bytes of JSON that are parsed on the event loop, in less than a millisecond
@@ -65,7 +65,7 @@ class RequestReader:
             deadline: in seconds of the event loop's clock.
 
         Raises:
-            Refused: it is not what it must be.
+            RefusedError: it is not what it must be.
             TimeoutError: it is complete, but takes too long to decode.
         """
         body = bytearray()
@@ -85,19 +85,19 @@ class RequestReader:
                     self.held += len(part)
                     self.check_size(len(body))
         except TimeoutError:
-            raise Refused(
+            raise RefusedError(
                 408, f"only {len(body):,} bytes came in {self.limits.request_seconds:g} s; send the request faster."
             ) from None
         except ClientDisconnect:
-            raise Refused(400, f"the connection ended after {len(body):,} bytes; send the whole body.") from None
+            raise RefusedError(400, f"the connection ended after {len(body):,} bytes; send the whole body.") from None
 
     def check_size(self, size: int) -> None:
         if size > self.limits.max_body:
-            raise Refused(
+            raise RefusedError(
                 413, f"a body of {size:,} bytes or more; at most {self.limits.max_body:,} are read: send fewer images."
             )
         if self.held > self.limits.max_bodies:
-            raise Refused(503, f"{self.held:,} bytes of requests are being read; try again later.", retry_after=1)
+            raise RefusedError(503, f"{self.held:,} bytes of requests are being read; try again later.", retry_after=1)
 
     async def decode(self, body: bytes, kind: str) -> Digits:
         if kind != "application/json":
@@ -121,7 +121,9 @@ class RequestReader:
             return await self.in_thread(read_digits, content, "the body")
         images = told(read_idx, content, "the body")
         if images.ndim != 3 or not images.numel():
-            raise Refused(422, f"the body: IDX data of shape {tuple(images.shape)}; send images (N, height, width).")
+            raise RefusedError(
+                422, f"the body: IDX data of shape {tuple(images.shape)}; send images (N, height, width)."
+            )
         self.check_count(len(images))
         if images.shape[1:] == (SIDE, SIDE):
             return images
@@ -130,8 +132,9 @@ class RequestReader:
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
-            raise Refused(
-                413, f"{count:,} images in one request; at most {self.limits.max_images:,} are read: send them in parts."
+            raise RefusedError(
+                413,
+                f"{count:,} images in one request; at most {self.limits.max_images:,} are read: send them in parts.",
             )
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -143,14 +146,14 @@ def told(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except ValueError as error:
-        raise Refused(422, str(error)) from error
+        raise RefusedError(422, str(error)) from error
 
 
 def parse(body: bytes) -> PredictRequest:
     """JSON as a request.
 
     Raises:
-        Refused: names the first value that is wrong.
+        RefusedError: names the first value that is wrong.
     """
     try:
         return PredictRequest.model_validate_json(body)
@@ -158,7 +161,7 @@ def parse(body: bytes) -> PredictRequest:
         wrong = error.errors(include_url=False)
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place_of(wrong[0]["loc"]))
         value = "" if wrong[0]["type"] in ("json_invalid", "missing") else f", got {shortened(wrong[0]['input'])}"
-        raise Refused(
+        raise RefusedError(
             422, f"{place.lstrip('.') or 'the body'}: {wrong[0]['msg']}{value}; see /docs for what is allowed."
         ) from None
 
@@ -182,7 +185,9 @@ def read_base64(text: str, name: str) -> Tensor:
     """A picture, uint8 (1, 28, 28)."""
     head, comma, rest = text.partition(",")
     if comma and not (head.startswith("data:image/") and head.endswith(";base64")):
-        raise ValueError(f"{name} starts with {head[:40]!r}; give base64, with data:image/png;base64, or nothing before it.")
+        raise ValueError(
+            f"{name} starts with {head[:40]!r}; give base64, with data:image/png;base64, or nothing before it."
+        )
     try:
         content = base64.b64decode(rest if comma else head, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -24,10 +24,14 @@ def open_port(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port={port} on host={host} is taken; choose another, or port=0 for any free one.") from error
+            raise ValueError(
+                f"port={port} on host={host} is taken; choose another, or port=0 for any free one."
+            ) from error
         if error.errno == errno.EACCES:
             raise ValueError(f"port={port} is not yours to open; choose one of 1024 or above.") from error
-        raise ValueError(f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0.") from error
+        raise ValueError(
+            f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
+        ) from error
 
 
 class Server(uvicorn.Server):
