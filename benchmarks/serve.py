@@ -174,9 +174,8 @@ def measure(ckpt: str, precision: str, seconds: float, overrides: list[str]) -> 
             rows.append((name, images, middle, worst, percentiles[49], percentiles[98], len(latencies)))
     alone = statistics.mean((before, after := plain(ckpt, precision, seconds)))
     print(f"\n{precision}: the plain call has {alone:,.0f} images/s ({before:,.0f} before, {after:,.0f} after)")
-    print(
-        "| request | share of the plain call | images/s | p50, p99 saturated | p50, p99 at half load |\n|---|---|---|---|---|"
-    )
+    print("| request | share of the plain call | images/s | p50, p99 saturated | p50, p99 at half load |")
+    print("|---|---|---|---|---|")
     for name, images, middle, worst, half_middle, half_worst, count in rows:
         print(
             f"| {name} | {images / alone:.0%} | {images:,.0f} | {middle:.1f}, {worst:.1f} ms "

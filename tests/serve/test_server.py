@@ -135,7 +135,7 @@ def test_refusals_to_start(tmp_path) -> None:
 
 
 def test_addresses() -> None:
-    with pytest.raises(ValueError, match="^host=999.1.1.1 port=0 cannot be opened .*; use host=127.0.0.1 or 0.0.0.0"):
+    with pytest.raises(ValueError, match=r"^host=999\.1\.1\.1 port=0 cannot be opened .*; use host=127\.0\.0\.1 or"):
         open_port("999.1.1.1", 0)
     with open_port("127.0.0.1", 0) as opened:
         assert opened.getsockname()[0] == "127.0.0.1"

@@ -1,6 +1,8 @@
 """Dynamic batching: one thread runs the model, and what arrives meanwhile is its next batch.
 
 Nothing waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves.
+Digits are numpy's until they are a batch: a call into torch gives Python's lock away, and on the event loop's thread it
+would wait for the model's to get it back.
 """
 
 import asyncio
@@ -14,8 +16,8 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from thaw.predictor import DigitModel
 from thaw.serve.limits import RefusedError
@@ -38,7 +40,7 @@ class Job:
         parts: the answers to these, as far as they are known.
     """
 
-    def __init__(self, images: Tensor, explain: bool, answer: asyncio.Future[Answer]) -> None:
+    def __init__(self, images: np.ndarray, explain: bool, answer: asyncio.Future[Answer]) -> None:
         self.images, self.explain, self.answer = images, explain, answer
         self.taken, self.parts = 0, list[Answer]()
 
@@ -78,7 +80,7 @@ class Batcher:
         self.thread = threading.Thread(target=self.work, name="model", daemon=True)
         self.thread.start()
 
-    async def predict(self, images: Tensor, explain: bool) -> Answer:
+    async def predict(self, images: np.ndarray, explain: bool) -> Answer:
         """uint8 (N, 28, 28) -> the answer; a cancelled caller's digits leave the queue.
 
         Raises:
@@ -153,13 +155,16 @@ class Batcher:
 
     def compute(self, pieces: list[Piece]) -> list[Answer]:
         """One call of the model for all, and one for the attention of those who want it."""
-        images = torch.cat([job.images[piece] for job, piece in pieces])  # (N, 28, 28)
+        images = torch.from_numpy(np.concatenate([job.images[piece] for job, piece in pieces]))  # (N, 28, 28)
         probabilities = self.model(images)  # (N, C)
         if not probabilities.isfinite().all():
             raise FloatingPointError("the model's probabilities are not finite")
         rows = iter(probabilities.tolist())
         explained = [job.images[piece] for job, piece in pieces if job.explain and self.model.has_attention]
-        maps = iter(self.model.attention(torch.cat(explained)).tolist() if explained else ())  # (N, h, w)
+        shares: list[list[list[float]]] = []
+        if explained:
+            shares = self.model.attention(torch.from_numpy(np.concatenate(explained))).tolist()  # (N, h, w)
+        maps = iter(shares)
         answers = []
         for job, piece in pieces:
             count = piece.stop - piece.start

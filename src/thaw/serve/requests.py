@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
-import torch
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag, ValidationError
 from starlette.requests import ClientDisconnect, Request
-from torch import Tensor
 
 from thaw.data.digit_image import SIDE, decompress, find_digit, read_digits
 from thaw.data.idx import read_idx
@@ -45,7 +44,7 @@ class PredictRequest(BaseModel):
 class Digits(NamedTuple):
     """The content of a request: uint8 (N, 28, 28), and whether its client wants an explanation."""
 
-    images: Tensor
+    images: np.ndarray
     explain: bool
 
 
@@ -111,24 +110,24 @@ class RequestReader:
             await self.in_thread(read_base64, image, f"images[{place}]") if isinstance(image, str) else from_rows(image)
             for place, image in enumerate(parsed.images)
         ]
-        return Digits(images[0] if len(images) == 1 else torch.cat(images), parsed.explain)
+        return Digits(images[0] if len(images) == 1 else np.concatenate(images), parsed.explain)
 
-    async def read_file(self, content: bytes) -> Tensor:
+    async def read_file(self, content: bytes) -> np.ndarray:
         """The digits of a PNG, JPEG or IDX file; pictures one by one, so that a client that gave up stops it."""
         if content[:2] == b"\x1f\x8b":
             content = await self.in_thread(decompress, content, "the body")
         if content[:2] != b"\0\0":
-            return await self.in_thread(read_digits, content, "the body")
-        images = told(read_idx, content, "the body")
-        if images.ndim != 3 or not images.numel():
+            return (await self.in_thread(read_digits, content, "the body")).numpy()
+        images = told(read_idx, content, "the body").numpy()
+        if images.ndim != 3 or not images.size:
             raise RefusedError(
                 422, f"the body: IDX data of shape {tuple(images.shape)}; send images (N, height, width)."
             )
         self.check_count(len(images))
         if images.shape[1:] == (SIDE, SIDE):
             return images
-        pictures = [Image.fromarray(image.numpy()) for image in images]
-        return torch.stack([await self.in_thread(find_digit, picture, "the body") for picture in pictures])
+        pictures = [Image.fromarray(image) for image in images]
+        return np.stack([(await self.in_thread(find_digit, picture, "the body")).numpy() for picture in pictures])
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
@@ -176,12 +175,12 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def from_rows(rows: list[list[int]]) -> Tensor:
+def from_rows(rows: list[list[int]]) -> np.ndarray:
     """28 rows of 28 valid pixels -> uint8 (1, 28, 28)."""
-    return torch.frombuffer(bytearray(chain.from_iterable(rows)), dtype=torch.uint8).view(1, SIDE, SIDE)
+    return np.frombuffer(bytes(chain.from_iterable(rows)), dtype=np.uint8).reshape(1, SIDE, SIDE)
 
 
-def read_base64(text: str, name: str) -> Tensor:
+def read_base64(text: str, name: str) -> np.ndarray:
     """A picture, uint8 (1, 28, 28)."""
     head, comma, rest = text.partition(",")
     if comma and not (head.startswith("data:image/") and head.endswith(";base64")):
@@ -194,4 +193,4 @@ def read_base64(text: str, name: str) -> Tensor:
         raise ValueError(f"{name} is not base64 ({error}); send a PNG or JPEG in base64, or rows of pixels.") from error
     if content[:2] in (b"\0\0", b"\x1f\x8b"):
         raise ValueError(f"{name} is no PNG or JPEG; send an IDX file as the whole body, as application/octet-stream.")
-    return read_digits(content, name)
+    return read_digits(content, name).numpy()
