@@ -56,6 +56,8 @@ def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
     facts |= {"quantized": "int8", "quantized_operators": {"MatMulInteger": 3}, "agreement_with_fp32": 0.9}
     facts |= {"largest_difference_to_fp32": 0.2, "fp32_test_accuracy": 0.975, "fp32_bytes": 10**6}
     assert "WARNING" not in summary(facts, tmp_path)
+    (tmp_path / "weights").write_bytes(bytes(800))
+    assert "float32 still" in summary(facts | {"fp32_bytes": 1000}, tmp_path)
     assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path)
 
 

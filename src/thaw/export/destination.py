@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "hub_folder": "hub"}
 DROP = 0.01  # of accuracy by quantising, from which on it is a warning
+MOST = 0.7  # of the size in float32, likewise
 
 
 def check_request(cfg: DictConfig) -> None:
@@ -73,6 +74,10 @@ def summary(facts: Mapping[str, Any], path: Path) -> str:
             f"differ by at most {facts['largest_difference_to_fp32']:.2g}",
             f"fp32       {facts['fp32_test_accuracy']:.2%} accuracy, {facts['fp32_bytes'] / 1e6:.1f} MB",
         ]
+        if size > MOST * facts["fp32_bytes"]:
+            lines.append(
+                "WARNING    int8 is for matrices; most of this model is convolution or recurrence: float32 still."
+            )
         if facts["fp32_test_accuracy"] - facts["test_accuracy"] > DROP:
             lines.append(f"WARNING    int8 loses more than {DROP:.0%} of accuracy here; use the float32 file.")
     return "\n".join([*lines, f"written    {os.path.relpath(path)}, {size / 1e6:.1f} MB"])
