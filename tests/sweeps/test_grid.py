@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from sweeps.conftest import Trained
 
+from thaw.sweeps.grid import Job, report_sweep
 from thaw.sweeps.processes import run_command
 
 Sweep = Callable[..., int]
@@ -143,3 +144,16 @@ def test_nothing_starts_when_a_job_could_not(
     assert message in capsys.readouterr().err
     assert not trained
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("always", 2), (True, 1), (False, 0)])
+def test_jobs_say_whether_all_are_tested(
+    wanted: str | bool, count: int, sweep: Sweep, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As experiments do that are swept themselves."""
+    assert sweep("optim.lr=0.01,0.1") == 0
+    tested: list[Path] = []
+    monkeypatch.setattr("thaw.evaluation.evaluate.test_run", tested.append)
+    jobs = [Job((), OmegaConf.create({"test": wanted}), Path(cfg.run_dir)) for cfg in trained]
+    assert report_sweep(jobs, tmp_path / "sweep") == 0
+    assert tested == [Path(cfg.run_dir) for cfg in trained][:count]

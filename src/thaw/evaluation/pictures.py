@@ -172,7 +172,8 @@ def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], pat
     """
     figure = Figure(figsize=(7, 6), layout="constrained", dpi=110)
     axes = figure.add_subplot()
-    axes.scatter(*points.T.numpy(), c=labels.numpy(), cmap="tab10", s=7, alpha=0.7, linewidths=0)
+    x, y = points.T.numpy()
+    axes.scatter(x, y, c=labels.numpy(), cmap="tab10", s=7, alpha=0.7, linewidths=0)
     for number, name in enumerate(classes):
         if (chosen := labels == number).any():
             x, y = points[chosen].median(dim=0).values.tolist()

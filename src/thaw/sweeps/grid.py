@@ -87,7 +87,7 @@ class Grid(Sweeper):
                 ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
                 _ = [job.return_value for job in ended]  # raises what a job could not record
         finally:  # under torchrun and srun every rank is here
-            unfinished = report_sweep(jobs, self.folder, self.config) if is_first_rank() else 0
+            unfinished = report_sweep(jobs, self.folder) if is_first_rank() else 0
         if unfinished:
             print("Run the same command again to run what is missing.", file=sys.stderr)
             sys.exit(1)
@@ -175,8 +175,8 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     return [job for job, state in zip(jobs, states, strict=True) if state not in ("done", "running")]
 
 
-def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
-    """Test the winner, or with `test=always` every job, and write and print the report; returns how many are not done.
+def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
+    """Test the winner, or every job if one says `test=always`, and write and print the report; returns how many are not done.
 
     The winner is the setting with the best validation accuracy, of which every seed is tested. That waits until no job
     can overtake it any more: until all are done or have failed. A test that fails counts as a job that is not done.
@@ -185,10 +185,11 @@ def report_sweep(jobs: Sequence[Job], folder: Path, config: DictConfig) -> int:
     from thaw.sweeps.report import read_report, write_report
 
     states = [read_state(job.folder) for job in jobs]
+    wanted = {job.cfg.test for job in jobs}  # an experiment may say it
     untested = 0
-    if "done" in states and config.test and set(states) <= {"done", "failed"}:
+    if "done" in states and any(wanted) and set(states) <= {"done", "failed"}:
         groups = [group for group in read_report([folder]).groups if group.val]
-        for group in groups if config.test == "always" else groups[:1]:
+        for group in groups if "always" in wanted else groups[:1]:
             for run in group.done:
                 if run.test_acc is None:
                     try:
