@@ -94,6 +94,6 @@ def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(ROOT)
         import train as script
 
-        wanted = ["experiment=vit_linear_probe", "data.source=sample", "logger=none", "test=false"]
+        wanted = ["experiment=vit_linear_probe", "data.source=sample", "data.train_size=1500", "logger=none", "test=false"]
         script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
     return run_dir

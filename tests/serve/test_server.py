@@ -112,7 +112,7 @@ def test_only_this_machine_unless_told(linear_probe, tmp_path) -> None:
 def test_refusals_to_start(tmp_path) -> None:
     """One message, no traceback, no folder; before the model is loaded."""
     code = (
-        "import sys, runpy; sys.modules[sys.argv[1]] = None; sys.argv[:2] = [sys.argv[2]]; "
+        "import sys, runpy; sys.modules[sys.argv[1]] = None; sys.argv[:3] = [sys.argv[2]]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     with socket.create_server(("127.0.0.1", 0)) as taken:
