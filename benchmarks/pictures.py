@@ -1,0 +1,70 @@
+"""How well digits are read from pictures: test digits enlarged, moved, recoloured, shaded and compressed.
+
+python -m benchmarks.pictures --ckpt <run folder> --data <folder of the official files>
+"""
+
+import argparse
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from thaw.data import sources
+from thaw.data.digit_image import read_digits
+from thaw.predictor import load_predictor
+
+COUNT = 2000  # test digits, evenly spread
+
+
+def draw(digit: np.ndarray, random: np.random.Generator, coloured: bool, shaded: bool) -> bytes:
+    """A digit enlarged 4 to 12 times somewhere in a larger picture: white on black as PNG, else in colours as JPEG."""
+    side = int(28 * random.uniform(4, 12))
+    height, width = (int(side * random.uniform(1, 2)) for _ in range(2))
+    large = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) / 255
+    ink = np.zeros((height, width))
+    top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
+    ink[top : top + side, left : left + side] = large
+    paper, pen = np.zeros(3), np.ones(3)
+    while coloured and (not paper.any() or abs(paper - pen).max() < 0.35):
+        paper, pen = random.uniform(0, 1, 3), random.uniform(0, 1, 3)
+    pixels = paper + ink[..., None] * (pen - paper)
+    if shaded:  # a quarter darker in one corner than in the other, and noise
+        down, right = np.mgrid[0:height, 0:width]
+        pixels *= 1 - 0.25 * ((right / width + down / height) / 2)[..., None]
+        pixels += random.normal(0, 0.03, pixels.shape)
+    file = io.BytesIO()
+    picture = Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))
+    picture.save(file, "JPEG" if coloured else "PNG", quality=80)
+    return file.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="last", help="last, a run folder or a checkpoint")
+    parser.add_argument("--data", default="data", help="folder of the official files")
+    given = parser.parse_args()
+    predictor = load_predictor(given.ckpt)
+    test = sources.load("MNIST", given.data, "official", None).test
+    step = len(test.labels) // COUNT
+    images, labels = test.images[::step], test.labels[::step]
+
+    def accuracy(digits: Tensor) -> str:
+        return f"{(predictor(digits).argmax(dim=1) == labels).double().mean():.2%}"
+
+    print(f"{'as they are':42} {accuracy(images)}")
+    kinds = {
+        "enlarged and moved, PNG": (False, False),
+        "in any two colours besides, JPEG": (True, False),
+        "with a shadow and noise besides": (True, True),
+    }
+    for name, (coloured, shaded) in kinds.items():
+        random = np.random.default_rng(0)
+        files = (draw(image.numpy(), random, coloured, shaded) for image in images)
+        found = torch.cat([read_digits(file, "picture") for file in files])
+        print(f"{name:42} {accuracy(found)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
