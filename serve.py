@@ -10,6 +10,9 @@ from thaw.config import clear_errors
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="serve")
 def main(cfg: DictConfig) -> None:
+    from thaw.serve.process import keep_memory, spared_collector, wait_briefly
+
+    wait_briefly()
     import torch
 
     from thaw.predictor import DigitModel, load_predictor
@@ -24,8 +27,9 @@ def main(cfg: DictConfig) -> None:
     sizes = ("max_batch", "max_queue", "max_images", "max_body_mb", "max_connections", "request_seconds")
     limits = Limits(**{name: cfg[name] for name in sizes})
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    keep_memory()
+    threads = cfg.threads or torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread: a second team of OpenMP's would stand in the way of the model's
     model: DigitModel
     if cfg.ckpt.endswith(".onnx"):
         from thaw.export.onnx_model import load_onnx
@@ -33,10 +37,11 @@ def main(cfg: DictConfig) -> None:
         model = load_onnx(Path(cfg.ckpt))
     else:
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
-    app = create_app(model, limits)
+    app = create_app(model, limits, threads)
     address, port = opened.getsockname()[:2]
     print(f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)", flush=True)
-    serve(app, opened)
+    with spared_collector():
+        serve(app, opened)
 
 
 if __name__ == "__main__":

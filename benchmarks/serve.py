@@ -29,6 +29,7 @@ import torch
 
 from thaw.data.idx import write_idx
 from thaw.data.sources import load
+from thaw.serve.process import keep_memory, spared_collector, wait_briefly
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64  # images: `max_batch`, and what the plain call gets at a time
@@ -70,6 +71,7 @@ def plain(ckpt: str, precision: str, seconds: float) -> float:
 def call_plainly(ckpt: str, precision: str, seconds: float) -> float:
     from thaw.predictor import load_predictor
 
+    keep_memory()  # as the server does
     predictor = load_predictor(ckpt, precision=precision)
     images = load("MNIST", ROOT / "data", "sample", None).test.images[:BATCH]
     for _ in range(10):
@@ -196,8 +198,10 @@ def main() -> None:
         print(call_plainly(given.ckpt, given.plain, given.seconds))
         return
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {given.seconds:g} s a phase, {given.ckpt}")
-    for precision in given.precision:
-        measure(given.ckpt, precision, given.seconds, given.override)
+    wait_briefly()  # of the processes that this one starts: as serve.py does
+    with spared_collector():  # pauses of this process would be taken for the server's
+        for precision in given.precision:
+            measure(given.ckpt, precision, given.seconds, given.override)
 
 
 if __name__ == "__main__":

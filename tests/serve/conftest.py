@@ -68,7 +68,7 @@ def serving() -> Iterator[Callable[..., str]]:
 
     def start(model: Any, **limits: Any) -> str:
         opened = open_port("127.0.0.1", 0)
-        server = Server(create_app(model, Limits(**{**LIMITS, **limits})))
+        server = Server(create_app(model, Limits(**{**LIMITS, **limits}), threads=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         running.append((server, thread))
@@ -94,6 +94,12 @@ def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(ROOT)
         import train as script
 
-        wanted = ["experiment=vit_linear_probe", "data.source=sample", "data.train_size=1500", "logger=none", "test=false"]
+        wanted = [
+            "experiment=vit_linear_probe",
+            "data.source=sample",
+            "data.train_size=1500",
+            "logger=none",
+            "test=false",
+        ]
         script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
     return run_dir

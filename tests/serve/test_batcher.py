@@ -14,7 +14,7 @@ from thaw.serve.limits import RefusedError
 @contextmanager
 def batching(model, max_batch: int = 8, max_queue: int = 100) -> Iterator[Batcher]:
     told: list[int] = []
-    batcher = Batcher(model, max_batch, max_queue, lambda size, seconds: told.append(size))
+    batcher = Batcher(model, max_batch, max_queue, 1, lambda size, seconds: told.append(size))
     yield batcher
     model.open.set()
     batcher.close(10)
@@ -143,7 +143,7 @@ def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monke
 
 def test_close_answers_what_waits(stand_in) -> None:
     async def run() -> list[int]:
-        batcher = Batcher(stand_in, 8, 100, lambda size, seconds: None)
+        batcher = Batcher(stand_in, 8, 100, 1, lambda size, seconds: None)
         stand_in.open.clear()
         tasks = [asyncio.create_task(batcher.predict(digits(*[4] * 20), False)) for _ in range(3)]
         await until(lambda: batcher.waiting == 52)

@@ -30,10 +30,13 @@ PATHS = frozenset({"/", "/predict", "/healthz", "/info", "/metrics", "/docs", "/
 JSON = "application/json"
 
 
-def create_app(model: DigitModel, limits: Limits) -> FastAPI:
-    """What uvicorn serves. `app.state.stopping` is set when the server is about to end."""
+def create_app(model: DigitModel, limits: Limits, threads: int) -> FastAPI:
+    """What uvicorn serves: the model computes with so many threads.
+
+    `app.state.stopping` is set when the server is about to end.
+    """
     metrics, reader = Metrics(limits.max_batch), RequestReader(limits)
-    batcher = Batcher(model, limits.max_batch, limits.max_queue, metrics.batch)
+    batcher = Batcher(model, limits.max_batch, limits.max_queue, threads, metrics.batch)
     metrics.waiting.set_function(lambda: batcher.waiting)
     facts = public(model.facts())
     names = list(map(str, facts["classes"]))

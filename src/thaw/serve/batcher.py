@@ -66,11 +66,15 @@ class Batcher:
     Args:
         model: called by one thread only.
         max_batch, max_queue: digits in a batch, and waiting.
+        threads: that the model computes with.
         told: called with the size and the seconds of each batch, on the model's thread.
     """
 
-    def __init__(self, model: DigitModel, max_batch: int, max_queue: int, told: Callable[[int, float], None]) -> None:
-        self.model, self.max_batch, self.max_queue, self.told = model, max_batch, max_queue, told
+    def __init__(
+        self, model: DigitModel, max_batch: int, max_queue: int, threads: int, told: Callable[[int, float], None]
+    ) -> None:
+        self.model, self.max_batch, self.max_queue = model, max_batch, max_queue
+        self.threads, self.told = threads, told
         self.queue: deque[Job] = deque()
         self.waiting = 0  # digits in the queue
         self.changed = threading.Condition()
@@ -138,6 +142,7 @@ class Batcher:
             return pieces
 
     def work(self) -> None:
+        torch.set_num_threads(self.threads)  # counts for this thread: OpenMP has a team for each that calls it
         while pieces := self.take():
             started = self.batch_started = time.monotonic()
             answers: list[Answer] | Exception
