@@ -149,3 +149,23 @@ def test_too_many_connections(stand_in, serving) -> None:
     assert httpx.get(f"{address}/healthz").status_code == 200
     for client in held:
         client.close()
+
+
+def test_unfinished_bodies_are_bounded_together(stand_in, serving) -> None:
+    """Eight times one body's limit is held for all clients; who comes later is told to wait, and may come back."""
+    address = serving(stand_in, request_seconds=2.0)
+    held = []
+    for _ in range(8):
+        held.append(connect(address))
+        held[-1].sendall(HEAD + b"Content-Length: 200000\r\n\r\n" + bytes(199_999))
+    time.sleep(0.3)
+    with connect(address) as client:
+        client.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + bytes(999))
+        head, _, body = client.recv(65536).partition(b"\r\n\r\n")
+        assert b" 503 " in head
+        assert b"retry-after: 1" in head.lower()
+        assert "bytes of requests are being read" in json.loads(body)["detail"]
+    for client in held:
+        client.close()
+    time.sleep(0.2)
+    assert httpx.post(f"{address}/predict", json={"images": [ROWS]}).status_code == 200
