@@ -15,7 +15,7 @@ def main(cfg: DictConfig) -> None:
     wait_briefly()
     import torch
 
-    from thaw.predictor import DigitModel, load_predictor
+    from thaw.predictor import DigitModel, Predictor, load_predictor
     from thaw.serve.limits import Limits
 
     try:
@@ -28,16 +28,17 @@ def main(cfg: DictConfig) -> None:
     limits = Limits(**{name: cfg[name] for name in sizes})
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     keep_memory()
-    threads = cfg.threads or torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread: a second team of OpenMP's would stand in the way of the model's
-    model: DigitModel
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # each worker computes on one core
+    model: DigitModel | Predictor
     if cfg.ckpt.endswith(".onnx"):
         from thaw.export.onnx_model import load_onnx
 
-        model = load_onnx(Path(cfg.ckpt))
+        model, on_cpu = load_onnx(Path(cfg.ckpt)), True
     else:
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
-    app = create_app(model, limits, threads)
+        on_cpu = model.fabric.device.type == "cpu"
+    app = create_app(model, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]
     print(f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)", flush=True)
     with spared_collector():

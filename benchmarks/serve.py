@@ -123,7 +123,7 @@ def milliseconds(printed: str, percent: str) -> float:
 class Client(asyncio.Protocol):
     """One connection, for one request at a time."""
 
-    answered: asyncio.Future[bytes]
+    answered: asyncio.Future[bytes] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.received = transport, bytearray()
@@ -134,7 +134,12 @@ class Client(asyncio.Protocol):
         length = re.search(rb"content-length: (\d+)", head)
         if length and len(body) >= int(length[1]):
             self.received = bytearray()
+            assert self.answered
             self.answered.set_result(bytes(head[:15]))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self.answered and not self.answered.done():
+            self.answered.set_exception(ConnectionResetError("the server closed a connection that it owed an answer"))
 
 
 async def pace(address: str, load: Load, rate: float, seconds: float) -> list[float]:
@@ -144,6 +149,8 @@ async def pace(address: str, load: Load, rate: float, seconds: float) -> list[fl
     request, latencies, free = head.encode() + load.body, list[float](), list[Client]()
 
     async def ask(due: float) -> None:
+        while free and free[-1].transport.is_closing():  # idle for long: the server has closed it
+            free.pop()
         client = free.pop() if free else (await loop.create_connection(Client, parts.hostname, parts.port))[1]
         client.answered = loop.create_future()
         client.transport.write(request)  # type: ignore[attr-defined]

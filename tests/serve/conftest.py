@@ -68,7 +68,7 @@ def serving() -> Iterator[Callable[..., str]]:
 
     def start(model: Any, **limits: Any) -> str:
         opened = open_port("127.0.0.1", 0)
-        server = Server(create_app(model, Limits(**{**LIMITS, **limits}), threads=1))
+        server = Server(create_app(model, Limits(**{**LIMITS, **limits}), workers=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         running.append((server, thread))

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def batching(model, max_batch: int = 8, max_queue: int = 100) -> Iterator[Batche
     yield batcher
     model.open.set()
     batcher.close(10)
-    assert not batcher.thread.is_alive()
+    assert not batcher.is_alive
     assert told == model.batches
 
 
@@ -141,6 +142,32 @@ def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monke
     asyncio.run(run())
 
 
+def test_workers_share_a_request_and_keep_its_order(stand_in) -> None:
+    """Two at once: neither waits for the other, and what ends out of order is put together in order."""
+    first, second = threading.Event(), threading.Event()
+
+    class Slow(type(stand_in)):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            (first if images[0, 0, 0] == 0 else second).wait(5)
+            return super().__call__(images)
+
+    async def run() -> list[int]:
+        batcher = Batcher(Slow(), 64, 100, 2, lambda size, seconds: None)
+        await until(lambda: batcher.idle == 2)
+        wanted = asyncio.create_task(batcher.predict(digits(*range(10)), True))
+        await until(lambda: len(batcher.batches_started) == 2)  # five digits each
+        second.set()
+        await until(lambda: len(batcher.batches_started) == 1)
+        assert not wanted.done()
+        first.set()
+        answer = await wanted
+        await asyncio.to_thread(batcher.close, 10)
+        assert len(answer.attention or ()) == 10
+        return classes(answer)
+
+    assert asyncio.run(run()) == list(range(10))
+
+
 def test_close_answers_what_waits(stand_in) -> None:
     async def run() -> list[int]:
         batcher = Batcher(stand_in, 8, 100, 1, lambda size, seconds: None)
@@ -150,7 +177,7 @@ def test_close_answers_what_waits(stand_in) -> None:
         closing = asyncio.create_task(asyncio.to_thread(batcher.close, 10))
         stand_in.open.set()
         await closing
-        assert not batcher.thread.is_alive()
+        assert not batcher.is_alive
         return [len(answer.probabilities) for answer in await asyncio.gather(*tasks)]
 
     assert asyncio.run(run()) == [20, 20, 20]

@@ -5,6 +5,7 @@ Shapes: B batch, H heads, T tokens, h x w the grid of patches.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -37,11 +38,20 @@ def attention_layers(backbone: Any) -> list[nn.Module]:
 
 @contextmanager
 def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
-    """While this is open, the backbone's attention is computed openly and its maps (B, H, T, T) go into the list."""
+    """While this is open, the backbone's attention is computed openly and its maps (B, H, T, T) go into the list.
+
+    Only those of this thread; another one may use the backbone meanwhile, but not record.
+    """
+    thread = get_ident()
     layers: list[Any] = attention_layers(backbone)
     maps: list[Tensor] = []
     fused = [layer.fused_attn for layer in layers]
-    hooks = [layer.attn_drop.register_forward_hook(lambda *call: maps.append(call[2])) for layer in layers]
+
+    def record(module: nn.Module, inputs: Any, attention: Tensor) -> None:
+        if get_ident() == thread:
+            maps.append(attention)
+
+    hooks = [layer.attn_drop.register_forward_hook(record) for layer in layers]
     for layer in layers:
         layer.fused_attn = False  # torch's fused attention never has the map as a whole
     try:

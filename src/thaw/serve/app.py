@@ -30,13 +30,13 @@ PATHS = frozenset({"/", "/predict", "/healthz", "/info", "/metrics", "/docs", "/
 JSON = "application/json"
 
 
-def create_app(model: DigitModel, limits: Limits, threads: int) -> FastAPI:
-    """What uvicorn serves: the model computes with so many threads.
+def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
+    """What uvicorn serves: so many threads run the model.
 
     `app.state.stopping` is set when the server is about to end.
     """
     metrics, reader = Metrics(limits.max_batch), RequestReader(limits)
-    batcher = Batcher(model, limits.max_batch, limits.max_queue, threads, metrics.batch)
+    batcher = Batcher(model, limits.max_batch, limits.max_queue, workers, metrics.batch)
     metrics.waiting.set_function(lambda: batcher.waiting)
     facts = public(model.facts())
     names = list(map(str, facts["classes"]))
@@ -89,7 +89,7 @@ def create_app(model: DigitModel, limits: Limits, threads: int) -> FastAPI:
     async def healthz() -> Response:
         if app.state.stopping:
             raise RefusedError(503, "the server is stopping; ask another one.", retry_after=1)
-        if not batcher.thread.is_alive() or batcher.stuck > limits.request_seconds:
+        if not batcher.is_alive or batcher.stuck > limits.request_seconds:
             raise RefusedError(
                 503, f"the model has not answered for {batcher.stuck:.0f} s; restart the server.", retry_after=1
             )

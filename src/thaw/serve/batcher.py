@@ -1,6 +1,7 @@
-"""Dynamic batching: one thread runs the model, and what arrives meanwhile is its next batch.
+"""Dynamic batching: a few threads run the model, and what arrives while all are busy is their next batch.
 
-Nothing waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves.
+Nothing waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves. On a
+CPU a thread for each core, with a batch of its own, does more than all cores on one batch: no core waits for another.
 Digits are numpy's until they are a batch: a call into torch gives Python's lock away, and on the event loop's thread it
 would wait for the model's to get it back.
 """
@@ -37,21 +38,26 @@ class Job:
 
     Attributes:
         taken: how many of them went into batches so far.
-        parts: the answers to these, as far as they are known.
+        parts: the answers to these, as far as they are known, by the place of their first digit.
     """
 
     def __init__(self, images: np.ndarray, explain: bool, answer: asyncio.Future[Answer]) -> None:
         self.images, self.explain, self.answer = images, explain, answer
-        self.taken, self.parts = 0, list[Answer]()
+        self.taken, self.parts = 0, dict[int, Answer]()
+
+    @property
+    def is_answered(self) -> bool:
+        return sum(len(part.probabilities) for part in self.parts.values()) == len(self.images)
 
     def whole(self) -> Answer:
         """The parts as one, in the order of the images."""
-        if len(self.parts) == 1:
-            return self.parts[0]
+        parts = [self.parts[start] for start in sorted(self.parts)]
+        if len(parts) == 1:
+            return parts[0]
         attention = None
-        if self.parts[0].attention is not None:
-            attention = [image for part in self.parts for image in part.attention or ()]
-        return Answer([row for part in self.parts for row in part.probabilities], attention)
+        if parts[0].attention is not None:
+            attention = [image for part in parts for image in part.attention or ()]
+        return Answer([row for part in parts for row in part.probabilities], attention)
 
 
 Piece = tuple[Job, slice]
@@ -61,28 +67,37 @@ class Batcher:
     """Answers requests of any size with batches of at most `max_batch` digits.
 
     A request that does not fit one batch goes to the end of the queue after each: a big one delays a small one by one
-    batch.
+    batch. Workers that are idle share what waits.
 
     Args:
-        model: called by one thread only.
+        model: may be called by several threads at once.
         max_batch, max_queue: digits in a batch, and waiting.
-        threads: that the model computes with.
-        told: called with the size and the seconds of each batch, on the model's thread.
+        workers: threads that run the model, each on one core.
+        told: called with the size and the seconds of each batch, on a worker's thread.
     """
 
     def __init__(
-        self, model: DigitModel, max_batch: int, max_queue: int, threads: int, told: Callable[[int, float], None]
+        self, model: DigitModel, max_batch: int, max_queue: int, workers: int, told: Callable[[int, float], None]
     ) -> None:
         self.model, self.max_batch, self.max_queue = model, max_batch, max_queue
-        self.threads, self.told = threads, told
+        self.told = told
         self.queue: deque[Job] = deque()
         self.waiting = 0  # digits in the queue
         self.changed = threading.Condition()
         self.closing = False
-        self.batch_started: float | None = None
-        self.seconds_per_image = 0.0
-        self.thread = threading.Thread(target=self.work, name="model", daemon=True)
-        self.thread.start()
+        self.idle = 0  # workers that wait for a batch
+        self.batches_started: dict[int, float] = {}  # of each worker that runs one
+        self.seconds_per_image = 0.0  # of one worker
+        self.attending = threading.Lock()  # recording attention changes the model for as long as it lasts
+        self.workers = [
+            threading.Thread(target=self.work, args=(n,), name=f"model {n}", daemon=True) for n in range(workers)
+        ]
+        for worker in self.workers:
+            worker.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return all(worker.is_alive() for worker in self.workers)
 
     async def predict(self, images: np.ndarray, explain: bool) -> Answer:
         """uint8 (N, 28, 28) -> the answer; a cancelled caller's digits leave the queue.
@@ -110,13 +125,13 @@ class Batcher:
 
     def retry_after(self) -> int:
         """Seconds until what waits now will be done, at the recent speed."""
-        return max(1, math.ceil(self.waiting * self.seconds_per_image))
+        return max(1, math.ceil(self.waiting * self.seconds_per_image / len(self.workers)))
 
     @property
     def stuck(self) -> float:
-        """Seconds that the running batch has taken so far."""
-        started = self.batch_started
-        return 0.0 if started is None else time.monotonic() - started
+        """Seconds that the longest running batch has taken so far."""
+        now = time.monotonic()
+        return max((now - started for started in list(self.batches_started.values())), default=0.0)
 
     def drop(self, job: Job) -> None:
         with self.changed:
@@ -127,9 +142,11 @@ class Batcher:
     def take(self) -> list[Piece]:
         """The next batch, waited for; nothing when closing and all is answered."""
         with self.changed:
+            self.idle += 1
             self.changed.wait_for(lambda: self.queue or self.closing)
             pieces: list[Piece] = []
-            room = self.max_batch
+            room = min(self.max_batch, math.ceil(self.waiting / self.idle))
+            self.idle -= 1
             while self.queue and room:
                 job = self.queue.popleft()
                 stop = min(job.taken + room, len(job.images))
@@ -139,12 +156,14 @@ class Batcher:
                 job.taken = stop
             if pieces and job.taken < len(job.images):
                 self.queue.append(job)
+            if self.queue:
+                self.changed.notify()  # another worker has its share of it
             return pieces
 
-    def work(self) -> None:
-        torch.set_num_threads(self.threads)  # counts for this thread: OpenMP has a team for each that calls it
+    def work(self, number: int) -> None:
+        torch.set_num_threads(1)  # counts for this thread: OpenMP has a team for each that calls it
         while pieces := self.take():
-            started = self.batch_started = time.monotonic()
+            started = self.batches_started[number] = time.monotonic()
             answers: list[Answer] | Exception
             try:
                 answers = self.compute(pieces)
@@ -152,7 +171,7 @@ class Batcher:
                 log.exception("the model failed on a batch of %d requests", len(pieces))
                 answers = error
             seconds, size = time.monotonic() - started, sum(piece.stop - piece.start for _, piece in pieces)
-            self.batch_started = None
+            del self.batches_started[number]
             self.seconds_per_image += (seconds / size - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1)
             self.told(size, seconds)
             with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody waits any more
@@ -168,7 +187,8 @@ class Batcher:
         explained = [job.images[piece] for job, piece in pieces if job.explain and self.model.has_attention]
         shares: list[list[list[float]]] = []
         if explained:
-            shares = self.model.attention(torch.from_numpy(np.concatenate(explained))).tolist()  # (N, h, w)
+            with self.attending:
+                shares = self.model.attention(torch.from_numpy(np.concatenate(explained))).tolist()  # (N, h, w)
         maps = iter(shares)
         answers = []
         for job, piece in pieces:
@@ -179,23 +199,25 @@ class Batcher:
 
     def deliver(self, pieces: list[Piece], answers: list[Answer] | Exception) -> None:
         """On the event loop: give each request its part, and its answer after the last one."""
-        for place, (job, piece) in enumerate(pieces):
+        for place, (job, piece) in enumerate(pieces):  # of a request that failed the other parts go nowhere
             if job.answer.done():
                 continue
             if isinstance(answers, Exception):
                 self.drop(job)
                 job.answer.set_exception(ModelFailedError(str(answers)))
                 continue
-            job.parts.append(answers[place])
-            if piece.stop == len(job.images):
+            job.parts[piece.start] = answers[place]
+            if job.is_answered:
                 job.answer.set_result(job.whole())
 
     def close(self, seconds: float) -> None:
         """Answer what waits, then end; at most this long."""
         with self.changed:
             self.closing = True
-            self.changed.notify()
-        self.thread.join(seconds)
+            self.changed.notify_all()
+        stop = time.monotonic() + seconds
+        for worker in self.workers:
+            worker.join(max(0.0, stop - time.monotonic()))
 
 
 class ModelFailedError(Exception):
