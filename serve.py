@@ -10,9 +10,8 @@ from thaw.config import clear_errors
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="serve")
 def main(cfg: DictConfig) -> None:
-    from thaw.serve.process import keep_memory, spared_collector, wait_briefly
+    from thaw.serve.process import keep_memory, spared_collector
 
-    wait_briefly()
     import torch
 
     from thaw.predictor import DigitModel, Predictor, load_predictor

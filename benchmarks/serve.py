@@ -29,7 +29,7 @@ import torch
 
 from thaw.data.idx import write_idx
 from thaw.data.sources import load
-from thaw.serve.process import keep_memory, spared_collector, wait_briefly
+from thaw.serve.process import keep_memory, spared_collector
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64  # images: `max_batch`, and what the plain call gets at a time
@@ -205,7 +205,6 @@ def main() -> None:
         print(call_plainly(given.ckpt, given.plain, given.seconds))
         return
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {given.seconds:g} s a phase, {given.ckpt}")
-    wait_briefly()  # of the processes that this one starts: as serve.py does
     with spared_collector():  # pauses of this process would be taken for the server's
         for precision in given.precision:
             measure(given.ckpt, precision, given.seconds, given.override)

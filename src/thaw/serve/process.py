@@ -3,19 +3,10 @@
 import contextlib
 import ctypes
 import gc
-import os
 from collections.abc import Iterator
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 NEVER = 1 << 30  # bytes
-
-
-def wait_briefly() -> None:
-    """Let OpenMP's threads spin for microseconds between two layers, not milliseconds: others want the core, too.
-
-    Counts where torch is not imported yet, and where the user has not said something else.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def keep_memory() -> None:
