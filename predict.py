@@ -14,7 +14,8 @@ TAKE_A_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn",
 
 def take_inputs(arguments: list[str]) -> list[str]:
     """Remove from the command line what is neither a setting nor an option, and return it: files and folders."""
-    inputs, others = [], arguments[:1]
+    inputs: list[str] = []
+    others = arguments[:1]
     for before, word in pairwise(arguments):
         is_input = Path(word).exists() or ("=" not in word and word[:1] not in ("", "-", "~", "+"))
         (inputs if is_input and before not in TAKE_A_VALUE else others).append(word)

@@ -10,12 +10,11 @@ from thaw.config import clear_errors
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="serve")
 def main(cfg: DictConfig) -> None:
-    from thaw.serve.process import keep_memory, spared_collector
-
     import torch
 
     from thaw.predictor import DigitModel, Predictor, load_predictor
     from thaw.serve.limits import Limits
+    from thaw.serve.process import keep_memory, spared_collector
 
     try:
         from thaw.serve.app import create_app

@@ -23,7 +23,7 @@ class Read(NamedTuple):
     """One digit of a file, or why there is none."""
 
     file: Path
-    index: int
+    number: int  # of the digit in the file
     image: Tensor | None  # uint8 (28, 28)
     error: str
 
@@ -73,7 +73,7 @@ def predictions(model: DigitModel, read: Sequence[Read], classes: Sequence[str])
     images = [one.image for one in read if one.image is not None]
     chances = iter(model(torch.stack(images)).tolist() if images else [])
     for one in read:
-        row: dict[str, Any] = {"file": str(one.file), "index": one.index, "class": None, "confidence": None}
+        row: dict[str, Any] = {"file": str(one.file), "index": one.number, "class": None, "confidence": None}
         if one.image is None:
             yield {**row, "probabilities": None, "error": one.error}
             continue
