@@ -176,7 +176,7 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
 
 
 def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
-    """Test the winner, or all jobs if one says `test=always`, write and print the report; returns how many are not done.
+    """Test the winner, or all jobs if one says `test=always`, write and print the report; returns how many are undone.
 
     The winner is the setting with the best validation accuracy, of which every seed is tested. That waits until no job
     can overtake it any more: until all are done or have failed. A test that fails counts as a job that is not done.
