@@ -45,6 +45,27 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return run
 
 
+@pytest.fixture(scope="session")
+def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run: a linear probe on the bundled sample and weights, not tested; trained once."""
+    folder = tmp_path_factory.mktemp("trained")
+    run_dir = folder / "runs" / "probe" / "one"
+    run_dir.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        import train as script
+
+        wanted = [
+            "experiment=vit_linear_probe",
+            "data.source=sample",
+            "data.train_size=1500",
+            "logger=none",
+            "test=false",
+        ]
+        script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
+    return run_dir
+
+
 @pytest.fixture
 def tiny_run(tmp_path: Path) -> list[str]:
     """Overrides for a run of a second: a ViT of three narrow blocks with weights of its own, 4 steps an epoch."""

@@ -24,7 +24,10 @@ def count_pictures(notebook: nbformat.NotebookNode) -> int:
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPT", str(tmp_path / "run"))
     monkeypatch.setenv("SWEEP", str(tmp_path / "sweep"))
-    monkeypatch.setenv("OVERRIDES", f"data.train_size=256 trainer.max_epochs=1 cache.dir={tmp_path / 'cache'}")
+    monkeypatch.setenv(
+        "OVERRIDES",
+        f"data.train_size=256 trainer.max_epochs=1 validate=false test=false cache.dir={tmp_path / 'cache'}",
+    )
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()

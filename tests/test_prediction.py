@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,6 @@ from thaw.data import sources
 from thaw.data.idx import write_idx
 from thaw.prediction import find_files, open_output
 from thaw.predictor import load_predictor
-
-
-@pytest.fixture
-def run(train: Callable[..., Path]) -> Path:
-    return train("experiment=vit_linear_probe", "data.source=sample", "logger=none", "trainer.max_epochs=4")
 
 
 @pytest.fixture
@@ -41,9 +36,9 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_csv_of_a_folder(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_csv_of_a_folder(linear_probe: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ValueError, match="2 of 33 files could not be read"):
-        predict.main(compose_config("predict", f"ckpt={run}", f"inputs=['{folder}']"))
+        predict.main(compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{folder}']"))
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 30 + 3 + 2
     digits = [row for row in rows if "_" in Path(row["file"]).stem]
@@ -59,14 +54,16 @@ def test_csv_of_a_folder(run: Path, folder: Path, capsys: pytest.CaptureFixture)
     assert "no digit" in errors["empty.png"]
 
 
-def test_json_lines_in_a_file(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "answers.jsonl"
     idx = folder / "below" / "three.idx"
-    predict.main(compose_config("predict", f"ckpt={run}", f"inputs=['{idx}','{idx.parent}']", f"output={output}"))
+    predict.main(
+        compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{idx}','{idx.parent}']", f"output={output}")
+    )
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2], "a file that is named twice is read once"
     images = sources.load("MNIST", "nowhere", "sample", None).test.images[:3]
-    expected = load_predictor(str(run))(images)
+    expected = load_predictor(str(linear_probe))(images)
     torch.testing.assert_close(torch.tensor([row["probabilities"] for row in rows]), expected, rtol=0, atol=1e-6)
     assert [int(row["class"]) for row in rows] == expected.argmax(dim=1).tolist()
 

@@ -66,13 +66,9 @@ def test_report_of_one_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_two_models_are_compared(train: Callable[..., Path], tmp_path: Path) -> None:
-    few = ["data.source=sample", "logger=csv", "trainer.max_epochs=1"]
-    runs = [
-        train("experiment=vit_linear_probe", *few, name="probe"),
-        train("experiment=baseline/mlp", *few, "data.train_size=300", "data.batch_size=100", name="mlp"),
-    ]
-    ckpts = f"ckpt=[{','.join(map(str, runs))}]"
+def test_two_models_are_compared(linear_probe: Path, train: Callable[..., Path], tmp_path: Path) -> None:
+    few = ["data.source=sample", "logger=csv", "trainer.max_epochs=1", "data.train_size=300", "data.batch_size=100"]
+    ckpts = f"ckpt=[{linear_probe},{train('experiment=baseline/mlp', *few, 'test=false')}]"
     folder = evaluate(tmp_path / "eval", ckpts)
     report = json.loads((folder / "report.json").read_text())
     (pair,) = report["comparison"]
@@ -101,10 +97,9 @@ def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path:
     assert len(set(run.glob("wandb/offline-run-*")) - before) == 1
 
 
-def test_second_dataset(train: Callable[..., Path]) -> None:
+def test_second_dataset(linear_probe: Path) -> None:
     """Noise in place of another dataset, whose files need a network: what is said of it holds for any."""
-    run = train("experiment=vit_linear_probe", "data.source=sample", "logger=none", "trainer.max_epochs=4")
-    predictor = load_predictor(str(run))
+    predictor = load_predictor(str(linear_probe))
     source = sources.load("MNIST", "nowhere", "sample", None)
     noise = torch.randint(0, 256, source.test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     other = source._replace(test=source.test._replace(images=noise))
@@ -118,11 +113,10 @@ def test_second_dataset(train: Callable[..., Path]) -> None:
     assert f"{facts['test/acc']:.2%}" in second_text(facts, "MNIST")
 
 
-def test_second_dataset_that_is_not_there(train: Callable[..., Path], tmp_path: Path) -> None:
-    run = train("experiment=vit_linear_probe", "debug=fast", "data.source=sample", "logger=none")
+def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) -> None:
     settings = [f"data.dir={tmp_path / 'none'}", "data.mirrors=[]"]
     with pytest.raises(ConnectionError, match="FashionMNIST"):
-        evaluate(tmp_path / "eval", f"ckpt={run}", "data=fashion_mnist", *settings)
+        evaluate(tmp_path / "eval", f"ckpt={linear_probe}", "data=fashion_mnist", *settings)
     assert not (tmp_path / "eval" / "report").exists()
 
 

@@ -3,12 +3,10 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, compose_run
 from torch import Tensor
 
 from thaw.serve.app import create_app
@@ -82,24 +80,3 @@ def serving() -> Iterator[Callable[..., str]]:
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="session")
-def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run: a linear probe on the bundled sample and weights."""
-    folder = tmp_path_factory.mktemp("served")
-    run_dir = folder / "runs" / "probe" / "one"
-    run_dir.mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        import train as script
-
-        wanted = [
-            "experiment=vit_linear_probe",
-            "data.source=sample",
-            "data.train_size=1500",
-            "logger=none",
-            "test=false",
-        ]
-        script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
-    return run_dir
