@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--ckpt", required=True, help="last, a run folder or a checkpoint")
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each phase")
-    parser.add_argument("--override", nargs="*", default=[], help="of serve.py, e.g. threads=1")
+    parser.add_argument("--override", nargs="*", default=[], help="of serve.py, e.g. workers=1")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plain:

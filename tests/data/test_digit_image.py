@@ -144,7 +144,7 @@ def truncated() -> bytes:
         (lambda: b"", "is empty"),
         (lambda: b"<svg></svg>", "neither a PNG, a JPEG nor an IDX"),
         (lambda: encoded(Image.new("L", (40, 40)), "GIF"), "neither a PNG, a JPEG nor an IDX"),
-        (lambda: claims(50_000, 50_000), "claims"),
+        (lambda: claims(50_000, 50_000), "claims 2,500,000,000 pixels; at most 50,000,000"),
         (lambda: claims(9_000, 9_000), "claims 9,000 x 9,000 pixels; at most"),
         (lambda: claims(500, 500), "damaged"),
         (truncated, "damaged"),

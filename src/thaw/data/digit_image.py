@@ -7,6 +7,7 @@ field of 28 x 28. Ink is 255, background 0.
 
 import gzip
 import io
+import re
 import zlib
 
 import numpy as np
@@ -71,14 +72,16 @@ def open_picture(content: bytes, name: str) -> Image.Image:
         picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(
-                f"{name} claims {picture.width:,} x {picture.height:,} pixels; at most {MAX_PIXELS:,} are read."
+                f"{name} claims {picture.width:,} x {picture.height:,} pixels; at most {MAX_PIXELS:,} are read: "
+                "reduce it."
             )
         picture.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at about that size
         picture.load()
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is neither a PNG, a JPEG nor an IDX file.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} claims too many pixels; at most {MAX_PIXELS:,} are read.") from error
+        claimed = "".join(f"{int(number):,} " for number in re.findall(r"\d+", str(error))[:1])  # Pillow looks first
+        raise ValueError(f"{name} claims {claimed}pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
     except (OSError, SyntaxError, EOFError, zlib.error) as error:  # what Pillow raises for damaged data
         raise ValueError(f"{name} is a damaged picture ({error}).") from error
     return ImageOps.exif_transpose(picture)
