@@ -57,7 +57,10 @@ class Augment(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not self.is_random:
             return images
-        x = images[:, None].float()  # (B, 1, S, S)
+        return self.transform(images[:, None].float())[:, 0].round().clamp(0, 255).to(torch.uint8)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The same of pixels (B, 1, S, S) of any scale whose background is 0; gradients pass through."""
         if self.warps:
             grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)
             if self.elastic:
@@ -67,7 +70,7 @@ class Augment(nn.Module):
             x = self.random_thickness(x)
         if self.erase:
             x = x * self.random_rectangles(x)
-        return x[:, 0].round().clamp(0, 255).to(torch.uint8)
+        return x
 
     def random_affine(self, x: Tensor) -> Tensor:
         """(B, 2, 3) maps from output to input coordinates in [-1, 1]: scale, rotation, shear, then shift."""

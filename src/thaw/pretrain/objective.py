@@ -1,0 +1,113 @@
+"""What every pretraining objective shares: a backbone learns from images without labels and is written to a file.
+
+Shapes: B batch, D feature width, C channels, S image side.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thaw.data.augment import Augment
+from thaw.data.datamodule import Batch
+from thaw.data.preprocess import Preprocess
+from thaw.models.backbone import Backbone
+from thaw.models.optim import OptimizerRecipe
+
+
+class Objective(LightningModule):
+    """A backbone under a pretraining loss. A subclass gives `loss`, and `contact_sheet` to be looked at.
+
+    Labels are never trained on. What the features are worth is measured by `callbacks.feature_monitor`.
+
+    Args:
+        backbone: images (B, C, S, S) -> features (B, D).
+        augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), random.
+        optim: groups, optimizer and schedule.
+        output: path of the safetensors file that the trained backbone is written to (fp16).
+
+    Raises:
+        ValueError: another file format than safetensors.
+    """
+
+    def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:
+        super().__init__()
+        if not output.endswith(".safetensors"):
+            raise ValueError(f"model.output={output} must end in .safetensors, which is the format it is written in.")
+        self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
+        self.backbone = backbone
+        self.augment = augment
+        self.optim = optim
+        self.output = output
+
+    def loss(self, images: Tensor) -> Tensor:
+        """The scalar that training lowers, of uint8 digits (B, 28, 28); random."""
+        raise NotImplementedError
+
+    def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
+        """Rows of uint8 pictures (K, S, S) that show what was learned, and the title of each row.
+
+        Args:
+            images: uint8 (N, 28, 28), validation digits, always the same.
+        """
+        raise NotImplementedError
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 28, 28) -> what a probe sees, (B, D)."""
+        return self.backbone(self.preprocess(images))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch.images)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.random.fork_rng():  # the same masks, views and orders after every epoch
+            torch.manual_seed(batch_idx)
+            loss = self.loss(batch.images)
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        return self.optim.build(trained, self.depths(), {}, self.trainer)
+
+    def depths(self) -> dict[str, int]:
+        """Depth of every parameter; what the objective adds to the backbone is the deepest."""
+        depths = {f"backbone.{name}": depth for name, depth in self.backbone.depths().items()}
+        top = max(depths.values()) + 1
+        return {name: depths.get(name, top) for name, _ in self.named_parameters()}
+
+    def on_train_end(self) -> None:
+        """Write the backbone for `backbone.weights=<file>`."""
+        if self.trainer.is_global_zero:
+            save_backbone(self.backbone, Path(self.output))
+            print(f"The backbone is in {self.output}; use it with backbone.weights={self.output}", flush=True)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(B, ...) of this process -> those of all processes in order of rank; gradients reach every process.
+
+        Processes may hold different numbers of rows. Each process's gradient of a loss over all rows is multiplied by
+        the number of processes, which DDP's mean over processes undoes.
+        """
+        if self.trainer.world_size == 1:
+            return rows
+        sizes = self.all_gather(torch.tensor(len(rows), device=rows.device)).tolist()
+        padding = rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])
+        parts: Any = self.all_gather(torch.cat([rows, padding]), sync_grads=True)  # (processes, B, ...)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def save_backbone(backbone: Backbone, path: Path) -> None:
+    """Write the timm model's state dict as safetensors, whole or not at all; fp16, except for integers (counters)."""
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in backbone.model.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(state, part)
+    part.replace(path)
