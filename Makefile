@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test test-slurm lint format bench compare clean clean-cache
+.PHONY: help install train test test-slurm lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
 	@echo "make compare                                 all policies, baselines and DINOv2 on the official test digits (hours)"
+	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
 	@echo "make clean-cache                             remove the kept features in logs/cache"
 	@echo "make lint | format | clean"
 
@@ -54,6 +55,9 @@ bench: $(VENV)/.installed
 
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+compare-pretraining: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare_pretraining $(ARGS)
 
 clean-cache:
 	rm -rf logs/cache

@@ -60,17 +60,27 @@ ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
 
 def run(name: str, seed: int, overrides: list[str], threads: int) -> str | None:
     """Run a row with a seed unless its summary is there; returns the last line it said if it failed."""
-    folder = RUNS / name / f"seed{seed}"
+    logger = ["logger=csv"] if ROWS[name][2].startswith("train") else []
+    return run_once([*ROWS[name][2].split(), *logger, f"seed={seed}", *overrides], RUNS / name / f"seed{seed}", threads)
+
+
+def run_once(command: list[str], folder: Path, threads: int) -> str | None:
+    """Run a script with overrides in a folder unless a summary is there, and note the CPU time in `cpu_seconds.json`.
+
+    Returns:
+        the last line it said if it failed; all of them are in `output.log`.
+    """
     if (folder / "summary.json").is_file():
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    logger = ["logger=csv"] if ROWS[name][2].startswith("train") else []
-    command = [sys.executable, *ROWS[name][2].split(), *logger, f"seed={seed}", f"hydra.run.dir={folder}"]
-
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with (folder / "output.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, *overrides], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *command, f"hydra.run.dir={folder}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

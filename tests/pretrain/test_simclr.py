@@ -1,32 +1,22 @@
-"""SimCLR: its loss against loops and lightly, its kNN against scikit-learn, and the file that it writes."""
+"""SimCLR: its loss against loops and lightly, and the file that every objective writes."""
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+from pretrain.tiny import backbone, digits, recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thaw.data.datamodule import Batch
-from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
-from thaw.pretrain.simclr import SimCLR, nt_xent, save_backbone
-
-VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
-
-
-def backbone(name: str = "vit_tiny_patch16_224", arguments: dict | None = None, weights: str = "none") -> Backbone:
-    arguments = VIT if arguments is None else arguments
-    settings: dict[str, Any] = {"pool": "model", "mean": None, "std": None, "fused_attention": False}
-    return Backbone(name, weights, image_size=28, channels=1, arguments=arguments, **settings)
+from thaw.pretrain.objective import save_backbone
+from thaw.pretrain.simclr import SimCLR, nt_xent
 
 
 class Noise(nn.Module):
     """Two views of an image differ by noise."""
+
+    is_random = True
 
     def forward(self, images: Tensor) -> Tensor:
         return (images + 20 * torch.rand(images.shape)).clamp(0, 255).to(torch.uint8)
@@ -34,18 +24,7 @@ class Noise(nn.Module):
 
 def simclr(output: Path) -> SimCLR:
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
-    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
-    optim = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
-    return SimCLR(backbone(), Noise(), optim, projection=16, temperature=0.2, output=str(output))
-
-
-def digits(number: int) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 200, (number, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(number) % 3
-    images[:, :14] += (25 * labels).to(torch.uint8)[:, None, None]
-    return Batch(images, labels, torch.arange(number))
+    return SimCLR(backbone(), Noise(), recipe(), str(output), projection=16, temperature=0.2)  # type: ignore[arg-type]
 
 
 # The loss
@@ -81,6 +60,7 @@ def test_nt_xent_is_exact_under_mixed_precision() -> None:
 
 def test_gradient_reaches_every_parameter_and_the_loss_falls(tmp_path: Path) -> None:
     model, batch = simclr(tmp_path / "w.safetensors"), digits(12)
+    model.gather = lambda rows: rows  # type: ignore[method-assign]  # there is one process
     model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     optimizer = torch.optim.AdamW(model.optim.groups(model.named_parameters(), model.depths(), {}))
     losses = []
@@ -101,22 +81,25 @@ def test_the_projection_head_is_the_deepest_layer(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name, depth in depths.items() if depth == 3} == {"projector"}
 
 
-@pytest.mark.parametrize("number", [9, 60])
-def test_knn_accuracy_equals_scikit_learns(tmp_path: Path, number: int) -> None:
-    model, batch, logged = simclr(tmp_path / "w.safetensors").eval(), digits(number), {}
-    model.log = lambda name, value, **_: logged.update({name: value.item()})  # type: ignore[method-assign]
+def test_what_it_cannot_learn_from_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"1 digit has nothing to contrast it with; set data\.batch_size"):
+        nt_xent(torch.randn(2, 8), 0.2)
+    model, still = simclr(tmp_path / "w.safetensors"), Noise()
+    still.is_random = False
+    with pytest.raises(ValueError, match="augment=none makes them equal"):
+        SimCLR(model.backbone, still, model.optim, model.output, 16, 0.2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"model\.temperature=0"):
+        SimCLR(model.backbone, Noise(), model.optim, model.output, 16, 0)  # type: ignore[arg-type]
+
+
+def test_the_picture_shows_the_nearest_digits(tmp_path: Path) -> None:
+    model = simclr(tmp_path / "w.safetensors").eval()
+    images = digits(12).images
+    images[7] = images[3]
     with torch.no_grad():
-        for part in (slice(0, 5), slice(5, None)):
-            model.validation_step(Batch(*(values[part] for values in batch[:3])), 0)
-        model.on_validation_epoch_end()
-        features = model.backbone(model.preprocess(batch.images)).numpy()
-    k, right = min(20, number - 1), 0
-    for i in range(number):
-        others = [j for j in range(number) if j != i]
-        neighbours = KNeighborsClassifier(k, metric="cosine").fit(features[others], batch.labels[others])
-        right += int(neighbours.predict(features[[i]])[0] == batch.labels[i])
-    assert logged == {"val/knn_acc": pytest.approx(right / number)}
-    assert not model.val_features and not model.val_labels
+        rows, titles = model.contact_sheet(images)
+    assert len(rows) == len(titles) == 6
+    assert torch.equal(rows[0], images) and torch.equal(rows[1][3], images[7]) and torch.equal(rows[1][7], images[3])
 
 
 # The file
@@ -128,7 +111,7 @@ def test_a_trained_backbone_is_written_and_loads_back(tmp_path: Path) -> None:
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", devices=1, enable_model_summary=False, **quiet)  # type: ignore
     loader: DataLoader = DataLoader([digits(12)], batch_size=None)  # type: ignore[arg-type]
     trainer.fit(model, loader, loader)
-    assert 0 <= trainer.callback_metrics["val/knn_acc"] <= 1
+    assert trainer.callback_metrics["val/loss"] > 0
     assert [path.name for path in output.parent.iterdir()] == ["backbone.safetensors"]
     images = torch.randn(4, 1, 28, 28)
     loaded, fresh = backbone(weights=str(output)).eval(), backbone().eval()
@@ -155,7 +138,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     (tmp_path / "w.safetensors").write_bytes(b"whole")
-    monkeypatch.setattr("thaw.pretrain.simclr.save_file", interrupted)
+    monkeypatch.setattr("thaw.pretrain.objective.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_backbone(backbone(), tmp_path / "w.safetensors")
     assert (tmp_path / "w.safetensors").read_bytes() == b"whole"

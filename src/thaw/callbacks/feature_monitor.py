@@ -32,7 +32,8 @@ class FeatureMonitor(Callback):
     def __init__(self, run_dir: str, every_n_steps: int, digits: int, min_std: float) -> None:
         if every_n_steps < 1 or digits < 2:
             raise ValueError(
-                f"callbacks.feature_monitor: every_n_steps={every_n_steps} must be 1 or more, and digits={digits} 2 or more."
+                f"callbacks.feature_monitor: every_n_steps={every_n_steps} must be 1 or more, and digits={digits} 2 or "
+                "more."
             )
         self.folder = Path(run_dir) / "report"
         self.every_n_steps, self.digits, self.min_std = every_n_steps, digits, min_std

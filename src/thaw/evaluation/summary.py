@@ -46,6 +46,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         **tested,
         "val/acc": val_acc,
         **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
+        **pretrained_facts(trainer),
         "data_source": digits.name,
         "dataset": cfg.data.dataset,
         "n_train": len(digits.train.labels),
@@ -62,10 +63,19 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "resumed_from": cfg.resume,
         "run_dir": cfg.run_dir,
     }
-    told = ("val/acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
-    add_to_summary(trainer.loggers, {key: facts[key] for key in told})
+    told = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
+    add_to_summary(trainer.loggers, {key: facts[key] for key in told if key in facts})
     write_json(facts, Path(cfg.run_dir) / "summary.json")
     print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
+
+
+def pretrained_facts(trainer: Trainer) -> dict[str, Any]:
+    """Of a pretraining run: the file that it wrote, and how good its features were at the last look."""
+    output = getattr(trainer.lightning_module, "output", None)
+    if output is None:
+        return {}
+    measured = trainer.callback_metrics.get("val/knn_acc")
+    return {"val/knn_acc": None if measured is None else round(float(measured), 6), "backbone_file": output}
 
 
 def peak_memory_gb(trainer: Trainer) -> float | None:
@@ -102,6 +112,10 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
     }
     if facts["val/acc"] is not None:
         lines["validation"] = f"{facts['val/acc']:.2%} accuracy, best of {facts['epochs']} epochs"
+    if facts.get("val/knn_acc") is not None:
+        lines["neighbours"] = f"{facts['val/knn_acc']:.2%} of validation digits have the label of their 20 nearest"
+    if "backbone_file" in facts:
+        lines["for later"] = f"backbone.weights={os.path.relpath(facts['backbone_file'])}"
     if "heads" in facts:
         best = f"lr {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
         lines["head"] = f"{best}, best of {facts['heads']} on validation"

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from timm.layers import PatchEmbed
 from timm.models import ConvNeXt
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, places
@@ -125,6 +126,12 @@ class Backbone(nn.Module):
         for block in [block[-1] for block in blocks_of(self.model)] if self.is_chain else self.model.children():
             block.compile()
         self.architecture["compiled"] = True
+
+    def new_block(self, width: int, heads: int) -> nn.Module:
+        """A transformer block of timm's with random weights and this backbone's kind of attention, (B, T, width)."""
+        block = Block(width, heads, qkv_bias=True)
+        block.attn.fused_attn = self.architecture["fused"]
+        return block
 
     def layers_state(self, cut: int) -> dict[str, Tensor]:
         """Parameters and buffers of the first `cut` layers."""

@@ -43,6 +43,20 @@ def unpatchify(patches: Tensor, side: int, channels: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, grid * side, grid * side)
 
 
+def target(images: Tensor, side: int, normalize_pixels: bool) -> Tensor:
+    """What a model should draw: patches (B, T, p * p * C), each in units of its own mean and deviation if wanted."""
+    patches = patchify(images, side)
+    if not normalize_pixels:
+        return patches
+    mean, std = scale(patches)
+    return (patches - mean) / std
+
+
+def scale(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch, (B, T, 1); the deviation of a uniform one is not quite 0."""
+    return patches.mean(dim=2, keepdim=True), (patches.var(dim=2, keepdim=True) + 1e-6).sqrt()
+
+
 def embed(backbone: Backbone, images: Tensor) -> Tensor:
     """(B, C, S, S) -> (B, prefix + T, D): class or register tokens, then patches with their positions."""
     return backbone.prefix(images, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from thaw.data.augment import Augment
 from thaw.models.backbone import Backbone
 from thaw.models.optim import OptimizerRecipe
-from thaw.pretrain.objective import Objective
+from thaw.pretrain.objective import Objective, neighbours_sheet
 
 
 class SimCLR(Objective):
@@ -40,7 +40,7 @@ class SimCLR(Objective):
         if not temperature > 0:
             raise ValueError(f"model.temperature={temperature} must be above 0; 0.1 to 0.5 is common.")
         if not augment.is_random:
-            raise ValueError("model=simclr compares two views of a digit, and augment=none makes them equal; use strong.")
+            raise ValueError("model=simclr compares two views of a digit, and augment=none makes them equal.")
         width = backbone.num_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
         self.temperature = temperature
@@ -53,10 +53,7 @@ class SimCLR(Objective):
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Digits, and below each its nearest neighbours among the others by the cosine of the features."""
-        features = F.normalize(self.features(images).float(), dim=1)  # (N, D)
-        similarity = (features @ features.T).fill_diagonal_(-torch.inf)[:16]
-        nearest = similarity.topk(min(5, len(images) - 1)).indices.T  # (5, 16)
-        return [images[:16], *images[nearest]], ["digit", *(f"nearest {n + 1}" for n in range(len(nearest)))]
+        return neighbours_sheet(self.features(images), images)
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:

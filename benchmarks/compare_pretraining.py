@@ -1,0 +1,239 @@
+"""What each pretraining objective buys at equal compute: `make compare-pretraining`.
+
+Each objective pretrains the same ViT on the 54,000 training images for as many steps as fit in a budget of CPU time, by
+the time of a step measured first, all objectives in turns in one process. Then each backbone is probed (nearest
+neighbours, logistic regression on all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the
+same ViT from scratch. Each run is a process of its own below logs/compare_pretraining; what is there is not run again.
+Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and compare_pretraining.png.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.compare import ROOT, run_once
+
+RUNS = ROOT / "logs" / "compare_pretraining"
+OBJECTIVES = {
+    "simclr": "SimCLR",
+    "dino": "DINO",
+    "mae": "masked autoencoder",
+    "autoregressive": "autoregressive",
+    "gan": "GAN discriminator",
+}
+STARTS = {"scratch": "from scratch", **OBJECTIVES, "bundled": "bundled weights"}
+LABELS = {"1": (540, 40), "10": (5400, 8), "100": (54_000, 1)}  # % -> digits, epochs
+COLORS = dict(zip(STARTS, ("#6b6b6b", "#b5432e", "#d98a2b", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
+
+
+def plan(seconds: float, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """How many steps of each objective take so much CPU time on one thread, by the median of 12, taken in turns.
+
+    Returns:
+        of each: `seconds` and `digits` of a step, and `steps`.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    prepared = {name: training_step(name, overrides) for name in OBJECTIVES}
+    taken: dict[str, list[float]] = {name: [] for name in OBJECTIVES}
+    for turn in tqdm(range(16), desc="time of a step"):
+        for name, (step, _) in prepared.items():
+            start = time.process_time()
+            step()
+            if turn >= 4:
+                taken[name].append(time.process_time() - start)
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    return {
+        name: {"seconds": medians[name], "digits": digits, "steps": int(seconds / medians[name])}
+        for name, (_, digits) in prepared.items()
+    }
+
+
+def training_step(name: str, overrides: list[str]) -> tuple[Callable[[], None], int]:
+    """A step of an objective as its experiment configures it, and the number of digits that it takes."""
+    import torch
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    from thaw.config import settle
+
+    composed = [f"experiment=pretrain_{name}", "run_dir=unused", "overrides=unused", *overrides]
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", composed)
+    settle(cfg)
+    model, datamodule = instantiate(cfg.model), instantiate(cfg.data)
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    model._trainer = trainer  # which knows that there is one process
+    images = datamodule.load().train.images[: cfg.data.batch_size]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = instantiate(cfg.optim.optimizer)(parameters, lr=1e-4)
+
+    def step() -> None:
+        with trainer.precision_plugin.forward_context():
+            loss = model.loss(images)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, len(images)
+
+
+def pretraining(name: str, steps: int) -> list[str]:
+    """The command; validation, with its pictures, half way and at the end."""
+    return [
+        *("train.py", f"experiment=pretrain_{name}", "logger=csv", f"+trainer.max_steps={steps}"),
+        *(
+            "trainer.max_epochs=1000",
+            "trainer.check_val_every_n_epoch=null",
+            f"trainer.val_check_interval={steps // 2}",
+        ),
+    ]
+
+
+def weights_of(start: str) -> str:
+    """What `backbone.weights` is for a start."""
+    named = {"scratch": "none", "bundled": "bundled"}
+    return named.get(start) or str(RUNS / start / "pretraining" / "backbone.safetensors")
+
+
+def jobs_after(start: str, seeds: int) -> dict[str, list[str]]:
+    """Folder -> command of the probes and the fine-tuning."""
+    weights = f"backbone.weights={weights_of(start)}"
+    probes = {f"{start}/{probe}": ["probe.py", f"probe={probe}", weights] for probe in ("knn", "logistic_regression")}
+    decay = ["optim.layer_decay=1.0"] if start == "scratch" else []  # nothing below is trained already
+    tuned = {
+        f"{start}/labels{percent}/seed{seed}": [
+            *("train.py", "experiment=few_labels", "logger=csv", "test=true", "validate=false", weights, *decay),
+            *(f"data.train_size={digits}", f"trainer.max_epochs={epochs}", f"seed={seed}"),
+        ]
+        for percent, (digits, epochs) in LABELS.items()
+        for seed in range(seeds)
+    }
+    return probes | tuned
+
+
+def run_all(jobs: Mapping[str, list[str]], parallel: int, overrides: list[str]) -> None:
+    """Run what is not done, so many at once; a failure is told and ends no other."""
+    threads = max(1, (os.cpu_count() or 1) // parallel)
+    with ThreadPoolExecutor(parallel) as pool:
+        running = {
+            pool.submit(run_once, [*command, "data.source=official", *overrides], RUNS / name, threads): name
+            for name, command in jobs.items()
+        }
+        for job in tqdm(as_completed(running), total=len(running)):
+            if failed := job.result():
+                tqdm.write(f"{running[job]} failed: {failed} (see {RUNS / running[job] / 'output.log'})")
+
+
+def finished() -> dict[str, dict[str, list[float]]]:
+    """Test accuracies in %: start -> `knn`, `logistic_regression`, `labels1`, ... -> one for each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for start in STARTS:
+        for path in sorted((RUNS / start).glob("**/summary.json")):
+            measured = path.relative_to(RUNS / start).parts[0]
+            accuracy = json.loads(path.read_text())["test/acc"]
+            if accuracy is not None:
+                found.setdefault(start, {}).setdefault(measured, []).append(100 * accuracy)
+    return found
+
+
+def spread(values: list[float] | None) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} %"
+
+
+def table(found: Mapping[str, Mapping[str, list[float]]], budget: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: a line for each start."""
+    lines = [
+        "| | pretraining | kNN | linear probe | 1 % of the labels | 10 % | 100 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for start, measured in found.items():
+        cost = "-"
+        if start in budget:
+            steps, digits = budget[start]["steps"], budget[start]["digits"]
+            cost = f"{steps:,} steps of {digits}: {steps * digits / 54_000:.1f} epochs"
+        columns = ("knn", "logistic_regression", "labels1", "labels10", "labels100")
+        cells = [STARTS[start], cost, *(spread(measured.get(column)) for column in columns)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
+    """Test error against the share of labels, and of the two probes, on logarithmic axes."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=110)
+    tuned, probed = figure.subplots(1, 2, width_ratios=[3, 2])
+    for start, measured in found.items():
+        points = [(int(p), measured[f"labels{p}"]) for p in LABELS if f"labels{p}" in measured]
+        means = [100 - statistics.mean(values) for _, values in points]
+        tuned.plot([x for x, _ in points], means, color=COLORS[start], label=STARTS[start], linewidth=1.8)
+        for x, values in points:
+            tuned.plot([x] * len(values), [100 - v for v in values], "o", color=COLORS[start], alpha=0.5, markersize=4)
+    names = list(found)[::-1]
+    for row, start in enumerate(names):
+        for column, marker in (("knn", "s"), ("logistic_regression", "D")):
+            if column in found[start]:
+                probed.plot(100 - found[start][column][0], row, marker, color=COLORS[start], markersize=7)
+    probed.set_yticks(range(len(names)), [STARTS[start] for start in names], fontsize=9)
+    for marker, label in (("s", "20 nearest neighbours"), ("D", "logistic regression")):
+        probed.plot([], [], marker, color="#555555", label=label)
+    tuned.set_xticks(list(map(int, LABELS)), [f"{p} %: {digits:,}" for p, (digits, _) in LABELS.items()])
+    for axes, title in (
+        (tuned, "test error in % after fine-tuning, by number of labels"),
+        (probed, "test error in % of frozen features"),
+    ):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.grid(color="#e4e4e4", linewidth=0.6, which="both")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    tuned.set_xscale("log")
+    tuned.set_yscale("log")
+    probed.set_xscale("log")
+    ticks = [0.5, 1, 2, 5, 10, 20, 50]
+    for axis in (tuned.yaxis, probed.xaxis):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare pretraining objectives at equal compute.")
+    parser.add_argument("--seconds", type=float, default=600, help="CPU time of each pretraining, all cores together")
+    parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
+    parser.add_argument("--only", nargs="*", choices=STARTS, default=list(STARTS), help="starts to run")
+    parser.add_argument("overrides", nargs="*", help="for every run, e.g. data.dir=/data")
+    arguments = parser.parse_args()
+    path = RUNS / "budget.json"
+    if not path.is_file():
+        RUNS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan(arguments.seconds, ["data.source=official", *arguments.overrides]), indent=1))
+    budget = json.loads(path.read_text())
+    chosen = [name for name in arguments.only if name in OBJECTIVES]
+    pretrainings = {f"{name}/pretraining": pretraining(name, budget[name]["steps"]) for name in chosen}
+    run_all(pretrainings, arguments.jobs, arguments.overrides)
+    after = {name: command for start in arguments.only for name, command in jobs_after(start, arguments.seeds).items()}
+    run_all(after, arguments.jobs, arguments.overrides)
+    found = finished()
+    if not found:
+        raise SystemExit(f"No run below {RUNS} has been tested.")
+    (ROOT / "benchmarks" / "compare_pretraining.md").write_text(table(found, budget) + "\n")
+    picture(found, ROOT / "benchmarks" / "compare_pretraining.png")
+    print(table(found, budget))
+
+
+if __name__ == "__main__":
+    main()

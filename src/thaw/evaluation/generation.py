@@ -1,0 +1,68 @@
+"""How good generated digits are, as numbers: their distribution against that of real digits, in a backbone's features.
+
+Shapes: N digits, D feature width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from thaw.data.preprocess import Preprocess
+from thaw.models.backbone import Backbone
+
+BATCH = 500
+
+
+@torch.no_grad()
+def digit_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """uint8 (N, 28, 28) -> float32 (N, D), in eval mode, on the digits' device."""
+    backbone.eval().to(images.device)
+    preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std).to(images.device)
+    return torch.cat([backbone(preprocess(part)).float() for part in images.split(BATCH)])
+
+
+def spread(images: Tensor, number: int) -> Tensor:
+    """At most so many of the digits (N, 28, 28), evenly spaced: of every class where they are sorted by class."""
+    return images[torch.linspace(0, len(images) - 1, min(number, len(images))).long()]
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Squared Fréchet distance of two normal distributions with the moments of the features (Heusel et al. 2017).
+
+    0 is best; few digits raise it, so that only sets of equal sizes compare.
+
+    Args:
+        real, fake: (N, D) and (M, D), at least 2 each.
+    """
+    features = nn.Identity()
+    features.num_features = real.shape[1]  # type: ignore[assignment]
+    distance = FrechetInceptionDistance(features, sync_on_compute=False)  # every process holds all features
+    distance.update(real.cpu(), real=True)  # in float64, which MPS lacks
+    distance.update(fake.cpu(), real=False)
+    return float(distance.compute())
+
+
+def precision_and_recall(real: Tensor, fake: Tensor, neighbours: int) -> tuple[float, float]:
+    """Share of generated digits that look real, and of real digits that could be generated (Kynkäänniemi et al. 2019).
+
+    Precision is how many of `fake` lie in the manifold of `real`: within the distance of any real digit to its k-th
+    nearest other real digit (equation 1 and 2 there). Recall is the same with the sets exchanged.
+
+    Args:
+        real, fake: features (N, D) and (M, D).
+        neighbours: k, 3 in the paper.
+    """
+    return inside(real, fake, neighbours), inside(fake, real, neighbours)
+
+
+def inside(manifold: Tensor, points: Tensor, neighbours: int) -> float:
+    """Share of the points (M, D) within the k-th neighbour's distance of any row of the manifold (N, D)."""
+    k = min(neighbours, len(manifold) - 1)
+    own = distances(manifold, manifold).fill_diagonal_(0)
+    radii = own.kthvalue(k + 1, dim=1).values  # (N,), the nearest being itself
+    return float((distances(points, manifold) <= radii).any(dim=1).float().mean())
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean, (M, N); the expansion |a|^2 - 2ab + |b|^2 would lose the digits of small ones."""
+    return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")
