@@ -74,8 +74,9 @@ def pretrained_facts(trainer: Trainer) -> dict[str, Any]:
     output = getattr(trainer.lightning_module, "output", None)
     if output is None:
         return {}
-    measured = trainer.callback_metrics.get("val/knn_acc")
-    return {"val/knn_acc": None if measured is None else round(float(measured), 6), "backbone_file": output}
+    metrics = {key: trainer.callback_metrics.get(key) for key in ("val/loss", "val/knn_acc")}
+    rounded = {key: None if value is None else round(float(value), 6) for key, value in metrics.items()}
+    return {**rounded, "backbone_file": output}
 
 
 def peak_memory_gb(trainer: Trainer) -> float | None:

@@ -12,6 +12,8 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
@@ -60,6 +62,16 @@ class Objective(LightningModule):
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 28, 28) -> what a probe sees, (B, D)."""
         return self.backbone(self.preprocess(images))
+
+    def on_train_start(self) -> None:
+        """Several processes should do what one would at the same number of digits a step."""
+        norms = {name: module for name, module in self.named_modules() if isinstance(module, _BatchNorm)}
+        alone = [name for name, module in norms.items() if not isinstance(module, SyncBatchNorm)]
+        if alone and self.trainer.world_size > 1:
+            raise ValueError(
+                f"{alone[0]} would take its statistics from the digits of one process alone. On GPUs set "
+                "trainer.sync_batchnorm=true; on CPUs, which cannot, trainer.devices=1."
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch.images)
