@@ -30,7 +30,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     quiet()
     settle(cfg)
-    if cfg.start_from:
+    if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
     with ranks(cfg, plain(cfg)):

@@ -55,3 +55,16 @@ def test_resume_equals_uninterrupted(
         assert torch.equal(tensor, got[name]), name
     for name, tensor in weights(whole, "best").items():
         assert torch.equal(tensor, weights(resumed, "best")[name]), name
+
+
+def test_a_resumed_run_has_the_learning_rate_that_is_typed(train: Callable[..., Path], tiny_run: list[str]) -> None:
+    first = train(*tiny_run, "freeze=full", "trainer.max_epochs=2", name="first")
+    typed = [f"resume={first}", "trainer.max_epochs=4", "optim.lr=5e-4", "optim.weight_decay=0.2"]
+    resumed = train(*typed, name="resumed")
+    groups = {
+        run: torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+        for run in (first, resumed)
+    }
+    for before, after in zip(groups[first], groups[resumed], strict=True):
+        assert after["initial_lr"] == pytest.approx(before["initial_lr"] / 2)  # tiny_run's is 1e-3
+        assert after["weight_decay"] == (0.2 if before["weight_decay"] else 0)

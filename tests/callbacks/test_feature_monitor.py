@@ -1,4 +1,4 @@
-"""What a pretraining run says of its features: neighbours against scikit-learn, collapse, pictures, the run untouched."""
+"""What a pretraining run says of its features: neighbours against scikit-learn, collapse, pictures, nothing disturbed."""
 
 import csv
 import warnings

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thaw.callbacks.finite_loss import FiniteLoss
+from thaw.callbacks.run_checkpoint import PacedCheckpointIO
 from thaw.data.datamodule import Batch
 
 
@@ -128,3 +129,45 @@ def test_delayed_finite_losses_go_on() -> None:
     model, check = Model([1.0] * 8), Delayed()
     fit(model, check, validate=True)
     assert len(model.weights) == model.validated == 8 and not check.unseen
+
+
+# What was saved before
+
+
+def saving(folder: Path) -> dict[str, Any]:
+    return {"callbacks": [ModelCheckpoint(folder, "last", enable_version_counter=False)], "enable_checkpointing": True}
+
+
+@pytest.mark.parametrize("seconds", [None, 0.0, 1e6], ids=["Lightning's files", "written", "held back"])
+def test_the_message_names_the_last_good_checkpoint(tmp_path: Path, seconds: float | None) -> None:
+    plugins = [] if seconds is None else [PacedCheckpointIO(seconds)]
+    with pytest.raises(ValueError) as caught:
+        fit(Model([1.0] * 6 + [float("nan"), 1.0]), plugins=plugins, **saving(tmp_path))
+    path = tmp_path / "last.ckpt"
+    assert f"weights are in {path}; go on with resume={path} optim.lr=<below 1.2e-01>." in str(caught.value)
+    assert torch.load(path, weights_only=True)["global_step"] == 4  # there once the run has ended
+
+
+def test_without_a_checkpoint_the_message_names_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoints folder, if an epoch was completed"):
+        fit(Model([1.0, 1.0, float("nan"), 1.0]), **saving(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
+    """The last gradient of an epoch is NaN and its loss is not."""
+
+    class Spoiled(Model):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            if self.global_step == 7:
+                assert self.head.weight.grad is not None
+                self.head.weight.grad.fill_(float("nan"))
+
+    path = tmp_path / "last.ckpt"
+    with pytest.raises(ValueError) as caught:
+        fit(Spoiled([1.0] * 8), **saving(tmp_path))
+    message = str(caught.value)
+    assert "The weights after step 8 are not finite and were not saved" in message and f"resume={path} " in message
+    assert "training diverged (head.weight is not finite); lower optim.lr" in message
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 4 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())

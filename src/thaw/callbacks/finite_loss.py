@@ -1,9 +1,11 @@
 """Stops a run whose loss is no number, before it can spoil the weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 EVERY = 50  # steps between two looks at the losses on an accelerator
@@ -14,6 +16,9 @@ class FiniteLoss(Callback):
 
     On a CPU that is before the loss's gradient is taken. On an accelerator every look would make the host wait for it,
     so that losses are looked at together, at last before the weights are validated or saved.
+
+    A gradient may be no number although its loss is one, so that whatever is saved is looked at too: no checkpoint is
+    overwritten by weights that are no numbers.
     """
 
     def __init__(self) -> None:
@@ -47,20 +52,45 @@ class FiniteLoss(Callback):
         raise ValueError(
             f"The loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}, training digits "
             f"{indices[:8]}{' ...' if len(indices) > 8 else ''}). "
-            f"Likely cause: {likely_cause(trainer, pl_module)} The weights before this step are in the run's "
-            "checkpoints folder, if an epoch was completed."
+            f"Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
         )
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise before the file is written, whoever saves it."""
+        if not_finite(pl_module):
+            raise ValueError(
+                f"The weights after step {trainer.global_step} are not finite and were not saved, although the losses "
+                f"were. Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
+            )
 
-def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
-    """What to look at first, from the state of the model."""
+
+def not_finite(pl_module: LightningModule) -> list[str]:
+    """Names of the parameters that hold anything but numbers."""
     from torch.distributed.tensor import DTensor  # takes a while
 
     own = {  # of a sharded parameter this process's part: the other processes may not be here
         name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for name, parameter in pl_module.named_parameters()
     }
-    broken = [name for name, parameter in own.items() if not torch.isfinite(parameter).all()]
+    finite = torch.stack([parameter.isfinite().all() for parameter in own.values()]).tolist()  # waits once
+    return [name for name, ok in zip(own, finite, strict=True) if not ok]
+
+
+def way_back(trainer: Trainer) -> str:
+    """Where the last good weights are, on disk or about to be written there."""
+    held = getattr(trainer.strategy.checkpoint_io, "held", {})  # of PacedCheckpointIO, which writes it at the end
+    callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    for callback in sorted(callbacks, key=lambda each: each.monitor is not None):  # that of the last epoch first
+        for path in (callback.last_model_path, callback.best_model_path):
+            if path and (path in held or Path(path).is_file()):
+                rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
+                return f"The last good weights are in {path}; go on with resume={path} optim.lr=<below {rate:.1e}>."
+    return "The weights before this step are in the run's checkpoints folder, if an epoch was completed."
+
+
+def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
+    """What to look at first, from the state of the model."""
+    broken = not_finite(pl_module)
     if broken:
         loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]
         if loaded:

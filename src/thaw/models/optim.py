@@ -120,7 +120,7 @@ class OptimizerRecipe:
         def of_group(from_epoch: int) -> Callable[[int], float]:
             return lambda step: self.lr_fraction(step, total_steps, from_epoch * steps_per_epoch)
 
-        scheduler = LambdaLR(optimizer, [of_group(group["from_epoch"]) for group in groups])
+        scheduler = Schedule(optimizer, [of_group(group["from_epoch"]) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def lr_scale(self, trainer: Trainer) -> float:
@@ -146,3 +146,22 @@ class OptimizerRecipe:
         rise = min(1.0, (step - thaw_step + 1) / (warmup_steps + 1))
         progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
         return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Schedule(LambdaLR):
+    """LambdaLR, except that a run that goes on has the learning rates and weight decays of its configuration.
+
+    torch takes them from the checkpoint, so that `resume=<run> optim.lr=1e-4` would change nothing.
+    """
+
+    def __init__(self, optimizer: Optimizer, fractions: list[Callable[[int], float]]) -> None:
+        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer, fractions)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        lrs, weight_decays = self.base_lrs, self.weight_decays
+        super().load_state_dict(state_dict)
+        self.base_lrs, self.weight_decays = lrs, weight_decays
+        groups = zip(self.optimizer.param_groups, lrs, weight_decays, self.lr_lambdas, strict=True)
+        for group, lr, weight_decay, fraction in groups:
+            group |= {"initial_lr": lr, "lr": lr * fraction(self.last_epoch), "weight_decay": weight_decay}

@@ -1,0 +1,226 @@
+"""Pretraining by a generative adversarial network (Goodfellow et al. 2014, arXiv:1406.2661): which digits are real?
+
+Shapes: B batch, Z latent width, D feature width, C channels of the backbone's images, S their side.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from thaw.data.augment import Augment
+from thaw.data.datamodule import Batch
+from thaw.evaluation.generation import digit_features, frechet_distance, precision_and_recall, spread
+from thaw.models.backbone import Backbone
+from thaw.models.optim import OptimizerRecipe
+from thaw.pretrain.objective import Objective
+
+SIDE = 28
+NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, section 3
+
+
+class GAN(Objective):
+    """A small generator draws digits, and the backbone with a linear head scores how real they look.
+
+    Both are updated at once, by one optimizer from one loss: the sum of the discriminator's loss, which gives the
+    generator no gradient, and the generator's, which gives the discriminator none. That is what two optimizers would
+    do side by side, and converges locally with the R1 or R2 penalty (Mescheder et al. 2018, theorem 4.1). A batch is
+    then a step, as everywhere: schedules, trainer.max_steps, accumulated gradients and resuming mean what they always
+    mean. Under two optimizers Lightning would count each batch twice.
+
+    Args:
+        backbone, augment, optim, output: as for every objective; real and drawn digits are augmented alike.
+        latent: width Z of the noise that a digit is drawn from.
+        width: channels of the generator where it is 7 x 7, a multiple of 32; half as many at 14 x 14, a quarter at 28.
+        generator_lr: the generator's learning rate as a multiple of optim.lr (Heusel et al. 2017: two time scales).
+            Under optim.layer_decay it counts as the layer above the score.
+        r1: weight of the penalty on the discriminator's gradient at real digits (R1) and at drawn ones (R2), whose
+            pixels are in [0, 1]; 0 is off.
+        r1_every: steps from one penalty to the next.
+        average_decay: of the moving average of the generator's weights, which digits are drawn with; 0 is off.
+        samples: how many drawn digits are measured after a validation, and with how many real ones at most.
+        measured_by: a trained backbone whose features they are compared in; it is no part of the model.
+
+    Raises:
+        ValueError: a number out of its range, or a penalty on a backbone with fused attention.
+    """
+
+    grid: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        augment: Augment,
+        optim: OptimizerRecipe,
+        output: str,
+        latent: int,
+        width: int,
+        generator_lr: float,
+        r1: float,
+        r1_every: int,
+        average_decay: float,
+        samples: int,
+        measured_by: Backbone,
+    ) -> None:
+        super().__init__(backbone, augment, optim, output)
+        ranges = {
+            "latent": (latent, latent >= 1, "1 or more"),
+            "width": (width, width >= 32 and width % 32 == 0, "a multiple of 32, e.g. 128"),
+            "generator_lr": (generator_lr, generator_lr > 0, "above 0, e.g. 1"),
+            "r1": (r1, r1 >= 0, "0 or more, e.g. 5"),
+            "r1_every": (r1_every, r1_every >= 1, "1 or more, e.g. 2"),
+            "average_decay": (average_decay, 0 <= average_decay < 1, "from 0 to below 1, e.g. 0.995"),
+            "samples": (samples, samples >= 2, "2 or more, e.g. 2000"),
+        }
+        wrong = [f"model.{name}={value} must be {allowed}" for name, (value, ok, allowed) in ranges.items() if not ok]
+        if wrong:
+            raise ValueError("; ".join(wrong) + ".")
+        if r1 > 0 and getattr(backbone, "architecture", {}).get("fused"):
+            raise ValueError(
+                f"model.r1={r1} needs the gradient of a gradient, which fused attention lacks, and "
+                "backbone.fused_attention=true; set that to false (or model.r1=0)."
+            )
+        self.score = nn.Linear(backbone.num_features, 1)
+        self.generator = Generator(latent, width)
+        self.average = deepcopy(self.generator).requires_grad_(False)
+        self.latent, self.generator_lr, self.average_decay = latent, generator_lr, average_decay
+        self.r1, self.r1_every = r1, r1_every
+        self.samples = samples
+        self.measured_by = [measured_by]  # in a list it is no submodule: neither trained nor in checkpoints
+        self.real_features: list[Tensor] = []  # (N, D) of training and validation digits, once known
+        self.register_buffer("grid", fixed_latents(8 * 16, latent))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
+        noise = torch.randn(len(real), self.latent, device=real.device)
+        fake = self.augment.transform(self.generator(noise))  # Zhao et al. 2020: gradients pass through
+        scores = self.discriminator(torch.cat([real, fake.detach()]))
+        discriminator_loss = hinge(*scores.chunk(2))
+        generator_loss = -self.frozen_discriminator(fake).mean()
+        loss = discriminator_loss + generator_loss
+        if self.r1 > 0 and self.global_step % self.r1_every == 0:  # Karras et al. 2020 (StyleGAN2), section 3.1
+            penalty = gradient_penalty(self.discriminator, torch.cat([real, fake]))
+            loss = loss + self.r1_every * self.r1 / 2 * penalty
+            self.log("train/r1", penalty.detach(), on_step=False, on_epoch=True, batch_size=len(real))  # not every step
+        self.log("train/loss", loss)
+        self.log("train/discriminator_loss", discriminator_loss, prog_bar=True)
+        self.log("train/generator_loss", generator_loss, prog_bar=True)
+        return loss
+
+    def discriminator(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for what looks real."""
+        images = self.preprocess(255 * pixels[:, 0])  # (B, C, S, S)
+        return self.score(self.backbone(images))[:, 0].float()
+
+    def frozen_discriminator(self, pixels: Tensor) -> Tensor:
+        """The same scores, whose gradient reaches the pixels and no weight."""
+        images = self.preprocess(255 * pixels[:, 0])
+        features = functional_call(self.backbone, detached(self.backbone), images)
+        return functional_call(self.score, detached(self.score), features)[:, 0].float()
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """Latents (N, Z) -> digits, uint8 (N, 28, 28), by the averaged generator."""
+        pixels = torch.cat([self.average(part)[:, 0] for part in latents.split(500)])
+        return (255 * pixels).round().to(torch.uint8)
+
+    def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
+        """Digits drawn from latents that never change, and a row of real ones."""
+        rows = [*self.draw(self.grid).unflatten(0, (8, 16)), images[:16]]
+        return rows, ["generated", *([""] * 7), "real"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """A GAN's losses tell nothing of its digits."""
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self) -> None:
+        """Measure drawn digits against real ones; training digits in their place show what could be reached.
+
+        Every process does the same, so that all log the same.
+        """
+        (measured_by,) = self.measured_by
+        if not self.real_features:
+            splits = [self.trainer.datamodule.split_dataset(split) for split in ("train", "val")]  # type: ignore
+            self.real_features = [digit_features(measured_by, spread(s.digits.images, self.samples)) for s in splits]
+        train, val = self.real_features
+        latents = fixed_latents(len(train), self.latent).to(self.device)
+        drawn = digit_features(measured_by, self.draw(latents))
+        precision, recall = precision_and_recall(val, drawn, NEIGHBOURS)
+        self.log("val/fid", frechet_distance(val, drawn), prog_bar=True)
+        self.log("val/fid_floor", frechet_distance(val, train))
+        self.log("val/precision", precision)
+        self.log("val/recall", recall)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step, then the average follows (Yazici et al. 2018), before any checkpoint is written."""
+        super().optimizer_step(*args, **kwargs)
+        decay = min(self.average_decay, (1 + self.global_step) / (10 + self.global_step))  # the start is soon forgotten
+        with torch.no_grad():
+            for average, now in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+                average.lerp_(now, 1 - decay)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        built: Any = super().configure_optimizers()
+        scheduler, generator = built["lr_scheduler"]["scheduler"], set(self.generator.parameters())
+        for place, group in enumerate(built["optimizer"].param_groups):
+            if generator & set(group["params"]):
+                scheduler.base_lrs[place] *= self.generator_lr  # what the schedule multiplies from now on
+                group["initial_lr"] *= self.generator_lr
+                group["lr"] *= self.generator_lr
+        return built
+
+    def depths(self) -> dict[str, int]:
+        """The generator is the deepest, by itself: its parameters have groups of their own."""
+        depths = super().depths()
+        top = max(depths.values()) + 1
+        return {name: top if name.startswith("generator.") else depth for name, depth in depths.items()}
+
+
+class Generator(nn.Sequential):
+    """Latents (B, Z) -> pixels in [0, 1], (B, 1, 28, 28); no digit depends on the others of its batch."""
+
+    def __init__(self, latent: int, width: int) -> None:
+        def block(before: int, after: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+
+        start, double = SIDE // 4, nn.Upsample(scale_factor=2)
+
+        super().__init__(
+            *(nn.Linear(latent, width * start**2), nn.Unflatten(1, (width, start, start))),
+            *block(width, width),  # (B, width, 7, 7)
+            *(double, *block(width, width // 2)),  # (B, width / 2, 14, 14)
+            *(double, *block(width // 2, width // 4)),  # (B, width / 4, 28, 28)
+            nn.Conv2d(width // 4, 1, 3, padding=1),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return (super().forward(latents).float() - 2).sigmoid()  # dark at first, as most pixels are
+
+
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss of scores (B,) each: above 1 for what is real, below -1 for the rest (Lim & Ye 2017)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Mean squared norm of the score's gradient at images (B, 1, 28, 28).
+
+    R1 where they are real, R2 where they are drawn (Mescheder et al. 2018, equations 9 and 10).
+    """
+    pixels = pixels.detach().requires_grad_()
+    with torch.autocast(pixels.device.type, enabled=False):  # a gradient of a gradient in 16 bits is coarse
+        (gradient,) = torch.autograd.grad(discriminator(pixels).sum(), pixels, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+def detached(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def fixed_latents(number: int, latent: int) -> Tensor:
+    """(N, Z), the same in every run."""
+    return torch.randn(number, latent, generator=torch.Generator().manual_seed(0))

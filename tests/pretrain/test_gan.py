@@ -1,0 +1,239 @@
+"""The GAN: its losses against loops and separate computations, its one step a batch, and what it measures."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import compose_run
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from thaw.data.augment import Augment
+from thaw.data.datamodule import Batch
+from thaw.models.backbone import Backbone
+from thaw.models.optim import OptimizerRecipe
+from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
+
+VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+RUN = [
+    *("experiment=pretrain_gan", "data.source=sample", "data.train_size=64", "data.batch_size=16", "logger=csv"),
+    *("trainer.precision=32-true", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "model.width=32"),
+    *("backbone.arguments.depth=1", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"),
+    *("model.samples=100", "trainer.plugins.0.seconds=0", "trainer.log_every_n_steps=1", "trainer.limit_val_batches=1"),
+]
+
+
+def backbone(size: int = 28, channels: int = 1, fused: bool = False) -> Backbone:
+    return Backbone("vit_tiny_patch16_224", "none", size, channels, "model", [0.1307], [0.3081], fused, VIT)
+
+
+def gan(trained: Backbone | None = None, **changes: Any) -> GAN:
+    torch.manual_seed(0)
+    off = {"shear": 0.0, "elastic": 0.0, "elastic_sigma": 4.0, "thickness": 0.5, "erase": 0.0}
+    augment = Augment(degrees=10.0, translate=0.1, scale=0.1, **off)
+    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
+    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
+    optim = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
+    own: dict[str, Any] = {"latent": 8, "width": 32, "generator_lr": 1.0, "r1": 10.0, "r1_every": 2}
+    own |= {"average_decay": 0.9, "samples": 50, "measured_by": backbone()} | changes
+    model = GAN(trained or backbone(), augment, optim, "w.safetensors", **own)
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return model
+
+
+def digits(number: int = 6) -> Batch:
+    images = torch.randint(0, 256, (number, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.zeros(number), torch.arange(number))
+
+
+def gradients(model: GAN) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+# The losses
+
+
+def test_hinge_equals_a_loop() -> None:
+    real, fake = 2 * torch.randn(7), 2 * torch.randn(7)
+    expected = sum(max(0.0, 1 - float(s)) for s in real) / 7 + sum(max(0.0, 1 + float(s)) for s in fake) / 7
+    assert hinge(real, fake).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_penalty_of_a_linear_discriminator_is_its_squared_norm() -> None:
+    linear = nn.Linear(784, 1)
+    penalty = gradient_penalty(lambda x: linear(x.flatten(1))[:, 0], torch.rand(5, 1, 28, 28))
+    torch.testing.assert_close(penalty, linear.weight.square().sum())
+    penalty.backward()
+    torch.testing.assert_close(linear.weight.grad, 2 * linear.weight)
+
+
+def test_the_penalty_equals_finite_differences() -> None:
+    model = gan().double()
+    real = torch.rand(1, 1, 28, 28, dtype=torch.float64)
+    model.discriminator = lambda x: model.score(model.backbone((x - 0.1307) / 0.3081))[:, 0]  # type: ignore
+    with torch.no_grad():
+        steps = 1e-5 * torch.eye(784, dtype=torch.float64).reshape(784, 1, 28, 28)
+        slopes = (model.discriminator(real + steps) - model.discriminator(real - steps)) / 2e-5
+    torch.testing.assert_close(gradient_penalty(model.discriminator, real), slopes.square().sum(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("r1", [0.0, 10.0])
+def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> None:
+    model, batch = gan(r1=r1), digits()
+    torch.manual_seed(1)
+    model.training_step(batch, 0).backward()
+    got = gradients(model)
+
+    torch.manual_seed(1)
+    real = model.augment.transform(batch.images[:, None] / 255)
+    fake = model.augment.transform(model.generator(torch.randn(6, 8)))
+    normalize: Callable[[Tensor], Tensor] = lambda x: (x - 0.1307) / 0.3081  # noqa: E731
+    score: Callable[[Tensor], Tensor] = lambda x: model.score(model.backbone(normalize(x)))[:, 0]  # noqa: E731
+    of_discriminator = [*model.backbone.parameters(), *model.score.parameters()]
+    leaf = torch.cat([real, fake]).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
+    loss = (1 - score(real)).relu().mean() + (1 + score(fake.detach())).relu().mean()
+    loss = loss + 2 * r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+    expected = dict(zip(of_discriminator, torch.autograd.grad(loss, of_discriminator), strict=True))
+    of_generator = list(model.generator.parameters())
+    expected |= dict(zip(of_generator, torch.autograd.grad(-score(fake).mean(), of_generator), strict=True))
+    for name, gradient in got.items():
+        assert gradient is not None and gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradient, expected[model.get_parameter(name)], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_generators_loss_teaches_the_discriminator_nothing_and_the_other_way_round() -> None:
+    model = gan()
+    fake = model.generator(torch.randn(6, 8))
+    (-model.frozen_discriminator(fake).mean()).backward()
+    assert {name.split(".")[0] for name, g in gradients(model).items() if g is not None} == {"generator"}
+    model.zero_grad()
+    hinge(model.discriminator(torch.rand(6, 1, 28, 28)), model.discriminator(fake.detach())).backward()
+    assert {name.split(".")[0] for name, g in gradients(model).items() if g is not None} == {"backbone", "score"}
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (56, 3)])
+def test_the_discriminator_sees_what_features_sees(size: int, channels: int) -> None:
+    model, images = gan(backbone(size, channels)), digits().images
+    expected = model.score(model.features(images))[:, 0]
+    torch.testing.assert_close(model.discriminator(images[:, None] / 255), expected)
+    torch.testing.assert_close(model.frozen_discriminator(images[:, None] / 255), expected)
+    model.training_step(digits(), 0).backward()  # the resize has a gradient of a gradient
+
+
+def test_bf16_step_is_close_to_fp32() -> None:
+    losses = []
+    for enabled in (False, True):
+        model = gan()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.training_step(digits(), 0)
+        loss.backward()
+        assert all(g is not None and g.isfinite().all() for g in gradients(model).values())
+        losses.append(loss.item())
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.03)
+
+
+def test_a_digit_is_drawn_alone() -> None:
+    generator, latents = Generator(8, 32), torch.randn(5, 8)
+    pixels = generator(latents)
+    assert pixels.shape == (5, 1, 28, 28) and pixels.min() >= 0 and pixels.max() <= 1
+    torch.testing.assert_close(pixels[:2], generator(latents[:2]))
+
+
+def test_the_latents_are_fixed() -> None:
+    model = gan()
+    torch.manual_seed(7)
+    assert torch.equal(model.grid, fixed_latents(128, 8)) and "grid" in model.state_dict()
+    first, again = (model.contact_sheet(digits(20).images) for _ in range(2))
+    assert first[1] == ["generated", "", "", "", "", "", "", "", "real"]
+    assert [row.shape for row in first[0]] == 9 * [(16, 28, 28)] and {row.dtype for row in first[0]} == {torch.uint8}
+    assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
+    assert torch.equal(first[0][8], digits(20).images[:16])
+
+
+# Errors
+
+
+def test_a_penalty_needs_plain_attention() -> None:
+    with pytest.raises(ValueError, match=r"model\.r1=10\.0 needs .*backbone\.fused_attention=true; set that to false"):
+        gan(backbone(fused=True))
+    gan(backbone(fused=True), r1=0.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("latent", 0), ("width", 48), ("generator_lr", 0), ("r1", -1), ("r1_every", 0), ("samples", 1)]
+)
+def test_numbers_out_of_range(key: str, value: int) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{key}={value} must be "):
+        gan(**{key: value})
+
+
+# Runs
+
+
+def state(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_batch_is_a_step_and_a_resumed_run_equals_an_uninterrupted_one(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(*RUN, "model.generator_lr=2", "callbacks.finite_loss=null", name="whole")
+    saved = state(whole)
+    assert saved["global_step"] == 8  # 4 batches in each of 2 epochs
+    (scheduler,) = saved["lr_schedulers"]
+    low, high = min(scheduler["base_lrs"]), max(scheduler["base_lrs"])
+    assert scheduler["last_epoch"] == 8 and high == 2 * low and set(scheduler["base_lrs"]) == {low, high}
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == scheduler["base_lrs"]
+    rates = [group["lr"] / group["initial_lr"] for group in groups]
+    assert rates == pytest.approx([0.1] * len(rates))  # optim.final_lr_fraction: the schedule has ended
+    assert not any("measured_by" in name for name in saved["state_dict"])
+    assert (whole / "report" / "epoch_0002.png").is_file() and (whole / "backbone.safetensors").is_file()
+    logged = (whole / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val/fid", "val/fid_floor", "val/precision", "val/recall", "train/discriminator_loss"} <= set(logged)
+    assert {"train/generator_loss", "train/r1", "train/loss"} <= set(logged)
+
+    step = GAN.training_step
+
+    def crash(self: GAN, batch: Batch, batch_idx: int) -> Tensor:
+        if self.global_step == 6:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(GAN, "training_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*RUN, "model.generator_lr=2", name="cut")
+    monkeypatch.undo()
+    cut = whole.parent / "cut"
+    assert state(cut)["global_step"] == 4
+    resumed = state(train(f"resume={cut}", name="resumed"))
+    assert resumed["state_dict"].keys() == saved["state_dict"].keys()
+    for name, tensor in saved["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name
+    averages = [name for name in saved["state_dict"] if name.startswith("average.")]
+    assert averages and not any(
+        torch.equal(saved["state_dict"][n], saved["state_dict"][n.replace("average", "generator")]) for n in averages
+    )
+
+
+def test_the_measurement_is_that_of_its_parts(tmp_path: Path) -> None:
+    """Training digits as the generated ones would score the floor."""
+    cfg = compose_run(tmp_path, *RUN)
+    model, data = instantiate(cfg.model), instantiate(cfg.data)
+    logged: dict[str, float] = {}
+    model.log = lambda name, value, **_: logged.update({name: value})
+    model.trainer = SimpleNamespace(datamodule=data)
+    train = data.split_dataset("train").digits.images
+    model.draw = lambda latents: train[: len(latents)]
+    model.on_validation_epoch_end()
+    assert logged["val/fid"] == pytest.approx(logged["val/fid_floor"], rel=1e-6) and logged["val/fid"] > 0
+    assert logged["val/precision"] > 0.5
+    model.draw = lambda latents: torch.zeros(len(latents), 28, 28, dtype=torch.uint8)
+    model.on_validation_epoch_end()
+    assert logged["val/fid"] > 3 * logged["val/fid_floor"] and logged["val/precision"] == 0
