@@ -36,7 +36,7 @@ OBJECTIVES = {
     "gan": "GAN discriminator",
 }
 STARTS = {"scratch": "from scratch", **OBJECTIVES, "bundled": "bundled weights"}
-LABELS = {"1": (540, 40), "10": (5400, 8), "100": (54_000, 1)}  # % -> digits, epochs
+LABELS = {"1": (540, 30), "10": (5400, 4), "100": (54_000, 1)}  # % -> digits, epochs
 COLORS = dict(zip(STARTS, ("#6b6b6b", "#b5432e", "#d98a2b", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
 
 

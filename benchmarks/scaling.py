@@ -19,7 +19,7 @@ from benchmarks.compare import ROOT, run_once
 
 RUNS = ROOT / "logs" / "scaling"
 HEAD_WIDTH = 64
-SHAPES = [(64, 6), (128, 6), (192, 6), (256, 6), (192, 1), (192, 3), (192, 9)]  # width, depth
+SHAPES = [(192, 12), (192, 6), (128, 6), (64, 6), (192, 3), (192, 1)]  # width, depth
 PROBES = {"logistic_regression": "linear probe", "knn": "kNN"}
 
 
@@ -99,7 +99,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretraining loss and probe accuracy against width and depth.")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
     parser.add_argument("overrides", nargs="*", help="for every run, e.g. data.dir=/data")
     arguments = parser.parse_args()

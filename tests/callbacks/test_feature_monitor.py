@@ -1,4 +1,4 @@
-"""What a pretraining run says of its features: neighbours against scikit-learn, collapse, pictures, nothing disturbed."""
+"""What a pretraining run says of its features: neighbours against scikit-learn, collapse, pictures."""
 
 import csv
 import warnings

@@ -28,6 +28,7 @@ class SameDraws(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        torch.manual_seed(batch_idx)  # for draws that are no digit's own
         generator = torch.Generator().manual_seed(batch_idx)
         ranks, rank, own = trainer.world_size, trainer.global_rank, len(batch.images)
 

@@ -1,6 +1,7 @@
 """SimCLR: its loss against loops and lightly, and the file that every objective writes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -100,6 +101,29 @@ def test_the_picture_shows_the_nearest_digits(tmp_path: Path) -> None:
         rows, titles = model.contact_sheet(images)
     assert len(rows) == len(titles) == 6
     assert torch.equal(rows[0], images) and torch.equal(rows[1][3], images[7]) and torch.equal(rows[1][7], images[3])
+
+
+def test_processes_with_different_numbers_of_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own, other = simclr(tmp_path / "w.safetensors"), torch.randn(2, 4), torch.randn(3, 4)
+
+    def all_gather(rows: Tensor, sync_grads: bool = False) -> Tensor:
+        return torch.tensor([3, 2]) if rows.ndim == 0 else torch.stack([other, rows])
+
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(model, "all_gather", all_gather)
+    assert torch.equal(model.gather(own), torch.cat([other, own]))
+
+
+def test_batch_norm_of_one_process_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = simclr(tmp_path / "w.safetensors")
+    model.projector.append(nn.BatchNorm1d(16))
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=1))
+    model.on_train_start()
+    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=2))
+    with pytest.raises(ValueError, match=r"projector\.3 would take its statistics .* trainer\.sync_batchnorm=true"):
+        model.on_train_start()
+    model.projector[3] = nn.SyncBatchNorm(16)
+    model.on_train_start()
 
 
 # The file

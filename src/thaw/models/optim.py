@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table")
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
 SCALINGS: dict[str, Callable[[int], float]] = {"none": lambda k: 1.0, "linear": float, "sqrt": math.sqrt}
 
 

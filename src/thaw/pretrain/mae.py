@@ -108,7 +108,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = nn.Linear(encoder.model.embed_dim, width)
-        self.hidden_patch = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_patches, width))
         self.blocks = nn.Sequential(*(encoder.new_block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
@@ -117,6 +117,6 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
         """Tokens (B, K, D) of the patches `kept` (B, K) -> all patches' pixels (B, T, p * p * C)."""
         tokens = self.embed(tokens)  # (B, K, width)
-        blank = self.hidden_patch.to(tokens.dtype).expand(len(tokens), self.pos_embed.shape[1], -1)
+        blank = self.mask_token.to(tokens.dtype).expand(len(tokens), self.pos_embed.shape[1], -1)
         x = blank.scatter(1, kept[..., None].expand_as(tokens), tokens) + self.pos_embed  # (B, T, width)
         return self.pixels(self.norm(self.blocks(x)))
