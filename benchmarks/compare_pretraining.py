@@ -209,7 +209,7 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare pretraining objectives at equal compute.")
-    parser.add_argument("--seconds", type=float, default=600, help="CPU time of each pretraining, all cores together")
+    parser.add_argument("--seconds", type=float, default=2400, help="CPU time of each pretraining, all cores together")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
     parser.add_argument("--only", nargs="*", choices=STARTS, default=list(STARTS), help="starts to run")

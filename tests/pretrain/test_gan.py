@@ -94,10 +94,10 @@ def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> Non
     normalize: Callable[[Tensor], Tensor] = lambda x: (x - 0.1307) / 0.3081  # noqa: E731
     score: Callable[[Tensor], Tensor] = lambda x: model.score(model.backbone(normalize(x)))[:, 0]  # noqa: E731
     of_discriminator = [*model.backbone.parameters(), *model.score.parameters()]
-    leaf = torch.cat([real, fake]).detach().requires_grad_()
+    leaf = torch.cat([real[::2], fake[::2]]).detach().requires_grad_()
     (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
     loss = (1 - score(real)).relu().mean() + (1 + score(fake.detach())).relu().mean()
-    loss = loss + 2 * r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+    loss = loss + r1 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
     expected = dict(zip(of_discriminator, torch.autograd.grad(loss, of_discriminator), strict=True))
     of_generator = list(model.generator.parameters())
     expected |= dict(zip(of_generator, torch.autograd.grad(-score(fake).mean(), of_generator), strict=True))

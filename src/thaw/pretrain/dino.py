@@ -105,7 +105,8 @@ class DINO(Objective):
     def random_blocks(self, tokens: Tensor) -> Tensor:
         """A block of L x L patches of each image: (B, T, D) -> (B, prefix + L * L, D)."""
         start = tokens.shape[1] - self.grid**2  # class and register tokens stay
-        row, column = torch.randint(self.grid - self.local_side + 1, (2, len(tokens), 1, 1), device=tokens.device)
+        corner = torch.rand(len(tokens), 2, 1, 1, device=tokens.device) * (self.grid - self.local_side + 1)
+        row, column = corner.long().unbind(1)  # (B, 1, 1) each
         steps = torch.arange(self.local_side, device=tokens.device)
         places = start + ((row + steps[:, None]) * self.grid + column + steps).flatten(1)  # (B, L * L)
         block = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
