@@ -77,6 +77,8 @@ def test_experiment_runs_two_batches(experiment: str, train: Callable[..., Path]
         if not DINOV2.is_file():
             pytest.skip(f"no weights at {DINOV2}")
         small += [f"backbone.weights={DINOV2}"]
+    if experiment == "pretrain_gan":
+        small += ["model.samples=50"]
     run_dir = train(f"experiment={experiment}", *small)
     assert (run_dir / "summary.json").exists()
 
