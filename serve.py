@@ -38,9 +38,9 @@ def main(cfg: DictConfig) -> None:
         on_cpu = model.fabric.device.type == "cpu"
     app = create_app(model, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]
-    print(f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)", flush=True)
+    ready = f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)"
     with spared_collector():
-        serve(app, opened)
+        serve(app, opened, ready)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(app: FastAPI, opened: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; then answer what was asked already, and return."""
+def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
+    """Print `ready` and serve until SIGTERM or Ctrl-C; then answer what was asked already, and return."""
     server = Server(app)
 
     def stop(number: int, frame: FrameType | None) -> None:  # uvicorn raises the signal again once it has stopped
@@ -68,4 +68,5 @@ def serve(app: FastAPI, opened: socket.socket) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    print(ready, flush=True)  # from now on a signal ends it well
     server.run(sockets=[opened])
