@@ -1,10 +1,10 @@
 """What each pretraining objective buys at equal compute: `make compare-pretraining`.
 
 Each objective pretrains the same ViT on the 54,000 training images for as many steps as fit in a budget of CPU time, by
-the time of a step measured first. Then each backbone is probed (nearest
-neighbours, logistic regression on all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the
-same ViT from scratch. Each run is a process of its own below logs/compare_pretraining; what is there is not run again.
-Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and compare_pretraining.png.
+the time of a step, which is measured first. Then each backbone is probed (nearest neighbours, logistic regression on
+all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch. Each run is
+a process of its own below logs/compare_pretraining; what is there is not run again. Nothing is chosen by the test
+accuracies. Writes benchmarks/compare_pretraining.md and compare_pretraining.png.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
             if column in found[start]:
                 probed.plot(100 - found[start][column][0], row, marker, color=COLORS[start], markersize=7)
     probed.set_yticks(range(len(names)), [STARTS[start] for start in names], fontsize=9)
-    for marker, label in (("s", "20 nearest neighbours"), ("D", "logistic regression")):
+    for marker, label in (("s", "nearest neighbours"), ("D", "logistic regression")):
         probed.plot([], [], marker, color="#555555", label=label)
     tuned.set_xticks(list(map(int, LABELS)), [f"{p} %: {digits:,}" for p, (digits, _) in LABELS.items()])
     for axes, title in (
@@ -220,6 +220,12 @@ def main() -> None:
         RUNS.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(plan(arguments.seconds, ["data.source=official", *arguments.overrides]), indent=1))
     budget = json.loads(path.read_text())
+    planned = max(cost["seconds"] * cost["steps"] for cost in budget.values())
+    if not 0.95 < planned / arguments.seconds < 1.05:
+        raise SystemExit(
+            f"--seconds={arguments.seconds:g}, but what lies in {RUNS} is for {planned:.0f}: give that, or move the "
+            "folder away."
+        )
     chosen = [name for name in arguments.only if name in OBJECTIVES]
     pretrainings = {f"{name}/pretraining": pretraining(name, budget[name]["steps"]) for name in chosen}
     run_all(pretrainings, arguments.jobs, arguments.overrides)

@@ -1,5 +1,6 @@
 """Running experiments inside a test, as `python train.py <overrides>` would."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
+os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.source=sample", "data.train_size=256", "data.batch_size=32", "logger=csv", "trainer.max_epochs=2"]
 

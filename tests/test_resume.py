@@ -57,6 +57,14 @@ def test_resume_equals_uninterrupted(
         assert torch.equal(tensor, weights(resumed, "best")[name]), name
 
 
+def test_pretraining_starts_from_the_weights_of_another_run(train: Callable[..., Path], tiny_run: list[str]) -> None:
+    run = ["experiment=pretrain_mae", *tiny_run, "trainer.max_epochs=1"]
+    first = train(*run, name="first")
+    second = train(*run, f"start_from={first}/checkpoints/last.ckpt", "optim.lr=1e-12", name="second")
+    expected, got = weights(first), weights(second)
+    assert all(torch.allclose(tensor, got[name], atol=1e-6) for name, tensor in expected.items())
+
+
 def test_a_resumed_run_has_the_learning_rate_that_is_typed(train: Callable[..., Path], tiny_run: list[str]) -> None:
     first = train(*tiny_run, "freeze=full", "trainer.max_epochs=2", name="first")
     typed = [f"resume={first}", "trainer.max_epochs=4", "optim.lr=5e-4", "optim.weight_decay=0.2"]

@@ -29,7 +29,7 @@ class Autoregressive(Objective):
         prefix: up to this share of the patches, drawn anew for each step, attend to one another both ways and are not
             predicted, as a probe lets all patches do (El-Nouby et al. 2024, section 3.2); 0 is causal from the start.
         head_width: of the hidden layers of the head, which is thrown away after training.
-        normalize_pixels: the head draws each patch in units of its own mean and deviation (He et al. 2021, section 4).
+        normalize_pixels: the head draws each patch in its own mean and deviation (He et al. 2021, section 3).
 
     Raises:
         ValueError: an unknown order, a share out of its range, or a backbone that does not see patches.

@@ -86,7 +86,8 @@ class DINO(Objective):
     def loss(self, images: Tensor) -> Tensor:
         if len(images) < 2:
             raise ValueError(
-                "A step on 1 digit has nothing to tell it from; set data.batch_size to 2 or more, 256 is common."
+                "A step on 1 digit has nothing to tell it from: choose data.batch_size (256 is common) and "
+                "data.eval_batch_size of 2 or more that leave no single digit over."
             )
         views = self.preprocess(self.augment(images.repeat(2 + self.local_crops, 1, 1)))  # (V * B, C, S, S)
         whole, others = views[: 2 * len(images)], views[2 * len(images) :]

@@ -1,6 +1,6 @@
 """Pretraining by a generative adversarial network (Goodfellow et al. 2014, arXiv:1406.2661): which digits are real?
 
-Shapes: B batch, Z latent width, D feature width, C channels of the backbone's images, S their side.
+Shapes: B batch, Z latent width, D feature width; C channels and S side of the backbone's images.
 """
 
 from collections.abc import Callable
@@ -71,8 +71,8 @@ class GAN(Objective):
         ranges = {
             "latent": (latent, latent >= 1, "1 or more"),
             "width": (width, width >= 32 and width % 32 == 0, "a multiple of 32, e.g. 128"),
-            "generator_lr": (generator_lr, generator_lr > 0, "above 0, e.g. 1"),
-            "r1": (r1, r1 >= 0, "0 or more, e.g. 5"),
+            "generator_lr": (generator_lr, generator_lr > 0, "above 0, e.g. 10"),
+            "r1": (r1, r1 >= 0, "0 or more, e.g. 2"),
             "r1_every": (r1_every, r1_every >= 1, "1 or more, e.g. 4"),
             "average_decay": (average_decay, 0 <= average_decay < 1, "from 0 to below 1, e.g. 0.995"),
             "samples": (samples, samples >= 2, "2 or more, e.g. 2000"),

@@ -23,7 +23,7 @@ from thaw.models.optim import OptimizerRecipe
 
 
 class Objective(LightningModule):
-    """A backbone under a pretraining loss. A subclass gives `loss`, and `contact_sheet` to be looked at.
+    """A backbone under a pretraining loss. A subclass gives `loss`, or steps of its own, and `contact_sheet`.
 
     Labels are never trained on. What the features are worth is measured by `callbacks.feature_monitor`.
 

@@ -71,8 +71,8 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
     """
     if len(projections) < 4:
         raise ValueError(
-            f"A step on {len(projections) // 2} digit has nothing to contrast it with; set data.batch_size to 2 or "
-            "more, 256 is common."
+            "A step on 1 digit has nothing to contrast it with: choose data.batch_size (256 is common) and "
+            "data.eval_batch_size of 2 or more that leave no single digit over."
         )
     z = F.normalize(projections.float(), dim=1)
     with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
