@@ -67,7 +67,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(11, 3.8), layout="constrained", dpi=110)
     panels = figure.subplots(1, 3)
     titles = {"loss": "pretraining loss, validation digits"}
-    titles |= {probe: f"test error of the {name} in %" for probe, name in PROBES.items()}
+    titles |= {probe: f"test error in %, {name}" for probe, name in PROBES.items()}
     lines = {
         "depth 6, by width": ("depth", 6, "width", "#b5432e"),
         "width 192, by depth": ("width", 192, "depth", "#2e6bb5"),
@@ -81,16 +81,28 @@ def picture(rows: list[dict[str, Any]]) -> None:
             for row in chosen:
                 place = (row["parameters"], row[key])
                 axes.annotate(
-                    row[varied], place, xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=color
+                    row[varied],
+                    place,
+                    xytext=(0, 7 if varied == "width" else -14),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=color,
                 )
         axes.set(xscale="log", yscale="log", xlabel="parameters")
         axes.set_title(title, fontsize=10, loc="left")
-        axes.margins(y=0.18)
+        axes.margins(x=0.1, y=0.2)
+        axes.xaxis.set_ticks([3e5, 1e6, 3e6], ["0.3 M", "1 M", "3 M"])
+        axes.xaxis.set_ticks([], minor=True)
         axes.grid(color="#e4e4e4", linewidth=0.6, which="both")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         low, high = axes.get_ylim()
-        ticks = [t for t in (0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30) if low <= t <= high]
+        ticks = [
+            t
+            for t in (0.34, 0.36, 0.38, 0.4, 0.42, 0.45, 0.5, 0.6, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30)
+            if low <= t <= high
+        ]
         axes.yaxis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.yaxis.set_ticks([], minor=True)
     panels[0].legend(fontsize=8, frameon=False)
