@@ -2,9 +2,10 @@
 
 Each objective pretrains the same ViT on the 54,000 training images for as many steps as fit in a budget of CPU time, by
 the time of a step, which is measured first. Then each backbone is probed (nearest neighbours, logistic regression on
-all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch. Each run is
-a process of its own below logs/compare_pretraining; what is there is not run again. Nothing is chosen by the test
-accuracies. Writes benchmarks/compare_pretraining.md and compare_pretraining.png.
+all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch; with 1 %
+also from scratch for as long as both take. Each run is a process of its own below logs/compare_pretraining; what is
+there is not run again. Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and
+compare_pretraining.png.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import json
 import os
 import statistics
 import time
+from collections import ChainMap
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ from thaw.config import settle
 RUNS = ROOT / "logs" / "compare_pretraining"
 OBJECTIVES = {
     "simclr": "SimCLR",
-    "dino": "DINO",
     "mae": "masked autoencoder",
     "autoregressive": "autoregressive",
     "gan": "GAN discriminator",
 }
-STARTS = {"scratch": "from scratch", **OBJECTIVES, "bundled": "bundled weights"}
+STARTS = {"scratch": "from scratch", "longer": "from scratch, longer", **OBJECTIVES, "bundled": "bundled weights"}
 LABELS = {"1": (540, 30), "10": (5400, 4), "100": (54_000, 1)}  # % -> digits, epochs
-COLORS = dict(zip(STARTS, ("#6b6b6b", "#b5432e", "#d98a2b", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
+LONGER = 40  # times the epochs, of one seed: from scratch for about as long as pretraining and fine-tuning together
+COLORS = dict(zip(STARTS, ("#6b6b6b", "#b0b0b0", "#b5432e", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
 
 
 class StepTime(Callback):
@@ -100,7 +102,7 @@ def pretraining(name: str, steps: int) -> list[str]:
 
 def weights_of(start: str) -> str:
     """What `backbone.weights` is for a start."""
-    named = {"scratch": "none", "bundled": "bundled"}
+    named = {"scratch": "none", "longer": "none", "bundled": "bundled"}
     return named.get(start) or str(RUNS / start / "pretraining" / "backbone.safetensors")
 
 
@@ -108,26 +110,43 @@ def jobs_after(start: str, seeds: int) -> dict[str, list[str]]:
     """Folder -> command of the probes and the fine-tuning."""
     weights = f"backbone.weights={weights_of(start)}"
     probes = {f"{start}/{probe}": ["probe.py", f"probe={probe}", weights] for probe in ("knn", "logistic_regression")}
-    decay = ["optim.layer_decay=1.0"] if start == "scratch" else []  # nothing below is trained already
-    tuned = {
-        f"{start}/labels{percent}/seed{seed}": [
+    decay = ["optim.layer_decay=1.0"] if weights_of(start) == "none" else []  # nothing below is trained already
+
+    def tuning(percent: str, seed: int, times: int = 1) -> dict[str, list[str]]:
+        digits, epochs = LABELS[percent]
+        command = [
             *("train.py", "experiment=few_labels", "logger=csv", "test=true", "validate=false", weights, *decay),
-            *(f"data.train_size={digits}", f"trainer.max_epochs={epochs}", f"seed={seed}"),
+            *(f"data.train_size={digits}", f"trainer.max_epochs={epochs * times}", f"seed={seed}"),
         ]
-        for percent, (digits, epochs) in LABELS.items()
-        for seed in range(seeds)
-    }
-    return probes | tuned
+        return {f"{start}/labels{percent}/seed{seed}": command}
+
+    if start == "longer":
+        return tuning("1", 0, LONGER)
+    return dict(ChainMap(probes, *(tuning(percent, seed) for percent in LABELS for seed in range(seeds))))
 
 
-def run_all(jobs: Mapping[str, list[str]], parallel: int, overrides: list[str]) -> None:
-    """Run what is not done, so many at once; a failure is told and ends no other."""
+def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: int, overrides: list[str]) -> None:
+    """Run what is not done, so many at once; a failure is told and ends no other.
+
+    Pretraining comes first in the queue, so that what waits for it holds no slot that it needs.
+    """
     threads = max(1, (os.cpu_count() or 1) // parallel)
+
+    def run(name: str, command: list[str], before: Future[str | None] | None = None) -> str | None:
+        if before:
+            before.result()
+        return run_once([*command, "data.source=official", *overrides], RUNS / name, threads)
+
     with ThreadPoolExecutor(parallel) as pool:
-        running = {
-            pool.submit(run_once, [*command, "data.source=official", *overrides], RUNS / name, threads): name
-            for name, command in jobs.items()
+        pretrained = {
+            start: pool.submit(run, f"{start}/pretraining", pretraining(start, steps[start]))
+            for start in starts
+            if start in OBJECTIVES
         }
+        running = {job: f"{start}/pretraining" for start, job in pretrained.items()}
+        for start in sorted(starts, key=lambda start: start in pretrained):  # first those that wait for nothing
+            for name, command in jobs_after(start, seeds).items():
+                running[pool.submit(run, name, command, pretrained.get(start))] = name
         for job in tqdm(as_completed(running), total=len(running)):
             if failed := job.result():
                 tqdm.write(f"{running[job]} failed: {failed} (see {RUNS / running[job] / 'output.log'})")
@@ -179,7 +198,7 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
         tuned.plot([x for x, _ in points], means, color=COLORS[start], label=STARTS[start], linewidth=1.8)
         for x, values in points:
             tuned.plot([x] * len(values), [100 - v for v in values], "o", color=COLORS[start], alpha=0.5, markersize=4)
-    names = list(found)[::-1]
+    names = [start for start in found if "knn" in found[start]][::-1]
     for row, start in enumerate(names):
         for column, marker in (("knn", "s"), ("logistic_regression", "D")):
             if column in found[start]:
@@ -226,11 +245,8 @@ def main() -> None:
             f"--seconds={arguments.seconds:g}, but what lies in {RUNS} is for {planned:.0f}: give that, or move the "
             "folder away."
         )
-    chosen = [name for name in arguments.only if name in OBJECTIVES]
-    pretrainings = {f"{name}/pretraining": pretraining(name, budget[name]["steps"]) for name in chosen}
-    run_all(pretrainings, arguments.jobs, arguments.overrides)
-    after = {name: command for start in arguments.only for name, command in jobs_after(start, arguments.seeds).items()}
-    run_all(after, arguments.jobs, arguments.overrides)
+    steps = {name: int(cost["steps"]) for name, cost in budget.items()}
+    run_all(arguments.only, steps, arguments.seeds, arguments.jobs, arguments.overrides)
     found = finished()
     if not found:
         raise SystemExit(f"No run below {RUNS} has been tested.")

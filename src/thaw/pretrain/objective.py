@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import save_file
@@ -112,19 +111,6 @@ class Objective(LightningModule):
         padding = rows.new_zeros(max(sizes) - len(rows), *rows.shape[1:])
         parts: Any = self.all_gather(torch.cat([rows, padding]), sync_grads=True)  # (processes, B, ...)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def neighbours_sheet(features: Tensor, images: Tensor) -> tuple[list[Tensor], list[str]]:
-    """A contact sheet of digits, and below each its nearest neighbours among the others by the cosine of the features.
-
-    Args:
-        features: (N, D), of each image.
-        images: uint8 (N, 28, 28).
-    """
-    z = F.normalize(features.float(), dim=1)
-    similarity = (z @ z.T).fill_diagonal_(-torch.inf)[:16]  # (16, N)
-    nearest = similarity.topk(min(5, len(images) - 1)).indices.T  # (5, 16)
-    return [images[:16], *images[nearest]], ["digit", *(f"nearest {n + 1}" for n in range(len(nearest)))]
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
