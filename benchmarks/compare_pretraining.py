@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import time
-from collections import ChainMap
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -114,7 +113,7 @@ def weights_of(start: str) -> str:
 def jobs_after(start: str, seeds: int) -> dict[str, list[str]]:
     """Folder -> command of the probes and the fine-tuning."""
     weights = f"backbone.weights={weights_of(start)}"
-    probes = {f"{start}/{probe}": ["probe.py", f"probe={probe}", weights] for probe in ("knn", "logistic_regression")}
+    jobs = {f"{start}/{probe}": ["probe.py", f"probe={probe}", weights] for probe in ("knn", "logistic_regression")}
     decay = ["optim.layer_decay=1.0"] if weights_of(start) == "none" else []  # nothing below is trained already
 
     def tuning(percent: str, seed: int, times: int = 1) -> dict[str, list[str]]:
@@ -127,7 +126,10 @@ def jobs_after(start: str, seeds: int) -> dict[str, list[str]]:
 
     if start == "longer":
         return tuning("1", 0, LONGER)
-    return dict(ChainMap(probes, *(tuning(percent, seed) for percent in LABELS for seed in range(seeds))))
+    for percent in LABELS:
+        for seed in range(seeds):
+            jobs |= tuning(percent, seed)
+    return jobs
 
 
 def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: int, overrides: list[str]) -> None:
