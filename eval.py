@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
 
     predictors = []
     for ckpt in cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]:
-        predictor = load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
+        predictor = load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         predictor.cfg.data.merge_with(changes)
         predictors.append(predictor)
     names = Counter(predictor.cfg.name for predictor in predictors)
@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
     page = write_report(assessments, folder)
     if cfg.wandb:
         for predictor, assessment in zip(predictors, assessments, strict=True):
-            log_report(assessment, checkpoints.read(predictor.checkpoint), page)
+            log_report(assessment, checkpoints.read(predictor.checkpoint, cfg.allow), page)
     print(f"report: {page}")
 
 

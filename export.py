@@ -14,7 +14,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.predictor import load_predictor
 
     check_request(cfg)
-    predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true")
+    predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
     path = destination(cfg, predictor.checkpoint)
     data = predictor.cfg.data
     data.update({key: value for key, value in cfg.data.items() if value is not None})
@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         from thaw.export.hub_folder import export_folder
         from thaw.export.push import push
 
-        facts = export_folder(predictor, source, cfg.license, path)
+        facts = export_folder(predictor, source, cfg.license, path, cfg.allow)
         print(summary(facts, path))
         if cfg.push:
             print(push(path, cfg.push, cfg.private))

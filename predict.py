@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
 
     files = find_files([*cfg.inputs, *inputs])
     with open_output(cfg.output, cfg.format) as (file, format):
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision)
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         print(f"model: {model.checkpoint}", file=sys.stderr)
         writer = Writer(file, format, model.classes)
         read = failed = 0

@@ -5,7 +5,7 @@ import time
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import clear_errors, settle
+from thaw.config import build, clear_errors, settle
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="probe")
@@ -14,7 +14,6 @@ def main(cfg: DictConfig) -> float:
     started = time.monotonic()
     import lightning as L
     from hydra.core.hydra_config import HydraConfig
-    from hydra.utils import instantiate
 
     from thaw.callbacks.progress import quiet
     from thaw.evaluation.probe_run import checkpoint_backbone, probe_features, report_probe
@@ -24,16 +23,16 @@ def main(cfg: DictConfig) -> float:
     backbone = checkpoint_backbone(cfg, HydraConfig.get().overrides.task) if cfg.ckpt else None
     settle(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
+    trainer = build(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
     if trainer.world_size > 1:
         raise ValueError(f"trainer.devices={cfg.trainer.devices}: a probe runs on one; choose trainer=cpu, gpu or mps.")
-    datamodule, cache = instantiate(cfg.data), instantiate(cfg.cache)
+    datamodule, cache = build(cfg.data), build(cfg.cache)
     datamodule.trainer = trainer
-    backbone = instantiate(cfg.backbone) if backbone is None else backbone
+    backbone = build(cfg.backbone) if backbone is None else backbone
     backbone.eval().requires_grad_(False).to(trainer.strategy.root_device)
 
     train, val = (probe_features(split, datamodule, backbone, cache, trainer) for split in ("train", "val"))
-    choice = instantiate(cfg.probe)(train, val)
+    choice = build(cfg.probe)(train, val)
     tested = None
     if cfg.test:
         tested = score(choice, probe_features("test", datamodule, backbone, cache, trainer))

@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import build_list, clear_errors, plain, settle
+from thaw.config import build, build_list, clear_errors, plain, settle
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
@@ -18,7 +18,6 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     """
     started = time.monotonic()
     import lightning as L
-    from hydra.utils import instantiate
 
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
@@ -27,6 +26,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
     from thaw.sweeps.processes import ranks
+    from thaw.targets import targets
 
     quiet()
     settle(cfg)
@@ -35,15 +35,15 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
-        datamodule = instantiate(cfg.data)
-        model = instantiate(cfg.model)
+        datamodule = build(cfg.data)
+        model = build(cfg.model)
         if cfg.resume:
             model.backbone.fresh = frozenset()  # the checkpoint fills all
         elif cfg.start_from:
-            start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
+            start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent, [*cfg.allow, *targets(cfg)])
         loggers = build_list(cfg.logger, "logger")
         callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg)), *callbacks]
-        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+        trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers)
         try:
             trainer.fit(model, datamodule, ckpt_path=cfg.resume)
             best = trainer.checkpoint_callback

@@ -65,17 +65,17 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
     evil = tmp_path / "evil.ckpt"
     torch.save({"config": {}, "state_dict": {}, "x": Payload()}, evil)
-    with pytest.raises(ValueError, match="pickled code is refused"):
+    with pytest.raises(ValueError, match="pickled code"):
         checkpoints.read(evil)
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(ValueError, match="pickled code is refused"):
+    with pytest.raises(ValueError, match="pickled code"):
         checkpoints.read(tmp_path / "raw.ckpt")
     assert not marker.exists()
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("<html>")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+    with pytest.raises(ValueError, match="is not a checkpoint: it starts with b'<htm'"):
         checkpoints.read(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no config and state_dict"):

@@ -3,12 +3,29 @@
 A checkpoint is self-contained: it holds the composed configuration as plain values, so that nothing else is needed.
 """
 
+import logging
+import os
+import re
+import shlex
+import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from thaw.config import build, quoted
+from thaw.migrations import migrate
+from thaw.targets import check_targets, targets
+
+log = logging.getLogger(__name__)
+
+PARTS = ("config", "state_dict")  # of a checkpoint of thaw
 
 
 def find(wanted: str, runs: Path, name: str) -> Path:
@@ -32,6 +49,8 @@ def find(wanted: str, runs: Path, name: str) -> Path:
     path = Path(wanted).expanduser()
     if path.is_dir():
         inside = path / "checkpoints" / name
+        if not inside.is_file() and (path / "backbone.safetensors").is_file():
+            raise ValueError(pretraining_hint(path))
         if not inside.is_file():
             raise ValueError(f"{path} holds no checkpoints/{name}; give a run folder that has one, or a .ckpt file.")
         return inside.resolve()
@@ -40,27 +59,82 @@ def find(wanted: str, runs: Path, name: str) -> Path:
     return path.resolve()
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without executing code.
+def pretraining_hint(run_dir: Path) -> str:
+    weights = os.path.relpath(run_dir / "backbone.safetensors")
+    return (
+        f"{run_dir} is a pretraining run, whose model has no classes. Train a classifier on the backbone that it wrote "
+        f"first: python train.py experiment=vit_finetune {shlex.quote('backbone.weights=' + quoted(weights))}"
+    )
+
+
+def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it holds or names.
+
+    Its configuration is brought up to date where an earlier version wrote it, and `run_dir` is where it lies now.
+
+    Args:
+        path: of the file.
+        allow: packages, modules or classes beside thaw's that its configuration may name.
 
     Raises:
-        ValueError: it holds pickled code, is no checkpoint, or none of thaw's.
+        ValueError: it is damaged, holds pickled code, names code that is not allowed, or is none of thaw's.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+        raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in PARTS):
         raise ValueError(
-            f"{path} cannot be read as a checkpoint of tensors and plain values, pickled code is refused ({reason}). "
-            "Give a checkpoint that train.py wrote."
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"config", "state_dict"} <= checkpoint.keys():
-        raise ValueError(
-            f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py."
+            f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
+            "alone are for backbone.weights=<file>."
         )
-    return checkpoint
+    commit = str(checkpoint.setdefault("git_commit", "unknown"))
+    if not re.fullmatch(r"[\w-]*", str(checkpoint.setdefault("wandb_id", None))):  # would be interpolated
+        raise ValueError(f"{path}: wandb_id={checkpoint['wandb_id']!r} is not the id of a W&B run.")
+    config, changed = migrate(checkpoint["config"], path, commit)
+    check_targets(config, path, allow, commit)
+    if changed:
+        say(f"{path} was written by commit {commit} of thaw. Taken from today's configs: {', '.join(changed)}.")
+    checkpoint["config"] = config | {"run_dir": str(run_folder(path))}
+    return checkpoint | {"path": str(path)}
+
+
+def run_folder(path: Path) -> Path:
+    """The folder of the run that a checkpoint file lies in."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+@cache
+def say(line: str) -> None:
+    """Log a line once, however often a file is read."""
+    log.warning(line)
+
+
+def what_is_wrong(path: Path, error: Exception) -> str:
+    """Why torch could not read a checkpoint file, and what to do."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        wrong = "is empty."
+    elif start == b"PK\3\4" and not zipfile.is_zipfile(path):
+        wrong = f"is cut off after {path.stat().st_size:,} bytes."
+    elif isinstance(error, UnpicklingError) and start[:1] in (b"P", b"\x80"):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        named = f" ({code[1]})" if code else ""
+        return (
+            f"holds pickled code{named}, which was not run; a checkpoint holds tensors and plain values. Give one that "
+            "train.py wrote."
+        )
+    elif start == b"PK\3\4":
+        wrong = "is damaged."
+    else:
+        return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
+    others = [path.with_name(name) for name in ("best.ckpt", "last.ckpt") if name != path.name]
+    whole = [other.name for other in others if zipfile.is_zipfile(other)]
+    instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
+    return f"{wrong} {instead}."
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:
@@ -71,28 +145,50 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
             from the `backbone.weights` of its configuration.
 
     Raises:
-        ValueError: the frozen weights cannot be found, or are others.
+        ValueError: the frozen weights cannot be found or are others, some weights are not finite, or the model is of
+            another version of the code.
     """
-    from hydra.utils import instantiate
-
     cfg = OmegaConf.create(checkpoint["config"])
     if "frozen" not in checkpoint and "weights" in cfg.backbone:
         cfg.backbone.weights = "none"
     if "compile" in cfg.model:
         cfg.model.compile = False  # takes longer than an evaluation
-    model = instantiate(cfg.model)
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"], strict=True)
+    weights = cfg.backbone.get("weights", "none")
+    if weights not in ("none", "bundled", "hub") and not Path(weights).expanduser().is_file():
+        raise ValueError(
+            f"{checkpoint['path']} holds what was trained; the frozen rest was read from {weights}, which is no file "
+            "here. Say where it lies now: weights=<file>, for train.py and probe.py backbone.weights=<file>."
+        )
+    try:
+        model = build(cfg.model)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"], strict=True)
+    except (TypeError, RuntimeError, InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        if isinstance(cause, (ValueError, OSError)):
+            raise
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(
+            f"{checkpoint['path']} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that "
+            "out to use it."
+        ) from error
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{checkpoint['path']} holds weights that are not finite ({len(broken)} tensors, e.g. {broken[0]}), as "
+            "after training that diverged; give another checkpoint."
+        )
     return model.eval()
 
 
-def start_from(model: Any, wanted: str, runs: Path) -> None:
+def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> None:
     """Let a new run start from the weights of an earlier one; its policy, optimizer and schedule are its own.
 
     Args:
         model: changed in place; may have LoRA where the earlier one had none, and the other way round.
         wanted: as for `find`; of a run, its best checkpoint counts.
         runs: the folder below which `last` looks.
+        allow: as for `read`.
 
     Raises:
         ValueError: no such checkpoint, or one of another architecture.
@@ -100,7 +196,7 @@ def start_from(model: Any, wanted: str, runs: Path) -> None:
     from thaw.models.lora import merge_lora, plain_name
 
     path = find(wanted, runs, "best.ckpt")
-    source = load_model(read(path))
+    source = load_model(read(path, allow))
     merge_lora(source)
     theirs, own = source.state_dict(), model.state_dict()
     given = {name: theirs.pop(plain_name(name), None) for name in own}
@@ -132,7 +228,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     runs = Path(cfg.run_dir).parent  # logs/runs/<name>
     path = find(cfg.resume, runs if {"experiment", "name"} & set(typed) else runs.parent, "last.ckpt")
-    checkpoint = read(path)
+    checkpoint = read(path, [*cfg.allow, *targets(cfg)])
     saved = OmegaConf.create(checkpoint["config"])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise ValueError(

@@ -1,17 +1,31 @@
 """From composed configuration to objects, and configuration errors that say what was allowed."""
 
+import copy
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from thaw.targets import leaves, refers_outside
+
 USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
+
+
+def build(block: Any, **arguments: Any) -> Any:
+    """Hydra's `instantiate`, except that lists and dicts reach the object as Python's own, never as OmegaConf's.
+
+    An object that keeps one, as an optimizer keeps `betas`, would write it into checkpoints, which then cannot be read.
+    """
+    from hydra.utils import instantiate
+
+    return instantiate(block, _convert_="all", **arguments)
 
 
 def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
@@ -20,8 +34,6 @@ def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
     Raises:
         ValueError: a block without `_target_`, which Hydra would otherwise leave as a dict.
     """
-    from hydra.utils import instantiate
-
     built = []
     for name, block in (blocks or {}).items():
         if block is None:  # switched off: callbacks.early_stopping=null
@@ -30,7 +42,7 @@ def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
             raise ValueError(
                 f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it."
             )
-        built.append(instantiate(block))
+        built.append(build(block))
     return built
 
 
@@ -40,6 +52,7 @@ def clear_errors() -> Iterator[None]:
 
     Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
     """
+    sys.argv[1:] = map(quote_path, sys.argv[1:])
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
     try:
@@ -64,11 +77,33 @@ def clear_errors() -> Iterator[None]:
             os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
+def quote_path(argument: str) -> str:
+    """`key=path` as Hydra reads it whatever characters are in the path, if it exists; anything else as it is."""
+    key, equals, value = argument.partition("=")
+    try:
+        exists = bool(equals) and Path(value).expanduser().exists()
+    except OSError:  # longer than a path can be
+        return argument
+    if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):
+        return argument
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str | Path) -> str:
+    """A string as a value on Hydra's command line, whatever characters it has."""
+    return "'" + str(value).replace("'", "\\'") + "'"
+
+
 def explain(error: BaseException) -> str:
     """The message of an error; for an unknown key also the keys that exist in its place."""
     message = str(error).split("\n    full_key:")[0].strip()
     if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    if isinstance(error, OverrideParseException):
+        message = (
+            f"{error.override}: {message.splitlines()[0]}. A value with spaces, commas, brackets or = needs quotes for "
+            "Hydra inside those for the shell: \"key='a value'\"."
+        )
     cause = error.__cause__ or error
     parent = getattr(cause, "parent_node", None)
     if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
@@ -83,14 +118,16 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as nested plain dicts that need nothing of Hydra to be resolved later.
 
     Interpolations between its own keys stay, so that a later override of `optim.lr` reaches whatever refers to it.
-    Values that only the running job knows stand at the top level and are written out.
+    What other resolvers give, which may depend on the running job or on this machine, is written out.
     """
-    config = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(config, dict)
-    for key, value in config.items():
-        if isinstance(value, str) and "${hydra:" in value:
-            config[key] = cfg[key]
-    return config  # type: ignore[return-value]
+    config: Any = OmegaConf.to_container(cfg, resolve=False)
+    outside = [place for place, value in leaves(config, "") if refers_outside(value)]
+    if outside:
+        cfg = copy.deepcopy(cfg)
+        for place in outside:
+            OmegaConf.update(cfg, place, OmegaConf.select(cfg, place), merge=False)
+        config = OmegaConf.to_container(cfg, resolve=False)
+    return config
 
 
 def backbone_name(backbone: DictConfig) -> str:
@@ -111,11 +148,15 @@ def check_devices(trainer: DictConfig) -> None:
         found = torch.cuda.device_count()
         wanted = len(devices) if OmegaConf.is_list(devices) else devices
         if not found:
-            raise ValueError(f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer=cpu.")
+            raise ValueError(
+                f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer.accelerator=cpu."
+            )
         if isinstance(wanted, int) and wanted > found:
             raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("trainer.accelerator=mps but this is no Mac with Metal; use trainer=cpu or trainer=gpu.")
+        raise ValueError(
+            "trainer.accelerator=mps but this is not a Mac with Metal; use trainer.accelerator=cpu or gpu."
+        )
 
 
 def check_types(node: DictConfig, place: str = "") -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from thaw.config import build
 from thaw.data.datamodule import Batch
 from thaw.models.feature_cache import TOKENS
 
@@ -87,13 +87,13 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
-        backbone = instantiate(cfg.backbone)
+        backbone = build(cfg.backbone)
     with cleared_up_here(), warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
         cfg.model.backbone = None
-        model = instantiate(cfg.model, _partial_=True)(backbone=backbone)
+        model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
         if precision == "bf16-true":
             model.to(torch.bfloat16)

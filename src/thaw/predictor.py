@@ -1,6 +1,6 @@
 """A trained classifier, ready for digits: what eval.py, predict.py, export.py, serve.py and notebooks share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thaw import checkpoint as checkpoints
 from thaw.callbacks.progress import quiet
-from thaw.config import backbone_name, settle
+from thaw.config import backbone_name, check_devices, settle
 from thaw.data.sources import class_names
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.models.classifier import Classifier
@@ -120,28 +120,39 @@ class Predictor:
 
 
 def load_predictor(
-    ckpt: str, weights: str | None = None, accelerator: str | None = None, precision: str | None = None
+    ckpt: str,
+    weights: str | None = None,
+    accelerator: str | None = None,
+    precision: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Predictor:
     """The classifier of a run's best checkpoint, or of a checkpoint file.
 
     Args:
         ckpt: `last`, a run's folder or a checkpoint file.
         weights: where the frozen weights lie, if not where they lay in training.
-        accelerator, precision: where and how it computes; None means as in training.
+        accelerator: where it computes; None means the best device of this machine.
+        precision: how it computes; None means as in training on a device of the same kind, else what suits the device.
+        allow: as for `thaw.checkpoint.read`.
 
     Raises:
         ValueError: no such checkpoint, or one of a model that does not classify.
     """
     quiet()
     path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path)
+    checkpoint = checkpoints.read(path, allow)
     if weights:
         checkpoint["config"]["backbone"]["weights"] = weights
     cfg = OmegaConf.create(checkpoint["config"])
-    cfg.trainer.accelerator = accelerator or cfg.trainer.accelerator
-    cfg.trainer.precision = precision or cfg.trainer.precision
+    if accelerator:
+        check_devices(OmegaConf.create({"accelerator": accelerator, "devices": 1}))
+    device = Fabric(accelerator=accelerator or "auto", devices=1).device.type
+    trained_on = {"gpu": "cuda", "auto": device}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
+    cfg.trainer.accelerator = {"cuda": "gpu"}.get(device, device)
+    cfg.trainer.devices = 1
+    cfg.trainer.precision = precision or (cfg.trainer.precision if device == trained_on else "auto")
     settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
-        raise ValueError(f"{path} holds a {type(model).__name__}, which has no classes; give the run of a classifier.")
-    return Predictor(model, cfg, path, checkpoint.get("git_commit", "unknown"))
+        raise ValueError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
+    return Predictor(model, cfg, path, checkpoint["git_commit"])

@@ -1,7 +1,10 @@
 """What a run needs to be understood and rebuilt later: in its folder and in every checkpoint."""
 
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from thaw.callbacks.same_config import check_same_config
+from thaw.checkpoint import run_folder
 from thaw.loggers import wandb_run
 from thaw.models.classifier import Classifier
 from thaw.models.freeze_table import format_table
@@ -65,10 +69,38 @@ class RunRecord(Callback):
             logger.log_hyperparams({**resolved, **record, **counts})  # type: ignore[dict-item]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.config
+        portable = portable_paths(self.run_dir)
+        checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
+        checkpoint["config"] = replaced(self.config, portable) | {"run_dir": "."}
         checkpoint["git_commit"] = self.git_commit
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Comes before Lightning gives the callbacks their states."""
+        folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
+        checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
+
+
+def portable_paths(run_dir: Path) -> dict[str, str]:
+    """What stands for the folders of this machine and its user in a checkpoint, which may be moved and shared."""
+    here, home = Path.cwd(), Path.home()
+    short = {f"{run_dir}/": "${run_dir}/"}
+    if run_dir.is_relative_to(here):
+        short[f"{here}/"] = f"${{run_dir}}/{os.path.relpath(here, run_dir)}/"
+    return short if home == home.parent else short | {f"{home}/": "~/"}
+
+
+def replaced(value: Any, paths: Mapping[str, str]) -> Any:
+    """Nested plain values with other beginnings of the paths in them, keys included."""
+    if isinstance(value, dict):
+        return {replaced(key, paths): replaced(inner, paths) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [replaced(inner, paths) for inner in value]
+    if isinstance(value, str):
+        for path, other in paths.items():
+            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}", other.replace("\\", r"\\"), f"{value}/")[:-1]
+    return value
 
 
 def count_parameters(module: torch.nn.Module, epochs: int | None = None) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Test a checkpoint on its own configuration's test split; all it needs is the file."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from thaw import checkpoint as checkpoints
-from thaw.config import build_list, settle
+from thaw.config import build, build_list, settle
 from thaw.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     Returns:
         `val/acc`, `test/acc`, its interval, `n_test` and `data_source`.
     """
-    from hydra.utils import instantiate
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from thaw.callbacks.progress import quiet
@@ -39,10 +39,10 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     model = checkpoints.load_model(checkpoint)
     if not is_overridden("test_step", model):
         raise ValueError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
-    datamodule = instantiate(cfg.data)
+    datamodule = build(cfg.data)
     report = TestReport(str(run_dir))
     settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
-    trainer = instantiate(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
+    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
     (validated,) = trainer.validate(model, datamodule, verbose=False)
     trainer.test(model, datamodule, verbose=False)
     return {"val/acc": round(validated["val/acc"], 6), **report.results, "data_source": datamodule.digits.name}
@@ -58,11 +58,16 @@ def validate_best(trainer: Trainer, model: LightningModule, datamodule: Lightnin
     return round(now, 6)
 
 
-def test_run(run_dir: Path) -> dict[str, Any]:
-    """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run."""
+def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
+    """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run.
+
+    Args:
+        run_dir: the run's folder.
+        allow: as for `thaw.checkpoint.read`.
+    """
     from thaw.loggers import finish
 
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
     loggers = []
     if cfg.logger and "wandb" in cfg.logger:

@@ -18,6 +18,7 @@ from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
 from thaw.json_files import write_json
 from thaw.models.feature_cache import FeatureCache
 from thaw.models.frozen_features import frozen_features
+from thaw.targets import targets
 
 
 def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
@@ -33,7 +34,7 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     """
     typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path)
+    checkpoint = checkpoints.read(path, [*cfg.allow, *targets(cfg)])
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
     if wrong:

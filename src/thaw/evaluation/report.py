@@ -70,7 +70,7 @@ def log_report(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -
     cfg = OmegaConf.create(checkpoint["config"])
     cfg.logger = {"wandb": cfg.logger.wandb}
     cfg.logger.wandb.id = checkpoint["wandb_id"]
-    if not Path(cfg.run_dir).is_dir():  # the run was made elsewhere
+    if not (Path(cfg.run_dir) / "config.yaml").is_file():  # the checkpoint was taken out of its run
         cfg.run_dir = str(page.parent)
     facts = assessment.facts
     loggers = build_list(cfg.logger, "logger")

@@ -8,7 +8,7 @@ Shapes: N digits, D feature width.
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,9 @@ class CardModel:
         return {}
 
 
-def export_folder(predictor: Predictor, source: Source, license: str | None, path: Path) -> dict[str, Any]:
+def export_folder(
+    predictor: Predictor, source: Source, license: str | None, path: Path, allow: Sequence[str]
+) -> dict[str, Any]:
     """Write a folder and check it by its card's own code; an earlier one is replaced only by one that has passed.
 
     Args:
@@ -70,6 +72,7 @@ def export_folder(predictor: Predictor, source: Source, license: str | None, pat
         source: of the digits that it is compared and tested on.
         license: of the weights, as the hub spells it; None says so only of the bundled ones.
         path: of the folder.
+        allow: as for `thaw.checkpoint.read`.
 
     Returns:
         what was measured.
@@ -79,7 +82,7 @@ def export_folder(predictor: Predictor, source: Source, license: str | None, pat
     """
     if path.exists() and not replaceable(path):
         raise ValueError(f"{path} is there and no folder that export.py wrote; give another output=, or remove it.")
-    checkpoint = checkpoints.read(predictor.checkpoint)
+    checkpoint = checkpoints.read(predictor.checkpoint, allow)
     wanted = expected(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, "hub_folder")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 # What changes nothing in the trained weights: where they lie, what is measured afterwards, who is told.
 NOT_THE_RUN = (
-    *("run_dir", "overrides", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
+    *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "preemption")),
 )

@@ -20,9 +20,9 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.config import check_devices, check_types, explain
+from thaw.config import check_devices, check_types, explain, quoted
 from thaw.sweeps.jobs import is_first_rank, read_state
-from thaw.sweeps.processes import quoted
+from thaw.targets import targets
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
 
     states = [read_state(job.folder) for job in jobs]
     wanted = {job.cfg.test for job in jobs}  # an experiment may say it
+    allow = sorted({target for job in jobs for target in targets(job.cfg)})
     untested = 0
     if "done" in states and any(wanted) and set(states) <= {"done", "failed"}:
         groups = [group for group in read_report([folder]).groups if group.val]
@@ -193,7 +194,7 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
             for run in group.done:
                 if run.test_acc is None:
                     try:
-                        test_run(Path(run.folder))
+                        test_run(Path(run.folder), allow)
                     except Exception as error:  # what the other jobs have found is still to be reported
                         print(f"error: {run.folder} cannot be tested: {explain(error)}", file=sys.stderr)
                         untested += 1

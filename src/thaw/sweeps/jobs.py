@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.config import USER_ERRORS, explain, plain
 from thaw.json_files import read_json, write_json
 from thaw.sweeps.folders import job_key
+from thaw.targets import targets
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def go_on(cfg: DictConfig) -> None:
     if failed or not (run_dir / LAST).is_file():
         return
     try:
-        last = checkpoint.read(run_dir / LAST)
+        last = checkpoint.read(run_dir / LAST, targets(cfg))
     except ValueError as error:
         log.warning("%s Starting anew.", error)
         return

@@ -25,7 +25,12 @@ BLUE, GREY, RED = "#2166ac", "#9aa5b1", "#b2182b"
 
 
 def report_study(
-    study: optuna.Study, folder: Path, storage: Path, objectives: Mapping[str, str], test: bool | str
+    study: optuna.Study,
+    folder: Path,
+    storage: Path,
+    objectives: Mapping[str, str],
+    test: bool | str,
+    allow: Sequence[str],
 ) -> int:
     """Test the winner of one objective, or with `test=always` every trial; write and print the report.
 
@@ -37,6 +42,7 @@ def report_study(
         storage: the study's file.
         objectives: as in `thaw.sweeps.study.open_study`.
         test: of the configuration.
+        allow: classes that checkpoints of the trials may name, as for `thaw.checkpoint.read`.
 
     Returns:
         how many trials have failed.
@@ -53,7 +59,7 @@ def report_study(
             for trial in done if test == "always" else winners:
                 run = trial.user_attrs["folder"]
                 if read_json(folder / run / SUMMARY)["test/acc"] is None:
-                    test_run(folder / run)
+                    test_run(folder / run, allow)
         print(write_report([folder], folder / "report", draw(study, objectives, folder / "report")).text)
     states = Counter(trial.state for trial in trials)
     counts = ", ".join(f"{states[state]} {name}" for state, name in SAID.items() if states[state] and state not in OPEN)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from thaw.config import quoted
+
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
 PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
@@ -144,11 +146,6 @@ def run_command(run_dir: Path, job_name: str) -> list[str]:
         *(sys.executable, str(program), "--config-path", str(run_dir), "--config-name", CONFIG_NAME),
         *(f"hydra.run.dir={quoted(run_dir)}", "hydra.output_subdir=null", f"hydra.job.name={job_name}"),
     ]
-
-
-def quoted(path: Path) -> str:
-    """A path as a value on Hydra's command line, whatever characters it has."""
-    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def end_with(parent: int) -> None:

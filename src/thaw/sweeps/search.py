@@ -23,6 +23,7 @@ from thaw.sweeps.jobs import SUMMARY, run_in_folder
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.search_plan import ACCURACY, Plan, Train, prepare
 from thaw.sweeps.space import Grid, shown
+from thaw.targets import targets
 
 
 class Pruning(PyTorchLightningPruningCallback):
@@ -64,7 +65,7 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
     except BaseException:
         print("\nThe same command goes on from here.", file=sys.stderr, flush=True)
         raise
-    failed = report_study(study, plan.folder, plan.storage, plan.objectives, cfg.test)
+    failed = report_study(study, plan.folder, plan.storage, plan.objectives, cfg.test, targets(plan.base))
     if failed:
         print(f"{failed} trials have failed; the same command tries them again.", file=sys.stderr)
         sys.exit(1)

@@ -10,12 +10,11 @@ import optuna
 from filelock import FileLock
 from hydra import compose
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, NopPruner
 
-from thaw.config import check_devices, check_types, explain
+from thaw.config import build, check_devices, check_types, explain
 from thaw.sweeps.folders import job_key
 from thaw.sweeps.processes import is_launched
 from thaw.sweeps.space import Space, as_overrides, probes, read_space, shown
@@ -56,7 +55,7 @@ class Plan:
 
     @cached_property
     def pruner(self) -> BasePruner:
-        return instantiate(self.cfg.sweep.pruner) or NopPruner()
+        return build(self.cfg.sweep.pruner) or NopPruner()
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 from filelock import FileLock, Timeout
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler
@@ -24,6 +24,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from thaw.config import build
 from thaw.sweeps.space import Grid, Space, values_of
 
 CONTINUES = "continues"  # of a trial: the number of the one that it repeats or goes on with
@@ -135,7 +136,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
             "choose sweep/sampler=tpe or random, or add a range."
         )
     try:
-        return instantiate(block, **settings)
+        return build(block, **settings)
     except (InstantiationException, ImportError) as error:
         raise ValueError(f"sweep.sampler cannot be made: {str(error.__cause__ or error).strip()}") from error
 
