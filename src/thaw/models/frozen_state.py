@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,10 +28,10 @@ def refer_to_frozen(names: Iterable[str], state: Mapping[str, Tensor], weights: 
     Args:
         names: of the tensors.
         state: the model's state dict, from which they are hashed.
-        weights: where they come from, as `backbone.weights` says.
+        weights: where they come from, as `backbone.weights` says; of a file its name, as its folder is this machine's.
     """
     names = list(names)
-    return {"weights": weights, "sha256": digest({name: state[name] for name in names}), "names": names}
+    return {"weights": Path(weights).name, "sha256": digest({name: state[name] for name in names}), "names": names}
 
 
 def drop_frozen(checkpoint: dict[str, Any], reference: Mapping[str, Any]) -> None:
