@@ -198,7 +198,7 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
         except RuntimeError as error:
             trained_at = model.pretrained_cfg["input_size"][-1]
             raise ValueError(f"{error}; {trained_at} is the size of its weights' images") from error
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"backbone.name={name} cannot be built with backbone.image_size={image_size} and "
