@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.config import USER_ERRORS, explain, plain
+from thaw.files import write_text
 from thaw.json_files import read_json, write_json
 from thaw.sweeps.folders import job_key
 
@@ -170,7 +171,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
     """Write the configuration at the start; at a failure `failure.json`, which goes once the run has succeeded."""
     run_dir, started = Path(cfg.run_dir), time.monotonic()
     if is_first_rank():
-        OmegaConf.save(OmegaConf.create(plain(cfg)), run_dir / "config.yaml")
+        write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
     try:
         yield
     except (Exception, SystemExit) as error:
