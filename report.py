@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from thaw.console import lenient
 from thaw.sweeps.report import write_report
 
 
@@ -24,4 +25,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -20,6 +20,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from thaw.console import lenient
+from thaw.evaluation.axes import save
+from thaw.files import write_text
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "logs" / "compare"
 
@@ -86,7 +90,14 @@ def run_once(command: list[str], folder: Path, threads: int) -> str | None:
     process.returncode = os.waitstatus_to_exitcode(status)
     (folder / "cpu_seconds.json").write_text(json.dumps(used.ru_utime + used.ru_stime))
     if process.returncode:
-        return next((line for line in (folder / "output.log").read_text().splitlines()[::-1] if line.strip()), "?")
+        return next(
+            (
+                line
+                for line in (folder / "output.log").read_text(encoding="utf-8", errors="replace").splitlines()[::-1]
+                if line.strip()
+            ),
+            "?",
+        )
     return None
 
 
@@ -169,7 +180,7 @@ def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     times.set_xlim(right=times.get_xlim()[1] * 2)
     handles = [errors.plot([], [], "o", color=color, label=kind)[0] for kind, color in colors.items()]
     errors.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def main() -> None:
@@ -200,10 +211,11 @@ def main() -> None:
     runs = finished()
     if not runs:
         raise SystemExit(f"No run below {RUNS} has been tested.")
-    (ROOT / "benchmarks" / "compare.md").write_text(table(runs) + "\n")
+    write_text(table(runs) + "\n", ROOT / "benchmarks" / "compare.md")
     picture(runs, ROOT / "benchmarks" / "compare.png")
     print(table(runs))
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

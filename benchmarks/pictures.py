@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from thaw.console import lenient
 from thaw.data import sources
 from thaw.data.digit_image import read_digits
 from thaw.predictor import load_predictor
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -27,6 +27,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from thaw.console import lenient
 from thaw.dry_step import Step, dry_step
 from thaw.models.feature_cache import VERIFIED
 from thaw.plan import compose_run, read_arguments
@@ -196,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

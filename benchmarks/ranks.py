@@ -16,6 +16,8 @@ from typing import Any
 
 import lightning as L
 
+from thaw.console import lenient
+
 ROOT = Path(__file__).parents[1]
 RUN = [
     *("experiment=vit_finetune", "average=none", "augment=none", "data.source=sample", "logger=none", "test=false"),
@@ -92,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

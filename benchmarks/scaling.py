@@ -16,6 +16,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare import ROOT, run_once
+from thaw.console import lenient
+from thaw.evaluation.axes import save
+from thaw.files import write_text
 
 RUNS = ROOT / "logs" / "scaling"
 HEAD_WIDTH = 64
@@ -106,7 +109,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
         axes.yaxis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.yaxis.set_ticks([], minor=True)
     panels[0].legend(fontsize=8, frameon=False)
-    figure.savefig(ROOT / "benchmarks" / "scaling.png")
+    save(figure, ROOT / "benchmarks" / "scaling.png")
 
 
 def main() -> None:
@@ -124,10 +127,11 @@ def main() -> None:
     rows = results()
     if not rows:
         raise SystemExit(f"No run below {RUNS} is complete.")
-    (ROOT / "benchmarks" / "scaling.md").write_text(table(rows) + "\n")
+    write_text(table(rows) + "\n", ROOT / "benchmarks" / "scaling.md")
     picture(rows)
     print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from thaw.console import lenient
 from thaw.data.idx import write_idx
 from thaw.data.sources import load
 from thaw.serve.process import keep_memory, spared_collector
@@ -211,4 +212,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from thaw.console import lenient
+
 ROOT = Path(__file__).parent.parent
 PROBE = ["experiment=vit_linear_probe", "data.source=sample", "logger=csv"]
 RATES = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0]
@@ -127,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -13,6 +13,7 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from thaw.console import lenient
 from thaw.targets import leaves, refers_outside
 
 USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
@@ -56,7 +57,8 @@ def clear_errors() -> Iterator[None]:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
     try:
-        yield
+        with lenient():
+            yield
     except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
         if full:
             raise

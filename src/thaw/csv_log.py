@@ -1,7 +1,7 @@
 """The metrics of a run as a CSV file, which a run that goes on in its own folder continues."""
 
 import csv
-import warnings
+import io
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from thaw import checkpoint
+from thaw.files import named, write_text
 
 
 class RunCSV(CSVLogger):
@@ -42,20 +43,14 @@ class RunCSV(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            path = Path(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+            path = Path(self.log_dir, Writer.NAME_METRICS_FILE)
             header, rows = read_rows(path, self.first_step)
-            part = path.with_suffix(".part")
             if rows:
-                with part.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, header)
-                    writer.writeheader()
-                    writer.writerows(rows)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*exists and is not empty")
-                new = super().experiment  # removes what is there
-            if rows:
-                part.replace(path)
-                new.metrics_keys = header
+                write_rows(path, header, rows)
+            else:
+                path.unlink(missing_ok=True)
+            self._experiment = Writer(self.log_dir)
+            self._experiment.metrics_keys = header
         return self._experiment
 
     @rank_zero_only
@@ -64,11 +59,40 @@ class RunCSV(CSVLogger):
             super().log_metrics(metrics, step)
 
 
+class Writer(ExperimentWriter):
+    """Lightning's, except that it adds to the file that is there, and loses no row when a new column comes."""
+
+    def _check_log_dir_exists(self) -> None:  # Lightning's removes the file
+        pass
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        write_rows(path, fieldnames, rows)
+
+    def save(self) -> None:
+        with named(Path(self.metrics_file_path)):
+            super().save()
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        with named(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
+            super().log_hparams(params)
+
+
+def write_rows(path: Path, header: list[str], rows: list[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
+
+
 def read_rows(path: Path, end: int) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a CSV of metrics, as far as their step comes before `end`."""
     if end == 0 or not path.is_file():
         return [], []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < end]
         return list(reader.fieldnames or []), rows

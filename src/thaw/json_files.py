@@ -1,18 +1,15 @@
-"""JSON files of a run, written whole or not at all."""
+"""JSON files of a run."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thaw.files import write_text
+
 
 def write_json(facts: Mapping[str, Any], path: Path) -> None:
-    """Write to a temporary name beside it, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(facts, indent=2) + "\n")
-    part.replace(path)
+    write_text(json.dumps(facts, indent=2) + "\n", path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,7 +19,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is no JSON.
     """
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to run that again.") from error
     if not isinstance(facts, dict):

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from thaw.console import ESCAPES, results
 from thaw.data.digit_image import read_digits
+from thaw.files import atomic
 from thaw.predictor import DigitModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".idx", "-ubyte", ".gz")  # of the files that are taken from a folder
@@ -118,17 +119,14 @@ def open_output(output: str | None, format: str) -> Iterator[tuple[TextIO, str]]
         key = f"format={format!r}" if output is None else f"output={output!r}"
         raise ValueError(f"{key} is unknown; choose csv or jsonl, for a file as its suffix.")
     if output is None:
-        yield sys.stdout, wanted
-        return
-    path = Path(output).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
+        with results() as file:
             yield file, wanted
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        return
+    with (
+        atomic(Path(output).expanduser()) as part,
+        part.open("w", encoding="utf-8", errors=ESCAPES, newline="") as file,
+    ):
+        yield file, wanted
 
 
 def in_batches(read: Iterable[Read]) -> Iterator[list[Read]]:

@@ -213,15 +213,20 @@ def byte_flipped(npy: Path) -> None:
     npy.write_bytes(content)
 
 
+def part_of(npy: Path) -> Path:
+    """What a process that was killed leaves."""
+    return npy.with_name(f".{npy.name}.0.thaw.part")
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda npy: os.truncate(npy, 999),
     "byte flipped": byte_flipped,
     "json edited": json_edited,
     "json missing": lambda npy: npy.with_suffix(".json").unlink(),
     "npy missing": Path.unlink,
-    "killed before it was renamed": lambda npy: (npy.rename(npy.with_suffix(".part")), json_edited(npy)),
-    "killed before the json": lambda npy: npy.with_suffix(".json").rename(npy.with_suffix(".json.part")),
-    "parts left over": lambda npy: [byte_flipped(npy), npy.with_suffix(".part").write_bytes(b"0" * 999)],
+    "killed before it was renamed": lambda npy: (npy.rename(part_of(npy)), json_edited(npy)),
+    "killed before the json": lambda npy: npy.with_suffix(".json").rename(part_of(npy)),
+    "parts left over": lambda npy: [byte_flipped(npy), part_of(npy).write_bytes(b"0" * 999)],
 }
 
 
@@ -262,7 +267,7 @@ def test_a_folder_that_cannot_be_used(
     assert f"cache: in memory, as cache.dir={folder} cannot be used (" in capsys.readouterr().out
     with pytest.raises(OSError, match=rf"cache\.dir={folder} cannot be used: .*\. Set another cache\.dir"):
         get(new(folder, "disk"), Compute())
-    assert not list(tmp_path.glob("cache/*.npy")) and not list(tmp_path.glob("cache/*.part"))
+    assert not list(tmp_path.glob("cache/*.npy")) and not list(tmp_path.glob("cache/.*.part"))
 
 
 @pytest.mark.parametrize("trouble", ["full", "removed"])
@@ -276,7 +281,7 @@ def test_a_folder_that_fails_when_all_is_computed(
             return super().__call__(indices)
 
     if trouble == "full":
-        monkeypatch.setattr(Path, "write_text", no_space)
+        monkeypatch.setattr(Path, "write_bytes", no_space)
     features = get(new(tmp_path / "cache", "auto"), Removing())
     assert features is not None and torch.equal(features, naive())
     assert f"cache: in memory, as cache.dir={tmp_path / 'cache'} cannot be used (" in capsys.readouterr().out

@@ -230,7 +230,6 @@ def test_nothing_is_removed_where_there_is_room(store: FeatureStore) -> None:
 
 def test_what_another_process_writes_is_not_removed(store: FeatureStore) -> None:
     aged(store, KEY, OTHER)
-    store.path(THIRD).with_suffix(".part").write_bytes(b"0" * 999)  # unlocked: of a process that was killed
     store.max_bytes = 1
     with (store.folder / f"{KEY}.lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process holds it

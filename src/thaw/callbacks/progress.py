@@ -58,7 +58,6 @@ def quiet() -> None:
         "isinstance\\(treespec, LeafSpec\\)",
         "The number of training batches .* is smaller than the logging interval",
         "Checkpoint directory .* exists and is not empty",
-        "Experiment logs directory .* exists",
         "The `srun` command is available",
         "The dirpath has changed",  # a resumed run has its own folder
         "`trainer.*` .* was configured so ",

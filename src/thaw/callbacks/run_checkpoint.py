@@ -1,14 +1,20 @@
 """Checkpoints of a run that may go on in another folder, and how often they are written."""
 
+import io
 import shutil
 import time
+from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+from thaw.files import atomic, write_bytes
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -24,10 +30,8 @@ class RunCheckpoint(ModelCheckpoint):
         assert self.dirpath is not None
         moved = Path(self.dirpath) / best.name
         if moved != best:
-            moved.parent.mkdir(parents=True, exist_ok=True)
-            part = moved.with_suffix(".part")
-            shutil.copyfile(best, part)
-            part.replace(moved)
+            with atomic(moved) as part:
+                shutil.copyfile(best, part)
         paths = {path: str(moved) for path in (str(best), state_dict["kth_best_model_path"])}
         super().load_state_dict(
             state_dict
@@ -47,6 +51,9 @@ class PacedCheckpointIO(TorchCheckpointIO):
     Writing takes longer than an epoch on kept features. A run that is interrupted, or fails, still writes what is held
     back; one that is killed loses the work of these seconds. Whoever loads gets the newest.
 
+    Lightning's own writer puts a file into $TMPDIR first and copies it from there, so that a full $TMPDIR, or an end in
+    the middle of the copy, leaves none.
+
     Args:
         seconds: between two writes of a file; 0 writes everything at once.
     """
@@ -60,11 +67,12 @@ class PacedCheckpointIO(TorchCheckpointIO):
         self.held: dict[str, dict[str, Any]] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        check_readable(checkpoint)
         path = str(path)
         if time.monotonic() - self.written.get(path, self.started) >= self.seconds:
             self.held.pop(path, None)
             self.teardown()  # last.ckpt tells of best.ckpt, which may not be older than that
-            super().save_checkpoint(checkpoint, path, storage_options)
+            write(checkpoint, path)
             self.written[path] = time.monotonic()
         else:  # a copy, as training goes on
             self.held[path] = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)
@@ -81,4 +89,50 @@ class PacedCheckpointIO(TorchCheckpointIO):
         """Write what is held back; Lightning calls it at the end of every loop, after an exception too."""
         held, self.held = self.held, {}
         for path, checkpoint in held.items():
-            super().save_checkpoint(checkpoint, path)
+            write(checkpoint, path)
+
+
+def write(checkpoint: dict[str, Any], path: str) -> None:
+    content = io.BytesIO()  # a write that fails inside torch's own writer may abort the process
+    torch.save(checkpoint, content)
+    write_bytes(content.getbuffer(), Path(path))
+
+
+def check_readable(checkpoint: dict[str, Any]) -> None:
+    """Refuse to write what `torch.load(..., weights_only=True)` would not read.
+
+    Raises:
+        ValueError: names the place in the checkpoint and the type.
+    """
+    for place, kind in unreadable(checkpoint, "checkpoint"):
+        raise ValueError(
+            f"{place} is of type {kind.__module__}.{kind.__qualname__}, with which the checkpoint could not be read "
+            "again; it was not written. Allowed are tensors, numbers, strings, None, and dicts, lists and tuples of "
+            "them. Give plain values to the optimizer, callback or module that keeps it: `_convert_: all` beside its "
+            "_target_ in the YAML, or list(...), dict(...), float(...), str(...) in its code."
+        )
+
+
+def unreadable(value: Any, place: str) -> Iterator[tuple[str, type]]:
+    """Place and type of each part of a value that a checkpoint cannot hold."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, inner in value.items():
+            yield from unreadable(key, f"a key of {place}")
+            yield from unreadable(inner, f"{place}[{key!r}]")
+    elif kind in (list, tuple):
+        for number, inner in enumerate(value):
+            yield from unreadable(inner, f"{place}[{number}]")
+    elif kind not in (Tensor, str, bytes, int, float, bool, type(None)) and not reads_back(value):
+        yield place, kind
+
+
+def reads_back(value: Any) -> bool:
+    content = io.BytesIO()
+    try:
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception:  # pickling and unpickling fail in many ways
+        return False
+    return True

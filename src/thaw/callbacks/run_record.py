@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from thaw.callbacks.same_config import check_same_config
 from thaw.checkpoint import run_folder
+from thaw.files import write_text
 from thaw.loggers import wandb_run
 from thaw.models.classifier import Classifier
 from thaw.models.freeze_table import format_table
@@ -59,10 +60,9 @@ class RunRecord(Callback):
             pl_module.thaw()  # a resumed run goes on in a later epoch
         table = format_table(pl_module, pl_module.depths(), trainer.optimizers[0].param_groups)  # type: ignore[operator]
         print(table, flush=True)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "parameters.txt").write_text(table + "\n")
-        (self.run_dir / "record.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
-        OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
+        write_text(table + "\n", self.run_dir / "parameters.txt")
+        write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")
+        write_text(OmegaConf.to_yaml(self.config), self.run_dir / "config.yaml")
         resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
         for logger in trainer.loggers:
             counts = count_parameters(pl_module, trainer.max_epochs)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thaw.data.idx import read_idx
+from thaw.files import move
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def download(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
                 content = part.read_bytes()
                 found = hashlib.md5(content).hexdigest()
                 if found == md5:
-                    part.replace(folder / name)
+                    move(part, folder / name)
                     return
                 part.unlink()
                 answers.append(f"{url}: {describe(content, found, {name: md5})}, MD5 {found}")

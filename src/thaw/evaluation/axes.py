@@ -1,4 +1,4 @@
-"""An axis for accuracies on which those near 100 % can be told apart, and a picture written whole or not at all."""
+"""An axis for accuracies on which those near 100 % can be told apart,."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from thaw.files import atomic
 
 NEARLY = 1.001  # keeps 100 % at a finite height
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
@@ -39,7 +41,5 @@ def accuracy_axis(axes: Axes, lowest: float, highest: float) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    figure.savefig(part, format="png")
-    part.replace(path)
+    with atomic(path) as part:
+        figure.savefig(part, format="png")

@@ -150,5 +150,5 @@ def format_probe(facts: dict[str, Any]) -> str:
     lines["time"] = f"{facts['seconds']:.1f} s"
     lines["run"] = os.path.relpath(facts["run_dir"])
     body = "\n".join(f"  {name:<12}{value}" for name, value in lines.items())
-    rule = "\u2500" * 88
+    rule = "-" * 88
     return f"\n{rule}\n{body}\n{rule}"

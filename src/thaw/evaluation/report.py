@@ -13,6 +13,7 @@ from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
 from thaw.evaluation.report_page import format_page
+from thaw.files import write_text
 from thaw.json_files import write_json
 from thaw.loggers import add_to_summary, finish, log_image, wandb_run
 
@@ -54,9 +55,7 @@ def write_report(assessments: Sequence[Assessment], folder: Path) -> Path:
     facts = {"models": {model.label: model.facts for model in assessments}, "comparison": pairs}
     write_json(facts, folder / "report.json")
     page = folder / "report.html"
-    part = page.with_suffix(".part")
-    part.write_text(format_page(assessments, pairs, robustness), encoding="utf-8")
-    part.replace(page)
+    write_text(format_page(assessments, pairs, robustness), page)
     return page
 
 

@@ -132,5 +132,5 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
     if wandb:
         lines["W&B"] = wandb
     body = "\n".join(f"  {name:<12}{value}" for name, value in lines.items())
-    rule = "\u2500" * 88
+    rule = "-" * 88
     return f"\n{rule}\n{body}\n{rule}"

@@ -1,6 +1,5 @@
 """From a predictor to one checked file, ONNX or torch.export's."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
+from thaw.files import atomic
 from thaw.predictor import DigitModel, Predictor
 
 
@@ -51,9 +51,7 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
         exported = to_onnx(exported, model.outputs, predictor.name)
         facts["opset"] = OPSET
     save, load = FORMATS[format]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as folder:
-        part = Path(folder) / path.name
+    with atomic(path) as part:
         save(exported, facts, part)
         written: DigitModel = load(part)
         facts |= check_parity(written, wanted)
@@ -74,5 +72,4 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
             }
         save(exported, facts, part)  # once more, now with what was measured
         assert load(part).facts().keys() >= facts.keys()
-        part.replace(path)
     return facts

@@ -7,14 +7,14 @@ Shapes: N digits, D feature width.
 """
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from thaw import checkpoint as checkpoints
@@ -27,6 +27,7 @@ from thaw.export.model_card import model_card
 from thaw.export.onnx_model import BATCH
 from thaw.export.portable import Portable, portable
 from thaw.export.timm_config import fold_head, timm_config
+from thaw.files import atomic_folder, write_bytes, write_text
 from thaw.json_files import read_json, write_json
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
@@ -86,10 +87,7 @@ def export_folder(
     wanted = expected(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, "hub_folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as temporary:
-        part = Path(temporary) / path.name
-        part.mkdir()
+    with atomic_folder(path) as part:
         code = fill(part, model, predictor, license)
         written = CardModel(code, part)
         facts |= check_parity(written, wanted)
@@ -100,10 +98,7 @@ def export_folder(
         facts["bytes"] = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         config = read_json(part / CONFIG)
         write_json({**config, "thaw": facts}, part / CONFIG)
-        (part / CARD).write_text(model_card(facts, checkpoint, predictor.model.backbone, code, license))
-        if path.exists():
-            path.replace(Path(temporary) / "replaced")
-        part.replace(path)
+        write_text(model_card(facts, checkpoint, predictor.model.backbone, code, license), part / CARD)
     return facts
 
 
@@ -149,7 +144,7 @@ def fill(folder: Path, model: Portable, predictor: Predictor, license: str | Non
 
 def save(state: dict[str, Tensor], path: Path) -> None:
     """Write tensors, whatever their layout in memory: a safetensors file knows one."""
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
+    write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"}), path)
 
 
 def settings(block: Any, kind: type) -> dict[str, Any]:

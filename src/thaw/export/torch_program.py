@@ -3,6 +3,7 @@
 Shapes: N digits, h x w the grid of patches.
 """
 
+import io
 import json
 import warnings
 from collections.abc import Mapping
@@ -49,8 +50,10 @@ class TorchProgram:
 
 def save_program(program: ExportedProgram, facts: Mapping[str, Any], path: Path) -> None:
     """One file, which `torch.export.load` reads without thaw."""
-    with warnings.catch_warnings(action="ignore"), path.open("wb") as file:  # a path would have to end in .pt2
-        torch.export.save(program, file, extra_files={FACTS: json.dumps(facts)})
+    archive = io.BytesIO()  # an error inside torch's writer, such as a full disk, would abort the process
+    with warnings.catch_warnings(action="ignore"):
+        torch.export.save(program, archive, extra_files={FACTS: json.dumps(facts)})
+    path.write_bytes(archive.getbuffer())
 
 
 def load_program(path: Path) -> TorchProgram:

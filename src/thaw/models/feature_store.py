@@ -1,15 +1,14 @@
-"""Tensors on disk under a key, memory-mapped, written whole or not at all, verified when read.
+"""Tensors on disk under a key, memory-mapped, verified when read.
 
 An entry is `<key>.npy` and `<key>.json`. The JSON is written last: it holds all that the key stands for and the SHA-256
 of the tensor, and what does not match it is no entry.
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+
+from thaw.files import move, temporary
+from thaw.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class FeatureStore:
         path = self.path(key)
         record = path.with_suffix(".json")
         try:
-            saved = json.loads(record.read_text())
+            saved = read_json(record)
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
             damage = saved["facts"] != facts or saved["sha256"] != sha256(tensor)
@@ -70,7 +72,8 @@ class FeatureStore:
             print(f"cache: waiting for another run that computes {self.path(key)}", flush=True)
             lock.acquire()
         try:
-            yield
+            with ExitStack() as self.held:
+                yield
         finally:
             lock.release()
 
@@ -82,17 +85,11 @@ class FeatureStore:
         """
         size = int(np.prod(shape)) * dtype.itemsize
         self.make_room(size, key)
-        part = self.path(key).with_suffix(".part")
-        with suppress(FileNotFoundError):
-            part.unlink()  # of a process that was killed
-        array = np.lib.format.open_memmap(part, mode="w+", dtype=NUMPY[dtype], shape=shape)
-        try:
-            with part.open("r+b") as file:  # a disk that fills up later would kill the process that writes the map
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        except OSError:
-            part.unlink()
-            raise
+        self.part = self.held.enter_context(temporary(self.path(key)))
+        array = np.lib.format.open_memmap(self.part, mode="w+", dtype=NUMPY[dtype], shape=shape)
+        with self.part.open("r+b") as file:  # a disk that fills up later would kill the process that writes the map
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
         return torch.from_numpy(array).view(dtype)
 
     def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
@@ -104,10 +101,8 @@ class FeatureStore:
             "shape": list(tensor.shape),
             "sha256": sha256(tensor),
         }
-        path.with_suffix(".part").replace(path)
-        part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        part.replace(path.with_suffix(".json"))
+        move(self.part, path)
+        write_json(record, path.with_suffix(".json"))
 
     def make_room(self, size: int, key: str) -> None:
         """Remove entries, the least recently used first, until one of `size` bytes keeps to the limit."""
@@ -118,7 +113,7 @@ class FeatureStore:
             if sum(sizes.values()) + size <= self.max_bytes:
                 return
             with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # not what is being written
-                for suffix in (".json", ".npy", ".part", ".json.part"):
+                for suffix in (".json", ".npy"):
                     self.path(entry).with_suffix(suffix).unlink(missing_ok=True)
                 sizes.pop(entry)
 

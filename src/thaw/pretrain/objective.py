@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.data.preprocess import Preprocess
+from thaw.files import write_bytes
 from thaw.models.backbone import Backbone
 from thaw.models.optim import OptimizerRecipe
 
@@ -114,12 +115,9 @@ class Objective(LightningModule):
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write the timm model's state dict as safetensors, whole or not at all; fp16, except for integers (counters)."""
+    """Write the timm model's state dict as safetensors; fp16, except for integers (counters)."""
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
         for name, tensor in backbone.model.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(state, part)
-    part.replace(path)
+    write_bytes(save(state), path)

@@ -21,6 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from thaw.config import check_devices, check_types, explain, quoted
+from thaw.files import write_text
 from thaw.sweeps.jobs import is_first_rank, read_state
 from thaw.targets import targets
 
@@ -80,7 +81,7 @@ class Grid(Sweeper):
         jobs = self.jobs(arguments)
         check_jobs(jobs, on_this_machine="slurm" not in self.config.hydra.launcher._target_.lower())
         self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
         try:
             if todo:

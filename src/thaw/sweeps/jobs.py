@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.config import USER_ERRORS, explain, plain
+from thaw.files import write_text
 from thaw.json_files import read_json, write_json
 from thaw.sweeps.folders import job_key
 from thaw.targets import targets
@@ -168,22 +169,26 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def recorded(cfg: DictConfig) -> Iterator[None]:
-    """Write the configuration at the start; at a failure `failure.json`, which goes once the run has succeeded."""
+    """Write the configuration at the start; at a failure `failure.json`, which goes once there is a summary."""
     run_dir, started = Path(cfg.run_dir), time.monotonic()
     if is_first_rank():
-        OmegaConf.save(OmegaConf.create(plain(cfg)), run_dir / "config.yaml")
+        write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
     try:
         yield
     except (Exception, SystemExit) as error:
-        if is_first_rank():
+        if is_first_rank() and not has_summary(run_dir):
             pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
             status = "pruned" if pruned else "failed"
             reason = str(error) if pruned else explain(error)
-            record_failure(cfg, status, reason, trace, time.monotonic() - started)
+            try:
+                record_failure(cfg, status, reason, trace, time.monotonic() - started)
+            except OSError as unwritten:  # the disk may be full, which is perhaps what the first error says
+                log.warning("%s", unwritten)
         raise
-    if is_first_rank():
-        (run_dir / FAILURE).unlink(missing_ok=True)
+    finally:
+        if is_first_rank() and has_summary(run_dir):
+            (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def record_failure(cfg: DictConfig, status: str, reason: str, trace: str, seconds: float) -> None:

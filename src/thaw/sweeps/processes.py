@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.config import quoted
+from thaw.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
@@ -110,7 +111,7 @@ def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Pope
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), run_dir / CONFIG_NAME)
+    write_text(OmegaConf.to_yaml(config), run_dir / CONFIG_NAME)
     share = max(1, torch.get_num_threads() // count)  # ranks that each use all cores slow each other down many times
     torch.set_num_threads(share)
     os.environ.update(

@@ -17,6 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.config import plain
+from thaw.files import write_text
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
 from thaw.sweeps.jobs import FAILURE, SUMMARY, read_state, record_failure
@@ -132,7 +133,7 @@ class Queue(Launcher):
     def start(self, job: Job, kind: machine.Kind, units: list[str]) -> subprocess.Popen:
         job.folder.mkdir(parents=True, exist_ok=True)
         job.cfg.validate = job.cfg.test = False  # the winner alone is measured, at the end
-        OmegaConf.save(OmegaConf.create(plain(job.cfg)), job.folder / CONFIG_NAME)
+        write_text(OmegaConf.to_yaml(plain(job.cfg)), job.folder / CONFIG_NAME)
         share = machine.environment(kind, units, len(self.cores), len(self.devices))
         inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         with (job.folder / OUTPUT).open("ab") as output:
@@ -186,7 +187,9 @@ def killed(code: int) -> tuple[str, str]:
 
 def tail(output: Path) -> str:
     """The last lines of a job's output."""
-    return "\n".join(output.read_text(errors="replace").splitlines()[-30:]) if output.is_file() else ""
+    return (
+        "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]) if output.is_file() else ""
+    )
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:

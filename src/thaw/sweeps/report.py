@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thaw.files import write_text
 from thaw.sweeps.groups import Group, Score, group_runs
 from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_run
 
@@ -69,9 +70,9 @@ def write_report(folders: Sequence[Path], out: Path, extra_pictures: Sequence[tu
     out.mkdir(parents=True, exist_ok=True)
     pictures = [*draw(report.groups, out), *extra_pictures]
     title = ", ".join(folder.resolve().name for folder in folders)
-    write(out / "report.csv", format_csv(report.groups))
-    write(out / "report.md", format_markdown(report, title, pictures, out))
-    write(out / "report.html", format_page(report, title, pictures))
+    write_text(format_csv(report.groups), out / "report.csv")
+    write_text(format_markdown(report, title, pictures, out), out / "report.md")
+    write_text(format_page(report, title, pictures), out / "report.html")
     report.text += f"\nKept in {os.path.relpath(out)}: report.html, report.md, report.csv"
     return report
 
@@ -90,12 +91,6 @@ def draw(groups: Sequence[Group], out: Path) -> list[tuple[str, Path]]:
     if save_epochs(groups, out / "report_epochs.png"):
         pictures.append(("Validation accuracy over the epochs", out / "report_epochs.png"))
     return pictures
-
-
-def write(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8", newline="")
-    part.replace(path)
 
 
 def format_csv(groups: Sequence[Group]) -> str:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from thaw.config import USER_ERRORS, explain
+from thaw.files import write_text
 from thaw.json_files import read_json
 from thaw.sweeps import study as studies
 from thaw.sweeps.folders import job_key
@@ -50,7 +51,7 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
     studies.quiet()
     plan = prepare(cfg, overrides, train)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, plan.folder / "multirun.yaml")
+    write_text(OmegaConf.to_yaml(cfg), plan.folder / "multirun.yaml")
     with plan.asking:
         identity = studies.identify(plan.space, plan.objectives, plan.base.overrides, job_key(plan.base))
         study = studies.open_study(plan.storage, plan.name, plan.objectives, identity)

@@ -1,0 +1,67 @@
+"""What a program prints does not end it: neither characters that the console lacks nor a reader who has left."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
+
+
+class Stream(io.FileIO):
+    """A standard stream whose writes never fail: the results of a run are files, not what it prints.
+
+    Writes fail where nobody reads any more (`| head`), the terminal is gone, or the disk of a log is full.
+    """
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+@contextmanager
+def lenient() -> Iterator[None]:
+    """Let standard output and standard error take every text and outlive their reader."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = now = lenient_stream(sys.stdout), lenient_stream(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in now:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def lenient_stream(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed by whoever started the program
+        return open(os.devnull, "w")  # noqa: PTH123
+    try:
+        raw = Stream(stream.fileno(), "w", closefd=False)
+    except (OSError, AttributeError):  # a notebook's or a test's, which is no file
+        return stream
+    lines = getattr(stream, "line_buffering", False) or getattr(stream, "write_through", False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, ESCAPES, line_buffering=lines)
+
+
+@contextmanager
+def results() -> Iterator[TextIO]:
+    """Standard output for results that are printed: a write that fails is an error.
+
+    Raises:
+        SystemExit: nobody reads any more; the status is that of a program which SIGPIPE has ended.
+    """
+    try:
+        number = sys.stdout.fileno()
+    except OSError:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    try:
+        with open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False) as file:
+            yield file
+    except BrokenPipeError:
+        raise SystemExit(128 + 13) from None

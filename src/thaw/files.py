@@ -1,0 +1,132 @@
+"""How every file of thaw is written: whole or not at all, whatever ends the process or fills the disk."""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+SUFFIX = ".thaw.part"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` for the body to fill; it takes the place of `path` once its bytes are on the disk.
+
+    After an error, `path` is as it was before and the temporary file is gone. That of a process which was killed goes
+    with the next write into the same folder.
+
+    Args:
+        path: of the file. A device or a pipe, such as /dev/stdout, is written directly.
+
+    Raises:
+        OSError: names the file, the reason and the next step.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with named(path):
+            yield path
+        return
+    with named(path), temporary(path) as part:
+        yield part
+        move(part, path)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """As `atomic`, a folder."""
+    with named(path), temporary(path, folder=True) as part:
+        new = part / path.name
+        new.mkdir()
+        yield new
+        for file in new.rglob("*"):
+            sync(file)
+        if path.exists():
+            path.replace(part / "replaced")
+        move(new, path)
+
+
+def write_bytes(content: bytes | memoryview, path: Path) -> None:
+    with atomic(path) as part:
+        part.write_bytes(content)
+
+
+def write_text(text: str, path: Path) -> None:
+    """In UTF-8; characters that it lacks, of a file name that is not UTF-8, are written as escapes."""
+    write_bytes(text.encode("utf-8", "backslashreplace"), path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let the error of a failed write name the file that was to be written, and the next step."""
+    try:
+        yield
+    except OSError as error:
+        place = str(error.filename or path)
+        if error.errno is None or not (SUFFIX in place or path.is_relative_to(place)):
+            raise  # it names its file already
+        step = "Free some space, or choose" if error.errno in FULL else "Choose"
+        raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
+
+
+@contextmanager
+def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A new file or folder beside `path`, locked as long as this process lives, and removed at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    while True:
+        part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
+        if folder:
+            part.mkdir()
+        lock = os.open(part, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if part.exists():
+            break
+        os.close(lock)  # another process has taken it for a leftover before it was locked
+    try:
+        yield part
+    finally:
+        remove(part)
+        os.close(lock)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed processes; those of living ones are locked."""
+    for part in folder.glob(f".*{SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(part)
+            finally:
+                os.close(lock)
+
+
+def remove(part: Path) -> None:
+    """Remove a temporary file or folder, if it is still there."""
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            part.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def move(part: Path, path: Path) -> None:
+    """Rename a file or folder when its own bytes are on the disk, and wait until its new name is."""
+    sync(part)
+    part.replace(path)
+    with suppress(OSError):  # not every file system can do that for a folder
+        sync(path.parent)
