@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
@@ -65,13 +65,14 @@ def wandb_logger(
     save_code: bool,
     run_dir: str,
     id: str | None,
-) -> RunWandb:
-    """A W&B logger in a mode that is decided before W&B starts.
+) -> RunWandb | DummyLogger:
+    """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
         project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
-        mode: `online`, `offline`, or `auto`: online if a key is configured and the server answers.
+        mode: `online`, `offline`, `disabled`, or `auto`: what WANDB_MODE says, else online if a key is configured and
+            the server answers.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
         save_code: keep the program and, as a patch, what git says has changed in thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
@@ -80,8 +81,10 @@ def wandb_logger(
     Raises:
         ValueError: an unknown mode, or `online` without a key.
     """
-    if mode not in ("auto", "online", "offline"):
-        raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online or offline.")
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online, offline or disabled.")
+    if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
+        return DummyLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     wandb.setup()  # reads both, before it has anything to say
@@ -138,7 +141,7 @@ def why_offline() -> str | None:
 
     W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
     """
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return f"WANDB_MODE is {os.environ['WANDB_MODE']}"
     server = wandb.setup().settings.base_url
     in_environment = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
