@@ -362,8 +362,11 @@ def test_other_data_are_an_error(
     source: str, fill: Callable[[Path], None], listed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ConnectionError, match=rf"data\.dir={tmp_path} holds {listed}, but not {TRAIN_IMAGES}, "):
         load("MNIST", tmp_path, source, None)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "MNIST").exists()
     assert "USING THE BUNDLED SAMPLE" not in caplog.text
 
 

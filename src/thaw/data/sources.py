@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from itertools import chain
@@ -149,6 +150,8 @@ def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) 
                     try:
                         download(name, md5, official.mirrors if mirrors is None else mirrors, folder)
                     except ConnectionError as error:
+                        if contents(directory, dataset):
+                            remove_unused(folder)
                         raise ConnectionError(f"{error} {next_step(directory, dataset, missing)}") from error
         tensors |= {name: find(dataset, name, directory) for name in missing}
     train_images, train_labels, test_images, test_labels = tensors.values()
@@ -249,6 +252,14 @@ def contents(directory: Path, dataset: str) -> list[str]:
     return sorted(
         path.name + "/" * path.is_dir() for path in directory.iterdir() if path.name not in others and counts(path)
     )
+
+
+def remove_unused(folder: Path) -> None:
+    """Leave a user's folder of other data as it was: remove the place of a download that has brought nothing."""
+    with suppress(OSError):  # there is something in it
+        (folder / ".download.lock").unlink()
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
