@@ -1,5 +1,7 @@
 """Losses and learning rates in the loggers at least once an epoch, however few steps it has."""
 
+import math
+
 from lightning import Callback, LightningModule, Trainer
 
 
@@ -8,4 +10,4 @@ class LogInterval(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches  # infinite for a stream
-        trainer.log_every_n_steps = int(min(trainer.log_every_n_steps, max(1, steps)))  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]
