@@ -43,7 +43,10 @@ def main(cfg: DictConfig) -> None:
         label = predictor.cfg.name
         if names[label] > 1:
             label += f" {number}"
-        source = load_source(predictor.cfg.data, changes)
+        own = changes
+        if chosen and predictor.cfg.data.get("source") == "sample":
+            own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
+        source = load_source(predictor.cfg.data, own)
         total = count_digits(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:

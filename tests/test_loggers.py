@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from lightning import Trainer
+from hydra.utils import instantiate
 
 from thaw import loggers
 
@@ -83,7 +83,8 @@ def test_disabled_writes_nothing(
         monkeypatch.setenv("WANDB_MODE", variable)
     picture = tmp_path / "picture.png"
     logger = loggers.wandb_logger(**settings(mode=mode, run_dir=str(tmp_path / "run"), id="abc"))
-    trainer = Trainer(logger=[logger], default_root_dir=tmp_path, accelerator="cpu", enable_checkpointing=False)
+    quiet = {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
+    trainer = instantiate({"_target_": "lightning.Trainer", **quiet}, logger=[logger])  # as a run does
     for one in trainer.loggers:
         one.log_metrics({"x": 1.0}, step=1)
         one.log_hyperparams({"x": 1.0})

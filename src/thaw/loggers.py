@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
@@ -53,6 +53,18 @@ class RunWandb(WandbLogger):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class NoLogger(Logger):
+    """Takes the place of a logger and drops what it is given: callbacks such as the learning rate's need a logger."""
+
+    name = version = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def wandb_logger(
     project: str,
     entity: str | None,
@@ -65,7 +77,7 @@ def wandb_logger(
     save_code: bool,
     run_dir: str,
     id: str | None,
-) -> RunWandb | DummyLogger:
+) -> RunWandb | NoLogger:
     """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
@@ -84,7 +96,7 @@ def wandb_logger(
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online, offline or disabled.")
     if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
-        return DummyLogger()
+        return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     wandb.setup()  # reads both, before it has anything to say

@@ -127,6 +127,11 @@ def test_a_data_module_without_load() -> None:
         load_source(data, {})
 
 
+def test_a_folder_that_would_not_be_read_is_an_error(linear_probe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.dir=/digits would not be read: .*Add data\.source=official"):
+        command("eval", tmp_path / "eval", f"ckpt={linear_probe}", "data.dir=/digits")
+
+
 def test_the_size_of_the_training_split_does_not_matter_for_a_test(linear_probe: Path) -> None:
     """A run on 54,000 digits can be tested on the sample, which has 4,000 to train."""
     data = load_predictor(str(linear_probe)).cfg.data

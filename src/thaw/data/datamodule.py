@@ -284,15 +284,20 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
 
 
 def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:
-    """Change settings of a data module in place.
+    """Change settings of a checkpoint's data module in place.
 
     Raises:
-        ValueError: a setting that it does not have.
+        ValueError: a setting that it does not have, or a folder that it would not read.
     """
     if unknown := [key for key in changes if key not in data]:
         raise ValueError(
             f"data.{unknown[0]}={changes[unknown[0]]}: the checkpoint's data module {data._target_} has no such "
             f"setting; it has {settings(data)}."
+        )
+    if changes.get("dir") and "source" not in changes and data.get("source") == "sample":
+        raise ValueError(
+            f"data.dir={changes['dir']} would not be read: the checkpoint's run took the bundled sample. Add "
+            "data.source=official, or leave data.dir out."
         )
     data.merge_with(changes)
 
