@@ -16,35 +16,39 @@ def main(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
     from thaw import checkpoint as checkpoints
-    from thaw.data import sources
+    from thaw.data.datamodule import load_source
+    from thaw.data.sources import dataset_name
     from thaw.evaluation.assessment import assess, count_digits
     from thaw.evaluation.report import log_report, write_report
     from thaw.predictor import load_predictor
 
     typed = {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
-    chosen = "dataset" in cfg.data  # data=fashion_mnist
+    chosen = "_target_" in cfg.data  # data=fashion_mnist
     changes = {
         key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
     }
     second = None
     if chosen:
-        second = (cfg.data.dataset, sources.load(cfg.data.dataset, cfg.data.dir, cfg.data.source, cfg.data.mirrors))
+        second = (dataset_name(cfg.data), load_source(cfg.data, {}))
 
     predictors = []
     for ckpt in cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]:
-        predictor = load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
-        predictor.cfg.data.merge_with(changes)
-        predictors.append(predictor)
+        predictors.append(
+            load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
+        )
     names = Counter(predictor.cfg.name for predictor in predictors)
     folder = Path(cfg.run_dir) / "report"
     robustness: Any = OmegaConf.to_container(cfg.robustness)
 
     assessments = []
     for number, predictor in enumerate(predictors, start=1):
-        data, label = predictor.cfg.data, predictor.cfg.name
+        label = predictor.cfg.name
         if names[label] > 1:
             label += f" {number}"
-        source = sources.load(data.dataset, data.dir, data.source, data.mirrors)
+        own = changes
+        if chosen and predictor.cfg.data.get("source") == "sample":
+            own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
+        source = load_source(predictor.cfg.data, own)
         total = count_digits(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:

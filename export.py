@@ -8,7 +8,7 @@ from thaw.config import clear_errors
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="export")
 def main(cfg: DictConfig) -> None:
-    from thaw.data import sources
+    from thaw.data.datamodule import load_source
     from thaw.export.destination import check_request, destination, summary
     from thaw.export.export_file import export_file
     from thaw.predictor import load_predictor
@@ -16,9 +16,7 @@ def main(cfg: DictConfig) -> None:
     check_request(cfg)
     predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
     path = destination(cfg, predictor.checkpoint)
-    data = predictor.cfg.data
-    data.update({key: value for key, value in cfg.data.items() if value is not None})
-    source = sources.load(data.dataset, data.dir, data.source, data.mirrors)
+    source = load_source(predictor.cfg.data, {key: value for key, value in cfg.data.items() if value is not None})
     if cfg.format == "hub_folder":
         from thaw.export.hub_folder import export_folder
         from thaw.export.push import push

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import wandb
+from hydra.utils import instantiate
 
 from thaw import loggers
 
@@ -74,8 +75,28 @@ def test_offline_asks_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loggers.wandb_logger(**settings(mode="offline"))._wandb_init["mode"] == "offline"
 
 
+@pytest.mark.parametrize(("mode", "variable"), [("auto", "disabled"), ("disabled", "online"), ("disabled", None)])
+def test_disabled_writes_nothing(
+    mode: str, variable: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    picture = tmp_path / "picture.png"
+    logger = loggers.wandb_logger(**settings(mode=mode, run_dir=str(tmp_path / "run"), id="abc"))
+    quiet = {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": str(tmp_path)}
+    trainer = instantiate({"_target_": "lightning.Trainer", **quiet}, logger=[logger])  # as a run does
+    for one in trainer.loggers:
+        one.log_metrics({"x": 1.0}, step=1)
+        one.log_hyperparams({"x": 1.0})
+    loggers.log_image(trainer.loggers, "picture", picture)
+    loggers.add_to_summary(trainer.loggers, {"seconds": 1.0})
+    assert loggers.where_to_look(trainer.loggers) is None
+    loggers.finish(trainer.loggers)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_modes() -> None:
-    with pytest.raises(ValueError, match="choose auto, online or offline"):
+    with pytest.raises(ValueError, match="choose auto, online, offline or disabled"):
         loggers.wandb_logger(**settings(mode="on"))
     with pytest.raises(ValueError, match="wandb login"):
         loggers.wandb_logger(**settings(mode="online"))

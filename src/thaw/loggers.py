@@ -53,6 +53,18 @@ class RunWandb(WandbLogger):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class NoLogger(Logger):
+    """Takes the place of a logger and drops what it is given: callbacks such as the learning rate's need a logger."""
+
+    name = version = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def wandb_logger(
     project: str,
     entity: str | None,
@@ -65,13 +77,14 @@ def wandb_logger(
     save_code: bool,
     run_dir: str,
     id: str | None,
-) -> RunWandb:
-    """A W&B logger in a mode that is decided before W&B starts.
+) -> RunWandb | NoLogger:
+    """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
         project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
-        mode: `online`, `offline`, or `auto`: online if a key is configured and the server answers.
+        mode: `online`, `offline`, `disabled`, or `auto`: what WANDB_MODE says, else online if a key is configured and
+            the server answers.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
         save_code: keep the program and, as a patch, what git says has changed in thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
@@ -80,8 +93,10 @@ def wandb_logger(
     Raises:
         ValueError: an unknown mode, or `online` without a key.
     """
-    if mode not in ("auto", "online", "offline"):
-        raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online or offline.")
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online, offline or disabled.")
+    if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
+        return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     wandb.setup()  # reads both, before it has anything to say
@@ -138,7 +153,7 @@ def why_offline() -> str | None:
 
     W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
     """
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return f"WANDB_MODE is {os.environ['WANDB_MODE']}"
     server = wandb.setup().settings.base_url
     in_environment = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))

@@ -12,10 +12,12 @@ from torch import Tensor
 from thaw import checkpoint as checkpoints
 from thaw.callbacks.progress import quiet
 from thaw.config import backbone_name, check_devices, settle
-from thaw.data.sources import class_names
+from thaw.data.sources import DATASETS, class_names, dataset_name, with_numbers
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.models.classifier import Classifier
 from thaw.models.feature_cache import digest
+
+BATCH = 500  # digits predicted together where the data module does not say
 
 
 class DigitModel(Protocol):
@@ -39,16 +41,20 @@ class Predictor:
     Args:
         model: a classifier in eval mode.
         cfg: its configuration, settled; `trainer` says on which accelerator and in which precision it computes,
-            `data.eval_batch_size` for how many digits at a time.
+            `data.eval_batch_size` for how many digits at a time, if the data module has that setting.
         checkpoint: the file that it came from.
         commit: of the code that trained it.
+        classes: their names; those without one are called by their number.
 
     Attributes:
         has_attention: whether `attention` works.
     """
 
-    def __init__(self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str) -> None:
+    def __init__(
+        self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str, classes: Sequence[str]
+    ) -> None:
         self.cfg, self.checkpoint, self.commit = cfg, checkpoint, commit
+        self.classes = with_numbers(classes, model.num_classes)
         self.fabric = Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision)
         self.model = model.to(self.fabric.device)
         self.has_attention = bool(attention_layers(model.backbone))
@@ -88,7 +94,7 @@ class Predictor:
         self, images: Tensor, compute: Callable[[Tensor], Tensor], told: Callable[[int], Any] | None
     ) -> Tensor:
         parts = []
-        for batch in images.split(self.cfg.data.eval_batch_size):
+        for batch in images.split(self.batch_size):
             with self.fabric.autocast():
                 parts.append(compute(batch.to(self.fabric.device)).float().cpu())
             if told:
@@ -100,7 +106,7 @@ class Predictor:
         return {
             "name": self.cfg.name,
             "backbone": self.name,
-            "dataset": self.cfg.data.dataset,
+            "dataset": dataset_name(self.cfg.data),
             "classes": self.classes,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights_sha256": digest(self.model.state_dict()),
@@ -114,9 +120,9 @@ class Predictor:
         return backbone_name(self.cfg.backbone)
 
     @property
-    def classes(self) -> list[str]:
-        """The names of the ten classes."""
-        return class_names(self.cfg.data.dataset)
+    def batch_size(self) -> int:
+        """How many digits are predicted together."""
+        return self.cfg.data.get("eval_batch_size") or BATCH
 
 
 def load_predictor(
@@ -155,4 +161,6 @@ def load_predictor(
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
         raise ValueError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
-    return Predictor(model, cfg, path, checkpoint["git_commit"])
+    dataset = cfg.data.get("dataset")
+    classes = checkpoint.get("classes", class_names(dataset) if dataset in DATASETS else [])
+    return Predictor(model, cfg, path, checkpoint["git_commit"], classes)

@@ -135,8 +135,10 @@ def official(
     if "real" in request.fixturenames:
         return
     resources = [(name, hashlib.md5(packed[name]).hexdigest()) for name in NAMES]
+    unpacked = tuple(hashlib.md5(gzip.decompress(packed[name])).hexdigest() for name in NAMES)
+    monkeypatch.setattr(sources, "UNPACKED_MD5", {"MNIST": unpacked})
+    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
     for dataset in (torchvision.datasets.MNIST, torchvision.datasets.FashionMNIST):
-        monkeypatch.setattr(dataset, "resources", resources)
         monkeypatch.setattr(dataset, "mirrors", [nowhere])
 
 
@@ -150,6 +152,7 @@ def real() -> Path:
 
 
 def put(packed: dict[str, bytes], directory: Path) -> Path:
+    """Files in the layout of torchvision; returns their folder."""
     raw = directory / "MNIST/raw"
     raw.mkdir(parents=True)
     for name, content in packed.items():
@@ -216,10 +219,13 @@ def flip(content: bytes) -> bytes:
 WRONG = {
     "truncated": (lambda right: right[TRAIN_IMAGES][:5000], r"truncated at 5,000 bytes"),
     "corrupt": (lambda right: flip(right[TRAIN_IMAGES]), "corrupt"),
-    "swapped": (lambda right: right[TEST_IMAGES], f"it holds {TEST_IMAGES}: files are swapped"),
+    "swapped": (lambda right: right[TEST_IMAGES], f"it holds {TEST_IMAGES} of MNIST"),
     "html": (lambda right: b"\n " + HTML, "HTML page"),
-    "not gzip": (lambda right: gzip.decompress(right[TRAIN_IMAGES]), r"not gzip: it starts with b'\\x00\\x00\\x08"),
-    "another version": (lambda right: gzip.compress(b"other"), "a different version"),
+    "not IDX": (lambda right: gzip.compress(b"other"), r"it is not an IDX file: it starts with b'other'"),
+    "own digits": (
+        lambda right: write_idx(torch.zeros(9, 28, 28).byte()),
+        r"it holds other data, of shape \(9, 28, 28\)",
+    ),
 }
 
 
@@ -232,7 +238,158 @@ def test_a_wrong_file_is_never_used(fault: str, source: str, packed: dict[str, b
     with pytest.raises(ValueError, match=message) as caught:
         load("MNIST", tmp_path, source, None)
     assert str(path) in str(caught.value)
-    assert "Delete it" in str(caught.value)
+    assert "Move it away" in str(caught.value)
+    assert "data._target_" in str(caught.value)
+
+
+LAYOUTS: dict[str, Callable[[str], str]] = {
+    "unpacked": lambda name: f"MNIST/raw/{name.removesuffix('.gz')}",
+    "dotted": lambda name: f"MNIST/raw/{name.removesuffix('.gz').replace('-idx', '.idx')}",
+    "dotted and packed": lambda name: f"MNIST/raw/{name.replace('-idx', '.idx')}",
+    "flat": lambda name: name,
+    "raw": lambda name: f"raw/{name}",
+    "named": lambda name: f"MNIST/{name}",
+    "in another folder": lambda name: f"mnist/files/{name}",
+    "a folder each": lambda name: "{0}/{0}".format(name.removesuffix(".gz")),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_official_files_in_any_usual_place(
+    layout: str, packed: dict[str, bytes], digits: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for name, content in packed.items():
+        path = tmp_path / LAYOUTS[layout](name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if path.suffix == ".gz" else gzip.decompress(content))
+    before = sorted(tmp_path.rglob("*"))
+    assert_synthetic(load("MNIST", tmp_path, "auto", None), digits)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["MNIST/raw", "MNIST"])
+def test_a_folder_within_the_layout_may_be_given(
+    place: str, packed: dict[str, bytes], digits: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    put(packed, tmp_path)
+    assert_synthetic(load("MNIST", tmp_path / place, "official", []), digits)
+
+
+def test_the_users_home_is_expanded(
+    packed: dict[str, bytes], digits: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    put(packed, tmp_path / "home/digits")
+    assert_synthetic(load("MNIST", "~/digits", "auto", None), digits)
+    with pytest.raises(ValueError, match=r"data\.dir=~no_such_user/digits: .*Give the whole path"):
+        load("MNIST", "~no_such_user/digits", "auto", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("level", [1, 9])
+def test_only_the_content_counts(
+    level: int, packed: dict[str, bytes], digits: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Files that were compressed anew, and one that a browser has unpacked on the way."""
+    again = {name: gzip.compress(gzip.decompress(content), level, mtime=1) for name, content in packed.items()}
+    put(again | {TRAIN_IMAGES: gzip.decompress(packed[TRAIN_IMAGES])}, tmp_path)
+    assert_synthetic(load("MNIST", tmp_path, "official", []), digits)
+
+
+def test_a_right_file_is_found_beside_a_wrong_one(
+    packed: dict[str, bytes], digits: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    raw = put(packed, tmp_path)
+    (raw / TRAIN_IMAGES).write_bytes(packed[TRAIN_IMAGES][:100])
+    (raw / TRAIN_IMAGES.removesuffix(".gz")).write_bytes(gzip.decompress(packed[TRAIN_IMAGES]))
+    assert_synthetic(load("MNIST", tmp_path, "official", []), digits)
+
+
+def test_a_file_that_was_replaced_is_read_again(packed: dict[str, bytes], tmp_path: Path) -> None:
+    raw = put(packed, tmp_path)
+    load("MNIST", tmp_path, "official", [])
+    (raw / TEST_LABELS).write_bytes(b"damaged")
+    os.utime(raw / TEST_LABELS, (1, 1))
+    with pytest.raises(ValueError, match="it is not an IDX file"):
+        load("MNIST", tmp_path, "official", [])
+
+
+def test_files_whose_unpacked_content_is_unknown(packed: dict[str, bytes], tmp_path: Path) -> None:
+    """Of KMNIST the published .gz files can be checked, and nothing else."""
+    raw = tmp_path / "KMNIST/raw"
+    raw.mkdir(parents=True)
+    (raw / TRAIN_IMAGES.removesuffix(".gz")).write_bytes(gzip.decompress(packed[TRAIN_LABELS]))
+    with pytest.raises(ValueError, match=r"expected bdb82020997e1d708af4cf47b453dcf7, as published\."):
+        load("KMNIST", tmp_path, "official", [])
+
+
+# Data that a user pointed at are never replaced
+
+
+def own_images(directory: Path) -> None:
+    for name in ("train/3/a.png", "train/5/b.png"):
+        (directory / name).parent.mkdir(parents=True)
+        (directory / name).write_bytes(b"a picture")
+    (directory / "MNIST/raw").mkdir(parents=True)
+
+
+def parquet(directory: Path) -> None:
+    (directory / "mnist").mkdir()
+    (directory / "mnist/train-00000-of-00001.parquet").write_bytes(b"PAR1")
+
+
+def csv_file(directory: Path) -> None:
+    (directory / "mnist_test.csv").write_text("label,1x1\n")
+
+
+def many(directory: Path) -> None:
+    for number in range(30):
+        (directory / f"{number:02}.png").write_bytes(b"a picture")
+
+
+@pytest.mark.parametrize(
+    ("fill", "listed"),
+    [
+        (own_images, "train/"),
+        (parquet, "mnist/"),
+        (csv_file, "mnist_test.csv"),
+        (many, "00.png, 01.png, .* and 22 more"),
+    ],
+)
+@pytest.mark.parametrize("source", ["auto", "official"])
+def test_other_data_are_an_error(
+    source: str, fill: Callable[[Path], None], listed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConnectionError, match=rf"data\.dir={tmp_path} holds {listed}, but not {TRAIN_IMAGES}, "):
+        load("MNIST", tmp_path, source, None)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "MNIST").exists()
+    assert "USING THE BUNDLED SAMPLE" not in caplog.text
+
+
+@pytest.mark.parametrize("there", [1, 3])
+def test_a_part_of_the_official_files_is_an_error(there: int, packed: dict[str, bytes], tmp_path: Path) -> None:
+    put({name: packed[name] for name in NAMES[:there]}, tmp_path)
+    with pytest.raises(ConnectionError) as caught:
+        load("MNIST", tmp_path, "auto", None)
+    assert f"holds MNIST/, but not {', '.join(NAMES[there:])} (packed or not" in str(caught.value)
+
+
+def test_own_digits_under_the_official_names_are_an_error(tmp_path: Path) -> None:
+    for name, shape in zip(NAMES, ((9, 28, 28), (9,), (4, 28, 28), (4,)), strict=True):
+        (tmp_path / name).write_bytes(gzip.compress(write_idx(torch.zeros(shape).byte())))
+    with pytest.raises(ValueError, match=r"holds other data, of shape \(9, 28, 28\).*data module of your own"):
+        load("MNIST", tmp_path, "auto", None)
+
+
+def test_what_thaw_put_there_counts_for_nothing(tmp_path: Path) -> None:
+    for name in ("FashionMNIST/raw/x.gz", "MNIST/raw/.download.lock", f"MNIST/raw/{TRAIN_IMAGES}.part", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert load("MNIST", tmp_path, "auto", None).name == "sample"
 
 
 @pytest.mark.parametrize(
@@ -431,7 +588,7 @@ def test_out_of_reach_is_an_error_where_there_is_no_fall_back(
 ) -> None:
     with pytest.raises(ConnectionError) as caught:
         load(dataset, tmp_path, source, None)
-    for part in (TRAIN_IMAGES, f"{tmp_path}/{dataset}/raw", nowhere, "refused", "data.dir", "data.mirrors"):
+    for part in (TRAIN_IMAGES, f"{tmp_path}/{dataset}/raw", nowhere, "refused", "Set data.dir", "data.mirrors"):
         assert part in str(caught.value)
 
 
@@ -507,6 +664,12 @@ def test_official_files_as_torchvision_reads_them(real: Path, tmp_path: Path) ->
     assert_equal(ours.val, Digits(train.data[:6000], train.targets[:6000]))
     assert_equal(ours.train, Digits(train.data[6000:], train.targets[6000:]))
     assert_equal(ours.test, Digits(test.data, test.targets))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_known_content_is_that_of_the_official_files(name: str, real: Path) -> None:
+    content = (real / "MNIST/raw" / name).read_bytes()
+    assert sources.official_name(content) == sources.official_name(gzip.decompress(content)) == ("MNIST", name)
 
 
 def test_the_sample_lies_inside_the_official_validation_split(real: Path) -> None:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,20 @@ def test_class_scores_equal_scikit_learns(predicted: tuple[Tensor, Tensor]) -> N
     found = class_scores(logits, labels)
     assert found[0].numpy() == pytest.approx(precision)
     assert found[1].numpy() == pytest.approx(recall)
+
+
+def test_scores_of_classes_without_images_are_undefined(predicted: tuple[Tensor, Tensor]) -> None:
+    """Class 3 is never there and 7 never predicted: neither 0 nor 1 would be true."""
+    logits, labels = predicted
+    logits[:, 7] = -torch.inf
+    kept = labels != 3
+    precision, recall, _, _ = precision_recall_fscore_support(
+        labels[kept], logits[kept].argmax(dim=1), labels=range(10), zero_division=np.nan
+    )
+    found = class_scores(logits[kept], labels[kept])
+    assert found[0].isnan().nonzero().tolist() == [[7]] and found[1].isnan().nonzero().tolist() == [[3]]
+    assert found[0].numpy() == pytest.approx(precision, nan_ok=True)
+    assert found[1].numpy() == pytest.approx(recall, nan_ok=True)
 
 
 def test_calibration_error_is_the_gap_of_the_reliability_diagram(predicted: tuple[Tensor, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """eval.py on a real run: the numbers that training printed, a page that needs nothing else, W&B, and two models."""
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from sklearn.metrics import roc_auc_score
 
 from thaw.checkpoint import read
 from thaw.data import sources
-from thaw.evaluation.assessment import evenly, second_facts
-from thaw.evaluation.report_page import second_text
+from thaw.evaluation import assessment
+from thaw.evaluation.assessment import assess, evenly, second_facts
+from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.report_page import classes_table, second_text
 from thaw.predictor import load_predictor
 
 FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
@@ -110,7 +113,30 @@ def test_second_dataset(linear_probe: Path) -> None:
     assert facts["mean_confidence_own"] == pytest.approx(float(own.mean()))
     is_own = torch.cat([torch.ones(500), torch.zeros(500)])
     assert facts["auroc"] == pytest.approx(roc_auc_score(is_own, torch.cat([own, others])), abs=1e-4)
-    assert f"{facts['test/acc']:.2%}" in second_text(facts, "MNIST")
+    text = second_text(facts, "MNIST", classes=5)
+    assert f"{facts['test/acc']:.2%}" in text and "20% is chance" in text
+
+
+def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no example among the pictures, no recall and no share in any number."""
+    shown: list[torch.Tensor] = []
+    monkeypatch.setattr(assessment, "save_attention", lambda images, *_: shown.append(images))
+    predictor, source = load_predictor(str(linear_probe)), sources.load("MNIST", "nowhere", "sample", None)
+    kept = (source.test.labels != 3) & (source.test.labels != 8)
+    test = sources.Digits(*(part[kept] for part in source.test))
+    nothing = {"digits": 20} | {name: [] for name in CORRUPTIONS}
+    found = assess("one", predictor, source._replace(test=test), None, nothing, tmp_path, lambda done: None)
+    (images,) = shown
+    firsts = [test.images[test.labels == c][0] for c in (0, 1, 2, 4, 5, 6, 7, 9)]
+    assert torch.equal(images, torch.stack(firsts))
+    rows = {row["class"]: row for row in found.facts["classes"]}
+    assert rows["3"]["n"] == 0 and rows["3"]["recall"] is None and rows["4"]["recall"] > 0.8
+    json.dumps(found.facts, allow_nan=False)
+    assert ">-</td>" in classes_table(found.facts["classes"])
+    with (tmp_path / "wrong_images.csv").open(newline="") as file:
+        wrong = list(csv.DictReader(file))
+    assert len(wrong) == round(len(test.labels) * (1 - found.facts["test/acc"]))
+    assert all(str(int(test.labels[int(row["index"])])) == row["label"] != row["answer"] for row in wrong)
 
 
 def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ FACTS = {
     **{"test/acc": 0.99, "test/acc_low": 0.977, "test/acc_high": 0.996, "n_test": 500, "val/acc": 0.985, "epochs": 3},
     **{
         "data_source": "sample",
+        "data_title": "the bundled sample of 5,000 digits",
         "dataset": "MNIST",
         "n_train": 4000,
         "n_val": 500,

@@ -31,7 +31,8 @@ class RunRecord(Callback):
     Before that it sees to it that all processes of the run have the same configuration.
 
     A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt, and
-    `checkpoint["git_commit"]` names the code, `checkpoint["wandb_id"]` lets a resumed run go on in the same W&B run.
+    `checkpoint["git_commit"]` names the code, `checkpoint["classes"]` the classes, and `checkpoint["wandb_id"]` lets a
+    resumed run go on in the same W&B run.
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
@@ -73,6 +74,8 @@ class RunRecord(Callback):
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
         checkpoint["config"] = replaced(self.config, portable) | {"run_dir": "."}
         checkpoint["git_commit"] = self.git_commit
+        if hasattr(trainer.datamodule, "load"):  # type: ignore[attr-defined]  # Lightning sets it at run time
+            checkpoint["classes"] = list(trainer.datamodule.load().classes)  # type: ignore[attr-defined]
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
 

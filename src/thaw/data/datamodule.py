@@ -1,10 +1,18 @@
-"""Batches of digits: fixed splits held as uint8 tensors, each batch taken by one indexing operation."""
+"""Batches of digits: fixed splits held as uint8 tensors, each batch taken by one indexing operation.
 
-from collections.abc import Iterator, Sequence
+Other data than MNIST's need a data module of their own, named by `data._target_`. The short way is a subclass of
+`MNISTDataModule` that overrides `load`. Any other LightningDataModule must offer
+
+- `load() -> thaw.data.sources.Source`, all images in their splits: what evaluation, export and probes take;
+- loaders that yield a `Batch`, and for the cache of frozen features `split_dataset(split) -> DigitDataset`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningDataModule
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -242,3 +250,58 @@ class MNISTDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
         )
+
+
+def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
+    """The splits of the data module that a checkpoint names, to test on.
+
+    Args:
+        data: the block `data` of its configuration; takes the changes.
+        changes: other values of some keys, e.g. `{"dir": "/data"}`.
+
+    Raises:
+        ValueError: a key that this data module does not have, or a data module without `load`.
+        OSError: its files are gone or cannot be read.
+    """
+    from hydra.utils import instantiate
+
+    change_settings(data, changes)
+    datamodule = instantiate(data)
+    if not hasattr(datamodule, "load"):
+        raise ValueError(
+            f"data._target_={data._target_} has no method load() that returns a thaw.data.sources.Source, from which "
+            "a checkpoint is tested; see thaw.data.datamodule."
+        )
+    if isinstance(datamodule, MNISTDataModule):
+        datamodule.train_size = None  # the training split of today's data may be smaller, and is not needed
+    try:
+        return datamodule.load()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The data that {data._target_} reads are gone: {error}. Put them back, or say where they lie by one of "
+            f"its settings: {settings(data)}."
+        ) from error
+
+
+def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:
+    """Change settings of a checkpoint's data module in place.
+
+    Raises:
+        ValueError: a setting that it does not have, or a folder that it would not read.
+    """
+    if unknown := [key for key in changes if key not in data]:
+        raise ValueError(
+            f"data.{unknown[0]}={changes[unknown[0]]}: the checkpoint's data module {data._target_} has no such "
+            f"setting; it has {settings(data)}."
+        )
+    if changes.get("dir") and "source" not in changes and data.get("source") == "sample":
+        raise ValueError(
+            f"data.dir={changes['dir']} would not be read: the checkpoint's run took the bundled sample. Add "
+            "data.source=official, or leave data.dir out."
+        )
+    data.merge_with(changes)
+
+
+def settings(data: DictConfig) -> str:
+    """The keys of a data module, for a message."""
+    return ", ".join(f"data.{key}" for key in map(str, data) if key != "_target_")

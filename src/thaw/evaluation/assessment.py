@@ -12,6 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 from thaw.data.sources import Digits, Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.cost import cost
+from thaw.evaluation.errors import WRONG_IMAGES, write_wrong_images
 from thaw.evaluation.metrics import (
     accuracy_interval,
     calibration_error,
@@ -23,7 +24,7 @@ from thaw.evaluation.metrics import (
 from thaw.evaluation.pictures import save_attention, save_confusion_matrix, save_digits, save_reliability
 from thaw.predictor import Predictor
 
-SHOWN = 32  # worst and least certain digits
+SHOWN = 32  # worst and least certain digits, and classes
 Curve = list[tuple[float, float]]  # strength, accuracy
 
 
@@ -70,7 +71,7 @@ def assess(
     temperature = fit_temperature(predictor.logits(source.val.images, told), source.val.labels)
     facts = {
         **predictor.facts(),
-        "data_source": source.name,
+        **source.facts(),
         **accuracy_facts(logits, labels),
         "classes": class_facts(predictor.classes, logits, labels),
         "calibration": {
@@ -79,7 +80,7 @@ def assess(
             "ece_with_temperature": calibration_error(logits / temperature, labels),
         },
         "robustness": robustness_facts(predictor, source.test, robustness, told),
-        "cost": cost(predictor, source.test.images[: predictor.cfg.data.eval_batch_size]),
+        "cost": cost(predictor, source.test.images[: predictor.batch_size]),
     }
     if second:
         facts["second"] = second_facts(*second, predictor, logits, told)
@@ -104,9 +105,14 @@ def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[di
     precision, recall = class_scores(logits, labels)
     counts = torch.bincount(labels, minlength=len(names))
     return [
-        {"class": name, "precision": float(precision[c]), "recall": float(recall[c]), "n": int(counts[c])}
+        {"class": name, "precision": number(precision[c]), "recall": number(recall[c]), "n": int(counts[c])}
         for c, name in enumerate(names)
     ]
+
+
+def number(value: Tensor) -> float | None:
+    """A scalar as a value of JSON; None for NaN, which is what 0 of 0 is."""
+    return None if value.isnan() else float(value)
 
 
 def robustness_facts(
@@ -160,13 +166,14 @@ def draw(
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
     paths = {name: folder / f"{name}.png" for name in pictures.values()}
-    save_confusion_matrix(labels, logits.argmax(dim=1), paths["confusion_matrix"])
+    save_confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1], paths["confusion_matrix"])
     save_reliability(logits, labels, temperature, paths["reliability"])
     worst, unsure = worst_digits(logits, labels, SHOWN), least_certain(logits, SHOWN)
     save_digits(images[worst], logits[worst], labels[worst], "Highest loss first", paths["worst_digits"])
     save_digits(images[unsure], logits[unsure], labels[unsure], "Least certain first", paths["least_certain"])
+    write_wrong_images(torch.arange(len(labels)), logits, labels, predictor.classes, folder / WRONG_IMAGES)
     if predictor.has_attention:
-        first = torch.stack([(labels == c).long().argmax() for c in range(len(predictor.classes))])  # of each class
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:SHOWN]])  # of each class there is
         said = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
         save_attention(images[first], predictor.attention(images[first]), said, paths["attention"])
     return [(title, paths[name]) for title, name in pictures.items()]

@@ -45,7 +45,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
     (validated,) = trainer.validate(model, datamodule, verbose=False)
     trainer.test(model, datamodule, verbose=False)
-    return {"val/acc": round(validated["val/acc"], 6), **report.results, "data_source": datamodule.digits.name}
+    return {"val/acc": round(validated["val/acc"], 6), **report.results, "data_source": datamodule.load().name}
 
 
 def validate_best(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> float:

@@ -46,10 +46,15 @@ def least_certain(logits: Tensor, count: int) -> Tensor:
 
 
 def class_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and recall of each class, (C,) both; 0 for a class that is never predicted, or never there."""
-    classes = logits.shape[1]
-    precision = multiclass_precision(logits, labels, classes, average="none")
-    return precision, multiclass_recall(logits, labels, classes, average="none")
+    """Precision and recall of each class, (C,) both; NaN for a class that is never predicted, or never there.
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+    """
+    classes, undefined = logits.shape[1], float("nan")
+    precision = multiclass_precision(logits, labels, classes, average="none", zero_division=undefined)
+    return precision, multiclass_recall(logits, labels, classes, average="none", zero_division=undefined)
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:

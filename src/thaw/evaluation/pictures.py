@@ -14,20 +14,22 @@ from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, accuracy_interval, calibration_error, reliability
 
 
-def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> None:
+def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: int, path: Path) -> None:
     """Counts by true class (rows) and predicted class (columns); colour shows the errors, not the many right ones.
 
     Args:
-        labels, predictions: (N,) classes 0 to 9.
+        labels, predictions: (N,) from 0 to `classes` - 1.
+        classes: how many there are.
     """
-    counts = torch.zeros(10, 10, dtype=torch.long).index_put_((labels, predictions), torch.tensor(1), accumulate=True)
+    counts = torch.bincount(classes * labels + predictions, minlength=classes**2).reshape(classes, classes)
     errors = counts.clone().fill_diagonal_(0)
-    figure = Figure(figsize=(6, 6), layout="constrained", dpi=110)
+    side = max(6.0, 0.5 * classes)
+    figure = Figure(figsize=(side, side), layout="constrained", dpi=110)
     axes = figure.add_subplot()
     axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, int(errors.max())))
     top = errors.max().item()
-    for row in range(10):
-        for column in range(10):
+    for row in range(classes):
+        for column in range(classes):
             count = int(counts[row, column])
             if row == column:
                 axes.text(column, row, str(count), ha="center", va="center", color="#2a6f2a", weight="bold")
@@ -38,8 +40,8 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, path: Path) -> No
     axes.set_title(f"{len(labels) - right} of {len(labels):,} digits wrong", fontsize=12)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_xticks(range(10))
-    axes.set_yticks(range(10))
+    axes.set_xticks(range(classes))
+    axes.set_yticks(range(classes))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     save(figure, path)

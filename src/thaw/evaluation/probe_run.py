@@ -12,7 +12,9 @@ from torch import nn
 from thaw import checkpoint as checkpoints
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.config import backbone_name
+from thaw.data.datamodule import change_settings
 from thaw.data.preprocess import Preprocess
+from thaw.data.sources import dataset_name
 from thaw.evaluation.probes import Choice, Labelled, Score
 from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
 from thaw.json_files import write_json
@@ -48,9 +50,8 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     if "data" not in typed:
         data = OmegaConf.select(cfg, "data")
         cfg.data = saved.data
-        for key in typed:
-            if key.startswith("data."):
-                OmegaConf.update(cfg, key, OmegaConf.select(data, key.removeprefix("data.")), merge=False)
+        keys = [key.removeprefix("data.") for key in typed if key.startswith("data.")]
+        change_settings(cfg.data, {key: OmegaConf.select(data, key) for key in keys})
     cfg.backbone, cfg.ckpt = saved.backbone, str(path)
     return model.backbone
 
@@ -63,20 +64,19 @@ def probe_features(
     Training and validation features are those that a run with a frozen backbone keeps and reuses; the test split
     always starts from pixels, and so does what `cache` keeps nothing of.
     """
-    digits = datamodule.split_dataset(split).digits  # type: ignore[attr-defined]
+    device = trainer.strategy.root_device
+    images, labels = (part.to(device) for part in getattr(datamodule.load(), split))  # type: ignore[attr-defined]
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
-    preprocess.to(trainer.strategy.root_device)
+    preprocess.to(device)
     in_memory = FeatureCache("memory", "", float("inf"), views=None)
     worth_keeping = split != "test" and any(True for _ in backbone.parameters())
     caches = [cache, in_memory] if worth_keeping and cache.num_views(False, trainer) else [in_memory]
     for keeper in caches:
-        features = frozen_features(
-            split, digits.images, preprocess, None, 1, backbone, len(backbone.layers), keeper, trainer
-        )
+        features = frozen_features(split, images, preprocess, None, 1, backbone, len(backbone.layers), keeper, trainer)
         if features is not None:
             break
     assert features is not None  # memory keeps all
-    return Labelled(features[0].to(trainer.strategy.root_device).float(), digits.labels)  # (1, N, D) -> (N, D)
+    return Labelled(features[0].to(device).float(), labels)  # (1, N, D) -> (N, D)
 
 
 def report_probe(
@@ -97,7 +97,7 @@ def report_probe(
         score: of the test, None if that was not wanted.
         seconds: since the probe started.
     """
-    digits = datamodule.digits  # type: ignore[attr-defined]
+    source = datamodule.load()  # type: ignore[attr-defined]
     fitted = choice.num_parameters
     tested = {}
     if score is not None:
@@ -111,10 +111,10 @@ def report_probe(
         "probe": cfg.probe._target_.rpartition(".")[2],
         "chosen": {choice.setting: choice.chosen},
         "candidates": [{choice.setting: value, "val/acc": acc} for value, acc in choice.candidates.items()],
-        "data_source": digits.name,
-        "dataset": cfg.data.dataset,
-        "n_train": len(digits.train.labels),
-        "n_val": len(digits.val.labels),
+        **source.facts(),
+        "dataset": dataset_name(cfg.data),
+        "n_train": len(source.train.labels),
+        "n_val": len(source.val.labels),
         "backbone": backbone_name(cfg.backbone),
         "weights": cfg.ckpt or cfg.backbone.get("weights", "none"),
         "trainable_params": fitted,
@@ -135,11 +135,11 @@ def report_probe(
 
 def format_probe(facts: dict[str, Any]) -> str:
     """The summary of a probe as aligned lines, from what `summary.json` holds."""
-    kind = {"official": "the official files", "sample": "the bundled sample of 5,000 digits"}[facts["data_source"]]
     ((setting, chosen),) = facts["chosen"].items()
+    sizes = f"{facts['n_train']:,} to train, {facts['n_val']:,} to validate"
     lines = {
         "probe": f"{facts['probe']}, {setting} = {chosen:g}, the best of {len(facts['candidates'])} on validation",
-        "data": f"{facts['dataset']}, {kind}: {facts['n_train']:,} to train, {facts['n_val']:,} to validate",
+        "data": f"{facts['dataset']}, {facts['data_title']}: {sizes}",
         "backbone": f"{facts['backbone']}, weights: {facts['weights']}",
         "trainable": f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters",
         "validation": f"{facts['val/acc']:.2%} accuracy",

@@ -73,6 +73,9 @@ def log_report(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -
         cfg.run_dir = str(page.parent)
     facts = assessment.facts
     loggers = build_list(cfg.logger, "logger")
+    run = wandb_run(loggers)
+    if run is None:  # W&B is disabled
+        return
     try:
         numbers = {name: facts[name] for name in ("test/acc", "test/acc_low", "test/acc_high")}
         numbers |= {f"report/{name}": value for name, value in facts["calibration"].items()}
@@ -81,8 +84,6 @@ def log_report(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -
         add_to_summary(loggers, numbers)
         for _, path in [*assessment.pictures, ("", page.parent / "robustness.png")]:
             log_image(loggers, f"report/{path.stem}", path)
-        run = wandb_run(loggers)
-        assert run is not None
         run.log({"report/page": wandb.Html(str(page), inject=False)})
     finally:
         finish(loggers)

@@ -7,6 +7,7 @@ from typing import Any
 
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.errors import WRONG_IMAGES
 from thaw.html_page import Cell, page, picture, table
 
 
@@ -15,11 +16,11 @@ def format_page(assessments: Sequence[Assessment], pairs: Sequence[dict[str, Any
     several = len(assessments) > 1
     title = f"{len(assessments)} models compared" if several else assessments[0].label
     first = assessments[0].facts
-    kind = {"official": "official test digits", "sample": "test digits of the bundled sample"}[first["data_source"]]
     parts = [
         f"<h1>{escape(title)}</h1>",
         "" if several else f"<p style='font-size:2.6rem;margin:.6rem 0 0'>{first['test/acc']:.2%}</p>",
-        f"<p class=soft>{'on' if several else 'of'} {first['n_test']:,} {kind} ({escape(first['dataset'])})"
+        f"<p class=soft>{'on' if several else 'of'} {first['n_test']:,} test digits of {escape(first['dataset'])} "
+        f"({escape(first['data_title'])})"
         f"{'' if several else ' are read right'}. Intervals are Wilson's, at 95 %.</p>",
         models_table(assessments),
     ]
@@ -30,9 +31,11 @@ def format_page(assessments: Sequence[Assessment], pairs: Sequence[dict[str, Any
     for model in assessments:
         parts.append(f"<h1 style='margin-top:3rem'>{escape(model.label)}</h1>" if several else "")
         parts += [picture(name, path) for name, path in model.pictures]
+        wrong = Path("." if not several else model.pictures[0][1].parent.name, WRONG_IMAGES)
+        parts.append(f"<p class=soft>Every wrong image is listed in {escape(str(wrong))}, beside this page.</p>")
         parts += ["<h2>Each class</h2>", classes_table(model.facts["classes"])]
         if "second" in model.facts:
-            parts.append(second_text(model.facts["second"], model.facts["dataset"]))
+            parts.append(second_text(model.facts["second"], model.facts["dataset"], len(model.facts["classes"])))
         parts.append(cost_text(model.facts))
     return page(title, parts)
 
@@ -97,8 +100,7 @@ def classes_table(classes: Sequence[dict[str, Any]]) -> str:
     rows: list[list[Cell]] = [
         [
             (escape(row["class"]), row["class"]),
-            (f"{row['precision']:.2%}", row["precision"]),
-            (f"{row['recall']:.2%}", row["recall"]),
+            *(("-" if row[name] is None else f"{row[name]:.2%}", row[name]) for name in ("precision", "recall")),
             (f"{row['n']:,}", row["n"]),
         ]
         for row in classes
@@ -106,13 +108,13 @@ def classes_table(classes: Sequence[dict[str, Any]]) -> str:
     return table(["class", "precision", "recall", "n"], {0}, rows, best=False)
 
 
-def second_text(second: dict[str, Any], own: str) -> str:
+def second_text(second: dict[str, Any], own: str, classes: int) -> str:
     return (
         f"<h2>On {escape(second['dataset'])}</h2><p>{second['n_test']:,} test images, {second['test/acc']:.2%} of "
-        f"which get the number of their own class ({second['test/acc_low']:.2%} to {second['test/acc_high']:.2%}; 10 % "
-        f"is chance where the classes are other things). Mean confidence {second['mean_confidence']:.1%}, on "
-        f"{escape(own)} {second['mean_confidence_own']:.1%}; confidence tells the two apart with an area under the ROC "
-        f"curve of {second['auroc']:.3f}.</p>"
+        f"which get the number of their own class ({second['test/acc_low']:.2%} to {second['test/acc_high']:.2%}; "
+        f"{1 / classes:.0%} is chance where the classes are other things). "
+        f"Mean confidence {second['mean_confidence']:.1%}, on {escape(own)} {second['mean_confidence_own']:.1%}; "
+        f"confidence tells the two apart with an area under the ROC curve of {second['auroc']:.3f}.</p>"
     )
 
 

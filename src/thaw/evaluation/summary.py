@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
 from thaw.config import backbone_name
+from thaw.data.sources import dataset_name
 from thaw.json_files import write_json
 from thaw.loggers import add_to_summary, where_to_look
 
@@ -38,7 +39,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         ),
         {},
     )
-    digits = trainer.datamodule.digits  # type: ignore[attr-defined]
+    source = trainer.datamodule.load()  # type: ignore[attr-defined]
     facts = {
         "name": cfg.name,
         "overrides": cfg.overrides,
@@ -47,10 +48,10 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "val/acc": val_acc,
         **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
         **pretrained_facts(trainer),
-        "data_source": digits.name,
-        "dataset": cfg.data.dataset,
-        "n_train": len(digits.train.labels),
-        "n_val": len(digits.val.labels),
+        **source.facts(),
+        "dataset": dataset_name(cfg.data),
+        "n_train": len(source.train.labels),
+        "n_val": len(source.val.labels),
         "backbone": backbone_name(cfg.backbone),
         "weights": cfg.backbone.get("weights", "none"),
         **count_parameters(trainer.lightning_module, trainer.max_epochs),
@@ -105,9 +106,9 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
         wandb: how to see the run there, if it is logged there.
     """
     share = facts["trainable_params"] / facts["total_params"]
-    kind = {"official": "the official files", "sample": "the bundled sample of 5,000 digits"}[facts["data_source"]]
+    sizes = f"{facts['n_train']:,} to train, {facts['n_val']:,} to validate"
     lines = {
-        "data": f"{facts['dataset']}, {kind}: {facts['n_train']:,} to train, {facts['n_val']:,} to validate",
+        "data": f"{facts['dataset']}, {facts['data_title']}: {sizes}",
         "backbone": f"{facts['backbone']}, weights: {facts['weights']}",
         "trainable": f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters ({share:.2%})",
     }

@@ -63,7 +63,7 @@ def summary(facts: Mapping[str, Any], path: Path) -> str:
         f"parity     same classes on {facts['parity_digits']:,} test digits, probabilities differ by at most "
         f"{facts['parity_largest_difference']:.2g}",
         f"test       {facts['test_accuracy']:.2%} accuracy, 95 % interval {low:.2%} to {high:.2%}, "
-        f"n = {facts['test_digits']:,} ({facts['data_source']})",
+        f"n = {facts['test_digits']:,} ({facts['data_title']})",
     ]
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     if "quantized" in facts:

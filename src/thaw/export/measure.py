@@ -74,5 +74,5 @@ def tested(probabilities: Tensor, source: Source) -> dict[str, Any]:
         "test_accuracy": round(correct / len(labels), 6),
         "test_accuracy_interval": [round(end, 6) for end in accuracy_interval(correct, len(labels))],
         "test_digits": len(labels),
-        "data_source": source.name,
+        **source.facts(),
     }

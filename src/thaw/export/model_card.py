@@ -48,8 +48,8 @@ The classes, in the order of the probabilities: {classes}.
 
 It is meant for research and teaching: for pictures of one {thing} at a time that were prepared as {dataset}'s, 28 x 28
 pixels, bright on black, centred. It does not find or cut out anything, reads no lines of text and is no document OCR.
-It gives one of its ten classes to every picture, whatever is in it. The accuracy above is on {dataset} alone: expect
-it to be worse on other handwriting, pens, scans and noise.
+It gives one of its {number} classes to every picture, whatever is in it. The accuracy above is on {dataset} alone:
+expect it to be worse on other handwriting, pens, scans and noise.
 
 ## How it was trained
 
@@ -84,7 +84,7 @@ def model_card(
     """
     config = OmegaConf.create(checkpoint["config"])
     dataset, is_timm = facts["dataset"], isinstance(backbone, Backbone)
-    hub_id, data_licence = DATASETS[dataset]
+    hub_id, data_licence = DATASETS.get(dataset, (None, f"{dataset}, whose licence is not stated here"))
     origin, base = weights_origin(backbone)
     license = license or ("mit" if backbone.weights == "bundled" else None)
     low, high = facts["test_accuracy_interval"]
@@ -117,13 +117,13 @@ def model_card(
     return CARD.format(
         front=yaml.safe_dump(front, sort_keys=False),
         title=title,
-        what=f"A classifier of {dataset}'s ten classes: `{facts['backbone']}`"
+        what=f"A classifier of {dataset}'s {len(facts['classes'])} classes: `{facts['backbone']}`"
         + ("." if is_timm else ", a baseline of thaw's that timm does not know."),
         test=facts["test_accuracy"],
         low=low,
         high=high,
         test_digits=facts["test_digits"],
-        which="the official test split" if official else "of thaw's bundled sample, **not the official test split**",
+        which="the official test split" if official else f"of {facts['data_title']}, **not an official test split**",
         val=facts["val_accuracy"],
         val_digits=facts["val_digits"],
         parameters=facts["parameters"],
@@ -133,6 +133,7 @@ def model_card(
         difference=facts["parity_largest_difference"],
         code=code,
         classes=", ".join(facts["classes"]),
+        number=len(facts["classes"]),
         thing="handwritten digit" if dataset == "MNIST" else "item",
         dataset=dataset,
         data_licence=data_licence,

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
-    *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "preemption")),
+    *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
 )
 
 
