@@ -69,7 +69,8 @@ def wandb_logger(
     """A W&B logger in a mode that is decided before W&B starts.
 
     Args:
-        project, entity, name, tags, job_type: as in `wandb.init`.
+        project, entity, name, job_type: as in `wandb.init`.
+        tags: likewise, cut to the 64 characters that W&B takes.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
         mode: `online`, `offline`, or `auto`: online if a key is configured and the server answers.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
@@ -96,7 +97,7 @@ def wandb_logger(
         entity=entity,
         group=group or Path(run_dir).parent.name,
         name=name.strip(),  # a run without overrides
-        tags=list(tags),
+        tags=[tag[:64] for tag in tags],
         job_type=job_type,
         save_dir=run_dir,
         mode="offline" if offline else "online",
