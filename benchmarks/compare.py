@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
     "lenet5": (BASELINE, "LeNet-5", "train.py experiment=baseline/lenet5"),
     "convnet": (BASELINE, "CNN", "train.py experiment=baseline/convnet"),
     "rnn": (BASELINE, "RNN, rows as a sequence", "train.py experiment=baseline/rnn"),
-    "vit_from_scratch": (BASELINE, "the bundled ViT from scratch", "train.py experiment=compare/vit_from_scratch"),
+    "vit_from_scratch": (BASELINE, "the same ViT from scratch", "train.py experiment=compare/vit_from_scratch"),
 }
 
 
