@@ -46,8 +46,8 @@ def flops(model: nn.Module, image: Tensor) -> int | None:
     """
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return None
-    # no_grad, as torch's counter fails on a parameter that is a module's input (SigLIP's pool) in inference mode
-    with torch.no_grad(), parametrize.cached():  # the first call computes the updated matrices of LoRA
+    # with gradients, as torch's counter fails without them on a parameter that is a module's input (SigLIP's pool)
+    with torch.enable_grad(), parametrize.cached():  # the first call computes the updated matrices of LoRA
         model(image)
         with FlopCounterMode(display=False) as counter:
             model(image)
