@@ -11,7 +11,7 @@ help:
 	@echo "make test                                    install the test extras, then lint, types and all tests but test-slurm"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
-	@echo "make compare                                 all policies, baselines and DINOv2 on the official test digits (hours)"
+	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
 	@echo "make clean-cache                             remove the kept features in logs/cache"
 	@echo "make lint | format | clean"

@@ -1,4 +1,4 @@
-"""Every policy, every baseline and DINOv2, each over seeds, in one table and one picture: `make compare`.
+"""Every policy and every baseline, each over seeds, in one table and one picture: `make compare`.
 
 Each run is a process of its own, `python train.py experiment=compare/...` or `python probe.py ...`, whose folder below
 logs/compare holds its summary. What is there already is not run again, so that it can be stopped and started. Cost is
@@ -27,7 +27,7 @@ from thaw.files import write_text
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "logs" / "compare"
 
-VIT, DINO, BASELINE = "bundled ViT, 2.7 M", "DINOv2 ViT-S/14, 112 px", "baselines"
+VIT, BASELINE = "bundled ViT, 2.7 M", "baselines"
 ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
     **{
         name: (VIT, label, f"train.py experiment=compare/{name}")
@@ -49,16 +49,13 @@ ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
     "vit_finetune": (VIT, "everything, 8 epochs, EMA", "train.py experiment=vit_finetune"),
     "probe_knn": (VIT, "k nearest neighbours", "probe.py probe=knn"),
     "probe_logistic": (VIT, "logistic regression, L-BFGS", "probe.py probe=logistic_regression"),
-    "dinov2_linear_probe": (DINO, "linear probe", "train.py experiment=compare/dinov2_linear_probe"),
-    "dinov2_lora": (DINO, "LoRA in the last 6 blocks", "train.py experiment=compare/dinov2_lora"),
-    "dinov2_last_blocks": (DINO, "last 2 blocks", "train.py experiment=compare/dinov2_last_blocks"),
     "pixels_logistic": (BASELINE, "logistic regression, pixels", "probe.py probe=logistic_regression backbone=pixels"),
     "pixels_knn": (BASELINE, "k nearest neighbours, pixels", "probe.py probe=knn backbone=pixels"),
     "mlp": (BASELINE, "MLP", "train.py experiment=baseline/mlp"),
     "lenet5": (BASELINE, "LeNet-5", "train.py experiment=baseline/lenet5"),
     "convnet": (BASELINE, "CNN", "train.py experiment=baseline/convnet"),
     "rnn": (BASELINE, "RNN, rows as a sequence", "train.py experiment=baseline/rnn"),
-    "vit_from_scratch": (BASELINE, "the bundled ViT from scratch", "train.py experiment=compare/vit_from_scratch"),
+    "vit_from_scratch": (BASELINE, "the same ViT from scratch", "train.py experiment=compare/vit_from_scratch"),
 }
 
 
@@ -146,7 +143,7 @@ def table(runs: Mapping[str, list[dict[str, Any]]]) -> str:
 
 def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """Test error of each seed beside the CPU time that a run took, both on logarithmic axes."""
-    colors = {VIT: "#b5432e", DINO: "#2e6bb5", BASELINE: "#6b6b6b"}
+    colors = {VIT: "#b5432e", BASELINE: "#6b6b6b"}
     names = sorted(runs, key=lambda name: statistics.mean(summary["test/acc"] for summary in runs[name]))
     figure = Figure(figsize=(11, 0.34 * len(names) + 1.4), layout="constrained", dpi=110)
     errors, times = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
@@ -188,7 +185,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows to run")
-    parser.add_argument("--dinov2", default="hub", help="a file with the weights of DINOv2 ViT-S/14")
     parser.add_argument("overrides", nargs="*", help="for every run, e.g. data.dir=/data")
     arguments = parser.parse_args()
     jobs = [
@@ -201,8 +197,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = {}
         for name, seed in jobs:
-            extra = [f"backbone.weights={arguments.dinov2}"] if name.startswith("dinov2") else []
-            overrides = ["data.source=official", *arguments.overrides, *extra]
+            overrides = ["data.source=official", *arguments.overrides]
             running[pool.submit(run, name, seed, overrides, threads)] = name, seed
         for job in tqdm(as_completed(running), total=len(running)):
             name, seed = running[job]

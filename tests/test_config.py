@@ -12,7 +12,7 @@ from conftest import ROOT, compose_run
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from thaw.config import build_list, check_types, plain, settle
+from thaw.config import backbone_name, build_list, check_types, plain, settle
 
 
 def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProcess:
@@ -172,3 +172,22 @@ def test_values_of_a_wrong_type(override: str, message: str, tmp_path: Path) -> 
 )
 def test_values_that_have_the_type(override: str, tmp_path: Path) -> None:
     check_types(compose_run(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "digits_vit"),
+        (["backbone.image_size=56", "backbone.arguments.drop_path_rate=0.1"], "digits_vit"),
+        (["backbone.weights=none"], "vit_tiny_patch16_224 with patch_size 7, depth 6"),
+        (["backbone.weights=runs/w.pth"], "vit_tiny_patch16_224 with patch_size 7, depth 6 from w.pth"),
+        (["backbone=vit_small_dinov2"], "vit_small_patch14_dinov2.lvd142m"),
+        (["backbone=vit_small_dinov2", "backbone.weights=none"], "vit_small_patch14_dinov2"),
+        (["backbone=vit_small_dinov2", "backbone.weights=w.pth"], "vit_small_patch14_dinov2 from w.pth"),
+        (["backbone=convnet"], "convnet"),
+    ],
+)
+def test_a_backbone_is_called_after_its_weights(overrides: list[str], name: str, tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path, *overrides)
+    assert backbone_name(cfg.backbone) == name
+    assert list(cfg.logger.wandb.tags) == ["MNIST", name]

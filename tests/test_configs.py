@@ -14,7 +14,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from thaw.config import check_types
 
 CONFIGS = ROOT / "configs"
-DINOV2 = ROOT.parent / "shared" / "weights" / "vit_small_patch14_dinov2.safetensors"
 GROUPS = ["data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "model", "trainer", "logger"]
 GROUPS += ["experiment", "debug"]
 
@@ -71,12 +70,8 @@ def issubclass_of_lightning(function: object) -> bool:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_runs_two_batches(experiment: str, train: Callable[..., Path], tmp_path: Path) -> None:
+def test_experiment_runs_two_batches(experiment: str, train: Callable[..., Path]) -> None:
     small = ["debug=fast", "data.source=sample", "data.batch_size=16", "data.eval_batch_size=16"]
-    if compose_run(tmp_path, f"experiment={experiment}").backbone.get("weights") == "hub":  # tests use no network
-        if not DINOV2.is_file():
-            pytest.skip(f"no weights at {DINOV2}")
-        small += [f"backbone.weights={DINOV2}"]
     if experiment == "pretrain_gan":
         small += ["model.samples=50"]
     run_dir = train(f"experiment={experiment}", *small)

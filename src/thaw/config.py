@@ -133,8 +133,29 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def backbone_name(backbone: DictConfig) -> str:
-    """What a backbone is called: timm's name, or the class of a baseline."""
-    return backbone.get("name") or backbone._target_.rpartition(".")[2].lower()
+    """What people call a backbone, which depends on its weights.
+
+    Bundled weights have the name of their file, those of the hub timm's name with its tag. Without either, timm's name
+    of the architecture stands with the sizes that the arguments change and the file of the weights, if there is one:
+    `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`. A baseline has the name of its class.
+    """
+    from thaw.models.pretrained import BUNDLED
+
+    name, weights = backbone.get("name"), backbone.get("weights", "none")
+    if name is None:
+        return backbone._target_.rpartition(".")[2].lower()
+    if weights == "bundled":
+        return BUNDLED.stem
+    if weights == "hub":
+        return name
+    arguments = OmegaConf.to_container(backbone.get("arguments") or OmegaConf.create())
+    assert isinstance(arguments, dict)
+    sizes = [f"{key!s} {value}" for key, value in arguments.items() if type(value) in (int, list)]
+    name = name.partition(".")[0] + (f" with {', '.join(sizes)}" if sizes else "")
+    return name if weights == "none" else f"{name} from {Path(weights).name}"
+
+
+OmegaConf.register_new_resolver("backbone_name", backbone_name, replace=True)
 
 
 def check_devices(trainer: DictConfig) -> None:

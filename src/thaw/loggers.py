@@ -81,7 +81,8 @@ def wandb_logger(
     """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
-        project, entity, name, tags, job_type: as in `wandb.init`.
+        project, entity, name, job_type: as in `wandb.init`.
+        tags: likewise, cut to the 64 characters that W&B takes.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
         mode: `online`, `offline`, `disabled`, or `auto`: what WANDB_MODE says, else online if a key is configured and
             the server answers.
@@ -111,7 +112,7 @@ def wandb_logger(
         entity=entity,
         group=group or Path(run_dir).parent.name,
         name=name.strip(),  # a run without overrides
-        tags=list(tags),
+        tags=[tag[:64] for tag in tags],
         job_type=job_type,
         save_dir=run_dir,
         mode="offline" if offline else "online",

@@ -33,9 +33,9 @@ PARTS = {  # thaw's classes that no base class tells from others
 }
 
 KEY = r"\.*[\w./-]+"
-INTERPOLATION = re.compile(
-    rf"\$\{{(?:oc\.select:{KEY},)?(?:{KEY}|\$\{{{KEY}\}})\}}"
-)  # of another key, no other resolver
+INTERPOLATION = re.compile(  # of another key
+    rf"\$\{{(?:oc\.select:{KEY},|backbone_name:)?(?:{KEY}|\$\{{{KEY}\}})\}}"
+)
 
 
 def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], commit: str = "unknown") -> None:

@@ -272,7 +272,7 @@ def test_a_probe_reuses_what_a_linear_probe_kept(
     assert set(trained) <= set(summary)
     assert summary["test/acc"] > 0.9 and summary["val/acc"] > 0.9 and summary["n_test"] == 500
     assert summary["chosen"]["k"] in (1, 5) and [job["k"] for job in summary["candidates"]] == [1, 5]
-    assert (summary["backbone"], summary["weights"]) == ("vit_tiny_patch16_224", "bundled")
+    assert (summary["backbone"], summary["weights"]) == ("digits_vit", "bundled")
     assert summary["trainable_params"] == 0
 
 

@@ -102,8 +102,10 @@ def test_a_copy_stands_alone(classifier: Build, policy: Callable, batch: Batch) 
         if name.endswith("lora_B"):
             parameter.data.zero_()
     assert not torch.equal(twin(images), model.backbone(images))
+    before = model(batch.images)
     merge_lora(twin)
     assert len(updates(model)) == 12
+    assert torch.equal(model(batch.images), before)
 
 
 def test_state_dict_round_trip(classifier: Build, policy: Callable, batch: Batch, tmp_path: Path) -> None:

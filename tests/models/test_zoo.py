@@ -20,7 +20,7 @@ from thaw.models.freeze_table import format_table
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "backbone"
-DINOV2 = ROOT.parent / "shared" / "weights" / "vit_small_patch14_dinov2.safetensors"
+WEIGHTS = ROOT.parent / "shared" / "weights"
 ZOO = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "weights: hub" in path.read_text())
 
 Build = Callable[..., Classifier]
@@ -185,12 +185,28 @@ def test_weights_of_the_published_size_load_as_by_timm(name: str, tmp_path: Path
     assert not ours.fresh
 
 
-@pytest.mark.skipif(not DINOV2.is_file(), reason=f"{DINOV2} is not there")
+@pytest.mark.parametrize(
+    ("base", "name", "file", "size", "mean"),
+    [
+        ("convnext_tiny", "tf_efficientnet_lite0", "efficientnet_lite0.safetensors", 96, 0.5),
+        # a saliency model's backbone in DINOv2's architecture
+        ("vit_small_dinov2", "vit_small_patch14_dinov2", "vit_small_patch14_saliency.safetensors", 112, 0.485),
+    ],
+)
 @torch.no_grad()
-def test_published_dinov2_weights_are_cut_exactly() -> None:
-    model = instantiate(preset("vit_small_dinov2"), weights=str(DINOV2), fused_attention=False).eval()
-    images = images_for(model)
-    features = model(images)
-    assert features.shape == (2, 768) and features.isfinite().all()
-    for cut in range(len(model.layers) + 1):
-        assert torch.equal(model.suffix(model.prefix(images, cut), cut), features)
+def test_trained_weights_give_timms_features(base: str, name: str, file: str, size: int, mean: float) -> None:
+    """In 16 bits; the classifier of one is left out, the position embeddings of the other are resampled."""
+    path = WEIGHTS / file
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    settings = {"name": name, "weights": str(path), "image_size": size, "pool": "model", "fused_attention": False}
+    ours = instantiate(preset(base), **settings).eval()
+    source = {"file": str(path), "custom_load": False}
+    sized = {"img_size": size} if name.startswith("vit") else {}
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **sized).eval()
+    images = images_for(ours)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+    assert ours.mean[0] == mean and not ours.fresh
+    expected = ours(images)
+    for cut in range(len(ours.layers) + 1):
+        assert torch.equal(ours.suffix(ours.prefix(images, cut), cut), expected)

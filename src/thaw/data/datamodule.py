@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from thaw.config import build
 from thaw.data import sources
 from thaw.data.sources import Digits, Source
 
@@ -263,10 +264,8 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
         ValueError: a key that this data module does not have, or a data module without `load`.
         OSError: its files are gone or cannot be read.
     """
-    from hydra.utils import instantiate
-
     change_settings(data, changes)
-    datamodule = instantiate(data)
+    datamodule = build(data)
     if not hasattr(datamodule, "load"):
         raise ValueError(
             f"data._target_={data._target_} has no method load() that returns a thaw.data.sources.Source, from which "

@@ -1,15 +1,14 @@
 """What a model costs to use: parameters, floating-point operations, time and size."""
 
-import copy
 import time
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from thaw.models.lora import merge_lora
 from thaw.predictor import Predictor
 
 SECONDS = 1.0  # spent on each timing
@@ -43,14 +42,15 @@ def cost(predictor: Predictor, images: Tensor) -> dict[str, Any]:
 def flops(model: nn.Module, image: Tensor) -> int | None:
     """Operations in matrix products, convolutions and attention, a multiplication and an addition counting as two.
 
-    None for a recurrent network, which torch does not count.
+    LoRA's updates count as merged. None for a recurrent network, which torch does not count.
     """
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return None
-    model = copy.deepcopy(model)
-    merge_lora(model)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    # with gradients, as torch's counter fails without them on a parameter that is a module's input (SigLIP's pool)
+    with torch.enable_grad(), parametrize.cached():  # the first call computes the updated matrices of LoRA
         model(image)
+        with FlopCounterMode(display=False) as counter:
+            model(image)
     return counter.get_total_flops()
 
 

@@ -156,11 +156,11 @@ def weights_origin(backbone: Any) -> tuple[str, str | None]:
         return "random at the start", None
     if weights == "bundled":
         return "thaw's digits ViT, pretrained by SimCLR on MNIST's training images without labels (MIT)", None
-    name = backbone.architecture["name"]
     if weights == "hub":
         repository = backbone.model.pretrained_cfg["hf_hub_id"]
         return f"[{repository}](https://huggingface.co/{repository})", repository
-    return f"a file called {Path(weights).name}, of {name}", None
+    architecture = backbone.architecture["name"].partition(".")[0]  # the tag is of published weights
+    return f"a file called {Path(weights).name}, of timm's {architecture}", None
 
 
 def recipe(config: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ class LinearHead(nn.Module):
         num_classes: number of logits.
         norm: `layer` normalises each digit's features on their own, so that logits depend on that digit alone;
             `batch` standardises every dimension over the batch, as the linear probes of MAE do (He et al. 2021,
-            appendix A), which serves frozen backbones whose dimensions differ much, such as DINOv2; `none` leaves
-            them as they are, so that the head on pixels is multinomial logistic regression.
+            appendix A), which serves frozen backbones whose dimensions differ much; `none` leaves them as they are,
+            so that the head on pixels is multinomial logistic regression.
     """
 
     def __init__(self, in_features: int, num_classes: int, norm: Literal["layer", "batch", "none"]) -> None:

@@ -73,10 +73,18 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Write every update into its matrix, for export: the model computes the same, with no trace of LoRA left."""
+    """Write every update into its matrix, for export: the model computes the same, with no trace of LoRA left.
+
+    A copy of the model stays as it is. (torch's `remove_parametrizations` takes `weight` off the class that a module
+    and its deep copies share.)
+    """
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+            original = module.get_parameter("parametrizations.weight.original")
+            weight = nn.Parameter(module.weight.detach(), original.requires_grad)
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            module.weight = weight
 
 
 def plain_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUNDLED = files("thaw.models") / "weights" / "digits_vit.safetensors"
+BUNDLED = Path(str(files("thaw.models"))) / "weights" / "digits_vit.safetensors"
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
 
 
@@ -25,7 +25,7 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
         ConnectionError: hub weights that cannot be fetched.
     """
     if weights == "bundled":
-        return Path(str(BUNDLED))
+        return BUNDLED
     if weights != "hub":
         path = Path(weights).expanduser()
         if not path.is_file():

@@ -1,0 +1,233 @@
+"""Every command on a run of every kind: policies, heads, backbones and averages meet each command once.
+
+What others show of a ViT is left out: resuming (`test_policies`), start_from (`test_frozen_state`), and what files of
+baselines, heads and LoRA compute (`test_export_file`).
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, compose_config, compose_run
+from fastapi.testclient import TestClient
+from hydra.utils import instantiate
+from safetensors.torch import save_file
+
+from thaw.data import sources
+from thaw.data.idx import write_idx
+from thaw.predictor import load_predictor
+from thaw.serve.app import create_app
+from thaw.serve.limits import Limits
+from thaw.serve.requests import FILE_TYPES
+
+TINY = ["+backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"]
+VIT = ["backbone=digits_vit", "backbone.arguments.depth=2", *TINY[1:]]
+TOKEN = ["backbone.pool=class_and_mean", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"]
+STAGES = ["+backbone.arguments.depths=[1,1,1,1]"]
+KINDS: dict[str, list[str]] = {
+    "attention_only": [*VIT, *TOKEN, "freeze=attention_only", "head=mlp", "average=ema"],
+    "bias_only": ["backbone=vit_base_clip", *TINY, "backbone.image_size=32", "freeze=bias_only", "mix=mixup"],
+    "first_blocks": ["backbone=convnext_tiny", *STAGES, "+backbone.arguments.dims=[8,8,16,16]", "freeze=first_blocks"],
+    "full": ["backbone=rnn", "backbone.hidden_size=8", "freeze=full", "mix=cutmix"],
+    "gradual": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=gradual", "average=swa"],
+    "last_blocks": [
+        *("backbone=swin_tiny", "+backbone.arguments.embed_dim=16", "+backbone.arguments.num_heads=[1,2,2,2]"),
+        *(*STAGES, "freeze=last_blocks", "head.norm=batch"),
+    ],
+    "linear_probe": [*VIT, "freeze=linear_probe"],
+    "lora": [*VIT, "freeze=lora", "head.norm=batch", "average=ema"],
+    "lp_ft": ["backbone=convnext_tiny", "backbone.name=test_resnet", "freeze=lp_ft", "freeze.probe_epochs=1"],
+    "lr_bank": [*VIT, "head=lr_bank", "head.lrs=[1e-3,1e-2]"],
+    "norm_only": ["backbone=vit_small_dinov3", *TINY, "backbone.image_size=32", "freeze=norm_only", "head.norm=none"],
+    "patterns": ["backbone=vit_base_siglip2", *TINY, "backbone.image_size=32", "freeze=patterns", "mix=both"],
+    "convnet": ["backbone=convnet", "backbone.widths=[4,4]", "freeze=full", "average=swa"],
+    "lenet5": ["backbone=lenet5", "freeze=full"],
+    "mlp": ["backbone=mlp", "backbone.hidden=[8]", "freeze=full"],
+    "pixels": ["backbone=pixels", "head.norm=none"],
+}
+OTHERS = [kind for kind, overrides in KINDS.items() if overrides[0] != VIT[0]]
+TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]
+EPOCHS = {"gradual": 2, "lp_ft": 2}
+OFF = [f"callbacks.{name}=null" for name in ("early_stopping", "lr_monitor", "progress", "sample_grid")]
+SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data.eval_batch_size=250", "cache.mode=off"]
+SHORT += ["logger=none", "validate=false", "trainer.precision=32-true", "trainer.enable_progress_bar=false", *OFF]
+PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
+STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The overrides of a kind's training; what is frozen has random weights, of a file."""
+
+    @cache
+    def overrides(kind: str) -> list[str]:
+        folder = tmp_path_factory.mktemp(kind)
+        block = compose_run(folder, *KINDS[kind]).backbone
+        if "weights" not in block:  # a baseline
+            return [*KINDS[kind], *SHORT]
+        torch.manual_seed(0)
+        model = instantiate(block, weights="none", fused_attention=False).model
+        save_file(model.state_dict(), folder / "w.safetensors")
+        return [*KINDS[kind], *SHORT, f"backbone.weights={folder}/w.safetensors"]
+
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def run(settings: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run of a kind, which is trained when it is first asked for."""
+
+    @cache
+    def trained(kind: str) -> Path:
+        return train(tmp_path_factory.mktemp(kind), *settings(kind), f"trainer.max_epochs={EPOCHS.get(kind, 1)}")
+
+    return trained
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    run_dir = folder / "runs" / "test" / "run"
+    run_dir.mkdir(parents=True)
+    import_module("train").main(compose_run(run_dir, *overrides))
+    return run_dir
+
+
+def command(script: str, *overrides: str) -> None:
+    import_module(script).main(compose_config(script, *overrides))
+
+
+def facts(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test digits as an IDX file."""
+    path = tmp_path_factory.mktemp("digits") / "digits.idx"
+    path.write_bytes(write_idx(sources.load("MNIST", "nowhere", "sample", None).test.images))
+    return path
+
+
+def test_every_policy_head_and_baseline_is_there() -> None:
+    words = " ".join(word for kind in KINDS.values() for word in kind)
+    for group in ("freeze", "head", "average", "mix"):
+        for name in sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml")):
+            assert f"{group}={name}" in words or name in ("linear", "none"), name
+    for path in (ROOT / "configs" / "backbone").glob("*.yaml"):
+        assert "baselines" not in path.read_text() or f"backbone={path.stem}" in words, path.stem
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pictures, which are the same for every kind, and without the wait for timing."""
+    monkeypatch.setattr("thaw.evaluation.cost.SECONDS", 0.0)
+    for name in ("save_confusion_matrix", "save_reliability", "save_digits", "save_attention"):
+        monkeypatch.setattr(f"thaw.evaluation.assessment.{name}", touch)
+
+
+def touch(*arguments: Any) -> None:
+    arguments[-1].parent.mkdir(exist_ok=True)
+    arguments[-1].touch()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eval(kind: str, run: Callable[[str], Path], tmp_path: Path, undrawn: None) -> None:
+    command("eval", f"ckpt={run(kind)}", *STEADY, "robustness.digits=10", f"run_dir={tmp_path}")
+    (report,) = json.loads((tmp_path / "report" / "report.json").read_text())["models"].values()
+    assert report["test/acc"] == facts(run(kind))["test/acc"]
+    assert (report["cost"]["flops"] is None) == (kind == "full"), "torch counts none of an RNN"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, capsys: pytest.CaptureFixture) -> None:
+    """Both give the classes that the test counted."""
+    run_dir = run(kind)
+    capsys.readouterr()
+    command("predict", f"ckpt={run_dir}", f"inputs=['{digits}']")
+    said = [int(row["class"]) for row in csv.DictReader(io.StringIO(capsys.readouterr().out))]
+    labels = sources.load("MNIST", "nowhere", "sample", None).test.labels
+    assert np.mean(np.array(said) == labels.numpy()) == pytest.approx(facts(run_dir)["test/acc"], abs=1e-6)
+
+    served = compose_config("serve", "ckpt=none")
+    limits = Limits(**{field.name: served[field.name] for field in dataclasses.fields(Limits)})
+    with TestClient(create_app(load_predictor(str(run_dir)), limits, workers=1)) as client:
+        answer = client.post("/predict", content=digits.read_bytes(), headers={"content-type": FILE_TYPES[-1]})
+    assert answer.status_code == 200, answer.text
+    assert [row["index"] for row in answer.json()["predictions"]] == said
+
+
+EXPORTS = [(kind, ["format=hub_folder"], "hub") for kind in KINDS]
+EXPORTS += [(kind, ["quantize=int8"], "model.onnx") for kind in TRACED]
+EXPORTS += [("lora", ["format=torch_export"], "model.pt2")]
+
+
+@pytest.mark.parametrize(("kind", "format", "name"), EXPORTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_export(
+    kind: str,
+    format: list[str],
+    name: str,
+    run: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The command itself compares what it wrote with the model; here with what the training printed."""
+    trained = run(kind)
+    capsys.readouterr()
+    command("export", f"ckpt={trained}", *format, f"output={tmp_path / name}")
+    assert f"{facts(trained)['test/acc']:.2%} accuracy" in capsys.readouterr().out
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
+    command("probe", f"ckpt={run(kind)}", *PROBE, f"run_dir={tmp_path}")
+    assert 0 < facts(tmp_path)["test/acc"] < 1
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_resume(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
+    epochs = EPOCHS.get(kind, 1) + 1
+    again = facts(train(tmp_path, f"resume={run(kind)}", f"trainer.max_epochs={epochs}"))
+    assert (again["epochs"], again["resumed_from"]) == (epochs, str(run(kind) / "checkpoints" / "last.ckpt"))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_start_from(
+    kind: str, run: Callable[[str], Path], settings: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """A rate that moves nothing leaves the earlier run's answers; statistics of batch norms move all the same."""
+    still = ["optim.lr=1e-12", "optim.weight_decay=0", "trainer.max_epochs=1"]
+    started = train(tmp_path, *settings(kind), f"start_from={run(kind)}", *still)
+    if kind not in ("last_blocks", "lp_ft", "convnet", "mlp"):
+        assert facts(started)["test/acc"] == facts(run(kind))["test/acc"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    few = [*VIT[1:], *SHORT, "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1"]
+    return train(tmp_path_factory.mktemp("simclr"), "experiment=pretrain_simclr", *few)
+
+
+def test_probe_of_a_pretraining_run(pretrained: Path, tmp_path: Path) -> None:
+    command("probe", f"ckpt={pretrained}/checkpoints/last.ckpt", *PROBE, f"run_dir={tmp_path}")
+    assert 0 < facts(tmp_path)["test/acc"] < 1
+
+
+@pytest.mark.parametrize("script", ["eval", "predict", "export", "train"])
+def test_a_pretraining_run_has_no_classes(script: str, pretrained: Path, digits: Path, tmp_path: Path) -> None:
+    arguments = {
+        "eval": [f"ckpt={pretrained}/checkpoints/last.ckpt", f"run_dir={tmp_path}"],
+        "predict": [f"ckpt={pretrained}/checkpoints/last.ckpt", f"inputs=['{digits}']"],
+        "export": [f"ckpt={pretrained}/checkpoints/last.ckpt"],
+        "train": [f"start_from={pretrained}/checkpoints/last.ckpt", *SHORT, f"run_dir={tmp_path}", "overrides=''"],
+    }
+    with pytest.raises(ValueError, match=r"SimCLR|another model"):
+        command(script, *arguments[script])
