@@ -20,20 +20,23 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     import lightning as L
     from hydra.utils import instantiate
 
+    from thaw.callbacks.monitor_check import MonitorCheck
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
     from thaw.checkpoint import start_from
-    from thaw.evaluation.evaluate import validate_best
+    from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
     from thaw.sweeps.processes import ranks
+    from thaw.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
 
     quiet()
     settle(cfg)
+    check_trainer(cfg.trainer)
     if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
-    with ranks(cfg, plain(cfg)):
+    with ranks(cfg, plain(cfg)), lightning_errors():
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = instantiate(cfg.data)
         model = instantiate(cfg.model)
@@ -42,16 +45,15 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         elif cfg.start_from:
             start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
         loggers = build_list(cfg.logger, "logger")
-        callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg)), *callbacks]
-        trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
+        own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
+        trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)
         try:
-            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
-            best = trainer.checkpoint_callback
-            val_acc = None if best.best_model_score is None else round(float(best.best_model_score), 6)
-            if val_acc is not None and cfg.validate:
-                val_acc = validate_best(trainer, model, datamodule)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False)
+                check_test_batches(trainer, datamodule)
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
+            if cfg.test:
+                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)
