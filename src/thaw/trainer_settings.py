@@ -27,7 +27,10 @@ def seconds(value: Any) -> float:
         except TypeError:
             return 0.0
     parts = re.fullmatch(r"(\d+):(\d+):(\d+):(\d+)", str(value))
-    return timedelta(**dict(zip(("days", "hours", "minutes", "seconds"), map(int, parts.groups())))).total_seconds() if parts else 0.0
+    if not parts:
+        return 0.0
+    days, hours, minutes, rest = map(int, parts.groups())
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds()
 
 
 def at_least(lowest: float) -> Callable[[Any], bool]:
@@ -43,6 +46,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accelerator": (lambda value: value in ACCELERATORS, f"one of {', '.join(ACCELERATORS)}"),
     "strategy": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}; trainer=fsdp shards parameters"),
     "num_nodes": (at_least(1), "1 or more"),
+    "precision": (lambda value: value != "16-true", "16-mixed, bf16-mixed or bf16-true, as Adam divides by 0 in fp16"),
     "fast_dev_run": (at_least(0), "true, false or a number of batches"),
     "max_epochs": (lambda value: value == -1 or value >= 1, "1 or more, or -1 beside +trainer.max_steps=<steps>"),
     "min_epochs": (at_least(0), "0 or more"),
@@ -91,10 +95,11 @@ def check_trainer(trainer: DictConfig) -> None:
         if given.get(key) is not None and key not in built and not is_right(given[key])
     ]
     devices, max_epochs, interval = given.get("devices"), given.get("max_epochs"), given.get("val_check_interval")
-    if given.get("accelerator") == "cpu" and devices != "auto" and not re.fullmatch("0*[1-9][0-9]*", str(devices)):
-        wrong.append(f"trainer.devices={devices} must be a number of processes, 1 or more, or auto, on a CPU")
-    if not re.fullmatch(r"auto|-1|[0-9]+(,[0-9]+)*|\[\d+(, \d+)*\]", str(devices)) or devices in (0, "0"):
-        wrong.append(f"trainer.devices={devices} must be a number of devices, a list of their numbers, -1 or auto")
+    on_cpu = given.get("accelerator") == "cpu"
+    form = r"auto|[1-9]\d*" if on_cpu else r"auto|-1|[1-9]\d*|\d+(,\d+)+|\[\d+(, \d+)*\]"
+    if not re.fullmatch(form, str(devices)):
+        kinds = "a number of processes or auto on a CPU" if on_cpu else "a number, a list of GPUs' numbers, -1 or auto"
+        wrong.append(f"trainer.devices={devices} must be {kinds}")
     if max_epochs == -1 and given.get("max_steps", -1) == -1 and not given.get("fast_dev_run"):
         wrong.append(
             "trainer.max_epochs=-1 has no end, which the cosine of the learning rate needs; it must be a number of "
@@ -153,4 +158,5 @@ def lightning_errors() -> Iterator[None]:
         cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
         if not isinstance(cause, MisconfigurationException | ModuleNotFoundError):
             raise
-        raise ValueError(str(cause)) from error
+        place = re.search(r"full_key: (\S+)", str(error))
+        raise ValueError(f"{place[1]}: {cause}" if place else str(cause)) from error

@@ -20,7 +20,7 @@ class MonitorCheck(Callback):
         unsure = [name for name in self.monitors if name and not str(name).startswith("train/")]
         if isinstance(pl_module, Classifier) and unsure == ["val/acc"]:
             return
-        if stage == "fit" and unsure and not trainer.fast_dev_run:
+        if stage == "fit" and unsure and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,7 +64,7 @@ def best_weights(
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    best = kept[0] if kept else None
+    best: Any = kept[0] if kept else None
     path = best.best_model_path if best else ""
     if best and path and best.monitor is None:  # nothing is to be chosen by validation
         return None, path
@@ -74,7 +74,7 @@ def best_weights(
         if best and best.monitor and best.save_top_k and trainer.current_epoch:
             path = best.best_model_path = best.format_checkpoint_name({})
             trainer.save_checkpoint(path)
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"validation has chosen no weights: those of step {trainer.global_step}, the last, count", flush=True)
     if trainer.limit_val_batches == 0 or not is_overridden("test_step", model):
         return None, path or None

@@ -30,6 +30,7 @@ from thaw.export.timm_config import fold_head, timm_config
 from thaw.json_files import read_json, write_json
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
+from thaw.models.batch_norm import FeatureNorm
 from thaw.models.heads import LinearHead, MLPHead
 from thaw.predictor import Predictor
 
@@ -160,7 +161,7 @@ def head_settings(head: nn.Module) -> dict[str, Any]:
     """The arguments that build a head, but for its width and classes."""
     if isinstance(head, MLPHead):
         return {"hidden_features": head.hidden.out_features, "dropout": head.dropout.p}
-    kinds = {nn.LayerNorm: "layer", nn.BatchNorm1d: "batch", nn.Identity: "none"}
+    kinds = {nn.LayerNorm: "layer", FeatureNorm: "batch", nn.Identity: "none"}
     return {"norm": kinds[type(head.norm)]}  # type: ignore[index]
 
 
