@@ -66,9 +66,10 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from thaw.checkpoint import resumed_config
-    from thaw.sweeps.jobs import run_job
+    from thaw.sweeps.jobs import refuse_chdir, run_job
     from thaw.sweeps.processes import is_child
 
+    refuse_chdir(HydraConfig.get())
     if cfg.resume and not is_child():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
     return run_job(cfg, train)

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from thaw.command_line import setting
 
 
 def find(wanted: str, runs: Path, name: str) -> Path:
@@ -116,6 +119,40 @@ def start_from(model: Any, wanted: str, runs: Path) -> None:
     model.backbone.fresh = frozenset()
 
 
+def read_config(path: Path) -> DictConfig:
+    """The configuration in a run's `config.yaml`.
+
+    Raises:
+        ValueError: it cannot be read, or is none of a run.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a configuration ({error}).") from error
+    if not isinstance(config, DictConfig) or "trainer" not in config:
+        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
+    return config
+
+
+def find_saved(wanted: str, runs: Path) -> tuple[DictConfig, Path | None, dict[str, Any]]:
+    """The configuration of the run that `resume` means, its last checkpoint's file and what that holds.
+
+    A folder without a checkpoint is that of a run that was ended before its first one: its own `config.yaml` says how
+    it had started, from the beginning or from the checkpoint of another run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    config = Path(wanted).expanduser() / "config.yaml"
+    if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
+        saved = read_config(config)
+        path = find(saved.resume, runs, "last.ckpt") if saved.resume else None
+        return saved, path, read(path) if path else {}
+    path = find(wanted, runs, "last.ckpt")
+    checkpoint = read(path)
+    return OmegaConf.create(checkpoint["config"]), path, checkpoint
+
+
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The configuration of the run to go on with, changed only where the command line says so.
 
@@ -124,33 +161,53 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
 
     Returns:
-        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path.
+        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
+        null for a run that starts from the beginning.
 
     Raises:
-        ValueError: no such checkpoint, or another experiment than the saved one.
+        ValueError: no such run, or another experiment than the saved one.
     """
     typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     runs = Path(cfg.run_dir).parent  # logs/runs/<name>
-    path = find(cfg.resume, runs if {"experiment", "name"} & set(typed) else runs.parent, "last.ckpt")
-    checkpoint = read(path)
-    saved = OmegaConf.create(checkpoint["config"])
+    saved, path, checkpoint = find_saved(cfg.resume, runs if {"experiment", "name"} & set(typed) else runs.parent)
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise ValueError(
-            f"{path} is a run of experiment {saved.name} and goes on with its own configuration; leave out experiment= "
-            "and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or trainer=gpu."
+            f"{cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave out "
+            "experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
+            "trainer=gpu."
         )
     before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
     for key in typed:
         if key != "experiment":
             place = key.replace("/", ".")
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
-    if OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
+    if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
         raise ValueError(
             f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
             "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
-            f"start_from={path} instead of resume=."
+            f"{setting('start_from', path)} instead of resume=."
         )
-    saved.run_dir, saved.resume = cfg.run_dir, str(path)
+    saved.run_dir, saved.resume = cfg.run_dir, path and str(path)
     if saved.logger and "wandb" in saved.logger:
-        saved.logger.wandb.id = checkpoint["wandb_id"]
+        saved.logger.wandb.id = checkpoint.get("wandb_id")
+    if path is None:
+        print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
+    elif reason := why_ended(checkpoint, saved):
+        longer = "callbacks.early_stopping=null" if reason.startswith("early") else f"{reason.split()[-1]}<more>"
+        print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
     return saved
+
+
+def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> str | None:
+    """Why a run would train no step more from its last checkpoint; None if it would."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
+    if most is not None and 0 <= most <= epochs:
+        return f"training has ended, after all of trainer.max_epochs={most}"
+    if steps is not None and 0 <= steps <= checkpoint["global_step"]:
+        return f"training has ended, after all of trainer.max_steps={steps}"
+    patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
+    if patience is not None and states and states[0]["wait_count"] >= max(1, patience):
+        return f"early stopping has ended training, after {epochs} epochs"
+    return None

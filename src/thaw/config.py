@@ -40,7 +40,10 @@ def clear_errors() -> Iterator[None]:
 
     Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
     """
+    from thaw.sweeps.processes import drop_stray_ranks
+
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    drop_stray_ranks()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
     try:
         yield

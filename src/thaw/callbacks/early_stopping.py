@@ -3,16 +3,20 @@
 from typing import Any
 
 import lightning.pytorch.callbacks as lightning
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 
 class EarlyStopping(lightning.EarlyStopping):
     """Lightning's EarlyStopping, except that the end of an epoch counts only once something was validated.
 
-    A resumed run has the patience of its configuration, where Lightning's has that of the checkpoint. That a metric is
-    missing is a ValueError.
+    A resumed run has the patience of its configuration, where Lightning's has that of the checkpoint, and trains no
+    epoch more if that had run out. That a metric is missing is a ValueError.
     """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.wait_count >= max(1, self.patience):
+            trainer.should_stop = True
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         if self.monitor in trainer.callback_metrics or trainer.fit_loop.epoch_loop.val_loop._has_run:
