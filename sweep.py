@@ -13,10 +13,11 @@ def main(cfg: DictConfig) -> None:
     """Work at a study until it has its trials, alone or beside other workers, and report."""
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.sweeps.jobs import is_sweep_job
+    from thaw.sweeps.jobs import is_sweep_job, refuse_chdir
 
     if is_sweep_job():  # Hydra keeps to itself what a job raises
         sys.exit("error: sweep.py takes no -m. It draws values from sweep.space; train.py -m runs those you type.")
+    refuse_chdir(HydraConfig.get())
     try:
         from thaw.sweeps.search import search
     except ModuleNotFoundError as error:

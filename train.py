@@ -19,21 +19,24 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     started = time.monotonic()
     import lightning as L
 
+    from thaw.callbacks.monitor_check import MonitorCheck
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
     from thaw.checkpoint import start_from
-    from thaw.evaluation.evaluate import validate_best
+    from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.loggers import finish
     from thaw.sweeps.processes import ranks
     from thaw.targets import targets
+    from thaw.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
 
     quiet()
     settle(cfg)
+    check_trainer(cfg.trainer)
     if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
-    with ranks(cfg, plain(cfg)):
+    with ranks(cfg, plain(cfg)), lightning_errors():
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = build(cfg.data)
         model = build(cfg.model)
@@ -42,16 +45,15 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         elif cfg.start_from:
             start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent, [*cfg.allow, *targets(cfg)])
         loggers = build_list(cfg.logger, "logger")
-        callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg)), *callbacks]
-        trainer = build(cfg.trainer, callbacks=callbacks, logger=loggers)
+        own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
+        trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)
         try:
-            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
-            best = trainer.checkpoint_callback
-            val_acc = None if best.best_model_score is None else round(float(best.best_model_score), 6)
-            if val_acc is not None and cfg.validate:
-                val_acc = validate_best(trainer, model, datamodule)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path=best.best_model_path, verbose=False)
+                check_test_batches(trainer, datamodule)
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
+            if cfg.test:
+                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)
@@ -64,9 +66,10 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from thaw.checkpoint import resumed_config
-    from thaw.sweeps.jobs import run_job
+    from thaw.sweeps.jobs import refuse_chdir, run_job
     from thaw.sweeps.processes import is_child
 
+    refuse_chdir(HydraConfig.get())
     if cfg.resume and not is_child():  # other ranks are started with the outcome
         cfg = resumed_config(cfg, HydraConfig.get().overrides.task)
     return run_job(cfg, train)

@@ -6,7 +6,6 @@ A checkpoint is self-contained: it holds the composed configuration as plain val
 import logging
 import os
 import re
-import shlex
 import zipfile
 from collections.abc import Sequence
 from functools import cache
@@ -18,8 +17,10 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from thaw.config import build, quoted
+from thaw.command_line import setting
+from thaw.config import build
 from thaw.migrations import migrate
 from thaw.targets import check_targets, targets
 
@@ -63,7 +64,7 @@ def pretraining_hint(run_dir: Path) -> str:
     weights = os.path.relpath(run_dir / "backbone.safetensors")
     return (
         f"{run_dir} is a pretraining run, whose model has no classes. Train a classifier on the backbone that it wrote "
-        f"first: python train.py experiment=vit_finetune {shlex.quote('backbone.weights=' + quoted(weights))}"
+        f"first: python train.py experiment=vit_finetune {setting('backbone.weights', weights)}"
     )
 
 
@@ -93,12 +94,17 @@ def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
     if not re.fullmatch(r"[\w-]*", str(checkpoint.setdefault("wandb_id", None))):  # would be interpolated
         raise ValueError(f"{path}: wandb_id={checkpoint['wandb_id']!r} is not the id of a W&B run.")
-    config, changed = migrate(checkpoint["config"], path, commit)
+    config = checked_config(checkpoint["config"], path, allow, commit)
+    return checkpoint | {"config": config | {"run_dir": str(run_folder(path))}, "path": str(path)}
+
+
+def checked_config(config: dict[str, Any], path: Path, allow: Sequence[str], commit: str) -> dict[str, Any]:
+    """The configuration in a file as today's version writes it, if it names only what it may."""
+    config, changed = migrate(config, path, commit)
     check_targets(config, path, allow, commit)
     if changed:
         say(f"{path} was written by commit {commit} of thaw. Taken from today's configs: {', '.join(changed)}.")
-    checkpoint["config"] = config | {"run_dir": str(run_folder(path))}
-    return checkpoint | {"path": str(path)}
+    return config
 
 
 def run_folder(path: Path) -> Path:
@@ -212,6 +218,45 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> Non
     model.backbone.fresh = frozenset()
 
 
+def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
+    """The configuration in a run's `config.yaml`.
+
+    Args:
+        path: of the file.
+        allow: as for `read`.
+
+    Raises:
+        ValueError: it cannot be read, is none of a run, or names code that is not allowed.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a configuration ({error}).") from error
+    if not isinstance(config, DictConfig) or "trainer" not in config:
+        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return OmegaConf.create(checked_config(values, path, allow, "unknown"))
+
+
+def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
+    """The configuration of the run that `resume` means, its last checkpoint's file and what that holds.
+
+    A folder without a checkpoint is that of a run that was ended before its first one: its own `config.yaml` says how
+    it had started, from the beginning or from the checkpoint of another run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    config = Path(wanted).expanduser() / "config.yaml"
+    if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
+        saved = read_config(config, allow)
+        path = find(saved.resume, runs, "last.ckpt") if saved.resume else None
+        return saved, path, read(path, allow) if path else {}
+    path = find(wanted, runs, "last.ckpt")
+    checkpoint = read(path, allow)
+    return OmegaConf.create(checkpoint["config"]), path, checkpoint
+
+
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """The configuration of the run to go on with, changed only where the command line says so.
 
@@ -220,33 +265,54 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
 
     Returns:
-        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path.
+        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
+        null for a run that starts from the beginning.
 
     Raises:
-        ValueError: no such checkpoint, or another experiment than the saved one.
+        ValueError: no such run, or another experiment than the saved one.
     """
     typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
     runs = Path(cfg.run_dir).parent  # logs/runs/<name>
-    path = find(cfg.resume, runs if {"experiment", "name"} & set(typed) else runs.parent, "last.ckpt")
-    checkpoint = read(path, [*cfg.allow, *targets(cfg)])
-    saved = OmegaConf.create(checkpoint["config"])
+    runs = runs if {"experiment", "name"} & set(typed) else runs.parent
+    saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise ValueError(
-            f"{path} is a run of experiment {saved.name} and goes on with its own configuration; leave out experiment= "
-            "and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or trainer=gpu."
+            f"{cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave out "
+            "experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
+            "trainer=gpu."
         )
     before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
     for key in typed:
         if key != "experiment":
             place = key.replace("/", ".")
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
-    if OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
+    if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
         raise ValueError(
             f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
             "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
-            f"start_from={path} instead of resume=."
+            f"{setting('start_from', path)} instead of resume=."
         )
-    saved.run_dir, saved.resume = cfg.run_dir, str(path)
+    saved.run_dir, saved.resume = cfg.run_dir, path and str(path)
     if saved.logger and "wandb" in saved.logger:
-        saved.logger.wandb.id = checkpoint["wandb_id"]
+        saved.logger.wandb.id = checkpoint.get("wandb_id")
+    if path is None:
+        print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
+    elif reason := why_ended(checkpoint, saved):
+        longer = "callbacks.early_stopping=null" if reason.startswith("early") else f"{reason.split()[-1]}<more>"
+        print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
     return saved
+
+
+def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> str | None:
+    """Why a run would train no step more from its last checkpoint; None if it would."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
+    if most is not None and 0 <= most <= epochs:
+        return f"training has ended, after all of trainer.max_epochs={most}"
+    if steps is not None and 0 <= steps <= checkpoint["global_step"]:
+        return f"training has ended, after all of trainer.max_steps={steps}"
+    patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
+    if patience is not None and states and states[0]["wait_count"] >= max(1, patience):
+        return f"early stopping has ended training, after {epochs} epochs"
+    return None

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from thaw.command_line import quote_path
 from thaw.console import lenient
 from thaw.targets import leaves, refers_outside
 
@@ -53,8 +53,11 @@ def clear_errors() -> Iterator[None]:
 
     Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
     """
+    from thaw.sweeps.processes import drop_stray_ranks
+
     sys.argv[1:] = map(quote_path, sys.argv[1:])
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    drop_stray_ranks()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
     try:
         with lenient():
@@ -77,23 +80,6 @@ def clear_errors() -> Iterator[None]:
     finally:
         if not full:
             os.environ.pop("HYDRA_FULL_ERROR", None)
-
-
-def quote_path(argument: str) -> str:
-    """`key=path` as Hydra reads it whatever characters are in the path, if it exists; anything else as it is."""
-    key, equals, value = argument.partition("=")
-    try:
-        exists = bool(equals) and Path(value).expanduser().exists()
-    except OSError:  # longer than a path can be
-        return argument
-    if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):
-        return argument
-    return f"{key}={quoted(value)}"
-
-
-def quoted(value: str | Path) -> str:
-    """A string as a value on Hydra's command line, whatever characters it has."""
-    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def explain(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -194,8 +195,9 @@ def where_to_look(loggers: list[Logger]) -> str | None:
         return str(run.url)
     folder = Path(run.dir).parent
     every = f"offline-run-*-{run.id}*"  # a run that went on has several folders
-    upload = folder.with_name(every) if len(list(folder.parent.glob(every))) > 1 else folder
-    return f"offline; look: wandb leet {os.path.relpath(folder)}\n{'':<14}upload: wandb sync {os.path.relpath(upload)}"
+    parent, name = shlex.quote(os.path.relpath(folder.parent)), folder.name
+    upload = every if len(list(folder.parent.glob(every))) > 1 else name
+    return f"offline; look: wandb leet {parent}/{name}\n{'':<14}upload: wandb sync {parent}/{upload}"
 
 
 def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:

@@ -66,8 +66,8 @@ def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], c
 
 def targets(cfg: DictConfig) -> list[str]:
     """The classes that a composed configuration names: the user's choice, in this command or the configs folder."""
-    config = OmegaConf.to_container(cfg, resolve=False)
-    return [str(value) for place, value in leaves(config, "") if place.rpartition(".")[2] == "_target_"]
+    named = {place: value for place, value in leaves(OmegaConf.to_container(cfg, resolve=False), "")}
+    return [str(named[place]) for place in named if place.endswith("._target_") and not place.startswith("hydra.")]
 
 
 def check_target(place: str, target: Any, file: Path, allow: Sequence[str], commit: str) -> None:

@@ -8,6 +8,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from thaw.command_line import setting
+
 EVERY = 50  # steps between two looks at the losses on an accelerator
 
 
@@ -84,7 +86,8 @@ def way_back(trainer: Trainer) -> str:
         for path in (callback.last_model_path, callback.best_model_path):
             if path and (path in held or Path(path).is_file()):
                 rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-                return f"The last good weights are in {path}; go on with resume={path} optim.lr=<below {rate:.1e}>."
+                typed = setting("resume", path)
+                return f"The last good weights are in {path}; go on with {typed} optim.lr=<below {rate:.1e}>."
     return "The weights before this step are in the run's checkpoints folder, if an epoch was completed."
 
 

@@ -61,5 +61,6 @@ def quiet() -> None:
         "The `srun` command is available",
         "The dirpath has changed",  # a resumed run has its own folder
         "`trainer.*` .* was configured so ",
+        "could not find the monitored key",  # nothing was validated yet; later it is an error
     ):
         warnings.filterwarnings("ignore", f".*{meant}")

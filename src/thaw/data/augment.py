@@ -116,7 +116,8 @@ class Augment(nn.Module):
 
 def affine_grid(maps: Tensor, side: int) -> Tensor:
     """(B, 2, 3) -> (B, S, S, 2): F.affine_grid, ten times as fast and in full precision under autocast too."""
-    centres = (2 * torch.arange(side, device=maps.device) + 1) / side - 1  # (S,) of the pixels, in [-1, 1]
+    places = torch.arange(side, device=maps.device, dtype=maps.dtype)
+    centres = (2 * places + 1) / side - 1  # (S,) of the pixels, in [-1, 1]
     maps = maps[..., None, None]
     grid = maps[:, :, 0] * centres + (maps[:, :, 1] * centres[:, None] + maps[:, :, 2])  # (B, 2, S, S)
     return grid.permute(0, 2, 3, 1)

@@ -50,7 +50,8 @@ class Mix(nn.Module):
         if not self.is_on or len(labels) == 1 or torch.rand(()) >= self.probability:
             return images, labels
         transform = self.transforms[int(torch.randint(len(self.transforms), ()))]
-        return transform(images, F.one_hot(labels, num_classes).float())
+        shares = F.one_hot(labels, num_classes).to(torch.promote_types(images.dtype, torch.float32))
+        return transform(images, shares)
 
 
 def main_labels(targets: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ class Preprocess(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images[:, None].float() / 255  # (B, 1, 28, 28)
+        precise = torch.promote_types(self.mean.dtype, torch.float32)  # bf16 cannot tell 256 greys apart
+        x = images[:, None].to(precise) / 255  # (B, 1, 28, 28)
         if x.shape[-1] != self.image_size:
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True)  # (B, 1, S, S)
-        x = (x - self.mean) / self.std
+        x = ((x - self.mean) / self.std).to(self.mean.dtype)
         return x.expand(-1, self.channels, -1, -1)  # (B, C, S, S)

@@ -48,14 +48,43 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     return {"val/acc": round(validated["val/acc"], 6), **report.results, "data_source": datamodule.load().name}
 
 
-def validate_best(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule) -> float:
-    """Validation accuracy of the best checkpoint, from pixels; a warning if kept features had given another."""
-    best: Any = trainer.checkpoint_callback
-    (metrics,) = trainer.validate(model, datamodule, ckpt_path=best.best_model_path, verbose=False)
-    before, now = float(best.best_model_score), metrics["val/acc"]
-    if abs(now - before) > TOLERANCE + 1 / len(datamodule.split_dataset("val")):  # type: ignore[attr-defined]
-        log.warning("Validation accuracy is %.4f from pixels, but was %.4f from kept features.", now, before)
-    return round(now, 6)
+def best_weights(
+    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, again: bool
+) -> tuple[float | None, str | None]:
+    """The weights of a run that count: the best checkpoint's, or the last ones where validation has chosen none.
+
+    Args:
+        trainer: that has fitted the model.
+        again: validate the best checkpoint once more, from pixels; warns if kept features had given another accuracy.
+
+    Returns:
+        their validation accuracy and their file; None where there is none.
+    """
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    best: Any = kept[0] if kept else None
+    path = best.best_model_path if best else ""
+    if best and path and best.monitor is None:  # nothing is to be chosen by validation
+        return None, path
+    if best and path and best.monitor == "val/acc" and not again:
+        return round(float(best.best_model_score), 6), path
+    if not path:
+        if best and best.monitor and best.save_top_k and trainer.current_epoch:
+            path = best.best_model_path = best.format_checkpoint_name({})
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"validation has chosen no weights: those of step {trainer.global_step}, the last, count", flush=True)
+    if trainer.limit_val_batches == 0 or not is_overridden("test_step", model):
+        return None, path or None
+    (metrics,) = trainer.validate(model, datamodule, ckpt_path=path or None, verbose=False)
+    now = metrics["val/acc"]
+    if best and best.monitor == "val/acc" and best.best_model_score is not None:
+        before = float(best.best_model_score)
+        if abs(now - before) > TOLERANCE + 1 / len(datamodule.split_dataset("val")):  # type: ignore[attr-defined]
+            log.warning("Validation accuracy is %.4f from pixels, but was %.4f from kept features.", now, before)
+    return round(now, 6), path or None
 
 
 def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:

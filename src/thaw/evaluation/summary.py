@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
+from thaw.command_line import setting
 from thaw.config import backbone_name
 from thaw.data.sources import dataset_name
 from thaw.json_files import write_json
@@ -58,6 +59,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
         "epochs": trainer.current_epoch,
         "peak_memory_gb": peak_memory_gb(trainer),
         "checkpoint_mb": checkpoint_mb(trainer),
+        "chosen": getattr(trainer.checkpoint_callback, "best_model_score", None) is not None,  # else the last weights
         "seconds": round(seconds, 2),
         "seed": cfg.seed,
         "git_commit": git_commit(),
@@ -113,17 +115,19 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
         "trainable": f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters ({share:.2%})",
     }
     if facts["val/acc"] is not None:
-        lines["validation"] = f"{facts['val/acc']:.2%} accuracy, best of {facts['epochs']} epochs"
+        which = f"best of {facts['epochs']} epochs" if facts.get("chosen", True) else "of the last step's weights"
+        lines["validation"] = f"{facts['val/acc']:.2%} accuracy, {which}"
     if facts.get("val/knn_acc") is not None:
         lines["neighbours"] = f"{facts['val/knn_acc']:.2%} of validation digits have the label of their 20 nearest"
     if "backbone_file" in facts:
-        lines["for later"] = f"backbone.weights={os.path.relpath(facts['backbone_file'])}"
+        lines["for later"] = setting("backbone.weights", os.path.relpath(facts["backbone_file"]))
     if "heads" in facts:
         best = f"lr {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
         lines["head"] = f"{best}, best of {facts['heads']} on validation"
     if facts["test/acc"] is not None:
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
-        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}"
+        which = "" if facts.get("chosen", True) else ", of the last step's weights"
+        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{which}"
     lines["cost"] = f"{facts['seconds']:.1f} s"
     if facts["peak_memory_gb"] is not None:
         lines["cost"] += f", at most {facts['peak_memory_gb']:.1f} GB of memory"

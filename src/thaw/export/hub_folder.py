@@ -31,6 +31,7 @@ from thaw.files import atomic_folder, write_bytes, write_text
 from thaw.json_files import read_json, write_json
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
+from thaw.models.batch_norm import FeatureNorm
 from thaw.models.heads import LinearHead, MLPHead
 from thaw.predictor import Predictor
 
@@ -158,7 +159,7 @@ def head_settings(head: nn.Module) -> dict[str, Any]:
     """The arguments that build a head, but for its width and classes."""
     if isinstance(head, MLPHead):
         return {"hidden_features": head.hidden.out_features, "dropout": head.dropout.p}
-    kinds = {nn.LayerNorm: "layer", nn.BatchNorm1d: "batch", nn.Identity: "none"}
+    kinds = {nn.LayerNorm: "layer", FeatureNorm: "batch", nn.Identity: "none"}
     return {"norm": kinds[type(head.norm)]}  # type: ignore[index]
 
 

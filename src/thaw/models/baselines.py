@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from thaw.models.backbone import match_channels
+from thaw.models.batch_norm import FeatureNorm
 
 Numbers: TypeAlias = Sequence[float]
 
@@ -126,7 +127,7 @@ class MLP(Baseline):
         widths = [channels * image_size**2, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]  # (B, C S S)
         for before, width in pairwise(widths):
-            layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.Linear(before, width, bias=False), FeatureNorm(width), nn.ReLU(), nn.Dropout(dropout)]
         settings = {"hidden": list(hidden), "dropout": dropout}
         super().__init__(nn.Sequential(*layers), widths[-1], image_size, channels, mean, std, settings)
 

@@ -13,6 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
@@ -212,6 +213,8 @@ class Classifier(LightningModule):
             return
         if self.mix.is_on and datamodule.batch_size == 1:
             raise ValueError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
+        if isinstance(getattr(self.head, "norm", None), _BatchNorm) and datamodule.batch_size == 1:
+            raise ValueError("data.batch_size=1 has no statistics for head.norm=batch; set it to 2 or more.")
         if not self.cut:
             some_frozen = not all(parameter.requires_grad for parameter in self.backbone.parameters())
             self.cache.nothing_to_keep(some_frozen, self.trainer)

@@ -22,7 +22,10 @@ from thaw.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # numpy has no bf16: its bits
+NUMPY = {  # numpy has no bf16: its bits
+    **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
+    torch.bfloat16: np.int16,
+}
 
 
 class FeatureStore:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from thaw.models.batch_norm import FeatureNorm
+
 
 class LinearHead(nn.Module):
     """A linear layer on features, normalised without learned scale unless told otherwise.
@@ -25,7 +27,7 @@ class LinearHead(nn.Module):
         if norm == "layer":
             self.norm: nn.Module = nn.LayerNorm(in_features, elementwise_affine=False)
         elif norm == "batch":  # statistics of the last few thousand digits
-            self.norm = nn.BatchNorm1d(in_features, affine=False, momentum=0.01)
+            self.norm = FeatureNorm(in_features, affine=False, momentum=0.01)
         elif norm == "none":
             self.norm = nn.Identity()
         else:

@@ -95,6 +95,10 @@ class GAN(Objective):
         self.real_features: list[Tensor] = []  # (N, D) of training and validation digits, once known
         self.register_buffer("grid", fixed_latents(8 * 16, latent))
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("64-true", "bf16-true"):
+            raise ValueError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
         noise = torch.randn(len(real), self.latent, device=real.device)

@@ -5,10 +5,14 @@ same command finds what it left behind.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from thaw.targets import targets
 
 # What changes nothing in the trained weights: where they lie, what is measured afterwards, who is told.
 NOT_THE_RUN = (
@@ -19,9 +23,10 @@ NOT_THE_RUN = (
 
 
 def register_resolvers() -> None:
-    """Make `${job_key:}`, `${sweep_key:}` and `${run_id:}` known to configurations."""
+    """Make `${job_key:}`, `${sweep_key:}`, `${run_name:}` and `${run_id:}` known to configurations."""
     OmegaConf.register_new_resolver("job_key", job_key, replace=True)
     OmegaConf.register_new_resolver("sweep_key", sweep_key, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True, use_cache=True)
 
 
@@ -39,6 +44,19 @@ def job_key(_root_: DictConfig) -> str:
 def sweep_key(_root_: DictConfig) -> str:
     """Name of the experiment and a hash of what was typed after `train.py -m`, in any order."""
     return f"{_root_.name}_{digest(sorted(_root_.hydra.overrides.task))}"
+
+
+def run_name(_root_: DictConfig) -> str:
+    """`name`, or where `resume` goes on with another run and no name is typed, the name of that run."""
+    typed = {override.split("=")[0] for override in _root_.hydra.overrides.task}
+    if _root_.resume and "name" not in typed:
+        from thaw.checkpoint import find_saved
+
+        runs = Path("logs", "runs") / (_root_.name if "experiment" in typed else "")
+        with suppress(ValueError):  # said by the program itself
+            saved = find_saved(_root_.resume, runs, [*_root_.allow, *targets(_root_)])[0]
+            return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
+    return _root_.name
 
 
 def digest(value: Any) -> str:

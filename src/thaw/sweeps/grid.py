@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -20,10 +21,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.config import check_devices, check_types, explain, quoted
+from thaw.command_line import quoted
+from thaw.config import check_devices, check_types, explain
 from thaw.files import write_text
-from thaw.sweeps.jobs import is_first_rank, read_state
+from thaw.sweeps.jobs import is_first_rank, read_state, refuse_chdir
 from thaw.targets import targets
+from thaw.trainer_settings import check_trainer
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Grid(Sweeper):
         Raises:
             ValueError: a job that could not run, before the first one starts.
         """
+        refuse_chdir(self.config.hydra)
         jobs = self.jobs(arguments)
         check_jobs(jobs, on_this_machine="slurm" not in self.config.hydra.launcher._target_.lower())
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +159,7 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise ValueError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
         check_types(job.cfg)
+        check_trainer(job.cfg.trainer)
         if on_this_machine:
             check_devices(job.cfg.trainer)
 
@@ -202,6 +207,6 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
     if set(states) != {"new"}:
         print(write_report([folder], folder).text)
         if (folder / "wandb").is_dir():
-            wandb = os.path.relpath(folder / "wandb")
+            wandb = shlex.quote(os.path.relpath(folder / "wandb"))
             print(f"W&B: look: wandb leet {wandb}    upload: wandb sync {wandb}/*")
     return len(jobs) - states.count("done") + untested

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -124,6 +125,19 @@ def go_on(cfg: DictConfig) -> None:
     cfg.resume = str(run_dir / LAST)
     if cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.id = last["wandb_id"]
+
+
+def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
+    """Refuse Hydra's change of the working folder, before which all relative paths were meant.
+
+    Raises:
+        ValueError: it was asked for.
+    """
+    if hydra.job.chdir:
+        raise ValueError(
+            "hydra.job.chdir=true is not supported: data.dir, cache.dir and logs are relative to the folder in which "
+            "the command is typed. Leave it out; the run's own files go to its folder anyway."
+        )
 
 
 @contextmanager

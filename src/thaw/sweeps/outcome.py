@@ -79,7 +79,7 @@ def report_study(
 def describe(trial: FrozenTrial, objectives: Mapping[str, str], folder: Path) -> str:
     values = "  ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=True))
     where = os.path.relpath(folder / trial.user_attrs["folder"])
-    return f"best      trial {trial.number}: {values}  {' '.join(as_overrides(trial.params))}\n          {where}"
+    return f"best      trial {trial.number}: {values}  {shlex.join(as_overrides(trial.params))}\n          {where}"
 
 
 def address(storage: Path) -> str:

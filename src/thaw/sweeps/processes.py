@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.config import quoted
+from thaw.command_line import quoted
 from thaw.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
@@ -25,6 +25,9 @@ RANK_VARIABLES = (
     *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMP_NUM_THREADS", "SLURM_NTASKS"),
 )
+# By which a launcher tells a process its place. Lightning looks at each of them on its own.
+PLACE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+SLURM_PLACE = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
 
 
 def is_launched() -> bool:
@@ -34,6 +37,21 @@ def is_launched() -> bool:
     """
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
     return "LOCAL_RANK" in os.environ or ("SLURM_PROCID" in os.environ and tasks > 1)
+
+
+def drop_stray_ranks() -> None:
+    """Remove from the environment what would make this process a rank of a run that nothing started; says so.
+
+    Shells in containers and on clusters inherit such variables from jobs. torchrun and rank 0 set several at once.
+    """
+    stray = [name for name in PLACE if name in os.environ]
+    if {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() or is_child():
+        stray = []
+    if not {"SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= os.environ.keys():
+        stray += [name for name in SLURM_PLACE if name in os.environ]
+    if stray:
+        shown = " ".join(f"{name}={os.environ.pop(name)}" for name in stray)
+        print(f"warning: {shown} in the environment is ignored: no launcher started this process.", file=sys.stderr)
 
 
 def is_child() -> bool:
@@ -49,8 +67,8 @@ def num_processes(trainer: DictConfig) -> int:
     if devices in ("auto", -1, "-1"):
         import torch
 
-        return max(1, torch.cuda.device_count()) if trainer.accelerator in ("gpu", "cuda") else 1
-    return int(devices)
+        return max(1, torch.cuda.device_count()) if trainer.accelerator in ("gpu", "cuda", "auto") else 1
+    return len(devices.split(",")) if isinstance(devices, str) and "," in devices else int(devices)
 
 
 @contextmanager
@@ -67,6 +85,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     count = num_processes(cfg.trainer)
     if PARENT in os.environ:
         threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    check_world(count, cfg.trainer.num_nodes)
     if is_launched():
         yield
         return
@@ -103,6 +122,28 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def check_world(count: int, nodes: int) -> None:
+    """Compare the processes that the trainer asks for with those that were started.
+
+    Raises:
+        ValueError: there are others; without it they would wait for each other, or each train alone.
+    """
+    if not is_launched():
+        if nodes > 1:
+            raise ValueError(
+                f"trainer.num_nodes={nodes} needs a process for each device on {nodes} machines: start them with srun "
+                "(docs/slurm.sh) or torchrun, or set it to 1."
+            )
+        return
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or count * nodes)
+    if started != count * nodes:
+        raise ValueError(
+            f"A launcher started {started} process(es), but trainer.devices={count} and trainer.num_nodes={nodes} ask "
+            f"for {count * nodes}. Set trainer.devices to the number on each machine, with trainer.strategy=ddp for "
+            "several, or start train.py without a launcher."
+        )
 
 
 def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Popen]:

@@ -19,6 +19,7 @@ from thaw.sweeps.folders import job_key
 from thaw.sweeps.processes import is_launched
 from thaw.sweeps.space import Space, as_overrides, probes, read_space, shown
 from thaw.sweeps.study import make_sampler
+from thaw.trainer_settings import check_trainer
 
 Train = Callable[..., float | None]  # of a configuration and of callbacks that it does not name
 
@@ -110,6 +111,7 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
     typed = [override for override in overrides if key_of(override).replace("/", ".").split(".")[0] != "sweep"]
     plan = Plan(cfg, typed, Path(cfg.run_dir).resolve(), train)
     check_types(plan.base)
+    check_trainer(plan.base.trainer)
     check_devices(plan.base.trainer)
     check_objectives(plan)
     both = [override for override in typed if key_of(override) in plan.space]
@@ -119,6 +121,7 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
         try:
             one = plan.compose(params)
             check_types(one)
+            check_trainer(one.trainer)
             check_devices(one.trainer)
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"sweep.space leads to {shown(params)}, which cannot run: {explain(error)}") from error

@@ -47,6 +47,20 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*already reported")  # epochs that a trial repeats as it goes on
 
 
+class JournalLock:
+    """A lock of the operating system, which frees it when its process dies. For Optuna's own one waits 30 seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.lock = FileLock(path)
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
 def open_storage(path: Path) -> BaseStorage:
     """SQLite for `*.db`, a journal for `*.journal`; made if it is not there.
 
@@ -58,7 +72,8 @@ def open_storage(path: Path) -> BaseStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".journal":
-            return JournalStorage(JournalFileBackend(str(path)))
+            lock: Any = JournalLock(path.with_suffix(".journal.flock"))
+            return JournalStorage(JournalFileBackend(str(path), lock))
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": WAIT}})
     except Exception as error:  # of SQLAlchemy, alembic, json: whatever a strange file leads to
         reason = str(error).strip().partition("\n")[0]

@@ -1,0 +1,31 @@
+"""Settings between the shell and Hydra: paths as they are typed, and settings that can be pasted."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+PLAIN = r"[A-Za-z0-9_./@%+-]*[A-Za-z_./][A-Za-z0-9_./@%+-]*"  # a word that Hydra takes as it stands
+
+
+def quoted(value: Any) -> str:
+    """A text as a value on Hydra's command line, whatever characters it has."""
+    return "'" + str(value).replace("'", "\\'") + "'"
+
+
+def setting(key: str, value: str | Path) -> str:
+    """`key=value`, quoted for Hydra where commas, brackets, blanks or `=` would be read, and then for the shell."""
+    text = str(value)
+    return shlex.quote(f"{key}={text if re.fullmatch(PLAIN, text) else quoted(text)}")
+
+
+def quote_path(argument: str) -> str:
+    """`key=path` as Hydra reads it whatever characters are in the path, if it exists; anything else as it is."""
+    key, equals, value = argument.partition("=")
+    try:
+        exists = bool(equals) and Path(value).expanduser().exists()
+    except OSError:  # longer than a path can be
+        return argument
+    if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):  # a number stays one
+        return argument
+    return f"{key}={quoted(value)}"
