@@ -50,7 +50,7 @@ def build(tmp_path: Path) -> Callable[..., Predictor]:
         path = tmp_path / "checkpoints" / "best.ckpt"
         path.parent.mkdir(exist_ok=True)
         torch.save({"config": plain(cfg), "state_dict": model.state_dict(), "epoch": 1, "git_commit": "c0ffee"}, path)
-        return Predictor(model, cfg, path, "c0ffee")
+        return Predictor(model, cfg, path, "c0ffee", sources.class_names(cfg.data.dataset))
 
     return predictor
 

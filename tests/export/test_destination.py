@@ -50,7 +50,7 @@ def test_where_it_goes(tmp_path: Path) -> None:
 
 
 def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
-    facts: dict[str, Any] = {"parity_digits": 500, "parity_largest_difference": 1e-6, "data_source": "sample"}
+    facts: dict[str, Any] = {"parity_digits": 500, "parity_largest_difference": 1e-6, "data_title": "mine"}
     facts |= {"test_accuracy": 0.97, "test_accuracy_interval": [0.95, 0.98], "test_digits": 500}
     assert "WARNING" not in summary(facts, tmp_path)
     facts |= {"quantized": "int8", "quantized_operators": {"MatMulInteger": 3}, "agreement_with_fp32": 0.9}

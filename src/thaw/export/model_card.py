@@ -123,7 +123,7 @@ def model_card(
         low=low,
         high=high,
         test_digits=facts["test_digits"],
-        which="the official test split" if official else f"of {facts['data_title']}, **not an official test split**",
+        which="the official test split" if official else f"of {facts['data_title']}, **not the official test split**",
         val=facts["val_accuracy"],
         val_digits=facts["val_digits"],
         parameters=facts["parameters"],
