@@ -26,6 +26,7 @@ class Stream(io.FileIO):
 @contextmanager
 def lenient() -> Iterator[None]:
     """Let standard output and standard error take every text and outlive their reader."""
+    in_utf8()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = now = lenient_stream(sys.stdout), lenient_stream(sys.stderr)
     try:
@@ -34,6 +35,16 @@ def lenient() -> Iterator[None]:
         for stream in now:
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def in_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode where file names are ASCII (LC_ALL=C PYTHONUTF8=0).
+
+    Python stands in for other characters with surrogates there, which YAML, ONNX and more refuse.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
 
 
 def lenient_stream(stream: TextIO | None) -> TextIO:
