@@ -2,10 +2,14 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
+
+from thaw.files import named
 
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
 
@@ -49,7 +53,7 @@ def in_utf8() -> None:
 
 def lenient_stream(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by whoever started the program
-        return open(os.devnull, "w")  # noqa: PTH123
+        return open(os.devnull, "w", errors=ESCAPES)
     try:
         raw = Stream(stream.fileno(), "w", closefd=False)
     except (OSError, AttributeError):  # a notebook's or a test's, which is no file
@@ -63,6 +67,7 @@ def results() -> Iterator[TextIO]:
     """Standard output for results that are printed: a write that fails is an error.
 
     Raises:
+        OSError: it cannot be written.
         SystemExit: nobody reads any more; the status is that of a program which SIGPIPE has ended.
     """
     try:
@@ -71,8 +76,9 @@ def results() -> Iterator[TextIO]:
         yield sys.stdout
         return
     sys.stdout.flush()
+    exact = open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False)  # noqa: SIM115
     try:
-        with open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False) as file:
-            yield file
+        with named(Path("/dev/stdout")), exact:
+            yield exact
     except BrokenPipeError:
-        raise SystemExit(128 + 13) from None
+        raise SystemExit(128 + signal.SIGPIPE) from None

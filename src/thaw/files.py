@@ -66,7 +66,7 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = str(error.filename or path)
-        if error.errno is None or not (SUFFIX in place or path.is_relative_to(place)):
+        if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
         step = "Free some space, or choose" if error.errno in FULL else "Choose"
         raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
