@@ -105,6 +105,16 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
     assert (path / "README.md").read_text() == "second" and [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_full_disk_names_the_file_in_a_folder_by_its_later_place(tmp_path: Path) -> None:
+    with (
+        disk_of(100_000),
+        pytest.raises(OSError, match=rf"^{tmp_path}/model/weights cannot"),
+        atomic_folder(tmp_path / "model") as part,
+    ):
+        write_bytes(bytes(LARGE), part / "weights")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
 def test_other_reasons_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(descriptor: int) -> None:

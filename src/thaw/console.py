@@ -53,7 +53,7 @@ def in_utf8() -> None:
 
 def lenient_stream(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by whoever started the program
-        return open(os.devnull, "w", errors=ESCAPES)
+        return Path(os.devnull).open("w", errors=ESCAPES)
     try:
         raw = Stream(stream.fileno(), "w", closefd=False)
     except (OSError, AttributeError):  # a notebook's or a test's, which is no file
