@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
+from thaw.config import explain
 from thaw.csv_log import RunCSV
 from thaw.evaluation import axes
 from thaw.export.torch_program import save_program
@@ -130,6 +131,11 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/a\.json cannot be written"):
         write_json({}, tmp_path / "file" / "a.json")
+
+
+def test_a_full_disk_that_hydra_meets_names_the_setting() -> None:
+    """It writes a run's first files, and says nothing of their place."""
+    assert explain(OSError(errno.ENOSPC, "full")).startswith("hydra.run.dir cannot be written (full). Free some space")
 
 
 def test_the_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:

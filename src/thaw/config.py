@@ -70,11 +70,8 @@ def clear_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """The message of an error; for an unknown key also the keys that exist in its place."""
-    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own files
-        from hydra.core.hydra_config import HydraConfig
-
-        folder = HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else Path.cwd()
-        return f"{folder} cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
+        return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
     message = str(error).split("\n    full_key:")[0].strip()
     if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
