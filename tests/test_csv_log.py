@@ -63,6 +63,20 @@ def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
     assert rows(tmp_path) == [{"step": "0", "val/loss": "1.0"}]
 
 
+def test_a_new_column_never_leaves_a_shorter_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is rewritten then; a run that is killed meanwhile keeps its rows."""
+    log, replace, seen = logger(tmp_path, None), Path.replace, []
+    log.log_metrics({"val/acc": 0.5}, step=0)
+
+    def watched(path: Path, target: Path) -> Path:
+        seen.append([row["step"] for row in rows(tmp_path)])
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    log.log_metrics({"test/acc": 0.5}, step=1)
+    assert seen == [["0"]] and [row["test/acc"] for row in rows(tmp_path)] == ["", "0.5"]
+
+
 def test_equals_the_csv_of_an_uninterrupted_run(
     train: Callable[..., Path], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

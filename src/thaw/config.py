@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from thaw.command_line import quote_path
 from thaw.console import lenient
+from thaw.files import FULL
 from thaw.targets import leaves, refers_outside
 
 USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
@@ -84,6 +85,8 @@ def clear_errors() -> Iterator[None]:
 
 def explain(error: BaseException) -> str:
     """The message of an error; for an unknown key also the keys that exist in its place."""
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
+        return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
     message = str(error).split("\n    full_key:")[0].strip()
     if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -2,10 +2,14 @@
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
+
+from thaw.files import named
 
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
 
@@ -26,6 +30,7 @@ class Stream(io.FileIO):
 @contextmanager
 def lenient() -> Iterator[None]:
     """Let standard output and standard error take every text and outlive their reader."""
+    in_utf8()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = now = lenient_stream(sys.stdout), lenient_stream(sys.stderr)
     try:
@@ -36,9 +41,19 @@ def lenient() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def in_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode where file names are ASCII (LC_ALL=C PYTHONUTF8=0).
+
+    Python stands in for other characters with surrogates there, which YAML, ONNX and more refuse.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def lenient_stream(stream: TextIO | None) -> TextIO:
     if stream is None:  # closed by whoever started the program
-        return open(os.devnull, "w")  # noqa: PTH123
+        return Path(os.devnull).open("w", errors=ESCAPES)
     try:
         raw = Stream(stream.fileno(), "w", closefd=False)
     except (OSError, AttributeError):  # a notebook's or a test's, which is no file
@@ -52,6 +67,7 @@ def results() -> Iterator[TextIO]:
     """Standard output for results that are printed: a write that fails is an error.
 
     Raises:
+        OSError: it cannot be written.
         SystemExit: nobody reads any more; the status is that of a program which SIGPIPE has ended.
     """
     try:
@@ -60,8 +76,9 @@ def results() -> Iterator[TextIO]:
         yield sys.stdout
         return
     sys.stdout.flush()
+    exact = open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False)  # noqa: SIM115
     try:
-        with open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False) as file:
-            yield file
+        with named(Path("/dev/stdout")), exact:
+            yield exact
     except BrokenPipeError:
-        raise SystemExit(128 + 13) from None
+        raise SystemExit(128 + signal.SIGPIPE) from None

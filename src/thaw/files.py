@@ -66,10 +66,11 @@ def named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = str(error.filename or path)
-        if error.errno is None or not (SUFFIX in place or path.is_relative_to(place)):
+        if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
+        shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # of a folder that is being made
         step = "Free some space, or choose" if error.errno in FULL else "Choose"
-        raise OSError(f"{path} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
+        raise OSError(f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
 
 
 @contextmanager

@@ -1,14 +1,19 @@
 """Checkpoints that are written now and then are those that would have been written at once."""
 
+import io
+import pickle
+import re
 import signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -99,6 +104,60 @@ def test_what_is_removed_does_not_come_back(tmp_path: Path) -> None:
     writer.remove_checkpoint(tmp_path / "old.ckpt")
     writer.teardown()
     assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
+
+
+class Named(NamedTuple):
+    n: int
+
+
+UNREADABLE = {
+    "betas": ({"optimizer_states": [{"param_groups": [{"betas": OmegaConf.create([0.9, 0.99])}]}]}, "ListConfig"),
+    "numpy": ({"callbacks": {"Mine": {"best": np.float64(0.5)}}}, "float64"),
+    "path": ({"hyper_parameters": {"folder": Path("x")}}, "PosixPath"),
+    "key": ({"loops": {Path("x"): 1}}, "PosixPath"),
+    "function": ({"lr_schedulers": [{"lr_lambdas": (lambda step: step,)}]}, "function"),
+    "own class": ({"callbacks": {"Mine": [1, Named(2)]}}, "Named"),
+}
+PLACES = {
+    "betas": "checkpoint['optimizer_states'][0]['param_groups'][0]['betas']",
+    "numpy": "checkpoint['callbacks']['Mine']['best']",
+    "path": "checkpoint['hyper_parameters']['folder']",
+    "key": "a key of checkpoint['loops']",
+    "function": "checkpoint['lr_schedulers'][0]['lr_lambdas'][0]",
+    "own class": "checkpoint['callbacks']['Mine'][1]",
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("seconds", [0, LONG])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, seconds: float, kind: str) -> None:
+    """Not what is held back either, so that the run ends here and not after its last epoch."""
+    path, (wrong, name) = tmp_path / "last.ckpt", UNREADABLE[kind]
+    with pytest.raises(ValueError, match=f"^{re.escape(PLACES[kind])} is of type .*{name}, .*Allowed are .*Give plain"):
+        PacedCheckpointIO(seconds).save_checkpoint(holding(1.0) | wrong, path)
+    torch_says = io.BytesIO()
+    try:
+        torch.save(wrong, torch_says)
+    except (pickle.PicklingError, AttributeError):
+        return
+    torch_says.seek(0)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(torch_says, weights_only=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_that_torch_reads_again_is_written(tmp_path: Path) -> None:
+    weights = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    saved = {
+        "state_dict": weights.state_dict(),
+        "parameter": weights[0].weight,
+        "counts": Counter("aab"),
+        "plain": [None, True, 1, 0.5, 1j, "\udcfc", b"x", (1, [2]), {3}, torch.Size([2]), torch.bfloat16],
+        "device": torch.device("cpu"),
+    }
+    PacedCheckpointIO(0).save_checkpoint(saved, tmp_path / "last.ckpt")
+    read = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert read["plain"] == saved["plain"] and read["counts"] == saved["counts"]
 
 
 class Model(L.LightningModule):

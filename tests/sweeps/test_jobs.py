@@ -47,6 +47,35 @@ def test_a_failure_is_recorded_until_a_later_success(tmp_path: Path) -> None:
     assert jobs.read_state(tmp_path) == "done"
 
 
+def test_what_has_a_summary_has_not_failed(tmp_path: Path) -> None:
+    """Although an error came after it, in closing a logger."""
+
+    def late(cfg: DictConfig) -> float:
+        done(cfg)
+        raise OSError("no connection")
+
+    with pytest.raises(ValueError, match="a bad day"):
+        jobs.run_job(compose_run(tmp_path), raising)
+    with pytest.raises(OSError, match="no connection"):
+        jobs.run_job(compose_run(tmp_path), late)
+    assert (tmp_path / "summary.json").exists() and not (tmp_path / "failure.json").exists()
+
+
+def test_a_failure_that_cannot_be_recorded_is_still_the_one_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(facts: object, path: Path) -> None:
+        raise OSError(f"{path} cannot be written")
+
+    def train(cfg: DictConfig) -> float:
+        monkeypatch.setattr(jobs, "write_json", full)
+        raise OSError("last.ckpt cannot be written")
+
+    with pytest.raises(OSError, match=r"last\.ckpt cannot be written"):
+        jobs.run_job(compose_run(tmp_path), train)
+    assert "failure.json cannot be written" in caplog.text
+
+
 def checkpoint(cfg: DictConfig) -> None:
     path = Path(cfg.run_dir) / "checkpoints" / "last.ckpt"
     path.parent.mkdir(exist_ok=True)
@@ -61,12 +90,12 @@ def test_what_was_cut_off_goes_on_and_what_failed_starts_anew(tmp_path: Path) ->
         checkpoint(cfg)
         raise errors.pop(0)
 
-    errors: list[BaseException] = [KeyboardInterrupt(), ValueError("a bad day"), KeyboardInterrupt()]
+    errors: list[BaseException] = [KeyboardInterrupt(), OSError("full"), ValueError("a bad day"), KeyboardInterrupt()]
     while errors:
-        with pytest.raises((KeyboardInterrupt, ValueError)):
+        with pytest.raises((KeyboardInterrupt, ValueError, OSError)):
             jobs.run_job(compose_run(tmp_path), train)
     last = str(tmp_path / "checkpoints" / "last.ckpt")
-    assert resumed == [(None, None), (last, "abc"), (None, None)]
+    assert resumed == [(None, None), (last, "abc"), (last, "abc"), (None, None)]
     for status, goes_on in (("killed", True), ("timeout", True), ("failed", False)):
         jobs.record_failure(compose_run(tmp_path), status, "", "", 0.0)
         cfg = compose_run(tmp_path)

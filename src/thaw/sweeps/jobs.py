@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.config import USER_ERRORS, explain, plain
+from thaw.console import lenient
 from thaw.files import write_text
 from thaw.json_files import read_json, write_json
 from thaw.sweeps.folders import job_key
@@ -52,7 +53,8 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
         return run_in_folder(cfg, train)
     cfg.validate = cfg.test = False  # the winner alone is measured, at the end
     try:
-        return run_in_folder(cfg, train)
+        with lenient():  # submitit starts a job without the script around it
+            return run_in_folder(cfg, train)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
             raise  # which has put the job back into the queue
@@ -108,7 +110,8 @@ def is_claimed(run_dir: Path) -> bool:
 def go_on(cfg: DictConfig) -> None:
     """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run, if it was cut off.
 
-    What has raised an error starts anew: its cause may be mended, and what it has computed so far may be wrong.
+    What has raised an error starts anew: its cause may be mended, and what it has computed so far may be wrong. What
+    could not write a file goes on: its last checkpoint is whole.
     """
     from thaw import checkpoint
 
@@ -193,7 +196,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         if is_first_rank() and not has_summary(run_dir):
             pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
-            status = "pruned" if pruned else "failed"
+            status = "pruned" if pruned else "killed" if isinstance(error, OSError) else "failed"
             reason = str(error) if pruned else explain(error)
             try:
                 record_failure(cfg, status, reason, trace, time.monotonic() - started)
