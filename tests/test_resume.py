@@ -100,7 +100,7 @@ def test_a_finished_run_says_what_to_type(
     assert "training has ended, after all of trainer.max_epochs=1. To train longer: " in said
     command = said.split("To train longer: python train.py ")[1].splitlines()[0]
     assert epochs_of(again) == 1 and not (again / "checkpoints" / "last.ckpt").exists()
-    longer = train(*shlex.split(command.replace("<more>", "2")), name="longer")
+    longer = train(*shlex.split(command), name="longer")
     assert epochs_of(longer) == 2
     from_again = train(f"resume={again}", "trainer.max_epochs=2", name="from again")  # which had trained nothing
     for name, tensor in weights(longer).items():
