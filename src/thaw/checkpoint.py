@@ -172,8 +172,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved, path, checkpoint = find_saved(cfg.resume, runs if {"experiment", "name"} & set(typed) else runs.parent)
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise ValueError(
-            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave out "
-            "experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
+            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
+            "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
             "trainer=gpu."
         )
     before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
