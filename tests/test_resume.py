@@ -1,11 +1,16 @@
 """A resumed run equals one that was never interrupted, to the last bit."""
 
+import json
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
 from thaw.models.classifier import Classifier
@@ -76,3 +81,74 @@ def test_a_resumed_run_has_the_learning_rate_that_is_typed(train: Callable[..., 
     for before, after in zip(groups[first], groups[resumed], strict=True):
         assert after["initial_lr"] == pytest.approx(before["initial_lr"] / 2)  # tiny_run's is 1e-3
         assert after["weight_decay"] == (0.2 if before["weight_decay"] else 0)
+
+
+# What is gone on with
+
+
+def epochs_of(run_dir: Path) -> int:
+    return json.loads((run_dir / "summary.json").read_text())["epochs"]
+
+
+def test_a_finished_run_says_what_to_type(
+    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*tiny_run, "test=false", "trainer.max_epochs=1")
+    first = run.rename(run.with_name("first, [a]=b"))
+    again = train(f"resume='{first}'", name="again")
+    said = capsys.readouterr().out
+    assert "training has ended, after all of trainer.max_epochs=1. To train longer: " in said
+    command = said.split("To train longer: python train.py ")[1].splitlines()[0]
+    assert epochs_of(again) == 1 and not (again / "checkpoints" / "last.ckpt").exists()
+    longer = train(*shlex.split(command), name="longer")
+    assert epochs_of(longer) == 2
+    from_again = train(f"resume={again}", "trainer.max_epochs=2", name="from again")  # which had trained nothing
+    for name, tensor in weights(longer).items():
+        assert torch.equal(tensor, weights(from_again)[name]), name
+
+
+def test_early_stopping_stays_the_end(
+    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = "{_target_:thaw.callbacks.early_stopping.EarlyStopping,monitor:val/acc,mode:max,patience:1,min_delta:1.0}"
+    run = [*tiny_run, "test=false", "trainer.max_epochs=6", f"callbacks.early_stopping={stops}"]
+    first = train(*run, name="first")
+    assert epochs_of(first) == 2  # the first is better than none
+    again = train(f"resume={first}", name="again")
+    assert "early stopping has ended training, after 2 epochs" in capsys.readouterr().out
+    assert epochs_of(again) == 2
+    assert epochs_of(train(f"resume={first}", "callbacks.early_stopping.patience=2", name="patient")) == 3
+    assert epochs_of(train(f"resume={first}", "callbacks.early_stopping=null", name="whole")) == 6
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(*tiny_run, "test=false", "trainer.max_epochs=1", "optim.lr=0.01", name="whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(whole / "config.yaml", killed)
+    started = train(f"resume={killed}", name="started")
+    assert f"{killed} holds no checkpoint: its configuration starts from the beginning" in capsys.readouterr().out
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(started)[name]), name
+    (killed / "config.yaml").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration"):
+        train(f"resume={killed}", name="broken")
+
+
+def test_a_resumed_run_lies_where_its_name_says(
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("experiment=compare/lora", *tiny_run, "test=false", "trainer.max_epochs=1")
+    monkeypatch.chdir(tmp_path)
+    for typed, name in (
+        ([f"resume={run}"], "compare_lora"),
+        ([f"resume={run}/checkpoints/last.ckpt", "name=mine"], "mine"),
+        (["resume=nowhere"], "train"),  # said later
+        ([], "train"),
+    ):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose("train", typed, return_hydra_config=True)
+        assert Path(cfg.hydra.run.dir).parts[:3] == ("logs", "runs", name)

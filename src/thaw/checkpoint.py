@@ -277,8 +277,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise ValueError(
-            f"{cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave out "
-            "experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
+            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
+            "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
             "trainer=gpu."
         )
     before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
@@ -297,22 +297,22 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         saved.logger.wandb.id = checkpoint.get("wandb_id")
     if path is None:
         print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
-    elif reason := why_ended(checkpoint, saved):
-        longer = "callbacks.early_stopping=null" if reason.startswith("early") else f"{reason.split()[-1]}<more>"
+    elif ended := why_ended(checkpoint, saved):
+        reason, longer = ended
         print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
     return saved
 
 
-def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> str | None:
-    """Why a run would train no step more from its last checkpoint; None if it would."""
+def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> tuple[str, str] | None:
+    """Why a run would train no step more from its last checkpoint, and a setting that makes it; None if it would."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
     if most is not None and 0 <= most <= epochs:
-        return f"training has ended, after all of trainer.max_epochs={most}"
+        return f"training has ended, after all of trainer.max_epochs={most}", f"trainer.max_epochs={2 * most}"
     if steps is not None and 0 <= steps <= checkpoint["global_step"]:
-        return f"training has ended, after all of trainer.max_steps={steps}"
+        return f"training has ended, after all of trainer.max_steps={steps}", f"+trainer.max_steps={2 * steps}"
     patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
     states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
     if patience is not None and states and states[0]["wait_count"] >= max(1, patience):
-        return f"early stopping has ended training, after {epochs} epochs"
+        return f"early stopping has ended training, after {epochs} epochs", "callbacks.early_stopping=null"
     return None

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-PLAIN = r"[A-Za-z0-9_./@%+-]*[A-Za-z_./][A-Za-z0-9_./@%+-]*"  # a word that Hydra takes as it stands
+PLAIN = r"[A-Za-z0-9_.@%+-]*/[A-Za-z0-9_./@%+-]*"  # a path that Hydra takes as it stands
 
 
 def quoted(value: Any) -> str:

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,60 @@ def test_is_launched(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert processes.is_launched() == launched
+
+
+TORCHRUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "stray"),
+    [
+        ({"RANK": "1"}, {"RANK"}),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a"}, {"RANK", "WORLD_SIZE"}),
+        ({"LOCAL_RANK": "1"}, {"LOCAL_RANK"}),
+        ({"TORCHELASTIC_RUN_ID": "x"}, {"TORCHELASTIC_RUN_ID"}),
+        ({"SLURM_PROCID": "1"}, {"SLURM_PROCID"}),
+        ({"SLURM_NTASKS": "1"}, {"SLURM_NTASKS"}),
+        (TORCHRUN, set()),
+        (SRUN, set()),
+        ({"LOCAL_RANK": "1", processes.PARENT: "1"}, set()),
+        ({}, set()),
+    ],
+)
+def test_stray_ranks(
+    environment: dict[str, str], stray: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (*processes.PLACE, *processes.SLURM_PLACE, "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    processes.drop_stray_ranks()
+    assert {name for name in environment if name not in os.environ} == stray
+    said = capsys.readouterr().err
+    assert all(f"{name}={environment[name]}" in said for name in stray) and bool(said) == bool(stray)
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "nodes", "message"),
+    [
+        ({}, 2, 1, None),
+        ({}, 1, 2, "num_nodes=2 needs a process for each device on 2 machines"),
+        (TORCHRUN, 2, 1, None),
+        (TORCHRUN, 1, 2, None),
+        (TORCHRUN, 1, 1, r"started 2 process\(es\), but trainer.devices=1 and trainer.num_nodes=1 ask for 1"),
+        (SRUN, 4, 1, r"started 2 process\(es\), but trainer.devices=4 and trainer.num_nodes=1 ask for 4"),
+    ],
+)
+def test_the_processes_are_those_that_were_asked_for(
+    environment: dict[str, str], devices: int, nodes: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in processes.PLACE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        processes.check_world(devices, nodes)
 
 
 def test_lightning_does_not_take_our_ranks_for_sruns(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

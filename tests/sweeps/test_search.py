@@ -246,6 +246,21 @@ def test_several_objectives(sweep: Run, tmp_path: Path, capsys: pytest.CaptureFi
         assert title in page
 
 
+def test_the_journal_of_a_killed_worker_is_free(tmp_path: Path) -> None:
+    """A killed worker leaves Optuna's own lock behind, for which a new one would wait half a minute."""
+    journal = tmp_path / "study.journal"
+    program = (
+        "import os, signal, sys; from pathlib import Path; from thaw.sweeps.study import JournalLock;"
+        "path = Path(sys.argv[1]); JournalLock(path.with_suffix('.journal.flock')).acquire();"
+        "os.symlink(path, f'{path}.lock'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(journal)])
+    assert (tmp_path / "study.journal.lock").is_symlink() and (tmp_path / "study.journal.flock").exists()
+    started = time.monotonic()
+    studies.open_study(journal, "one", {"val/acc": "maximize"}, {})
+    assert time.monotonic() - started < 5
+
+
 def test_a_journal(sweep: Run, tmp_path: Path) -> None:
     journal = f"sweep.storage={tmp_path}/both.journal"
     train = Fake()

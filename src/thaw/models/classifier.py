@@ -273,7 +273,8 @@ class Classifier(LightningModule):
             self.kept.pop().features = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.self_contained or self.backbone.weights == "none":
+        rounded = self.dtype in (torch.float64, torch.bfloat16)  # trainer.precision=64-true: not the file's own bits
+        if self.self_contained or rounded or self.backbone.weights == "none":
             return
         if self.reference is None:
             names = frozen_names(self, self.freeze_policy.thaw_epochs(self.depths()))

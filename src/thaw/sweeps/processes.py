@@ -85,7 +85,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     count = num_processes(cfg.trainer)
     if PARENT in os.environ:
         threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
-    check_world(count, cfg.trainer.num_nodes)
+    check_world(count, cfg.trainer.get("num_nodes", 1))
     if is_launched():
         yield
         return
