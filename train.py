@@ -40,7 +40,9 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         if cfg.resume:
             model.backbone.fresh = frozenset()  # the checkpoint fills all
         elif cfg.start_from:
-            start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
+            weights = start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent)
+            if "weights" in cfg.backbone:
+                cfg.backbone.weights = weights
         loggers = build_list(cfg.logger, "logger")
         callbacks = [*build_list(cfg.callbacks, "callbacks"), RunRecord(cfg.run_dir, plain(cfg)), *callbacks]
         trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers)
