@@ -43,7 +43,10 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         if cfg.resume:
             model.backbone.fresh = frozenset()  # the checkpoint fills all
         elif cfg.start_from:
-            start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent, [*cfg.allow, *targets(cfg)])
+            allow = [*cfg.allow, *targets(cfg)]
+            weights = start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent, allow)
+            if "weights" in cfg.backbone:
+                cfg.backbone.weights = weights
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
         trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)

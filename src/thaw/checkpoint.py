@@ -187,7 +187,7 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> None:
+def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str:
     """Let a new run start from the weights of an earlier one; its policy, optimizer and schedule are its own.
 
     Args:
@@ -196,13 +196,17 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> Non
         runs: the folder below which `last` looks.
         allow: as for `read`.
 
+    Returns:
+        the earlier run's `backbone.weights`, from which those of the new one descend, too.
+
     Raises:
         ValueError: no such checkpoint, or one of another architecture.
     """
     from thaw.models.lora import merge_lora, plain_name
 
     path = find(wanted, runs, "best.ckpt")
-    source = load_model(read(path, allow))
+    checkpoint = read(path, allow)
+    source = load_model(checkpoint)
     merge_lora(source)
     theirs, own = source.state_dict(), model.state_dict()
     given = {name: theirs.pop(plain_name(name), None) for name in own}
@@ -216,6 +220,7 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> Non
         )
     model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})
     model.backbone.fresh = frozenset()
+    return checkpoint["config"]["backbone"].get("weights", "none")
 
 
 def read_config(path: Path, allow: Sequence[str]) -> DictConfig:

@@ -15,7 +15,7 @@ from thaw.data.sources import Source
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.json_files import read_json
-from thaw.predictor import Predictor
+from thaw.predictor import Predictor, load_predictor
 
 TOKEN = ["backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"]
 FOLDED = {
@@ -139,6 +139,17 @@ def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path
     assert front["license"] == "apache-2.0"
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == facts["test_accuracy"]
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_card_of_a_checkpoint_that_holds_all_weights(
+    train: Callable[..., Path], source: Source, tmp_path: Path
+) -> None:
+    """The weights that it started from are named all the same."""
+    few = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "logger=none", "trainer.max_epochs=1"]
+    run = train("model.self_contained=true", "validate=false", "test=false", *few)
+    export_folder(load_predictor(str(run), None, "cpu", "32-true"), source, None, tmp_path / "hub")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "# digits_vit, train, on MNIST" in text and "license: mit" in text and "pretrained by SimCLR" in text
 
 
 def test_a_folder_of_something_else_is_left_alone(

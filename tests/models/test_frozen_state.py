@@ -160,9 +160,10 @@ def test_start_from(train: Train, tiny_run: list[str]) -> None:
 
 def test_a_run_that_was_started_from_another_resumes(train: Train, tiny_run: list[str]) -> None:
     """Its backbone's weights are those of its checkpoint, wherever its architecture's came from."""
-    run = [*tiny_run, "backbone.weights=none", "test=false", "trainer.max_epochs=1"]
-    source = train(*run, "freeze=full", name="source")
+    run = [*tiny_run, "test=false", "trainer.max_epochs=1"]
+    source = train(*run, "backbone.weights=none", "freeze=full", name="source")
     started = train(*run, "freeze=linear_probe", f"start_from={source}", name="started")
+    assert json.loads((started / "summary.json").read_text())["weights"] == "none", "the file's weights are gone"
     resumed = train(f"resume={started}", "trainer.max_epochs=2", name="resumed")
     frozen = {name: tensor for name, tensor in states(source)["state_dict"].items() if name.startswith("backbone")}
     for name, tensor in frozen.items():

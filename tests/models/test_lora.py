@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thaw.data.datamodule import Batch
+from thaw.evaluation.cost import flops
 from thaw.models.backbone import Backbone
 from thaw.models.classifier import Classifier
 from thaw.models.lora import add_lora, merge_lora, plain_name
@@ -106,6 +107,14 @@ def test_a_copy_stands_alone(classifier: Build, policy: Callable, batch: Batch) 
     merge_lora(twin)
     assert len(updates(model)) == 12
     assert torch.equal(model(batch.images), before)
+
+
+def test_flops_are_those_of_the_merged_model(classifier: Build, policy: Callable, batch: Batch) -> None:
+    model = adapted(classifier, policy).eval()
+    logits, counted = model(batch.images), flops(model, batch.images[:1])
+    assert torch.equal(model(batch.images), logits)
+    merge_lora(model)
+    assert flops(model, batch.images[:1]) == counted
 
 
 def test_state_dict_round_trip(classifier: Build, policy: Callable, batch: Batch, tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def model_card(
     config = OmegaConf.create(checkpoint["config"])
     dataset, is_timm = facts["dataset"], isinstance(backbone, Backbone)
     hub_id, data_licence = DATASETS.get(dataset, (None, f"{dataset}, whose licence is not stated here"))
-    origin, base = weights_origin(backbone)
-    license = license or ("mit" if backbone.weights == "bundled" else None)
+    weights = config.backbone.get("weights", "none")
+    origin, base = weights_origin(backbone, weights)
+    license = license or ("mit" if weights == "bundled" else None)
     low, high = facts["test_accuracy_interval"]
     official = facts["data_source"] == "official"
     title = f"{facts['backbone']}, {facts['name']}, on {dataset}"
@@ -149,9 +150,13 @@ def model_card(
     )
 
 
-def weights_origin(backbone: Any) -> tuple[str, str | None]:
-    """Where a backbone's weights came from, and its id on the hub if they came from there."""
-    weights = backbone.weights
+def weights_origin(backbone: Any, weights: str) -> tuple[str, str | None]:
+    """Where a backbone's weights came from, and its id on the hub if they came from there.
+
+    Args:
+        backbone: the model's.
+        weights: as `backbone.weights` said in training; a checkpoint that holds all of them is loaded without it.
+    """
     if weights == "none":
         return "random at the start", None
     if weights == "bundled":
