@@ -199,13 +199,15 @@ def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:
 def to_pixels(picture: Image.Image) -> np.ndarray:
     """(H, W, 3) from 0 to 1, at most `WORKING_SIDE` high and wide."""
     if picture.mode[0] in "IF":  # 16 or 32 bits of grey
-        values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0, neginf=0)
+        picture = picture if picture.mode == "F" else picture.convert("I").convert("F")
+        picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+        values = np.nan_to_num(np.asarray(picture), posinf=0, neginf=0)
         values -= min(values.min(), 0)
         picture = Image.fromarray((values * (255 / (values.max() or 1))).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = on_contrast(picture.convert("RGBA"))
-    picture = picture.convert("RGB")
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+    if picture.mode == "RGBA":
+        picture = on_contrast(picture).convert("RGB")
     return np.asarray(picture, dtype=np.float32) / 255
 
 
@@ -236,7 +238,7 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
     darkest, brightest = np.quantile(edge.mean(axis=1), (0.05, 0.95))
     if brightest - darkest > UNEVEN:
         ink = contrast_in_shadow(pixels.mean(axis=2), darkest, brightest)
-        if np.quantile(border(ink), 0.97) < 1.5 * FAINTEST:  # else it is ink, or a frame, that makes the border uneven
+        if np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max():  # else it is ink, or a frame, that makes the border uneven
             return ink
     return np.abs(pixels - np.quantile(edge, 0.5, axis=0, method="nearest")).max(axis=2)
 
@@ -286,8 +288,9 @@ def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
     labels, count = ndimage.label(ink > faint, structure=np.ones((3, 3)))
     numbers = np.arange(1, count + 1)
     amounts = ndimage.sum_labels(ink, labels, numbers)
-    least = max(SPECK * amounts.max(), np.sort(amounts)[-MOST:][0])
-    kept = (ndimage.maximum(ink, labels, numbers) >= surely) & (amounts >= least)
+    sure = ndimage.maximum(ink, labels, numbers) >= surely
+    kept = sure & (amounts >= max(SPECK * amounts.max(), np.sort(amounts[sure])[-MOST:][0]))
+    kept = kept if kept.any() else sure  # of noise all may be specks
     strokes = regionprops(np.where(np.isin(labels, numbers[kept]), labels, 0))
     largest = max(strokes, key=lambda stroke: stroke.area_filled)
     if sheets and is_sheet(largest):
