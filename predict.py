@@ -1,8 +1,8 @@
 """Read the digits in pictures.    python predict.py ckpt=<run folder> <files or folders>"""
 
+import os
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -17,7 +17,8 @@ def take_inputs(arguments: list[str]) -> list[str]:
     inputs: list[str] = []
     others = arguments[:1]
     for before, word in pairwise(arguments):
-        is_input = Path(word).exists() or ("=" not in word and word[:1] not in ("", "-", "~", "+"))
+        # Path.exists raises an error for a word that is too long to be a name
+        is_input = os.path.exists(word) or ("=" not in word and word[:1] not in ("", "-", "~", "+"))  # noqa: PTH110
         (inputs if is_input and before not in TAKE_A_VALUE else others).append(word)
     arguments[:] = others
     return inputs
@@ -33,21 +34,26 @@ def main(cfg: DictConfig) -> None:
     from thaw.prediction import Writer, find_files, in_batches, open_output, predictions, read_file
     from thaw.predictor import load_predictor
 
-    files = find_files([*cfg.inputs, *inputs])
+    files, left_out = find_files([*cfg.inputs, *inputs])
+    for line in left_out:
+        print(line, file=sys.stderr)
     with open_output(cfg.output, cfg.format) as (file, format):
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         print(f"model: {model.checkpoint}", file=sys.stderr)
         writer = Writer(file, format, model.classes)
-        read = failed = 0
+        read = failed = doubtful = 0
         with tqdm(files, desc="files", unit="file", disable=None, leave=False) as bar:
             for batch in in_batches(one for path in bar for one in read_file(path)):
                 for row in predictions(model, batch, model.classes):
                     writer.write(row)
                     read, failed = read + (row["error"] is None), failed + (row["error"] is not None)
+                    doubtful += row["warning"] is not None
     if cfg.output:
         print(f"{read:,} digits of {len(files):,} files in {cfg.output}", file=sys.stderr)
+    if doubtful:
+        print(f"{doubtful:,} of {read + failed:,} rows are doubtful; the column `warning` says why.", file=sys.stderr)
     if failed:
-        raise ValueError(f"{failed:,} of {len(files):,} files could not be read; the column `error` says why.")
+        raise ValueError(f"{failed:,} of {read + failed:,} rows have no answer; the column `error` says why.")
 
 
 if __name__ == "__main__":

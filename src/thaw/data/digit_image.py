@@ -8,110 +8,207 @@ field of 28 x 28. Ink is 255, background 0.
 import gzip
 import io
 import re
+import warnings
 import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
-from torch import Tensor
+from skimage.filters import threshold_otsu
+from skimage.measure import regionprops
+from skimage.morphology import closing, disk, opening
 
 from thaw.data.idx import read_idx
 
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that a file of a stranger may reach
 SIDE, BOX = 28, 20  # pixels: of the field, and of the box that the digit fits
 CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's own training images
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
 MAX_BYTES = 64_000_000  # of an IDX file once decompressed: all 70,000 digits of MNIST have 55 MB
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the digit is looked for
+SHADOW_SIDE = 400  # pixels; the same where the ground lies partly in shadow
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
+UNEVEN = 0.12  # difference of brightness between parts of the border that may be a shadow's
 SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate stroke counts as dirt
+MOST = 100  # strokes that are looked at, of a picture that has more
+SECOND = 0.3  # size, as a share of the largest stroke's, from which another one may be a second digit
+WIDE = 1.5  # width by height, above which one stroke may be two digits; 0.2 % of MNIST's are wider
+KINDS = f"{', '.join(FORMATS)} or IDX file"
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of damage without the file's name; we say it with it
 
 
-def read_digits(content: bytes, name: str) -> Tensor:
-    """The digits in a file: one in a PNG or JPEG, any number in an IDX file (also as .gz).
+class Digit(NamedTuple):
+    """A digit that was found, uint8 (28, 28), or why there is none; and what is doubtful about it."""
+
+    image: np.ndarray | None
+    error: str = ""
+    warning: str = ""
+
+
+def read_digits(content: bytes, name: str) -> Iterator[Digit]:
+    """The digits in a file: one in a picture (`FORMATS`), any number in an IDX file, each also as .gz.
 
     Args:
         content: the whole file.
         name: what an error calls it.
 
-    Returns:
-        uint8 (N, 28, 28). Images of an IDX file that have this size already are taken as they are.
-
     Raises:
-        ValueError: no such file, a damaged one, one that is too large, or a picture without a digit.
+        ValueError: nothing in it can be read: a damaged IDX or .gz file, or one that is too large.
     """
-    if not content:
-        raise ValueError(f"{name} is empty; give a PNG, a JPEG or an IDX file.")
+    content = unpack(content, name)
+    if not is_idx(content):
+        yield read_picture(content, name)
+        return
+    images = read_images(content, name)
+    for index, (image, ordinary) in enumerate(zip(images, are_like_mnist(images), strict=True)):
+        yield Digit(image) if ordinary else read_array(image, f"{name}, image {index},")
+
+
+def unpack(content: bytes, name: str) -> bytes:
+    """Gunzip what is compressed, to at most `MAX_BYTES`."""
     if content[:2] == b"\x1f\x8b":
-        content = decompress(content, name)
-    if content[:2] != b"\0\0":
-        return find_digit(open_picture(content, name), name)[None]
-    images = read_idx(content, name)
-    if images.ndim != 3 or not images.numel():
-        raise ValueError(f"{name}: IDX data of shape {tuple(images.shape)}, expected images (N, height, width).")
-    if images.shape[1:] == (SIDE, SIDE):
-        return images
-    return torch.stack([find_digit(Image.fromarray(image.numpy()), name) for image in images])
-
-
-def decompress(content: bytes, name: str) -> bytes:
-    """Gunzip at most `MAX_BYTES`."""
-    try:
-        with gzip.open(io.BytesIO(content)) as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{name} is a damaged gzip file ({error}).") from error
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
+        try:
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{name} is a damaged gzip file ({error}).") from error
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
+    if not content:
+        raise ValueError(f"{name} is empty; give a {KINDS}.")
     return content
 
 
-def open_picture(content: bytes, name: str) -> Image.Image:
-    """Decode a PNG or JPEG, upright, after a look at the size that its header claims."""
+def is_idx(content: bytes) -> bool:
+    """Two zero bytes and one of IDX's element types; HEIC and icons begin with zeros too."""
+    return content[:2] == b"\0\0" and content[2:3] in (b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d", b"\x0e")
+
+
+def read_images(content: bytes, name: str) -> np.ndarray:
+    """The images of an IDX file, uint8 (N, H, W), N at least 1."""
+    images = read_idx(content, name).numpy()
+    if images.ndim != 3 or not images.size:
+        raise ValueError(f"{name}: IDX data of shape {images.shape}, expected images (N, height, width).")
+    return images
+
+
+def are_like_mnist(images: np.ndarray) -> np.ndarray:
+    """(N, H, W) -> bool (N,): those that are taken as they are, of 28 x 28 pixels with ink on a dark ground."""
+    if images.shape[1:] != (SIDE, SIDE):
+        return np.zeros(len(images), dtype=bool)
+    edges = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
+    contrasts = np.ptp(images.reshape(len(images), -1), axis=1)
+    return ((edges > 64).mean(axis=1) < 0.5) & (contrasts >= 255 * FAINTEST)
+
+
+def read_array(image: np.ndarray, name: str) -> Digit:
+    """The digit in uint8 (H, W) of any size, contrast and polarity."""
+    doubts = []
+    if image.max() == 1 and image.min() == 0:
+        image = 255 * image
+        doubts.append("its pixels are 0 and 1, read as 0 and 255")
+        if are_like_mnist(image[None])[0]:
+            return Digit(image, warning="; ".join(doubts))
+    if image.shape == (SIDE, SIDE):
+        doubts.append("its ground is not dark as MNIST's is, so it is read as a picture")
+    return found(Image.fromarray(image), name, doubts)
+
+
+def read_picture(content: bytes, name: str) -> Digit:
+    """The digit in a file of one of `FORMATS`."""
     try:
-        picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        picture, doubts = open_picture(content, name)
+    except ValueError as error:
+        return Digit(None, str(error))
+    return found(picture, name, doubts)
+
+
+def found(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit:
+    """What `find_digit` finds, and why it finds nothing."""
+    try:
+        image, doubt = find_digit(picture)
+    except Exception as error:  # whatever numpy and Pillow say of odd modes and sizes
+        reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__}: {error})."
+        return Digit(None, f"{name} {reason}")
+    return Digit(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
+
+
+def open_picture(content: bytes, name: str) -> tuple[Image.Image, list[str]]:
+    """Decode the first frame of a picture, after a look at the size that its header claims; with what is doubtful.
+
+    Raises:
+        ValueError: it is none, too large or damaged.
+    """
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
-                f"{name} claims {picture.width:,} x {picture.height:,} pixels; at most {MAX_PIXELS:,} are read: "
-                "reduce it."
-            )
+            raise Image.DecompressionBombError(f"{picture.width:,} x {picture.height:,}")
+        several = picture.format != "MPO" and getattr(
+            picture, "is_animated", False
+        )  # a phone's MPO has one real picture
         picture.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at about that size
         picture.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is neither a PNG, a JPEG nor an IDX file.") from error
-    except Image.DecompressionBombError as error:
-        claimed = "".join(f"{int(number):,} " for number in re.findall(r"\d+", str(error))[:1])  # Pillow looks first
-        raise ValueError(f"{name} claims {claimed}pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
-    except (OSError, SyntaxError, EOFError, zlib.error) as error:  # what Pillow raises for damaged data
-        raise ValueError(f"{name} is a damaged picture ({error}).") from error
-    return ImageOps.exif_transpose(picture)
+        raise ValueError(f"{name} is no {KINDS}; convert it to PNG or JPEG.") from error
+    except Image.DecompressionBombError as error:  # Pillow looks first
+        claimed = re.search(r"[\d,]+( x [\d,]+)?", str(error))
+        size = claimed[0] if claimed else "too many"
+        size = f"{int(size):,}" if size.isdigit() else size
+        raise ValueError(f"{name} claims {size} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+    except Exception as error:  # decoders raise nearly anything for damaged data
+        raise ValueError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
+    doubts = ["only the first of its frames is read"] if several else []
+    return turn(picture, doubts), doubts
 
 
-def find_digit(picture: Image.Image, name: str) -> Tensor:
-    """The digit of a picture by MNIST's rule, uint8 (28, 28).
+def turn(picture: Image.Image, doubts: list[str]) -> Image.Image:
+    """Upright, as the EXIF block says; as it is stored where that block is damaged, which is added to the doubts.
 
-    Ink is what differs from the colour of the picture's border, so that neither inversion nor colour matters.
+    XMP is not asked, as in browsers: programs that turn a picture leave it as it was.
+    """
+    for key in ("xmp", "XML:com.adobe.xmp"):
+        picture.info.pop(key, None)
+    try:
+        if all(value == value for value in picture.getexif().values()):  # a fraction with the denominator 0 is NaN
+            return ImageOps.exif_transpose(picture)
+    except Exception:  # of the kind that damaged pictures raise, but the picture itself is whole
+        pass
+    doubts.append("its EXIF data are damaged, so it is not turned")
+    return picture
+
+
+def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:
+    """The digit of a picture by MNIST's rule, uint8 (28, 28), and what is doubtful about it.
+
+    Ink is what differs from the ground, so that neither inversion nor colour matters.
 
     Raises:
-        ValueError: the picture is of one colour.
+        ValueError: the picture is of one colour. The message needs a name before it.
     """
-    ink = strokes(distance_from_border(picture), name)  # (H, W) from 0 to 1
+    ink, doubt = find_strokes(to_pixels(picture), sheets=2)  # (H, W) from 0 to 1
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     digit = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return torch.from_numpy(place(fit_box(digit)))
+    if not doubt and digit.shape[1] > WIDE * digit.shape[0]:
+        doubt = f"it is wider than {WIDE} times its height, so it may be more than one digit"
+    return place(fit_box(digit)), doubt
 
 
-def distance_from_border(picture: Image.Image) -> np.ndarray:
-    """(H, W) from 0 to 1: how far each pixel is from the median of the border, in the channel where it is farthest."""
+def to_pixels(picture: Image.Image) -> np.ndarray:
+    """(H, W, 3) from 0 to 1, at most `WORKING_SIDE` high and wide."""
     if picture.mode[0] in "IF":  # 16 or 32 bits of grey
-        values = np.asarray(picture, dtype=np.float32)
-        picture = Image.fromarray((values * (255 / max(values.max(), 1))).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = on_contrast(picture.convert("RGBA"))
-    picture = picture.convert("RGB")
+        picture = picture if picture.mode == "F" else picture.convert("I").convert("F")
+        picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
+        values = np.nan_to_num(np.asarray(picture), posinf=0, neginf=0)
+        values -= min(values.min(), 0)
+        picture = Image.fromarray((values * (255 / (values.max() or 1))).astype(np.uint8))
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(picture, dtype=np.float32) / 255  # (H, W, 3)
-    return np.abs(pixels - np.median(border(pixels), axis=0)).max(axis=2)
+    if picture.mode == "RGBA":
+        picture = on_contrast(picture).convert("RGB")
+    return np.asarray(picture, dtype=np.float32) / 255
 
 
 def on_contrast(picture: Image.Image) -> Image.Image:
@@ -131,31 +228,119 @@ def border(pixels: np.ndarray) -> np.ndarray:
     return pixels[~inside]
 
 
-def strokes(ink: np.ndarray, name: str) -> np.ndarray:
-    """The ink of the digit alone: without the unevenness of the ground, and without specks.
+def contrast(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> ink (H, W), from 0 to 1: how far each pixel is from the ground.
+
+    The ground is the median of the border, and the distance that of the channel where it is largest. A border that is
+    not of one brightness may lie partly in shadow: if so, ink is what differs from the ground around it.
+    """
+    edge = border(pixels)
+    darkest, brightest = np.quantile(edge.mean(axis=1), (0.05, 0.95))
+    if brightest - darkest > UNEVEN:
+        ink = contrast_in_shadow(pixels.mean(axis=2), darkest, brightest)
+        if (
+            np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max()
+        ):  # else it is ink, or a frame, that makes the border uneven
+            return ink
+    return np.abs(pixels - np.quantile(edge, 0.5, axis=0, method="nearest")).max(axis=2)
+
+
+def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np.ndarray:
+    """(H, W) -> ink (H, W): by which share each pixel is darker, or brighter, than the ground around it.
+
+    A morphological closing (of bright ink an opening) takes away strokes and leaves the edge of a shadow where it is. A
+    share, as a shadow darkens ink and ground by the same factor.
+
+    Args:
+        darkest, brightest: of the border. Ink in the shadow is darker than all of it, bright ink in the light brighter;
+            where nothing is, all counts as ink.
+    """
+    darker, brighter = (grey < darkest - FAINTEST).mean(), (grey > brightest + FAINTEST).mean()
+    if max(darker, brighter) < 0.002:
+        return np.ones_like(grey)
+    height, width = grey.shape
+    scale = min(1, SHADOW_SIDE / max(grey.shape))
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    small = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
+    reach = max(1, max(size) // 10)  # half of what a stroke is wide at most
+    small = np.pad(ndimage.gaussian_filter(small, 1), reach, mode="edge")
+    footprint = disk(reach, decomposition="sequence")
+    if brighter > darker:
+        ink = 1 - (opening(small, footprint) + 0.1) / (small + 0.1)  # or noise on black would be a large share
+    else:
+        ink = 1 - (small + 0.02) / (closing(small, footprint) + 0.02)
+    ink = ink[reach:-reach, reach:-reach]
+    return np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
+    """The ink of the digit alone: without the unevenness of the ground, specks and frames; and what is doubtful.
 
     Pixels count that are darker than the border's own variation and connected to one above Otsu's threshold (1979).
+
+    Args:
+        pixels: (H, W, 3).
+        sheets: how often what looks like a sheet of paper, or the inside of a frame, is looked at by itself.
     """
+    ink = contrast(pixels)
     if ink.max() < FAINTEST:
-        raise ValueError(f"{name} shows no digit: all its pixels have about the same colour.")
-    surely = otsu(ink)
+        raise ValueError("shows no digit: all its pixels have about the same colour.")
+    surely = threshold_otsu(ink)
     faint = np.clip(1.5 * np.quantile(border(ink), 0.98), 0.05, surely / 2)
     labels, count = ndimage.label(ink > faint, structure=np.ones((3, 3)))
     numbers = np.arange(1, count + 1)
     amounts = ndimage.sum_labels(ink, labels, numbers)
-    kept = (ndimage.maximum(ink, labels, numbers) >= surely) & (amounts >= SPECK * amounts.max())
-    return np.where(np.isin(labels, numbers[kept]), ink, 0)
+    sure = ndimage.maximum(ink, labels, numbers) >= surely
+    kept = sure & (amounts >= max(SPECK * amounts.max(), np.sort(amounts[sure])[-MOST:][0]))
+    kept = kept if kept.any() else sure  # of noise all may be specks
+    strokes = regionprops(np.where(np.isin(labels, numbers[kept]), labels, 0))
+    largest = max(strokes, key=lambda stroke: stroke.area_filled)
+    if sheets and is_sheet(largest):
+        cut = 1 + round(0.01 * max(ink.shape))  # its blurred edge
+        inside = pixels[largest.slice][cut:-cut, cut:-cut]
+        if inside.size and contrast(inside).max() >= FAINTEST:
+            return find_strokes(inside, sheets - 1)
+    strokes = without_frames(strokes, ink.shape)
+    length = max(map(side, strokes))
+    shapes = sum(side(stroke) >= SECOND * length for stroke in strokes)
+    doubt = f"it shows {shapes} separate shapes, so it may be more than one digit" if shapes > 1 else ""
+    return np.where(np.isin(labels, [stroke.label for stroke in strokes]), ink, 0), doubt
 
 
-def otsu(values: np.ndarray) -> float:
-    """The threshold that separates two groups of values with the largest variance between them (Otsu 1979)."""
-    counts, edges = np.histogram(values, bins=256, range=(0, values.max()))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, above = counts.cumsum(), counts[::-1].cumsum()[::-1]
-    sums = (counts * centres).cumsum()
-    mean_below = sums[:-1] / np.maximum(below[:-1], 1)
-    mean_above = (sums[-1] - sums[:-1]) / np.maximum(above[1:], 1)
-    return float(edges[1:-1][np.argmax(below[:-1] * above[1:] * (mean_below - mean_above) ** 2)])
+def is_sheet(stroke: Any) -> bool:
+    """Whether a region is a nearly full rectangle, and no bar: paper, or the inside of a frame, with a digit on it."""
+    height, width = stroke.image.shape
+    full = stroke.area_filled > 0.93 * stroke.area_bbox and stroke.area > 0.65 * stroke.area_bbox
+    return full and 1 / 3 < height / width < 3
+
+
+def without_frames(strokes: list[Any], shape: tuple[int, ...]) -> list[Any]:
+    """Those that neither enclose another one nor run along the edge of the picture from one end to the other."""
+    strokes = [stroke for stroke in strokes if not any(encloses(stroke, other) for other in strokes)]
+    margin = max(1, round(0.1 * min(shape)))
+
+    def lies_inside(stroke: Any) -> bool:
+        rows, columns = stroke.coords.T
+        within = (np.minimum(rows, shape[0] - 1 - rows) >= margin) & (
+            np.minimum(columns, shape[1] - 1 - columns) >= margin
+        )
+        return bool(within.any()) or (stroke.image.shape[0] < shape[0] and stroke.image.shape[1] < shape[1])
+
+    return list(filter(lies_inside, strokes)) or strokes
+
+
+def encloses(outer: Any, inner: Any) -> bool:
+    """Whether a region that is no speck, as the dot in a 0 is, lies in a hole of another one."""
+    (top, left, bottom, right), (first, start, last, end) = outer.bbox, inner.bbox
+    if not (top < first and left < start and last < bottom and end < right and side(inner) >= 0.25 * side(outer)):
+        return False
+    rows, columns = inner.coords.T
+    return bool(outer.image_filled[rows - top, columns - left].all())
+
+
+def side(stroke: Any) -> int:
+    """The longer side of a region's bounding box, in pixels."""
+    return max(stroke.image.shape)
 
 
 def fit_box(digit: np.ndarray) -> np.ndarray:

@@ -10,12 +10,16 @@ from thaw.serve.requests import Digits
 
 
 class Prediction(BaseModel):
-    """Of one image. `input` (28 x 28) and `attention` (h x w, sums to 1) come with `explain` only."""
+    """Of one image. `warning` says what is doubtful about it, such as two digits in one picture.
+
+    `input` (28 x 28) and `attention` (h x w, sums to 1) come with `explain` only.
+    """
 
     index: int
     class_: str = Field(alias="class")
     confidence: float
     probabilities: list[float]
+    warning: str | None
     input: list[list[int]] | None = None
     attention: list[list[float]] | None = None
 
@@ -34,7 +38,7 @@ def to_json(answer: Answer, digits: Digits, names: Sequence[str]) -> bytes:
         index = row.index(confidence)
         part = (
             f'{{"class":{quoted[index]},"index":{index},"confidence":{confidence:.7g},'
-            f'"probabilities":{numbers % tuple(row)}'
+            f'"probabilities":{numbers % tuple(row)},"warning":{json.dumps(digits.warnings[place] or None)}'
         )
         if digits.explain:
             attention = None

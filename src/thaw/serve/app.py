@@ -65,7 +65,7 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
 
     @app.post("/predict", summary="Which class each image is", openapi_extra=predict_docs(limits))
     async def predict(request: Request) -> Response:
-        """One or many images, as JSON or as one PNG, JPEG or IDX file."""
+        """One or many images, as JSON or as one picture or IDX file."""
         deadline = asyncio.get_running_loop().time() + limits.request_seconds
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and kind not in FILE_TYPES:

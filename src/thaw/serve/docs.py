@@ -11,9 +11,12 @@ from thaw.serve.answers import PredictResponse
 from thaw.serve.limits import Limits
 from thaw.serve.requests import FILE_TYPES, PredictRequest
 
-ROW = [0] * 28
+EMPTY, STROKE = [0] * 28, [0] * 13 + [255] * 3 + [0] * 12
 EXAMPLES = {
-    "pixels": {"summary": "28 x 28 pixels as in MNIST: ink 255, ground 0", "value": {"images": [[ROW] * 28]}},
+    "pixels": {
+        "summary": "28 x 28 pixels as in MNIST: ink 255, ground 0",
+        "value": {"images": [[EMPTY] * 4 + [STROKE] * 20 + [EMPTY] * 4]},
+    },
     "picture": {
         "summary": "a picture, and an explanation with the answer",
         "value": {"images": ["data:image/png;base64,iVBORw0KGgo..."], "explain": True},
@@ -26,6 +29,7 @@ ANSWER = {
             "index": 7,
             "confidence": 0.98,
             "probabilities": [0.001, 0.002, 0.004, 0.002, 0.001, 0.001, 0.001, 0.98, 0.003, 0.005],
+            "warning": None,
         }
     ]
 }

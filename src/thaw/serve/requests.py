@@ -9,15 +9,23 @@ from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from thaw.data.digit_image import SIDE, decompress, find_digit, read_digits
-from thaw.data.idx import read_idx
+from thaw.data.digit_image import (
+    FORMATS,
+    SIDE,
+    Digit,
+    are_like_mnist,
+    is_idx,
+    read_array,
+    read_images,
+    read_picture,
+    unpack,
+)
 from thaw.serve.limits import Limits, RefusedError
 
-FILE_TYPES = ("image/png", "image/jpeg", "application/octet-stream")
+FILE_TYPES = (*(f"image/{kind.lower()}" for kind in FORMATS), "image/jpg", "application/octet-stream")
 QUICK = 50_000  # bytes of JSON that are parsed on the event loop, in less than a millisecond
 
 Pixel = Annotated[StrictInt, Field(ge=0, le=255)]
@@ -26,8 +34,14 @@ Rows = Annotated[
     list[Row],
     Field(min_length=SIDE, max_length=SIDE, fail_fast=True, description="28 rows of 28 pixels, ink bright"),
 ]
-Picture = Annotated[str, Field(description="a PNG or JPEG in base64; `data:image/png;base64,` may stand before it")]
-Digit = Annotated[
+Picture = Annotated[
+    str,
+    Field(
+        description=f"a picture ({', '.join(FORMATS)}) in base64, also wrapped, without padding or URL-safe; "
+        "`data:image/png;base64,` may stand before it"
+    ),
+]
+Sent = Annotated[
     Annotated[Picture, Tag("picture")] | Annotated[Rows, Tag("pixels")],
     Discriminator(lambda value: "picture" if isinstance(value, str) else "pixels"),
 ]
@@ -37,14 +51,15 @@ class PredictRequest(BaseModel):
     """What `POST /predict` takes as JSON."""
 
     model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[Digit], Field(min_length=1, fail_fast=True)]  # one error is told, and only one is kept
+    images: Annotated[list[Sent], Field(min_length=1, fail_fast=True)]  # one error is told, and only one is kept
     explain: Annotated[StrictBool, Field(description="answer with what the model saw and where it looked, too")] = False
 
 
 class Digits(NamedTuple):
-    """The content of a request: uint8 (N, 28, 28), and whether its client wants an explanation."""
+    """The content of a request: uint8 (N, 28, 28), what is doubtful about each, and whether to explain the answer."""
 
     images: np.ndarray
+    warnings: list[str]
     explain: bool
 
 
@@ -100,34 +115,37 @@ class RequestReader:
 
     async def decode(self, body: bytes, kind: str) -> Digits:
         if kind != "application/json":
-            return Digits(await self.read_file(body), False)
+            return await self.read_file(body)
         if len(body) <= QUICK:
             parsed = parse(body)
         else:
             parsed = await self.in_thread(parse, body)
         self.check_count(len(parsed.images))
-        images = [
-            await self.in_thread(read_base64, image, f"images[{place}]") if isinstance(image, str) else from_rows(image)
-            for place, image in enumerate(parsed.images)
-        ]
-        return Digits(images[0] if len(images) == 1 else np.concatenate(images), parsed.explain)
+        digits = []
+        for place, image in enumerate(parsed.images):
+            name = f"images[{place}]"
+            if isinstance(image, str):
+                digits.append(told(await self.in_thread(read_base64, image, name)))
+            else:
+                digits.append(await self.read_array(from_rows(image), name))
+        return together(digits, parsed.explain)
 
-    async def read_file(self, content: bytes) -> np.ndarray:
-        """The digits of a PNG, JPEG or IDX file; pictures one by one, so that a client that gave up stops it."""
-        if content[:2] == b"\x1f\x8b":
-            content = await self.in_thread(decompress, content, "the body")
-        if content[:2] != b"\0\0":
-            return (await self.in_thread(read_digits, content, "the body")).numpy()
-        images = told(read_idx, content, "the body").numpy()
-        if images.ndim != 3 or not images.size:
-            raise RefusedError(
-                422, f"the body: IDX data of shape {tuple(images.shape)}; send images (N, height, width)."
-            )
+    async def read_file(self, content: bytes) -> Digits:
+        """The digits of a picture or an IDX file; one by one, so that a client that gave up stops it."""
+        content = await self.in_thread(unpack, content, "the body")
+        if not is_idx(content):
+            return together([told(await self.in_thread(read_picture, content, "the body"))], False)
+        images = await self.in_thread(read_images, content, "the body")
         self.check_count(len(images))
-        if images.shape[1:] == (SIDE, SIDE):
-            return images
-        pictures = [Image.fromarray(image) for image in images]
-        return np.stack([(await self.in_thread(find_digit, picture, "the body")).numpy() for picture in pictures])
+        if are_like_mnist(images).all():
+            return Digits(images, [""] * len(images), False)
+        digits = [await self.read_array(image, f"the body, image {place},") for place, image in enumerate(images)]
+        return together(digits, False)
+
+    async def read_array(self, image: np.ndarray, name: str) -> Digit:
+        if are_like_mnist(image[None])[0]:
+            return Digit(image)
+        return told(await self.in_thread(read_array, image, name))
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
@@ -137,15 +155,25 @@ class RequestReader:
             )
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, told, function, *arguments)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
+        except ValueError as error:  # of thaw's data, for the client
+            raise RefusedError(422, str(error)) from error
 
 
-def told(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of thaw's data; what it says of bad data goes to the client."""
-    try:
-        return function(*arguments)
-    except ValueError as error:
-        raise RefusedError(422, str(error)) from error
+def told(digit: Digit) -> Digit:
+    """A digit that was found; the client is told why there is none."""
+    if digit.image is None:
+        raise RefusedError(422, digit.error)
+    return digit
+
+
+def together(digits: list[Digit], explain: bool) -> Digits:
+    return Digits(
+        np.stack([digit.image for digit in digits if digit.image is not None]),
+        [digit.warning for digit in digits],
+        explain,
+    )
 
 
 def parse(body: bytes) -> PredictRequest:
@@ -176,21 +204,22 @@ def shortened(value: Any) -> str:
 
 
 def from_rows(rows: list[list[int]]) -> np.ndarray:
-    """28 rows of 28 valid pixels -> uint8 (1, 28, 28)."""
-    return np.frombuffer(bytes(chain.from_iterable(rows)), dtype=np.uint8).reshape(1, SIDE, SIDE)
+    """28 rows of 28 valid pixels -> uint8 (28, 28)."""
+    return np.frombuffer(bytes(chain.from_iterable(rows)), dtype=np.uint8).reshape(SIDE, SIDE)
 
 
-def read_base64(text: str, name: str) -> np.ndarray:
-    """A picture, uint8 (1, 28, 28)."""
+def read_base64(text: str, name: str) -> Digit:
+    """The digit of a picture in base64 of any kind: wrapped lines, the URL-safe alphabet, with or without padding."""
     head, comma, rest = text.partition(",")
-    if comma and not (head.startswith("data:image/") and head.endswith(";base64")):
+    if comma and not (head.lower().startswith("data:image/") and head.lower().endswith(";base64")):
         raise ValueError(
             f"{name} starts with {head[:40]!r}; give base64, with data:image/png;base64, or nothing before it."
         )
+    letters = "".join((rest if comma else head).split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
-        content = base64.b64decode(rest if comma else head, validate=True)
+        content = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{name} is not base64 ({error}); send a PNG or JPEG in base64, or rows of pixels.") from error
-    if content[:2] in (b"\0\0", b"\x1f\x8b"):
-        raise ValueError(f"{name} is no PNG or JPEG; send an IDX file as the whole body, as application/octet-stream.")
-    return read_digits(content, name).numpy()
+        raise ValueError(f"{name} is not base64 ({error}); send a picture in base64, or rows of pixels.") from error
+    if is_idx(content) or content[:2] == b"\x1f\x8b":
+        raise ValueError(f"{name} is no picture; send an IDX file as the whole body, as application/octet-stream.")
+    return read_picture(content, name)
