@@ -15,7 +15,9 @@ import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
-RENAMED: dict[str, str] = {}  # class -> its name today
+RENAMED = {  # class -> its name today
+    "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.early_stopping.EarlyStopping",
+}
 RENAMED_KEYS: dict[tuple[str, str], str] = {}  # (class, key) -> the key's name today
 REMOVED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> the only value that today's code still has
 ADDED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> what the code did before, where the YAML says another

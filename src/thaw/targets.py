@@ -15,7 +15,7 @@ OWN = "thaw"
 OPTIMIZERS = ("torch.optim", "timm.optim")
 LIGHTNING = {
     "lightning.Trainer",
-    *(f"lightning.pytorch.callbacks.{name}" for name in ("EarlyStopping", "LearningRateMonitor", "ModelCheckpoint")),
+    *(f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")),
     "lightning.pytorch.loggers.TensorBoardLogger",
     "lightning.pytorch.profilers.SimpleProfiler",
 }
