@@ -15,6 +15,8 @@ from own_digits import write_csv
 
 from thaw.checkpoint import read
 from thaw.data.datamodule import load_source
+from thaw.data.idx import write_idx
+from thaw.data.sources import load_sample
 from thaw.predictor import load_predictor
 
 FEW = ["robustness.digits=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
@@ -110,7 +112,10 @@ def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys:
         assert {row["label"] for row in rows} <= {"four", "three", "two", "one", "zero"}
 
     (tmp_path / "mine.csv").unlink()  # who only predicts needs no data
-    assert load_predictor(str(run)).classes == ["four", "three", "two", "one", "zero"]
+    (tmp_path / "digit-idx3-ubyte").write_bytes(write_idx(load_sample("MNIST").test.images[:1]))
+    asked = [f"ckpt={run}", f"inputs=[{tmp_path / 'digit-idx3-ubyte'}]", f"output={tmp_path / 'answers.csv'}"]
+    import_module("predict").main(compose_config("predict", ALLOW, *asked))
+    assert "p(four),p(three),p(two),p(one),p(zero)" in (tmp_path / "answers.csv").read_text()
 
 
 def test_a_checkpoint_without_classes_still_names_them(linear_probe: Path, tmp_path: Path) -> None:
