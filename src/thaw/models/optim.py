@@ -107,8 +107,8 @@ class OptimizerRecipe:
         total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
         if not math.isfinite(total_steps):
             raise ValueError(
-                "The cosine of the learning rate needs an end: set trainer.max_epochs to a number of epochs (not -1), or "
-                "add +trainer.max_steps=<steps>."
+                "The cosine of the learning rate needs an end: set trainer.max_epochs to a number (not -1), or add "
+                "+trainer.max_steps=<steps>."
             )
         if not math.isfinite(trainer.num_training_batches):  # trainer.max_steps ends it
             trainer.fit_loop.setup_data()
