@@ -104,13 +104,14 @@ class OptimizerRecipe:
         The optimizer knows from its first step every parameter that will ever train: what is still frozen has no
         gradient, and so is left alone.
         """
-        trainer.fit_loop.setup_data()  # counts the batches, which the next line does for a number of epochs alone
-        total_steps = trainer.estimated_stepping_batches
+        total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
         if not math.isfinite(total_steps):
             raise ValueError(
-                f"trainer.max_epochs={trainer.max_epochs} has no end, which the cosine of the learning rate needs; set "
-                "it to a number of epochs, or add +trainer.max_steps=<steps>."
+                "The cosine of the learning rate needs an end: set trainer.max_epochs to a number (not -1), or add "
+                "+trainer.max_steps=<steps>."
             )
+        if not math.isfinite(trainer.num_training_batches):  # trainer.max_steps ends it
+            trainer.fit_loop.setup_data()
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         groups = self.groups(named_parameters, depths, thaw_epochs)
         scale = self.lr_scale(trainer)
