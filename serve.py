@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.ckpt.endswith(".onnx"):
         from thaw.export.onnx_model import load_onnx
 
-        model, on_cpu = load_onnx(Path(cfg.ckpt)), True
+        model, on_cpu = load_onnx(Path(cfg.ckpt).expanduser()), True
     else:
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         on_cpu = model.fabric.device.type == "cpu"

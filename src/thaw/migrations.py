@@ -62,10 +62,7 @@ def migrate_blocks(value: Any, place: str, changed: list[str], cannot: str) -> N
 
 
 def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot: str) -> None:
-    old = block["_target_"]
-    target = block["_target_"] = RENAMED.get(old, old)
-    if target != old:
-        changed.append(f"{place}_target_ is {target}, once {old}")
+    target = block["_target_"] = RENAMED.get(block["_target_"], block["_target_"])
     for key in [key for key in block if (target, key) in RENAMED_KEYS]:
         block[RENAMED_KEYS[target, key]] = block.pop(key)
         changed.append(f"{place}{RENAMED_KEYS[target, key]} was once {key}")

@@ -6,12 +6,13 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor
 
@@ -160,7 +161,7 @@ DISTURBED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "frame inside": lambda image: framed(image, 5, 3, "black"),
     "two frames": lambda image: framed(framed(image, 2, 2, "black"), 8, 2, "black"),
     "frame on two sides": lambda image: framed(image, 0, 5, "black").crop((0, 0, image.width - 6, image.height - 6)),
-    "dark table": lambda image: framed(image.resize((800, 800)), 0, 150, "#402010"),
+    "dark table": lambda image: ImageOps.expand(image, (90, 40, 60, 150), "#402010"),
     "shadow aslant": lambda image: shaded(image, 1, 1),
     "shadow on the left": lambda image: shaded(image, -1, 0.1),
     "deep shadow below": lambda image: shaded(image, 0.1, 1, 0.35),
@@ -176,13 +177,13 @@ def test_frames_and_hard_shadows_are_no_ink(digits: Tensor, kind: str) -> None:
         ImageDraw.Draw(clean).rectangle((0, 0, clean.width, 29), fill=(235, 235, 235))
         ImageDraw.Draw(clean).rectangle((0, 0, 29, clean.height), fill=(235, 235, 235))
         differences.append(difference(found_in(DISTURBED[kind](clean)), found_in(clean)))
-    assert median(differences) < (0.4 if kind == "dark table" else 0.25), differences
+    assert median(differences) < 0.25, differences
 
 
 def test_a_bar_is_no_sheet_and_a_tight_digit_no_frame(digits: Tensor) -> None:
     bar = np.full((300, 40), 255, dtype=np.uint8)
     bar[2:-2, 2:-2] = 0
-    assert found_in(Image.fromarray(bar))[4:24, 13:15].min() == 255
+    assert found_in(Image.fromarray(bar))[4:24].max(axis=1).min() == 255
     for digit in digits:
         rows, columns = (np.flatnonzero(digit.numpy().max(axis=axis) > 60) for axis in (1, 0))
         tight = digit.numpy()[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].repeat(8, axis=0).repeat(8, axis=1)
@@ -191,23 +192,23 @@ def test_a_bar_is_no_sheet_and_a_tight_digit_no_frame(digits: Tensor) -> None:
 
 
 def test_two_digits_are_said(digits: Tensor) -> None:
-    large = [np.asarray(picture(digit, (255, 255, 255), (0, 0, 0))) for digit in digits]
-    for first, second in zip(large, large[1:], strict=False):
+    large = [np.asarray(picture(digit, (255, 255, 255), (0, 0, 0))) for digit in digits[::3]]
+    for first, second in pairwise(large):
         for axis in (0, 1):
             assert "may be more than one digit" in find_digit(Image.fromarray(np.concatenate([first, second], axis)))[1]
     assert sum(bool(find_digit(Image.fromarray(one))[1]) for one in large) <= 1
 
 
 def test_arrays_of_another_polarity_or_scale(digits: Tensor) -> None:
-    """Inverted, scaled to 0 and 1, or blank: read rightly with a word, or refused with the index, and all others read."""
+    """Inverted, scaled to 0 and 1, or blank: read rightly with a warning, or refused by itself."""
     black = (digits > 127).to(torch.uint8)
     for odd, word in ((255 - digits, "ground"), (black, "0 and 1"), (1 - black, "0 and 1")):
-        for found, digit in zip(
-            read_digits(write_idx(odd), "it"), 255 * black if odd.max() == 1 else digits, strict=True
-        ):
-            assert found.image is not None
-            assert difference(found.image, digit) < 0.35
-            assert word in found.warning
+        expected = 255 * black if odd.max() == 1 else digits
+        found = list(read_digits(write_idx(odd), "it"))
+        assert all(word in one.warning for one in found)
+        differences = [difference(one.image, digit) for one, digit in zip(found, expected, strict=True)]  # type: ignore[arg-type]
+        assert median(differences) < 0.2
+        assert max(differences) < 1.0, "a shift by one pixel costs about 0.5"
     for blank in (0, 1, 128, 255):
         for size in (28, 32):
             images = torch.nn.functional.pad(digits[:4], [(size - 28) // 2] * 4)
@@ -271,7 +272,7 @@ def test_any_exception_of_a_decoder_is_this_pictures(
         raise error
 
     content = encoded(picture(digits[0], (255, 255, 255), (0, 0, 0)), "PNG")
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, where, fail)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile if where == "load" else Image.Image, where, fail)
     [digit] = read_digits(content, "it.png")
     assert digit.image is None
     assert digit.error.startswith("it.png ")

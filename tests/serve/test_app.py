@@ -19,7 +19,7 @@ from PIL import Image
 from thaw.data.idx import write_idx
 from thaw.predictor import load_predictor
 
-ROWS = [[7] + [0] * 27] + [[0] * 28] * 27  # which the stand-in takes for a 7
+ROWS = [[207] + [0] * 27] + [[0] * 28] * 27  # which the stand-in takes for a 7
 
 
 def png(size: tuple[int, int] = (100, 100)) -> bytes:
@@ -43,7 +43,10 @@ def bomb(side: int) -> bytes:
 
 
 def idx(*shape: int) -> bytes:
-    return write_idx(torch.full(shape, 3, dtype=torch.uint8))
+    """Each image with one bright pixel, which the stand-in takes for a 5."""
+    images = torch.zeros(shape, dtype=torch.uint8)
+    images[(..., *[0] * (len(shape) - 1))] = 255
+    return write_idx(images)
 
 
 def post(address: str, content: Any, kind: str = "application/json") -> httpx.Response:
@@ -56,6 +59,7 @@ def test_answers_equal_the_predictors(linear_probe, serving) -> None:
     predictor = load_predictor(str(linear_probe), precision="32-true")
     address = serving(predictor, request_seconds=20.0)
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
+    images[:, 0] = images[:, -1] = images[:, :, 0] = images[:, :, -1] = 0  # a dark ground
     expected, maps = predictor(images), predictor.attention(images)
     asked = {"images": images.tolist(), "explain": True}
     as_json, as_file = post(address, asked).json(), post(address, write_idx(images), "application/octet-stream").json()
@@ -79,20 +83,22 @@ def test_pictures(stand_in, serving) -> None:
     """A PNG is the same digit as a body, in base64 and as a data URL."""
     address, content = serving(stand_in), png()
     text = base64.b64encode(content).decode()
-    for picture in (text, f"data:image/png;base64,{text}"):
+    safe, wrapped = base64.urlsafe_b64encode(content).decode(), base64.encodebytes(content).decode()
+    kinds = (text, safe, wrapped, wrapped.replace("\n", "\r\n"), safe.rstrip("="), text.rstrip("="))
+    for picture in (*kinds, f"data:image/png;base64,{text}", f"data:image/jpg;base64,{wrapped}"):
         seen = post(address, {"images": [picture], "explain": True}).json()["predictions"][0]["input"]
         pixels = np.array(seen)
         assert pixels.shape == (28, 28)
         assert pixels[4:24].max(axis=1).min() > 200, "20 rows high, as MNIST scales it"
-    assert post(address, content, "image/png").status_code == 200
-    assert post(address, gzip.compress(idx(5, 30, 20)), "application/octet-stream").status_code == 422  # of one colour
+    for kind in ("image/png", "image/jpg", "image/webp"):
+        assert post(address, content, kind).status_code == 200
     assert len(post(address, gzip.compress(idx(5, 28, 28)), "application/octet-stream").json()["predictions"]) == 5
 
 
 JPEG_CUT = b"\xff\xd8\xff\xe0" + bytes(50)
 FILE = "application/octet-stream"
 BAD = {
-    "not an image": (b"hello", "image/png", 422, "neither a PNG, a JPEG nor an IDX file"),
+    "not an image": (b"hello", "image/png", 422, "the body is no PNG, JPEG"),
     "damaged": (JPEG_CUT, "image/jpeg", 422, "the body"),
     "cut": (png()[:-40], "image/png", 422, "damaged"),
     "empty file": (b"", FILE, 422, "is empty"),
@@ -130,6 +136,40 @@ BAD = {
     "explain": ({"images": [ROWS], "explain": "yes"}, "application/json", 422, "explain: "),
     "form": (b"a=b", "application/x-www-form-urlencoded", 415, "application/x-www-form-urlencoded"),
 }
+
+
+def test_one_bad_image_is_named(stand_in, serving) -> None:
+    """Whatever is wrong with one of many images: 422, and which it is."""
+    address, good = serving(stand_in), base64.b64encode(png()).decode()
+    blank = [[0] * 28] * 28
+    images = np.zeros((5, 28, 28), np.uint8)
+    images[:, 5:20, 13:16] = 255
+    images[3] = 9
+    for bad in (base64.b64encode(png()[:-40]).decode(), base64.b64encode(png((30, 15))).decode(), "", "AAAA", blank):
+        response = post(address, {"images": [good, ROWS, bad, good]})
+        assert response.status_code == 422
+        assert response.json()["detail"].startswith("images[2] "), response.text
+    for sent in (images, np.pad(images, ((0, 0), (2, 2), (2, 2)))):
+        sent[3] = 9
+        response = post(address, write_idx(torch.from_numpy(sent)), FILE)
+        assert response.status_code == 422
+        assert response.json()["detail"].startswith("the body, image 3, shows no digit"), response.text
+    assert not stand_in.batches
+
+
+def test_what_is_doubtful_is_said(stand_in, serving) -> None:
+    """Of two digits in one picture, and of rows scaled to 0 and 1 or dark on bright; and no word of others."""
+    stroke = np.zeros((28, 28), np.uint8)
+    stroke[4:24, 13:16] = 255
+    file = io.BytesIO()
+    Image.fromarray(np.tile(stroke, 2)).save(file, "PNG")
+    two = base64.b64encode(file.getvalue()).decode()
+    sent = [stroke.tolist(), two, (stroke // 255).tolist(), (255 - stroke).tolist()]
+    answer = post(serving(stand_in), {"images": sent, "explain": True}).json()["predictions"]
+    for one, word in zip(answer, (None, "more than one digit", "0 and 1", "ground"), strict=True):
+        assert one["warning"] == word or word in one["warning"]
+    for one in (answer[0], answer[2], answer[3]):
+        assert np.abs(np.array(one["input"]) - stroke).mean() < 1
 
 
 def test_bad_input_gets_a_reason(stand_in, serving) -> None:

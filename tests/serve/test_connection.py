@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-ROWS = [[7] + [0] * 27] + [[0] * 28] * 27
+ROWS = [[207] + [0] * 27] + [[0] * 28] * 27
 BODY = json.dumps({"images": [ROWS]}).encode()
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 SECONDS = 0.6  # the servers' time limit here

@@ -30,7 +30,7 @@ MAX_BYTES = 64_000_000  # of an IDX file once decompressed: all 70,000 digits of
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the digit is looked for
 SHADOW_SIDE = 400  # pixels; the same where the ground lies partly in shadow
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
-UNEVEN = 0.12  # difference of brightness between parts of the border that may be a shadow's
+UNEVEN = 0.2  # by which share a part of the border must be darker than another one to be in shadow
 SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate stroke counts as dirt
 MOST = 100  # strokes that are looked at, of a picture that has more
 SECOND = 0.3  # size, as a share of the largest stroke's, from which another one may be a second digit
@@ -236,12 +236,10 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
     """
     edge = border(pixels)
     darkest, brightest = np.quantile(edge.mean(axis=1), (0.05, 0.95))
-    if brightest - darkest > UNEVEN:
+    if brightest - darkest > max(UNEVEN * brightest, FAINTEST / 2):
         ink = contrast_in_shadow(pixels.mean(axis=2), darkest, brightest)
-        if (
-            np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max()
-        ):  # else it is ink, or a frame, that makes the border uneven
-            return ink
+        if np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max():
+            return ink  # else ink or a frame makes the border uneven
     return np.abs(pixels - np.quantile(edge, 0.5, axis=0, method="nearest")).max(axis=2)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from thaw.files import atomic
+
 WRONG_IMAGES = "wrong_images.csv"
 
 
@@ -22,12 +24,9 @@ def write_wrong_images(indices: Tensor, logits: Tensor, labels: Tensor, classes:
     confidences, answers = logits.softmax(dim=1).max(dim=1)
     order = indices.argsort()
     wrong = order[(answers != labels)[order]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["index", "label", "answer", "confidence"])
         for n in wrong.tolist():
             label, answer = classes[int(labels[n])], classes[int(answers[n])]
             rows.writerow([int(indices[n]), label, answer, f"{float(confidences[n]):.6f}"])
-    part.replace(path)

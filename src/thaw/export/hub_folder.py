@@ -65,7 +65,7 @@ class CardModel:
 
 
 def export_folder(
-    predictor: Predictor, source: Source, license: str | None, path: Path, allow: Sequence[str]
+    predictor: Predictor, source: Source, license: str | None, path: Path, allow: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Write a folder and check it by its card's own code; an earlier one is replaced only by one that has passed.
 
