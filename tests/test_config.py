@@ -39,7 +39,7 @@ def test_unknown_key_or_option(arguments: list[str], expected: list[str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trainer=gpu"], ["accelerator=gpu", "no GPU", "trainer=cpu"]),
+        (["trainer=gpu"], ["accelerator=gpu", "no GPU", "trainer.accelerator=cpu"]),
         (["data.batch_size=5000", "data.source=sample"], ["data.batch_size=5000", "4,000", "choose at most 4000"]),
         (["backbone.image_size=30"], ["image_size=30", "patch size 7", "28"]),
         (["backbone.weights=nowhere.pth"], ["nowhere.pth", "none, bundled, hub"]),
@@ -107,7 +107,7 @@ def test_settle_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no GPU"):
         settled("gpu")
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    with pytest.raises(ValueError, match="no Mac"):
+    with pytest.raises(ValueError, match="not a Mac"):
         settled("mps")
 
 

@@ -21,7 +21,7 @@ FILE = Path("run.ckpt")
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
-    return torch.load(CHECKPOINT, weights_only=True)["config"]
+    return checkpoints.read(CHECKPOINT)["config"]
 
 
 NAMES = [
