@@ -228,6 +228,17 @@ def test_class_names_are_text(browser, stand_in, serving) -> None:
     page.close()
 
 
+def test_a_doubt_is_shown_until_the_drawing_changes(browser, stand_in, serving) -> None:
+    page = browser.new_page()
+    page.goto(serving(stand_in, request_seconds=10.0))
+    page.wait_for_selector("#bars li")
+    draw(page, [[(0.2, 0.2), (0.2, 0.8)], [(0.8, 0.2), (0.8, 0.8)]])
+    page.wait_for_selector("#state.bad:has-text('more than one digit')")
+    page.click("#undo")
+    page.wait_for_selector("#state:not(.bad):has-text('answered in')")
+    page.close()
+
+
 def test_a_server_that_is_gone_or_busy(browser, stand_in, serving, digits) -> None:
     """It says so, and goes on by itself with the newest drawing."""
     page = browser.new_page()

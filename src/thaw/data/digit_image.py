@@ -28,7 +28,7 @@ CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's 
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
 MAX_BYTES = 64_000_000  # of an IDX file once decompressed: all 70,000 digits of MNIST have 55 MB
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the digit is looked for
-SHADOW_SIDE = 400  # pixels; the same where the ground lies partly in shadow
+SHADOW_SIDE = 400  # pixels; to this, pictures that lie partly in shadow are reduced to find their ground
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
 UNEVEN = 0.2  # by which share a part of the border must be darker than another one to be in shadow
 SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate stroke counts as dirt
@@ -289,8 +289,9 @@ def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
     numbers = np.arange(1, count + 1)
     amounts = ndimage.sum_labels(ink, labels, numbers)
     sure = ndimage.maximum(ink, labels, numbers) >= surely
-    kept = sure & (amounts >= max(SPECK * amounts.max(), np.sort(amounts[sure])[-MOST:][0]))
-    kept = kept if kept.any() else sure  # of noise all may be specks
+    most = np.argsort(np.where(sure, amounts, 0))[-min(MOST, sure.sum()) :]
+    kept = most[amounts[most] >= SPECK * amounts.max()]
+    kept = kept if kept.size else most  # of noise all may be specks
     strokes = regionprops(np.where(np.isin(labels, numbers[kept]), labels, 0))
     largest = max(strokes, key=lambda stroke: stroke.area_filled)
     if sheets and is_sheet(largest):
