@@ -65,7 +65,7 @@ class RunRecord(Callback):
         write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")
         write_text(OmegaConf.to_yaml(self.config), self.run_dir / "config.yaml")
         resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if trainer.enable_autolog_hparams else []:
             counts = count_parameters(pl_module, trainer.max_epochs)
             logger.log_hyperparams({**resolved, **record, **counts})  # type: ignore[dict-item]
 
