@@ -102,13 +102,12 @@ def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
         assert "more than one digit" in warnings["two.png"]
 
 
-def test_standard_output_of_another_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
-    with open_output(None, "csv") as (file, format):
-        Writer(file, format, ["0"]).write(dict.fromkeys((*FIRST, "probabilities", *LAST), None) | {"file": "ü数"})
-        file.flush()
-    assert raw.getvalue().decode("cp1252").splitlines()[1].startswith("ü\\u6570,")
+def test_standard_output_of_another_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "out").open("w", encoding="cp1252") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        with open_output(None, "csv") as (file, format):
+            Writer(file, format, ["0"]).write(dict.fromkeys((*FIRST, "probabilities", *LAST), None) | {"file": "ü数"})
+    assert (tmp_path / "out").read_text(encoding="cp1252").splitlines()[1].startswith("ü\\u6570,")
 
 
 def test_probabilities_that_are_not_finite_are_an_error() -> None:

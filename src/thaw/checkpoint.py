@@ -68,17 +68,11 @@ def pretraining_hint(run_dir: Path) -> str:
     )
 
 
-def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a checkpoint without running anything that it holds or names.
-
-    Its configuration is brought up to date where an earlier version wrote it, and `run_dir` is where it lies now.
-
-    Args:
-        path: of the file.
-        allow: packages, modules or classes beside thaw's that its configuration may name.
+def load(path: Path) -> dict[str, Any]:
+    """Load a checkpoint's tensors and plain values as they are; pickled code in it is not run.
 
     Raises:
-        ValueError: it is damaged, holds pickled code, names code that is not allowed, or is none of thaw's.
+        ValueError: it is damaged, holds pickled code, or is none of thaw's.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a checkpoint that train.py wrote.")
@@ -91,6 +85,22 @@ def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
             f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
             "alone are for backbone.weights=<file>."
         )
+    return checkpoint
+
+
+def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Load a checkpoint to go on with: its configuration names only what it may.
+
+    That is brought up to date where an earlier version wrote it, and its `run_dir` is where the file lies now.
+
+    Args:
+        path: of the file.
+        allow: packages, modules or classes beside thaw's that its configuration may name.
+
+    Raises:
+        ValueError: as `load`, or it names code that is not allowed.
+    """
+    checkpoint = load(path)
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
     if not re.fullmatch(r"[\w-]*", str(checkpoint.setdefault("wandb_id", None))):  # would be interpolated
         raise ValueError(f"{path}: wandb_id={checkpoint['wandb_id']!r} is not the id of a W&B run.")

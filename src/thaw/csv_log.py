@@ -36,7 +36,7 @@ class RunCSV(CSVLogger):
         """Up to here the checkpoint has come: Lightning logs a step under the number of those before it."""
         if self.resume is None:
             return 0
-        loop: dict[str, Any] = checkpoint.read(Path(self.resume))["loops"]["fit_loop"]
+        loop: dict[str, Any] = checkpoint.load(Path(self.resume))["loops"]["fit_loop"]
         return loop["epoch_loop.state_dict"]["_batches_that_stepped"]
 
     @property

@@ -49,7 +49,7 @@ def validations(run_dir: Path) -> list[tuple[str, str]]:
     if not metrics.exists():  # none was due
         return []
     with metrics.open() as file:
-        return [(row["step"], row["val/acc"]) for row in csv.DictReader(file) if row["val/acc"]]
+        return [(row["step"], row["val/acc"]) for row in csv.DictReader(file) if row.get("val/acc")]
 
 
 @pytest.fixture

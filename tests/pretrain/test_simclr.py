@@ -158,18 +158,6 @@ def test_counters_of_a_batch_norm_survive_the_file(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-3, atol=1e-6)
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_state: dict, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    (tmp_path / "w.safetensors").write_bytes(b"whole")
-    monkeypatch.setattr("thaw.pretrain.objective.save_file", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save_backbone(backbone(), tmp_path / "w.safetensors")
-    assert (tmp_path / "w.safetensors").read_bytes() == b"whole"
-
-
 def test_output_must_be_safetensors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.output=.*w\.pth must end in \.safetensors"):
         simclr(tmp_path / "w.pth")

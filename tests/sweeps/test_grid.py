@@ -153,7 +153,7 @@ def test_jobs_say_whether_all_are_tested(
     """As experiments do that are swept themselves."""
     assert sweep("optim.lr=0.01,0.1") == 0
     tested: list[Path] = []
-    monkeypatch.setattr("thaw.evaluation.evaluate.test_run", tested.append)
+    monkeypatch.setattr("thaw.evaluation.evaluate.test_run", lambda folder, allow: tested.append(folder))
     jobs = [Job((), OmegaConf.create({"test": wanted}), Path(cfg.run_dir)) for cfg in trained]
     assert report_sweep(jobs, tmp_path / "sweep") == 0
     assert tested == [Path(cfg.run_dir) for cfg in trained][:count]

@@ -72,7 +72,7 @@ class RunRecord(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         portable = portable_paths(self.run_dir)
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
-        checkpoint["config"] = replaced(self.config, portable) | {"run_dir": "."}
+        checkpoint["config"] = replaced(self.config, portable) | {"run_dir": ".", "resume": None}
         checkpoint["git_commit"] = self.git_commit
         if hasattr(trainer.datamodule, "load"):  # type: ignore[attr-defined]  # Lightning sets it at run time
             checkpoint["classes"] = list(trainer.datamodule.load().classes)  # type: ignore[attr-defined]

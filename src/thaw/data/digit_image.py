@@ -260,7 +260,7 @@ def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np
     scale = min(1, SHADOW_SIDE / max(grey.shape))
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
     small = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
-    reach = max(1, max(size) // 10)  # half of what a stroke is wide at most
+    reach = max(1, max(size) // 6)  # half of what a stroke is wide at most
     small = np.pad(ndimage.gaussian_filter(small, 1), reach, mode="edge")
     footprint = disk(reach, decomposition="sequence")
     if brighter > darker:

@@ -27,7 +27,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
         loggers: what else is told the accuracy.
 
     Returns:
-        `val/acc`, `test/acc`, its interval, `n_test` and `data_source`.
+        `val/acc` if the run validates, `test/acc`, its interval, `n_test` and `data_source`.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -43,9 +43,12 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     report = TestReport(str(run_dir))
     settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
     trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
-    (validated,) = trainer.validate(model, datamodule, verbose=False)
+    validated = {}
+    if trainer.limit_val_batches != 0:
+        (metrics,) = trainer.validate(model, datamodule, verbose=False)
+        validated["val/acc"] = round(metrics["val/acc"], 6)
     trainer.test(model, datamodule, verbose=False)
-    return {"val/acc": round(validated["val/acc"], 6), **report.results, "data_source": datamodule.load().name}
+    return {**validated, **report.results, "data_source": datamodule.load().name}
 
 
 def best_weights(
