@@ -20,10 +20,15 @@ def setting(key: str, value: str | Path) -> str:
 
 
 def quote_path(argument: str) -> str:
-    """`key=path` as Hydra reads it whatever characters are in the path, if it exists; anything else as it is."""
+    """`key=path` as Hydra reads it: a path that exists whatever characters are in it, and `~/` as the home folder.
+
+    Anything else stays as it is. A shell expands no `~` behind a `=`, and Hydra none at all.
+    """
     key, equals, value = argument.partition("=")
+    if home := re.fullmatch(r"(['\"]?)(~(?:/.*)?)\1", value):
+        return f"{key}={quoted(Path(home[2]).expanduser())}"
     try:
-        exists = bool(equals) and Path(value).expanduser().exists()
+        exists = bool(equals) and Path(value).exists()
     except OSError:  # longer than a path can be
         return argument
     if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):  # a number stays one
