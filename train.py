@@ -68,7 +68,7 @@ def main(cfg: DictConfig) -> float | None:
     """Train, go on with an earlier run, or do a job of a sweep, if it is not done already."""
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.checkpoint import resumed_config
+    from thaw.resume import resumed_config
     from thaw.sweeps.jobs import refuse_chdir, run_job
     from thaw.sweeps.processes import is_child
 

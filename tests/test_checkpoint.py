@@ -20,6 +20,7 @@ from thaw.data.datamodule import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate
 from thaw.models.pretrained import BUNDLED
 from thaw.predictor import load_predictor
+from thaw.resume import resumed_config
 
 PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
 RUN = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true"]
@@ -144,7 +145,7 @@ def test_frozen_weights_that_have_moved(tmp_path: Path) -> None:
     checkpoint = torch.load(PROBE, weights_only=True)
     checkpoint["config"]["backbone"]["weights"] = "/nowhere/backbone.safetensors"
     torch.save(checkpoint, tmp_path / "moved.ckpt")
-    with pytest.raises(ValueError, match=r"/nowhere/backbone\.safetensors, which is no file here.*weights=<file>"):
+    with pytest.raises(ValueError, match=r"/nowhere/backbone\.safetensors, which is not a file here.*weights=<file>"):
         load_predictor(str(tmp_path / "moved.ckpt"))
     assert load_predictor(str(tmp_path / "moved.ckpt"), weights=str(BUNDLED)).classes[9] == "9"
 
@@ -197,7 +198,7 @@ def test_find(tmp_path: Path) -> None:
 
 def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:
     typed = [f"resume={run_dir}", "trainer.max_epochs=7", "optim=sgd"]
-    cfg = checkpoints.resumed_config(compose_run(tmp_path / "next", *typed), typed)
+    cfg = resumed_config(compose_run(tmp_path / "next", *typed), typed)
     assert cfg.name == "vit_linear_probe"
     assert cfg.data.train_size == 256  # saved
     assert cfg.trainer.max_epochs == 7  # typed
@@ -206,4 +207,4 @@ def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tm
     assert Path(cfg.resume).name == "last.ckpt"
     typed = [f"resume={run_dir}", "experiment=vit_finetune"]
     with pytest.raises(ValueError, match="is a run of experiment vit_linear_probe"):
-        checkpoints.resumed_config(compose_run(tmp_path / "next", *typed), typed)
+        resumed_config(compose_run(tmp_path / "next", *typed), typed)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ROOT, compose_config
 
 from thaw import checkpoint as checkpoints
@@ -120,12 +119,3 @@ def test_a_later_version_is_named(config: dict[str, Any], tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=said) as raised:
             checkpoints.load_model(checkpoints.read(tmp_path / "new.ckpt"))
         assert "new.ckpt" in str(raised.value) and checkpoint["git_commit"] in str(raised.value)
-
-
-def test_every_shipped_block_is_read_as_omegaconf_reads_it() -> None:
-    from omegaconf import OmegaConf
-
-    for path in (ROOT / "configs").rglob("*.yaml"):
-        if "hydra" not in path.relative_to(ROOT / "configs").parts:
-            assert migrations.read_yaml(path) == (OmegaConf.to_container(OmegaConf.load(path)) or {}), path
-    assert yaml.safe_load("1e-3") == "1e-3"  # why there is a loader of our own

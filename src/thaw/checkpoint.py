@@ -1,4 +1,4 @@
-"""From a checkpoint back to a run: find it, read it safely, rebuild its model, go on with its configuration.
+"""From a checkpoint back to a model: find it, read it safely, rebuild it.
 
 A checkpoint is self-contained: it holds the composed configuration as plain values, so that nothing else is needed.
 """
@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from thaw.command_line import setting
 from thaw.config import build
 from thaw.migrations import migrate
-from thaw.targets import check_targets, targets
+from thaw.targets import check_targets
 
 log = logging.getLogger(__name__)
-
-PARTS = ("config", "state_dict")  # of a checkpoint of thaw
 
 
 def find(wanted: str, runs: Path, name: str) -> Path:
@@ -80,7 +77,9 @@ def load(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
         raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(key), dict) for key in PARTS):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(key), dict) for key in ("config", "state_dict")
+    ):
         raise ValueError(
             f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
             "alone are for backbone.weights=<file>."
@@ -89,9 +88,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Load a checkpoint to go on with: its configuration names only what it may.
+    """Load a checkpoint, bring its configuration up to date and check it against the allow-list of `thaw.targets`.
 
-    That is brought up to date where an earlier version wrote it, and its `run_dir` is where the file lies now.
+    `run_dir` in its configuration is where the file lies now.
 
     Args:
         path: of the file.
@@ -102,14 +101,17 @@ def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     """
     checkpoint = load(path)
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
-    if not re.fullmatch(r"[\w-]*", str(checkpoint.setdefault("wandb_id", None))):  # would be interpolated
-        raise ValueError(f"{path}: wandb_id={checkpoint['wandb_id']!r} is not the id of a W&B run.")
+    wandb_id = checkpoint.setdefault("wandb_id", None)  # becomes part of a configuration
+    if wandb_id is not None and (not isinstance(wandb_id, str) or "${" in wandb_id):
+        raise ValueError(
+            f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
+        )
     config = checked_config(checkpoint["config"], path, allow, commit)
     return checkpoint | {"config": config | {"run_dir": str(run_folder(path))}, "path": str(path)}
 
 
 def checked_config(config: dict[str, Any], path: Path, allow: Sequence[str], commit: str) -> dict[str, Any]:
-    """The configuration in a file as today's version writes it, if it names only what it may."""
+    """Bring a configuration from a file up to date and check it against the allow-list."""
     config, changed = migrate(config, path, commit)
     check_targets(config, path, allow, commit)
     if changed:
@@ -172,8 +174,8 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
     weights = cfg.backbone.get("weights", "none")
     if weights not in ("none", "bundled", "hub") and not Path(weights).expanduser().is_file():
         raise ValueError(
-            f"{checkpoint['path']} holds what was trained; the frozen rest was read from {weights}, which is no file "
-            "here. Say where it lies now: weights=<file>, for train.py and probe.py backbone.weights=<file>."
+            f"{checkpoint['path']} refers to frozen weights in {weights}, which is not a file here. "
+            "Say where they lie now: weights=<file>, for train.py and probe.py backbone.weights=<file>."
         )
     try:
         model = build(cfg.model)
@@ -231,103 +233,3 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str
     model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})
     model.backbone.fresh = frozenset()
     return checkpoint["config"]["backbone"].get("weights", "none")
-
-
-def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
-    """The configuration in a run's `config.yaml`.
-
-    Args:
-        path: of the file.
-        allow: as for `read`.
-
-    Raises:
-        ValueError: it cannot be read, is none of a run, or names code that is not allowed.
-    """
-    try:
-        config = OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as a configuration ({error}).") from error
-    if not isinstance(config, DictConfig) or "trainer" not in config:
-        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
-    values: Any = OmegaConf.to_container(config, resolve=False)
-    return OmegaConf.create(checked_config(values, path, allow, "unknown"))
-
-
-def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
-    """The configuration of the run that `resume` means, its last checkpoint's file and what that holds.
-
-    A folder without a checkpoint is that of a run that was ended before its first one: its own `config.yaml` says how
-    it had started, from the beginning or from the checkpoint of another run.
-
-    Raises:
-        ValueError: no such run.
-    """
-    config = Path(wanted).expanduser() / "config.yaml"
-    if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
-        saved = read_config(config, allow)
-        path = find(saved.resume, runs, "last.ckpt") if saved.resume else None
-        return saved, path, read(path, allow) if path else {}
-    path = find(wanted, runs, "last.ckpt")
-    checkpoint = read(path, allow)
-    return OmegaConf.create(checkpoint["config"]), path, checkpoint
-
-
-def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of the run to go on with, changed only where the command line says so.
-
-    Args:
-        cfg: as composed from the command line, with `resume` set.
-        overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
-
-    Returns:
-        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
-        null for a run that starts from the beginning.
-
-    Raises:
-        ValueError: no such run, or another experiment than the saved one.
-    """
-    typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
-    runs = Path(cfg.run_dir).parent  # logs/runs/<name>
-    runs = runs if {"experiment", "name"} & set(typed) else runs.parent
-    saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
-    if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
-        raise ValueError(
-            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
-            "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
-            "trainer=gpu."
-        )
-    before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
-    for key in typed:
-        if key != "experiment":
-            place = key.replace("/", ".")
-            OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
-    if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
-        raise ValueError(
-            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
-            "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
-            f"{setting('start_from', path)} instead of resume=."
-        )
-    saved.run_dir, saved.resume = cfg.run_dir, path and str(path)
-    if saved.logger and "wandb" in saved.logger:
-        saved.logger.wandb.id = checkpoint.get("wandb_id")
-    if path is None:
-        print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
-    elif ended := why_ended(checkpoint, saved):
-        reason, longer = ended
-        print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
-    return saved
-
-
-def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> tuple[str, str] | None:
-    """Why a run would train no step more from its last checkpoint, and a setting that makes it; None if it would."""
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
-    if most is not None and 0 <= most <= epochs:
-        return f"training has ended, after all of trainer.max_epochs={most}", f"trainer.max_epochs={2 * most}"
-    if steps is not None and 0 <= steps <= checkpoint["global_step"]:
-        return f"training has ended, after all of trainer.max_steps={steps}", f"+trainer.max_steps={2 * steps}"
-    patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
-    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
-    if patience is not None and states and states[0]["wait_count"] >= max(1, patience):
-        return f"early stopping has ended training, after {epochs} epochs", "callbacks.early_stopping=null"
-    return None

@@ -15,7 +15,7 @@ ESCAPES = "backslashreplace"  # in place of characters that the console's encodi
 
 
 class Stream(io.FileIO):
-    """A standard stream whose writes never fail: the results of a run are files, not what it prints.
+    """A standard stream that ignores failed writes, because the results of a run are files, not printed lines.
 
     Writes fail where nobody reads any more (`| head`), the terminal is gone, or the disk of a log is full.
     """
@@ -56,7 +56,7 @@ def lenient_stream(stream: TextIO | None) -> TextIO:
         return Path(os.devnull).open("w", errors=ESCAPES)
     try:
         raw = Stream(stream.fileno(), "w", closefd=False)
-    except (OSError, AttributeError):  # a notebook's or a test's, which is no file
+    except (OSError, AttributeError):  # the stream of a notebook or a test is not a file
         return stream
     lines = getattr(stream, "line_buffering", False) or getattr(stream, "write_through", False)
     return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, ESCAPES, line_buffering=lines)
@@ -76,9 +76,12 @@ def results() -> Iterator[TextIO]:
         yield sys.stdout
         return
     sys.stdout.flush()
-    exact = open(number, "w", encoding=sys.stdout.encoding, errors=ESCAPES, newline="", closefd=False)  # noqa: SIM115
+    encoding = sys.stdout.encoding
     try:
-        with named(Path("/dev/stdout")), exact:
+        with (
+            named(Path("/dev/stdout")),
+            open(number, "w", encoding=encoding, errors=ESCAPES, newline="", closefd=False) as exact,
+        ):
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None

@@ -1,17 +1,16 @@
 """Configurations of earlier versions: what has become of their keys, so that their checkpoints still load.
 
-When a key is renamed or removed, add it here; when one is added whose default in the YAML is not what the code did
-before, too. tests/checkpoints/ holds checkpoints of earlier versions that must load.
+Add each key here that is renamed or removed, and each new key whose default in the YAML is not what the code did
+before. tests/checkpoints/ holds checkpoints of earlier versions that must load.
 """
 
 import copy
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -35,7 +34,7 @@ def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[st
         commit: of the code that wrote the file.
 
     Raises:
-        ValueError: a key that today's version does not know, or one that it needs and has no single value for.
+        ValueError: a removed key whose value today's code has not, or a missing one with no single value today.
     """
     changed: list[str] = []
     config = dict(copy.deepcopy(config))
@@ -70,7 +69,7 @@ def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot:
         if block.pop(key) != REMOVED_KEYS[target, key]:
             raise ValueError(f"{cannot} has {place}{key}={REMOVED_KEYS[target, key]} alone. Check that commit out.")
         changed.append(f"{place}{key} is gone")
-    today = blocks_of_today().get(target, [])
+    today = blocks_of_today(target)
     common = set.intersection(*map(set, today)) if today else set()
     for key in sorted(common - block.keys() - {"defaults"}):
         values = [ADDED_KEYS[target, key]] if (target, key) in ADDED_KEYS else [other[key] for other in today]
@@ -81,44 +80,47 @@ def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot:
 
 
 @cache
-def blocks_of_today() -> dict[str, list[dict[str, Any]]]:
-    """By class, the blocks of the configuration files that build it."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def blocks_of_today(target: str) -> list[dict[str, Any]]:
+    """The blocks of the configuration files that build a class."""
+    found: list[dict[str, Any]] = []
 
     def collect(value: Any) -> None:
         for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
             collect(inner)
-        if isinstance(value, dict) and "_target_" in value:
-            found.setdefault(value["_target_"], []).append(value)
+        if isinstance(value, dict) and value.get("_target_") == target:
+            found.append(value)
 
-    for path in sorted(CONFIGS.rglob("*.yaml")):
-        collect(read_yaml(path))
+    for path, text in config_files().items():
+        if target in text:
+            collect(parsed(path))
     return found
 
 
 @cache
 def default_keys() -> dict[str, Any]:
     """What every run has at its top level, as configs/train.yaml says."""
-    train = read_yaml(CONFIGS / "train.yaml")
-    chosen = [entry for entry in train.pop("defaults", ()) if isinstance(entry, dict)]
+    path = CONFIGS / "train.yaml"
+    if path not in config_files():  # installed without the checkout
+        return {}
+    train = dict(parsed(path))
+    chosen = [entry for entry in train.pop("defaults") if isinstance(entry, dict)]
     keys = {key: value for key, value in train.items() if key != "hydra" and "${hydra:" not in str(value)}
     for entry in chosen:
         ((group, choice),) = entry.items()
         path = CONFIGS / group / f"{choice}.yaml"
-        if path.is_file():  # not lists of choices, nor none
-            block = read_yaml(path)
+        if path in config_files():  # not lists of choices, nor none
+            block = parsed(path)
             keys[group] = block[group] if block.keys() == {group} else block  # of `@package _global_`
     return keys
 
 
-class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads 1e-3 as a number, as OmegaConf does and YAML 1.1 does not."""
+@cache
+def config_files() -> dict[Path, str]:
+    """Path and text of every configuration file."""
+    return {path: path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yaml"))}
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    return (yaml.load(path.read_text(encoding="utf-8"), Loader) or {}) if path.is_file() else {}
+@cache
+def parsed(path: Path) -> dict[str, Any]:
+    content: Any = OmegaConf.to_container(OmegaConf.create(config_files()[path]))
+    return content

@@ -69,7 +69,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
             if counts:
                 left_out.append(f"files of {printable(path)} left out: {' and '.join(counts)}")
             files += inside
-        elif os.path.exists(path):  # noqa: PTH110
+        elif os.path.exists(path):  # noqa: PTH110, as above
             files.append(path)
         else:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 from thaw import checkpoint as checkpoints
 from thaw.evaluation.evaluate import evaluate
 from thaw.models.frozen_state import drop_frozen, fill_frozen, frozen_names, refer_to_frozen
+from thaw.resume import resumed_config
 
 Train = Callable[..., Path]
 
@@ -174,7 +175,7 @@ def test_another_policy_of_the_same_name_is_refused(train: Train, tiny_run: list
     typed = ["freeze=gradual", "trainer.max_epochs=1"]
     run_dir = train(*tiny_run, *typed, "test=false")
     same = [f"resume={run_dir}", "freeze=gradual"]
-    assert checkpoints.resumed_config(compose_run(tmp_path / "same", *same), same).freeze.epochs == 1
+    assert resumed_config(compose_run(tmp_path / "same", *same), same).freeze.epochs == 1
     other = [*same, "freeze.epochs=2"]
     with pytest.raises(ValueError, match="another freezing policy"):
-        checkpoints.resumed_config(compose_run(tmp_path / "other", *other), other)
+        resumed_config(compose_run(tmp_path / "other", *other), other)

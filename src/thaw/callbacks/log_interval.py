@@ -10,4 +10,4 @@ class LogInterval(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches  # infinite for a stream
-        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]
+        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]  # set at run time

@@ -15,7 +15,7 @@ class MonitorCheck(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it at run time
         self.monitors = {getattr(callback, "monitor", None): type(callback).__name__ for callback in callbacks}
         unsure = [name for name in self.monitors if name and not str(name).startswith("train/")]
         if isinstance(pl_module, Classifier) and unsure == ["val/acc"]:

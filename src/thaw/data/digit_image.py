@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of damage wit
 
 
 class Digit(NamedTuple):
-    """A digit that was found, uint8 (28, 28), or why there is none; and what is doubtful about it."""
+    """The digit in a picture, uint8 (28, 28), or an error that says why none was found; `warning` names doubts."""
 
     image: np.ndarray | None
     error: str = ""
@@ -68,7 +68,7 @@ def read_digits(content: bytes, name: str) -> Iterator[Digit]:
 
 
 def unpack(content: bytes, name: str) -> bytes:
-    """Gunzip what is compressed, to at most `MAX_BYTES`."""
+    """Decompress gzip content, to at most `MAX_BYTES`; return other content unchanged."""
     if content[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(content)) as file:

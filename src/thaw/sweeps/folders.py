@@ -50,7 +50,7 @@ def run_name(_root_: DictConfig) -> str:
     """`name`, or where `resume` goes on with another run and no name is typed, the name of that run."""
     typed = {override.split("=")[0] for override in _root_.hydra.overrides.task}
     if _root_.resume and "name" not in typed:
-        from thaw.checkpoint import find_saved
+        from thaw.resume import find_saved
 
         runs = Path("logs", "runs") / (_root_.name if "experiment" in typed else "")
         with suppress(ValueError):  # said by the program itself
