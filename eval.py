@@ -7,7 +7,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.config import clear_errors
+from thaw.run.config import clear_errors
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")
@@ -15,12 +15,12 @@ def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from tqdm import tqdm
 
-    from thaw import checkpoint as checkpoints
     from thaw.data.datamodule import load_source
     from thaw.data.sources import dataset_name
     from thaw.evaluation.assessment import assess, count_digits
     from thaw.evaluation.report import log_report, write_report
-    from thaw.predictor import load_predictor
+    from thaw.predict.predictor import load_predictor
+    from thaw.run import checkpoint as checkpoints
 
     typed = {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import clear_errors
+from thaw.run.config import clear_errors
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="export")
@@ -11,7 +11,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.data.datamodule import load_source
     from thaw.export.destination import check_request, destination, summary
     from thaw.export.export_file import export_file
-    from thaw.predictor import load_predictor
+    from thaw.predict.predictor import load_predictor
 
     check_request(cfg)
     predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import clear_errors
+from thaw.run.config import clear_errors
 
 TAKE_A_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
 
@@ -31,8 +31,8 @@ inputs: list[str] = []
 def main(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
-    from thaw.prediction import Writer, find_files, in_batches, open_output, predictions, read_file
-    from thaw.predictor import load_predictor
+    from thaw.predict.prediction import Writer, find_files, in_batches, open_output, predictions, read_file
+    from thaw.predict.predictor import load_predictor
 
     files, left_out = find_files([*cfg.inputs, *inputs])
     for line in left_out:

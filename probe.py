@@ -5,7 +5,7 @@ import time
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import build, clear_errors, settle
+from thaw.run.config import build, clear_errors, settle
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="probe")

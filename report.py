@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from thaw.console import lenient
+from thaw.run.console import lenient
 from thaw.sweeps.report import write_report
 
 

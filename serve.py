@@ -5,14 +5,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import clear_errors
+from thaw.run.config import clear_errors
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="serve")
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from thaw.predictor import DigitModel, Predictor, load_predictor
+    from thaw.predict.predictor import DigitModel, Predictor, load_predictor
     from thaw.serve.limits import Limits
     from thaw.serve.process import keep_memory, spared_collector
 

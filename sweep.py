@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import clear_errors
+from thaw.run.config import clear_errors
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sweep")
@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     """Work at a study until it has its trials, alone or beside other workers, and report."""
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.sweeps.jobs import is_sweep_job, refuse_chdir
+    from thaw.run.jobs import is_sweep_job, refuse_chdir
 
     if is_sweep_job():  # Hydra keeps to itself what a job raises
         sys.exit("error: sweep.py takes no -m. It draws values from sweep.space; train.py -m runs those you type.")

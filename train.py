@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from thaw.config import build, build_list, clear_errors, plain, settle
+from thaw.run.config import build, build_list, clear_errors, plain, settle
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
@@ -22,13 +22,13 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.callbacks.monitor_check import MonitorCheck
     from thaw.callbacks.progress import quiet
     from thaw.callbacks.run_record import RunRecord
-    from thaw.checkpoint import start_from
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
-    from thaw.loggers import finish
-    from thaw.sweeps.processes import ranks
-    from thaw.targets import targets
-    from thaw.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
+    from thaw.run.checkpoint import start_from
+    from thaw.run.loggers import finish
+    from thaw.run.ranks import ranks
+    from thaw.run.targets import targets
+    from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
 
     quiet()
     settle(cfg)
@@ -68,9 +68,9 @@ def main(cfg: DictConfig) -> float | None:
     """Train, go on with an earlier run, or do a job of a sweep, if it is not done already."""
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.resume import resumed_config
-    from thaw.sweeps.jobs import refuse_chdir, run_job
-    from thaw.sweeps.processes import is_child
+    from thaw.run.jobs import refuse_chdir, run_job
+    from thaw.run.ranks import is_child
+    from thaw.run.resume import resumed_config
 
     refuse_chdir(HydraConfig.get())
     if cfg.resume and not is_child():  # other ranks are started with the outcome

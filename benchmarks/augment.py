@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thaw.console import lenient
 from thaw.data.augment import Augment
+from thaw.run.console import lenient
 
 BATCH, ROUNDS = 512, 200
 DEGREES, TRANSLATE, SCALE = 10.0, 0.07, 0.1

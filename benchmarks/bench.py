@@ -28,16 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from thaw.callbacks.progress import quiet
-from thaw.config import build_list, settle
-from thaw.console import lenient
 from thaw.data import sources
 from thaw.data.augment import Augment
 from thaw.data.datamodule import MNISTDataModule
 from thaw.data.preprocess import Preprocess
-from thaw.evaluation.axes import save
-from thaw.files import write_text
-from thaw.models import feature_cache
+from thaw.freezing import features as feature_cache
 from thaw.models.backbone import Backbone
+from thaw.pages.axes import save
+from thaw.run.config import build_list, settle
+from thaw.run.console import lenient
+from thaw.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = "1e-4,2e-4,5e-4,1e-3,2e-3,3e-3,5e-3,7e-3,1e-2,2e-2,3e-2,5e-2,1e-1"  # 13
@@ -201,7 +201,7 @@ class Bench:
             output = self.probe(*step, cold=False)[1]
             first.append(float(output.split("first step after ")[1].split()[0]))
         imports, before = [], "hydra"
-        for module in ("torch", "torchvision.datasets", "lightning", "timm", "thaw.models.classifier"):
+        for module in ("torch", "torchvision.datasets", "lightning", "timm", "thaw.classifier"):
             code = f"import time, {before}; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
             imports.append((module, statistics.median(float(self.command("-c", code)[1]) for _ in range(self.rounds))))
             before += f", {module}"

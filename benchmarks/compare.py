@@ -20,9 +20,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from thaw.console import lenient
-from thaw.evaluation.axes import save
-from thaw.files import write_text
+from thaw.pages.axes import save
+from thaw.run.console import lenient
+from thaw.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "logs" / "compare"

@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare import ROOT, run_once
-from thaw.config import settle
-from thaw.console import lenient
-from thaw.evaluation.axes import save
-from thaw.files import write_text
-from thaw.json_files import write_json
+from thaw.pages.axes import save
+from thaw.run.config import settle
+from thaw.run.console import lenient
+from thaw.run.files import write_text
+from thaw.run.json_files import write_json
 
 RUNS = ROOT / "logs" / "compare_pretraining"
 OBJECTIVES = {

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from thaw.console import lenient
 from thaw.data import sources
 from thaw.data.digit_image import read_digits
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
+from thaw.run.console import lenient
 
 COUNT = 2000  # test digits, evenly spread
 

@@ -27,10 +27,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from thaw.console import lenient
-from thaw.dry_step import Step, dry_step
-from thaw.models.feature_cache import VERIFIED
-from thaw.plan import compose_run, read_arguments
+from thaw.freezing.features import VERIFIED
+from thaw.plan.__main__ import compose_run, read_arguments
+from thaw.plan.dry_step import Step, dry_step
+from thaw.run.console import lenient
 
 CASES = [  # backbone, image size, policy, batch, cache; time is calibrated on the first of each backbone
     ("vit_small", 64, "full", 128, "off"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import lightning as L
 
-from thaw.console import lenient
+from thaw.run.console import lenient
 
 ROOT = Path(__file__).parents[1]
 RUN = [

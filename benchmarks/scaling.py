@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare import ROOT, run_once
-from thaw.console import lenient
-from thaw.evaluation.axes import save
-from thaw.files import write_text
+from thaw.pages.axes import save
+from thaw.run.console import lenient
+from thaw.run.files import write_text
 
 RUNS = ROOT / "logs" / "scaling"
 HEAD_WIDTH = 64

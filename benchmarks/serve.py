@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from thaw.console import lenient
 from thaw.data.idx import write_idx
 from thaw.data.sources import load
+from thaw.run.console import lenient
 from thaw.serve.process import keep_memory, spared_collector
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def plain(ckpt: str, precision: str, seconds: float) -> float:
 
 
 def call_plainly(ckpt: str, precision: str, seconds: float) -> float:
-    from thaw.predictor import load_predictor
+    from thaw.predict.predictor import load_predictor
 
     keep_memory()  # as the server does
     predictor = load_predictor(ckpt, precision=precision)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from thaw.console import lenient
+from thaw.run.console import lenient
 
 ROOT = Path(__file__).parent.parent
 PROBE = ["experiment=vit_linear_probe", "data.source=sample", "logger=csv"]

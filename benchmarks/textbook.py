@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms  # v2 takes 1.3 to 1.9 times as long for each of these images
 
-from thaw.console import lenient
 from thaw.data.sources import Digits, Source, load
 from thaw.models.backbone import Backbone
+from thaw.run.console import lenient
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "backbone"
 BLOCKS = {"head": 0, "last2": 2, "all": None}  # how many of the last ones train

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+from small_models import backbone, batch, classifier, fit, policy, tiny  # noqa: F401  (fixtures)
 
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train with overrides on a few real digits; returns the run's folder."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("thaw.models.feature_cache.VERIFIED", {})  # what earlier tests have at hand
+    monkeypatch.setattr("thaw.freezing.features.VERIFIED", {})  # what earlier tests have at hand
     import train as script
 
     def run(*overrides: str, name: str = "run") -> Path:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from thaw.data import sources
 from thaw.data.idx import write_idx
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
 from thaw.serve.requests import FILE_TYPES

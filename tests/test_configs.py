@@ -11,7 +11,7 @@ from conftest import ROOT, compose_run
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from thaw.config import check_types
+from thaw.run.values import check_types
 
 CONFIGS = ROOT / "configs"
 GROUPS = ["data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "model", "trainer", "logger"]
@@ -28,8 +28,8 @@ OPTIONS = [f"{group}={name}" for group in GROUPS for name in names(group)]
 EXPERIMENTS = names("experiment")
 FILLED_IN = {  # arguments that the program passes itself
     "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
-    "thaw.models.lr_bank.LRBank": {"in_features", "num_classes"},
-    "thaw.models.lora.add_lora": {"backbone"},
+    "thaw.lr_bank.LRBank": {"in_features", "num_classes"},
+    "thaw.freezing.lora.add_lora": {"backbone"},
     "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
 }
 

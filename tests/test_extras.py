@@ -15,9 +15,9 @@ from hydra.utils import instantiate
 from test_end_to_end import script
 from torch import Tensor
 
-from thaw.config import settle
+from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
-from thaw.models.classifier import Classifier
+from thaw.run.config import settle
 
 TINY = [  # random weights, one block
     *("experiment=vit_from_scratch", "backbone.arguments.depth=1", "augment=none", "data.source=sample"),
@@ -211,8 +211,8 @@ def accuracy_of(run_dir: Path) -> float:
     """What eval.py says of a run's best checkpoint, to the digit."""
     from omegaconf import OmegaConf
 
-    from thaw import checkpoint as checkpoints
     from thaw.evaluation.evaluate import evaluate
+    from thaw.run import checkpoint as checkpoints
 
     checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
     return evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir / "eval", loggers=[])["test/acc"]

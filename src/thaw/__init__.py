@@ -6,6 +6,6 @@ import os
 # times: two runs on the same cores then slow each other many times over; with 3,000 they share them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-from thaw.sweeps.folders import register_resolvers
+from thaw.run.folders import register_resolvers
 
 register_resolvers()  # a configuration can be resolved wherever thaw is imported

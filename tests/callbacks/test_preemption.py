@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thaw.callbacks.preemption import close, requeue
-from thaw.models.classifier import Classifier
+from thaw.classifier import Classifier
 
 TRAINING_STEP = Classifier.training_step
 CALLBACK = ["++callbacks.preemption._target_=thaw.callbacks.preemption.Preemption"]

@@ -13,11 +13,11 @@ from conftest import compose_config
 from omegaconf import OmegaConf
 from own_digits import write_csv
 
-from thaw.checkpoint import read
 from thaw.data.datamodule import load_source
 from thaw.data.idx import write_idx
 from thaw.data.sources import load_sample
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
+from thaw.run.checkpoint import read
 
 FEW = ["robustness.digits=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
 MLP = ["backbone=mlp", "backbone.hidden=[64]", "freeze=full", "optim.lr=3e-3", "trainer.max_epochs=6", "validate=false"]

@@ -12,13 +12,13 @@ import torch
 from conftest import compose_config
 from sklearn.metrics import roc_auc_score
 
-from thaw.checkpoint import read
 from thaw.data import sources
 from thaw.evaluation import assessment
 from thaw.evaluation.assessment import assess, evenly, second_facts
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.report_page import classes_table, second_text
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
+from thaw.run.checkpoint import read
 
 FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
 FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]

@@ -10,10 +10,10 @@ from conftest import compose_run
 from hydra.utils import instantiate
 from torch import nn
 
-from thaw.config import plain, settle
 from thaw.data import sources
 from thaw.data.sources import Digits, Source
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
+from thaw.run.config import plain, settle
 
 TINY = ["backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"]
 

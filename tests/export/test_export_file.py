@@ -19,7 +19,7 @@ from thaw.export.export_file import export_file
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import Portable
 from thaw.export.portable import portable as real_portable
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
 
 KINDS: dict[str, list[str]] = {
     "vit": [],

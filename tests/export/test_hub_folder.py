@@ -14,8 +14,8 @@ from torch import Tensor
 from thaw.data.sources import Source
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
-from thaw.json_files import read_json
-from thaw.predictor import Predictor, load_predictor
+from thaw.predict.predictor import Predictor, load_predictor
+from thaw.run.json_files import read_json
 
 TOKEN = ["backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"]
 FOLDED = {

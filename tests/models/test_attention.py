@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.conftest import AVERAGED, TINY
+from small_models import AVERAGED, TINY
 from torch import Tensor
 
 from thaw.models.attention import attention_layers, recorded_attention, rollout, share_of_patches

@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from thaw.checkpoint import load_model, read
+from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
 from thaw.models.baselines import Baseline
-from thaw.models.classifier import Classifier
 from thaw.models.heads import LinearHead
+from thaw.run.checkpoint import load_model, read
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "backbone"
 NAMES = ["pixels", "mlp", "lenet5", "convnet", "rnn"]

@@ -14,9 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
+from thaw.classifier import Classifier
+from thaw.freezing.table import format_table
 from thaw.models.backbone import Backbone
-from thaw.models.classifier import Classifier
-from thaw.models.freeze_table import format_table
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "backbone"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
 from thaw.pretrain.autoregressive import Autoregressive
 from thaw.pretrain.patches import embed, patchify, target, unpatchify
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
 from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
 
 VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}

@@ -55,7 +55,7 @@ def fit(name: str, ranks: int, folder: Path) -> None:
     """Three steps of an objective on a tiny ViT; writes the weights."""
     from hydra.utils import instantiate
 
-    from thaw.config import settle
+    from thaw.run.config import settle
 
     small = ["data.source=sample", "data.train_size=48", f"data.batch_size={GLOBAL_BATCH // ranks}", "augment=affine"]
     cfg = compose_run(folder, f"experiment=pretrain_{name}", *TINY, *small, "optim.lr=0.05")

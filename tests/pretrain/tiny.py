@@ -7,7 +7,7 @@ import torch
 
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
 
 VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from thaw.data.idx import write_idx
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
 
 ROWS = [[207] + [0] * 27] + [[0] * 28] * 27  # which the stand-in takes for a 7
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from thaw.data.sources import load
-from thaw.predictor import load_predictor
+from thaw.predict.predictor import load_predictor
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [

@@ -10,7 +10,7 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from thaw.json_files import write_json
+from thaw.run.json_files import write_json
 
 
 class Trained(list):
@@ -49,7 +49,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> Callable[..., int]:
     """Run `train.py -m <overrides>` in this process in a folder of the test's own; returns the exit status."""
     import train as script
-    from thaw.config import clear_errors
+    from thaw.run.config import clear_errors
 
     monkeypatch.chdir(ROOT)
 

@@ -12,8 +12,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from sweeps.conftest import Trained
 
+from thaw.run.ranks import run_command
 from thaw.sweeps.grid import Job, report_sweep
-from thaw.sweeps.processes import run_command
 
 Sweep = Callable[..., int]
 

@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from thaw.evaluation.collapse import effective_rank, feature_std
-from thaw.loggers import log_image
+from thaw.run.loggers import log_image
 
 BATCH = 500
 

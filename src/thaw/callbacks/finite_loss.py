@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from thaw.command_line import setting
+from thaw.run.command_line import setting
 
 EVERY = 50  # steps between two looks at the losses on an accelerator
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from thaw.models.classifier import Classifier
+from thaw.classifier import Classifier
 
 
 class MonitorCheck(Callback):

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
-from thaw.loggers import wandb_run
+from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 

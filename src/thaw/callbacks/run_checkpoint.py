@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from thaw.files import atomic, write_bytes
+from thaw.run.files import atomic, write_bytes
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -15,12 +15,12 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from thaw.callbacks.same_config import check_same_config
-from thaw.checkpoint import run_folder
-from thaw.files import write_text
-from thaw.loggers import wandb_run
-from thaw.models.classifier import Classifier
-from thaw.models.freeze_table import format_table
-from thaw.models.freezing import NEVER
+from thaw.classifier import Classifier
+from thaw.freezing.policy import NEVER
+from thaw.freezing.table import format_table
+from thaw.run.checkpoint import run_folder
+from thaw.run.files import write_text
+from thaw.run.loggers import wandb_run
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
 
@@ -36,7 +36,7 @@ class RunRecord(Callback):
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
-        config: the composed configuration, see `thaw.config.plain`.
+        config: the composed configuration, see `thaw.run.config.plain`.
     """
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:

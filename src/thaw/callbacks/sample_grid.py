@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from thaw.loggers import log_image
+from thaw.run.loggers import log_image
 
 
 class SampleGrid(Callback):

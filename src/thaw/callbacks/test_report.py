@@ -12,7 +12,7 @@ from thaw.data.datamodule import Batch
 from thaw.data.sources import with_numbers
 from thaw.evaluation.errors import WRONG_IMAGES, write_wrong_images
 from thaw.evaluation.metrics import accuracy_interval, worst_digits
-from thaw.loggers import log_image
+from thaw.run.loggers import log_image
 
 WORST = 32  # digits shown
 

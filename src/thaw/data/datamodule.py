@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from thaw.config import build
 from thaw.data import sources
 from thaw.data.sources import Digits, Source
+from thaw.run.config import build
 
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thaw.data.idx import read_idx
-from thaw.files import move
+from thaw.run.files import move
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from thaw.evaluation.metrics import (
     worst_digits,
 )
 from thaw.evaluation.pictures import save_attention, save_confusion_matrix, save_digits, save_reliability
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
 
 SHOWN = 32  # worst and least certain digits, and classes
 Curve = list[tuple[float, float]]  # strength, accuracy

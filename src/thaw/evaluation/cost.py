@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
 
 SECONDS = 1.0  # spent on each timing
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from thaw.files import atomic
+from thaw.run.files import atomic
 
 WRONG_IMAGES = "wrong_images.csv"
 

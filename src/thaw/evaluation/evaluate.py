@@ -8,9 +8,9 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from thaw import checkpoint as checkpoints
-from thaw.config import build, build_list, settle
-from thaw.json_files import read_json, write_json
+from thaw.run import checkpoint as checkpoints
+from thaw.run.config import build, build_list, settle
+from thaw.run.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     """Rebuild the model, validate and test it in the precision it was trained in, on one device.
 
     Args:
-        checkpoint: from `thaw.checkpoint.read`.
+        checkpoint: from `thaw.run.checkpoint.read`.
         cfg: its configuration, perhaps with another `data.dir`.
         run_dir: where the pictures go.
         loggers: what else is told the accuracy.
@@ -95,9 +95,9 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     Args:
         run_dir: the run's folder.
-        allow: as for `thaw.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read`.
     """
-    from thaw.loggers import finish
+    from thaw.run.loggers import finish
 
     checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])

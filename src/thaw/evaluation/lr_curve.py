@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from thaw.evaluation.axes import accuracy_axis, save
+from thaw.pages.axes import accuracy_axis, save
 
 
 def save_lr_curve(

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from thaw.evaluation.axes import save
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, accuracy_interval, calibration_error, reliability
+from thaw.pages.axes import save
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: int, path: Path) -> None:

@@ -9,18 +9,18 @@ from lightning import LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from thaw import checkpoint as checkpoints
 from thaw.callbacks.run_record import count_parameters, git_commit
-from thaw.config import backbone_name
 from thaw.data.datamodule import change_settings
 from thaw.data.preprocess import Preprocess
 from thaw.data.sources import dataset_name
 from thaw.evaluation.probes import Choice, Labelled, Score
 from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
-from thaw.json_files import write_json
-from thaw.models.feature_cache import FeatureCache
-from thaw.models.frozen_features import frozen_features
-from thaw.targets import targets
+from thaw.freezing.features import FeatureCache
+from thaw.freezing.frozen_features import frozen_features
+from thaw.run import checkpoint as checkpoints
+from thaw.run.config import backbone_name
+from thaw.run.json_files import write_json
+from thaw.run.targets import targets
 
 
 def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:

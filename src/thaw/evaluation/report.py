@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from thaw.config import build_list
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
 from thaw.evaluation.report_page import format_page
-from thaw.files import write_text
-from thaw.json_files import write_json
-from thaw.loggers import add_to_summary, finish, log_image, wandb_run
+from thaw.run.config import build_list
+from thaw.run.files import write_text
+from thaw.run.json_files import write_json
+from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
 
 
 def compare(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:

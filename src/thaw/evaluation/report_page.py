@@ -8,7 +8,7 @@ from typing import Any
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.errors import WRONG_IMAGES
-from thaw.html_page import Cell, page, picture, table
+from thaw.pages.html_page import Cell, page, picture, table
 
 
 def format_page(assessments: Sequence[Assessment], pairs: Sequence[dict[str, Any]], robustness: Path) -> str:

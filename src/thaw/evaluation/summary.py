@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
-from thaw.command_line import setting
-from thaw.config import backbone_name
 from thaw.data.sources import dataset_name
-from thaw.json_files import write_json
-from thaw.loggers import add_to_summary, where_to_look
+from thaw.run.command_line import setting
+from thaw.run.config import backbone_name
+from thaw.run.json_files import write_json
+from thaw.run.loggers import add_to_summary, where_to_look
 
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
 

@@ -11,8 +11,8 @@ from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
-from thaw.files import atomic
-from thaw.predictor import DigitModel, Predictor
+from thaw.predict.predictor import DigitModel, Predictor
+from thaw.run.files import atomic
 
 
 class Format(NamedTuple):

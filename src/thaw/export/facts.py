@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from thaw.callbacks.run_record import git_commit
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
 
 INPUT = (
     "uint8 (N, 28, 28), N of 1 or more: one grey digit each, 0 the paper and 255 the ink, prepared as MNIST's were: "

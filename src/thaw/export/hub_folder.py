@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from thaw import checkpoint as checkpoints
 from thaw.data.preprocess import Preprocess
 from thaw.data.sources import Source
 from thaw.export import card_code
@@ -27,20 +26,21 @@ from thaw.export.model_card import model_card
 from thaw.export.onnx_model import BATCH
 from thaw.export.portable import Portable, portable
 from thaw.export.timm_config import fold_head, timm_config
-from thaw.files import atomic_folder, write_bytes, write_text
-from thaw.json_files import read_json, write_json
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
 from thaw.models.batch_norm import FeatureNorm
 from thaw.models.heads import LinearHead, MLPHead
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
+from thaw.run import checkpoint as checkpoints
+from thaw.run.files import atomic_folder, write_bytes, write_text
+from thaw.run.json_files import read_json, write_json
 
 HEADS: dict[str, type[nn.Module]] = {head.__name__: head for head in (LinearHead, MLPHead)}
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 
 
 class CardModel:
-    """What the code of a card computes, batch by batch, as a `thaw.predictor.DigitModel` without attention.
+    """What the code of a card computes, batch by batch, as a `thaw.predict.predictor.DigitModel` without attention.
 
     Args:
         code: defines `probabilities`, and is run with `folder` as the current one.
@@ -74,7 +74,7 @@ def export_folder(
         source: of the digits that it is compared and tested on.
         license: of the weights, as the hub spells it; None says so only of the bundled ones.
         path: of the folder.
-        allow: as for `thaw.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read`.
 
     Returns:
         what was measured.

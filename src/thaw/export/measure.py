@@ -13,7 +13,7 @@ from tqdm import tqdm
 from thaw.data.sources import Digits, Source
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.export.onnx_model import BATCH
-from thaw.predictor import DigitModel
+from thaw.predict.predictor import DigitModel
 
 PARITY_DIGITS = 1000
 TOLERANCE = 1e-3  # in a probability or in a patch's share

@@ -16,7 +16,7 @@ MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install
 
 
 class OnnxModel:
-    """Satisfies `thaw.predictor.DigitModel`; may be called by several threads at once.
+    """Satisfies `thaw.predict.predictor.DigitModel`; may be called by several threads at once.
 
     Args:
         session: onnxruntime's, of a file that `export.py` wrote.

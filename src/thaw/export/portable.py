@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from thaw.data.preprocess import Preprocess
+from thaw.freezing.lora import merge_lora
+from thaw.lr_bank import LRBank
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.models.heads import LinearHead
-from thaw.models.lora import merge_lora
-from thaw.models.lr_bank import LRBank
-from thaw.predictor import Predictor
+from thaw.predict.predictor import Predictor
 
 
 class Portable(nn.Module):

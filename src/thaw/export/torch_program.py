@@ -20,7 +20,7 @@ FACTS = "thaw.json"  # among the extra files of the archive
 
 
 class TorchProgram:
-    """Satisfies `thaw.predictor.DigitModel`.
+    """Satisfies `thaw.predict.predictor.DigitModel`.
 
     Args:
         program: of a file that `export.py` wrote.

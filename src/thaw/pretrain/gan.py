@@ -17,7 +17,7 @@ from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.evaluation.generation import digit_features, frechet_distance, precision_and_recall, spread
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
 
 SIDE = 28

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from thaw.data.augment import Augment
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
 from thaw.pretrain.patches import embed, encode, patch_side, patchify, scale, target, to_pixels, unpatchify
 

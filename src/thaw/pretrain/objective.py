@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.data.preprocess import Preprocess
-from thaw.files import write_bytes
 from thaw.models.backbone import Backbone
-from thaw.models.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe
+from thaw.run.files import write_bytes
 
 
 class Objective(LightningModule):

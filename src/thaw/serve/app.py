@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from thaw.predictor import DigitModel
+from thaw.predict.predictor import DigitModel
 from thaw.serve.answers import to_json
 from thaw.serve.batcher import Batcher, ModelFailedError
 from thaw.serve.docs import docs_page, predict_docs

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from thaw.predictor import DigitModel
+from thaw.predict.predictor import DigitModel
 from thaw.serve.limits import RefusedError
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from thaw.html_page import page
+from thaw.pages.html_page import page
 from thaw.serve.answers import PredictResponse
 from thaw.serve.limits import Limits
 from thaw.serve.requests import FILE_TYPES, PredictRequest

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from thaw.evaluation.axes import accuracy_axis, save
+from thaw.pages.axes import accuracy_axis, save
 from thaw.sweeps.groups import Group
 from thaw.sweeps.runs import DONE, Run
 

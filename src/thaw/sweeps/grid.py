@@ -21,12 +21,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.command_line import quoted
-from thaw.config import check_devices, check_types, explain
-from thaw.files import write_text
-from thaw.sweeps.jobs import is_first_rank, read_state, refuse_chdir
-from thaw.targets import targets
-from thaw.trainer_settings import check_trainer
+from thaw.run.command_line import quoted
+from thaw.run.config import check_devices, explain
+from thaw.run.files import write_text
+from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
+from thaw.run.targets import targets
+from thaw.run.trainer_settings import check_trainer
+from thaw.run.values import check_types
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
-from thaw.sweeps.processes import num_processes
+from thaw.run.ranks import num_processes
 
 Kind = Literal["gpu", "core"]
 FREE_MIB = 1000  # a GPU whose memory is used by less is free: drivers and displays take a little

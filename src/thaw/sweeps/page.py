@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from thaw.html_page import Cell, page, picture, table
+from thaw.pages.html_page import Cell, page, picture, table
 from thaw.sweeps.groups import Group
 from thaw.sweeps.report import (
     Report,

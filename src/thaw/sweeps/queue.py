@@ -16,12 +16,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.config import plain
-from thaw.files import write_text
+from thaw.run.config import plain
+from thaw.run.files import write_text
+from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
+from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
-from thaw.sweeps.jobs import FAILURE, SUMMARY, read_state, record_failure
-from thaw.sweeps.processes import CONFIG_NAME, PARENT, run_command
 from thaw.sweeps.status import Status
 
 OUTPUT = "output.log"  # what a job prints, in its folder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thaw.files import write_text
+from thaw.run.files import write_text
 from thaw.sweeps.groups import Group, Score, group_runs
 from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from thaw.sweeps.folders import NOT_THE_RUN
+from thaw.run.folders import NOT_THE_RUN
 
 DONE, UNFINISHED = "done", "unfinished"
 FAILURES = ("failed", "pruned", "killed", "timeout")

@@ -15,22 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from thaw.config import USER_ERRORS, explain
-from thaw.files import write_text
-from thaw.json_files import read_json
+from thaw.run.config import USER_ERRORS, explain
+from thaw.run.files import write_text
+from thaw.run.folders import job_key
+from thaw.run.jobs import SUMMARY, run_in_folder
+from thaw.run.json_files import read_json
+from thaw.run.targets import targets
 from thaw.sweeps import study as studies
-from thaw.sweeps.folders import job_key
-from thaw.sweeps.jobs import SUMMARY, run_in_folder
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.search_plan import ACCURACY, Plan, Train, prepare
 from thaw.sweeps.space import Grid, shown
-from thaw.targets import targets
 
 
 class Pruning(PyTorchLightningPruningCallback):
     """Optuna's, but for the first rank alone, where Optuna's would wait for the others to be asked as well.
 
-    They know nothing of the trial; `thaw.sweeps.processes.ranks` ends them when the first one leaves.
+    They know nothing of the trial; `thaw.run.ranks.ranks` ends them when the first one leaves.
     """
 
     def on_fit_start(self, *_: Any) -> None:

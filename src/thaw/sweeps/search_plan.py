@@ -14,12 +14,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, NopPruner
 
-from thaw.config import build, check_devices, check_types, explain
-from thaw.sweeps.folders import job_key
-from thaw.sweeps.processes import is_launched
+from thaw.run.config import build, check_devices, explain
+from thaw.run.folders import job_key
+from thaw.run.ranks import is_launched
+from thaw.run.trainer_settings import check_trainer
+from thaw.run.values import check_types
 from thaw.sweeps.space import Space, as_overrides, probes, read_space, shown
 from thaw.sweeps.study import make_sampler
-from thaw.trainer_settings import check_trainer
 
 Train = Callable[..., float | None]  # of a configuration and of callbacks that it does not name
 

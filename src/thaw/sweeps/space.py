@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import GridSampler
 
-from thaw.sweeps.folders import NOT_THE_RUN
+from thaw.run.folders import NOT_THE_RUN
 
 Space = dict[str, BaseDistribution]
 

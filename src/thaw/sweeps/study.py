@@ -24,7 +24,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from thaw.config import build
+from thaw.run.config import build
 from thaw.sweeps.space import Grid, Space, values_of
 
 CONTINUES = "continues"  # of a trial: the number of the one that it repeats or goes on with

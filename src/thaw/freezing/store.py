@@ -1,0 +1,142 @@
+"""Tensors on disk under a key, memory-mapped, verified when read.
+
+An entry is `<key>.npy` and `<key>.json`. The JSON is written last: it holds all that the key stands for and the SHA-256
+of the tensor, and what does not match it is no entry.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from thaw.run.files import move, temporary
+from thaw.run.json_files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+NUMPY = {  # numpy has no bf16: its bits
+    **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
+    torch.bfloat16: np.int16,
+}
+
+
+class FeatureStore:
+    """A folder of entries that several processes may use at once.
+
+    Args:
+        folder: made when something is written.
+        max_bytes: of all entries together; the least recently used make room for a new one.
+    """
+
+    def __init__(self, folder: Path, max_bytes: float) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
+        """The tensor of an entry, mapped copy-on-write; None, with a warning if it is damaged, where there is none."""
+        path = self.path(key)
+        record = path.with_suffix(".json")
+        try:
+            saved = read_json(record)
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
+            tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
+            damage = saved["facts"] != facts or saved["sha256"] != sha256(tensor)
+        except FileNotFoundError:
+            return None
+        except Exception:  # damaged files fail in any way
+            damage = True
+        if damage:
+            log.warning("%s is damaged and will be made anew.", path)
+            with suppress(OSError):
+                record.unlink()
+            return None
+        with suppress(OSError):  # a read-only folder
+            os.utime(record)  # used now
+        return tensor
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """One writer of an entry at a time; the lock of a process that was killed is free."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"cache: waiting for another run that computes {self.path(key)}", flush=True)
+            lock.acquire()
+        try:
+            with ExitStack() as self.held:
+                yield
+        finally:
+            lock.release()
+
+    def create(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A writable tensor on disk, to be filled and then given to `commit`; under the key's lock.
+
+        Raises:
+            OSError: the folder cannot be written, or has no room for it.
+        """
+        size = int(np.prod(shape)) * dtype.itemsize
+        self.make_room(size, key)
+        self.part = self.held.enter_context(temporary(self.path(key)))
+        array = np.lib.format.open_memmap(self.part, mode="w+", dtype=NUMPY[dtype], shape=shape)
+        with self.part.open("r+b") as file:  # a disk that fills up later would kill the process that writes the map
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
+        return torch.from_numpy(array).view(dtype)
+
+    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
+        """Make the tensor that `create` gave, now filled, the entry."""
+        path = self.path(key)
+        record = {
+            "facts": facts,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "sha256": sha256(tensor),
+        }
+        move(self.part, path)
+        write_json(record, path.with_suffix(".json"))
+
+    def make_room(self, size: int, key: str) -> None:
+        """Remove entries, the least recently used first, until one of `size` bytes keeps to the limit."""
+        ours = self.folder.glob(f"{'[0-9a-f]' * 16}.*")  # other files in the folder are not
+        entries = {path.name.split(".")[0] for path in ours if path.suffix != ".lock"} - {key}
+        sizes = {entry: sum(map(size_of, self.folder.glob(f"{entry}.*"))) for entry in entries}
+        for entry in sorted(entries, key=self.last_used):
+            if sum(sizes.values()) + size <= self.max_bytes:
+                return
+            with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # not what is being written
+                for suffix in (".json", ".npy"):
+                    self.path(entry).with_suffix(suffix).unlink(missing_ok=True)
+                sizes.pop(entry)
+
+    def last_used(self, key: str) -> float:
+        try:
+            return self.path(key).with_suffix(".json").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+
+def size_of(path: Path) -> int:
+    """0 where another process has just removed or renamed the file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def sha256(tensor: Tensor) -> str:
+    """Of type, shape and numbers."""
+    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()

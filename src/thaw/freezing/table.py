@@ -1,0 +1,100 @@
+"""What is frozen and what trains, as the table that a run prints."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from thaw.freezing.policy import NEVER
+
+
+def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping]) -> str:
+    """One line for each run of equal layers: depth, parameters, whether they train (`after 3`: after 3 epochs), mode,
+    peak lr and weight decay.
+
+    Args:
+        model: with the policy applied.
+        depths: depth of each parameter.
+        groups: the optimizer's parameter groups, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
+    """
+    modules = dict(model.named_modules())
+    numbers = {
+        id(parameter): (group, f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}")
+        for group in groups
+        for parameter in group["params"]
+    }
+    rows: list[Row] = []
+    for name, parameter in model.named_parameters():
+        mode = "train" if modules[name.rpartition(".")[0]].training else "eval"
+        group, rates = numbers.get(id(parameter), ({"from_epoch": NEVER}, f"{'-':>10}{'-':>8}"))
+        start = group["from_epoch"]
+        trains = "yes" if parameter.requires_grad else "no" if start == NEVER else f"after {start}"
+        settings = f"  {trains:<8}{mode:<5}{rates}"
+        layer = Row(*layer_of(name), depths[name], settings)
+        row = next((row for row in reversed(rows) if row.continues(layer)), layer)
+        if row is layer:
+            rows.append(row)
+        row.last, row.deepest = layer.first, layer.depth
+        row.parameters += parameter.numel()
+        row.tails.setdefault(layer.tail)
+    labels = [row.label for row in rows]
+    labels = [row.long_label if labels.count(label) > 1 else label for row, label in zip(rows, labels, strict=True)]
+    width = max(map(len, labels))
+    lines = [f"{'layers':<{width}}{'depth':>7}{'parameters':>12}  trains  mode    peak lr   decay"]
+    for row, label in zip(rows, labels, strict=True):
+        lines.append(f"{label:<{width}}{span(row.depth, row.deepest):>7}{row.parameters:>12,}{row.settings}")
+    now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    ever = sum(parameter.numel() for group in groups for parameter in group["params"])
+    first = "" if now == ever else f", {now:,} of them now"
+    lines.append(f"{ever:,} of {sum(row.parameters for row in rows):,} parameters train{first}")
+    return "\n".join(lines)
+
+
+@dataclass
+class Row:
+    """Consecutive layers of the same settings: `stem.first` to `stem.last`, at `depth` to `deepest`."""
+
+    stem: str
+    first: int
+    tail: str
+    depth: int
+    settings: str
+    last: int = -1
+    deepest: int = -1
+    parameters: int = 0
+    tails: dict[str, None] = field(default_factory=dict)  # an ordered set: which parts of these layers
+
+    def continues(self, layer: "Row") -> bool:
+        """Whether a layer is the last of this row, or the one after it."""
+        alike = (self.stem, self.settings) == (layer.stem, layer.settings)
+        return alike and layer.first - self.last <= 1 and layer.depth - self.deepest <= 1
+
+    @property
+    def label(self) -> str:
+        return self.stem + (f".{span(self.first, self.last)}" if self.first >= 0 else "")
+
+    @property
+    def long_label(self) -> str:
+        """With the parts that are meant, where the others of the same layers have other settings."""
+        named = list(self.tails)
+        return f"{self.label} ({', '.join(named[:2])}{', ...' if len(named) > 2 else ''})"
+
+
+def layer_of(parameter: str) -> tuple[str, int, str]:
+    """Stem, number and rest of a name.
+
+    `backbone.model.blocks.3.norm1.bias` -> `backbone.model.blocks`, 3, `norm1.bias`; `head.linear.bias` ->
+    `head.linear`, -1, `bias`.
+    """
+    parameter = re.sub(r"\.parametrizations\.(?:(\w+)\.original|\w+\.\d+\.(\w+))$", r".\1\2", parameter)
+    numbered = re.match(r"(.*)\.(\d+)\.(.*)", parameter)
+    if numbered:
+        return numbered[1], int(numbered[2]), numbered[3]
+    parts = parameter.split(".")
+    length = min(3, len(parts) - (parts[-1] in ("weight", "bias")))
+    return ".".join(parts[:length]), -1, ".".join(parts[length:])
+
+
+def span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -1,0 +1,159 @@
+"""Parameter groups, the optimizer and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from lightning import Trainer
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from thaw.run.values import NonNegative, Positive
+
+EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
+SCALINGS: dict[str, Callable[[int], float]] = {"none": lambda k: 1.0, "linear": float, "sqrt": math.sqrt}
+
+
+class OptimizerRecipe:
+    """How trainable parameters are updated: groups, optimizer, warmup and cosine decay, all stepped per batch.
+
+    Args:
+        optimizer: torch.optim class with its own settings filled in, called with (groups, lr=, weight_decay=).
+        lr: peak learning rate at the top of the model.
+        weight_decay: for matrices; 1-D parameters (biases, norms) and embeddings of position or class have none.
+        layer_decay: each layer down multiplies the learning rate by this (Clark et al. 2020, section 3.3.2); 1 is off.
+        warmup_fraction: share of all steps in which the learning rate rises linearly.
+        final_lr_fraction: the learning rate falls by a cosine to this fraction of the peak (Loshchilov & Hutter 2016).
+        lr_scaling: what a step on k times the digits does to the learning rate, k being the number of processes times
+            trainer.accumulate_grad_batches: `none`; `linear`, times k (Goyal et al. 2017, section 2.1); `sqrt`, times
+            the square root of k (Krizhevsky 2014, section 5).
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[..., Optimizer],
+        lr: Positive,
+        weight_decay: NonNegative,
+        layer_decay: Annotated[float, Field(gt=0, le=1)],
+        warmup_fraction: Annotated[float, Field(ge=0, lt=1)],
+        final_lr_fraction: Annotated[float, Field(ge=0, le=1)],
+        lr_scaling: Literal["none", "linear", "sqrt"],
+    ) -> None:
+        self.optimizer, self.lr, self.weight_decay, self.layer_decay = optimizer, lr, weight_decay, layer_decay
+        self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
+        self.lr_scaling = lr_scaling
+
+    def groups(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        depths: Mapping[str, int],
+        thaw_epochs: Mapping[str, float],
+    ) -> list[dict[str, Any]]:
+        """All parameters that will ever train, by depth, thaw epoch and decay: each group has its lr and weight_decay.
+
+        Args:
+            named_parameters: of the model.
+            depths: of each.
+            thaw_epochs: from which epoch each trains; infinity is never, and a name that is missing trains from 0.
+        """
+        top = max(depths.values())
+        groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
+        for name, parameter in named_parameters:
+            from_epoch = thaw_epochs.get(name, 0)
+            if from_epoch == math.inf:
+                continue
+            decays = parameter.ndim > 1 and not name.endswith(EMBEDDINGS)
+            depth = depths[name]
+            group = groups.setdefault(
+                (depth, from_epoch, decays),
+                {
+                    "params": [],
+                    "lr": self.lr * self.layer_decay ** (top - depth),
+                    "weight_decay": self.weight_decay if decays else 0.0,
+                    "from_epoch": from_epoch,
+                    "name": f"layer{depth}/{'decay' if decays else 'no_decay'}"
+                    + (f"/from{from_epoch}" if from_epoch else ""),
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def build(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        depths: Mapping[str, int],
+        thaw_epochs: Mapping[str, float],
+        trainer: Trainer,
+    ) -> OptimizerLRSchedulerConfig:
+        """What `LightningModule.configure_optimizers` returns.
+
+        The optimizer knows from its first step every parameter that will ever train: what is still frozen has no
+        gradient, and so is left alone.
+        """
+        total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
+        if not math.isfinite(total_steps):
+            raise ValueError(
+                "The cosine of the learning rate needs an end: set trainer.max_epochs to a number (not -1), or add "
+                "+trainer.max_steps=<steps>."
+            )
+        if not math.isfinite(trainer.num_training_batches):  # trainer.max_steps ends it
+            trainer.fit_loop.setup_data()
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        groups = self.groups(named_parameters, depths, thaw_epochs)
+        scale = self.lr_scale(trainer)
+        for group in groups:
+            group["lr"] *= scale
+        optimizer: Any = self.optimizer(groups, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer._step_supports_amp_scaling = False  # gradients are unscaled before they are clipped, fused or not
+
+        def of_group(from_epoch: int) -> Callable[[int], float]:
+            return lambda step: self.lr_fraction(step, total_steps, from_epoch * steps_per_epoch)
+
+        scheduler = Schedule(optimizer, [of_group(group["from_epoch"]) for group in groups])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scale(self, trainer: Trainer) -> float:
+        """By what the rule multiplies every learning rate; says so where that is not 1."""
+        ranks, batches = trainer.world_size, trainer.accumulate_grad_batches
+        scale = SCALINGS[self.lr_scaling](ranks * batches)
+        if scale != 1 and trainer.is_global_zero:
+            print(
+                f"optim.lr_scaling={self.lr_scaling}: learning rates are times {scale:.4g}, as a step is on "
+                f"{ranks} x {batches} batches (processes x trainer.accumulate_grad_batches)",
+                flush=True,
+            )
+        return scale
+
+    def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:
+        """Fraction of the peak learning rate at a step, counted from 0, of what trains from `thaw_step` on.
+
+        One cosine for all, and for each group a linear rise from the step at which it thaws.
+        """
+        if step < thaw_step:
+            return 0.0
+        warmup_steps = round(self.warmup_fraction * total_steps)
+        rise = min(1.0, (step - thaw_step + 1) / (warmup_steps + 1))
+        progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Schedule(LambdaLR):
+    """LambdaLR, except that a run that goes on has the learning rates and weight decays of its configuration.
+
+    torch takes them from the checkpoint, so that `resume=<run> optim.lr=1e-4` would change nothing.
+    """
+
+    def __init__(self, optimizer: Optimizer, fractions: list[Callable[[int], float]]) -> None:
+        self.weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+        super().__init__(optimizer, fractions)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        lrs, weight_decays = self.base_lrs, self.weight_decays
+        super().load_state_dict(state_dict)
+        self.base_lrs, self.weight_decays = lrs, weight_decays
+        groups = zip(self.optimizer.param_groups, lrs, weight_decays, self.lr_lambdas, strict=True)
+        for group, lr, weight_decay, fraction in groups:
+            group |= {"initial_lr": lr, "lr": lr * fraction(self.last_epoch), "weight_decay": weight_decay}

@@ -1,0 +1,202 @@
+"""From composed configuration to objects, and configuration errors that say what was allowed."""
+
+import copy
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from thaw.run.command_line import quote_path
+from thaw.run.console import lenient
+from thaw.run.files import FULL
+from thaw.run.targets import leaves, refers_outside
+
+USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
+
+
+def build(block: Any, **arguments: Any) -> Any:
+    """Hydra's `instantiate`, except that lists and dicts reach the object as Python's own, never as OmegaConf's.
+
+    An object that keeps one, as an optimizer keeps `betas`, would write it into checkpoints, which then cannot be read.
+    """
+    from hydra.utils import instantiate
+
+    return instantiate(block, _convert_="all", **arguments)
+
+
+def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
+    """Instantiate every block of a group such as `callbacks`; None stands for an empty group.
+
+    Raises:
+        ValueError: a block without `_target_`, which Hydra would otherwise leave as a dict.
+    """
+    built = []
+    for name, block in (blocks or {}).items():
+        if block is None:  # switched off: callbacks.early_stopping=null
+            continue
+        if not isinstance(block, DictConfig) or "_target_" not in block:
+            raise ValueError(
+                f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it."
+            )
+        built.append(build(block))
+    return built
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Print a user's error as one message without traceback, and exit with status 1.
+
+    Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
+    """
+    from thaw.run.ranks import drop_stray_ranks
+
+    sys.argv[1:] = map(quote_path, sys.argv[1:])
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    drop_stray_ranks()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
+    try:
+        with lenient():
+            yield
+    except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
+        if full:
+            raise
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, InstantiationException) and not isinstance(
+            cause, (*USER_ERRORS, HydraException, TypeError)
+        ):
+            raise
+        print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if not full:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error; for an unknown key also the keys that exist in its place."""
+    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
+        return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
+    message = str(error).split("\n    full_key:")[0].strip()
+    if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
+        message = f"{type(error).__name__}: {message}".removesuffix(": ")
+    if isinstance(error, OverrideParseException):
+        message = (
+            f"{error.override}: {message.splitlines()[0]}. A value with spaces, commas, brackets or = needs quotes for "
+            "Hydra inside those for the shell: \"key='a value'\"."
+        )
+    cause = error.__cause__ or error
+    parent = getattr(cause, "parent_node", None)
+    if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
+        key = str(cause.full_key or cause.key)
+        place = key.rpartition(".")[0] or "the top level"
+        names = ", ".join(str(name) for name in parent)
+        message += f"\nallowed in {place}: {names}"
+    return message
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as nested plain dicts that need nothing of Hydra to be resolved later.
+
+    Interpolations between its own keys stay, so that a later override of `optim.lr` reaches whatever refers to it.
+    What other resolvers give, which may depend on the running job or on this machine, is written out.
+    """
+    config: Any = OmegaConf.to_container(cfg, resolve=False)
+    outside = [place for place, value in leaves(config, "") if refers_outside(value)]
+    if outside:
+        cfg = copy.deepcopy(cfg)
+        for place in outside:
+            OmegaConf.update(cfg, place, OmegaConf.select(cfg, place), merge=False)
+        config = OmegaConf.to_container(cfg, resolve=False)
+    return config
+
+
+def backbone_name(backbone: DictConfig) -> str:
+    """What people call a backbone, which depends on its weights.
+
+    Bundled weights have the name of their file, those of the hub timm's name with its tag. Without either, timm's name
+    of the architecture stands with the sizes that the arguments change and the file of the weights, if there is one:
+    `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`. A baseline has the name of its class.
+    """
+    from thaw.models.pretrained import BUNDLED
+
+    name, weights = backbone.get("name"), backbone.get("weights", "none")
+    if name is None:
+        return backbone._target_.rpartition(".")[2].lower()
+    if weights == "bundled":
+        return BUNDLED.stem
+    if weights == "hub":
+        return name
+    arguments = OmegaConf.to_container(backbone.get("arguments") or OmegaConf.create())
+    assert isinstance(arguments, dict)
+    sizes = [f"{key!s} {value}" for key, value in arguments.items() if type(value) in (int, list)]
+    name = name.partition(".")[0] + (f" with {', '.join(sizes)}" if sizes else "")
+    return name if weights == "none" else f"{name} from {Path(weights).name}"
+
+
+OmegaConf.register_new_resolver("backbone_name", backbone_name, replace=True)
+
+
+def check_devices(trainer: DictConfig) -> None:
+    """Refuse devices that this machine does not have.
+
+    Raises:
+        ValueError: says what there is.
+    """
+    import torch
+
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if accelerator in ("gpu", "cuda"):
+        found = torch.cuda.device_count()
+        wanted = len(devices) if OmegaConf.is_list(devices) else devices
+        if not found:
+            raise ValueError(
+                f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer.accelerator=cpu."
+            )
+        if isinstance(wanted, int) and wanted > found:
+            raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
+    if accelerator == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(
+            "trainer.accelerator=mps but this is not a Mac with Metal; use trainer.accelerator=cpu or gpu."
+        )
+
+
+def settle(cfg: DictConfig) -> None:
+    """Write out what `auto` means on this machine, and refuse what it cannot do.
+
+    `trainer.precision=auto` is bf16-mixed where the hardware computes in bf16, else 32-true;
+    `backbone.fused_attention=auto` is plain attention on a CPU, which trains faster there in bf16.
+
+    Raises:
+        ValueError: says which key, what was allowed and the next step.
+    """
+    import torch
+
+    from thaw.run.values import check_types
+
+    check_types(cfg)
+    check_devices(cfg.trainer)
+    accelerator = cfg.trainer.accelerator
+    if not torch.cuda.device_count():
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # torch's optimizers would look for a GPU in every step
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    weights = cfg.backbone.get("weights")
+    if weights and Path(weights).expanduser().is_file():
+        cfg.backbone.weights = str(Path(weights).expanduser().resolve())  # found from any folder later
+    if cfg.trainer.precision == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else on_cpu and fast
+        cfg.trainer.precision = "bf16-mixed" if has_bf16 else "32-true"
+    if cfg.backbone.get("fused_attention") == "auto":  # a baseline has no attention
+        cfg.backbone.fused_attention = not on_cpu

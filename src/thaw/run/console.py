@@ -1,0 +1,87 @@
+"""What a program prints does not end it: neither characters that the console lacks nor a reader who has left."""
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from thaw.run.files import named
+
+ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
+
+
+class Stream(io.FileIO):
+    """A standard stream that ignores failed writes, because the results of a run are files, not printed lines.
+
+    Writes fail where nobody reads any more (`| head`), the terminal is gone, or the disk of a log is full.
+    """
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+@contextmanager
+def lenient() -> Iterator[None]:
+    """Let standard output and standard error take every text and outlive their reader."""
+    in_utf8()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = now = lenient_stream(sys.stdout), lenient_stream(sys.stderr)
+    try:
+        yield
+    finally:
+        for stream in now:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+def in_utf8() -> None:
+    """Start the program again in Python's UTF-8 mode where file names are ASCII (LC_ALL=C PYTHONUTF8=0).
+
+    Python stands in for other characters with surrogates there, which YAML, ONNX and more refuse.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+
+
+def lenient_stream(stream: TextIO | None) -> TextIO:
+    if stream is None:  # closed by whoever started the program
+        return Path(os.devnull).open("w", errors=ESCAPES)
+    try:
+        raw = Stream(stream.fileno(), "w", closefd=False)
+    except (OSError, AttributeError):  # the stream of a notebook or a test is not a file
+        return stream
+    lines = getattr(stream, "line_buffering", False) or getattr(stream, "write_through", False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, ESCAPES, line_buffering=lines)
+
+
+@contextmanager
+def results() -> Iterator[TextIO]:
+    """Standard output for results that are printed: a write that fails is an error.
+
+    Raises:
+        OSError: it cannot be written.
+        SystemExit: nobody reads any more; the status is that of a program which SIGPIPE has ended.
+    """
+    try:
+        number = sys.stdout.fileno()
+    except OSError:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    encoding = sys.stdout.encoding
+    try:
+        with (
+            named(Path("/dev/stdout")),
+            open(number, "w", encoding=encoding, errors=ESCAPES, newline="", closefd=False) as exact,
+        ):
+            yield exact
+    except BrokenPipeError:
+        raise SystemExit(128 + signal.SIGPIPE) from None

@@ -1,0 +1,98 @@
+"""The metrics of a run as a CSV file, which a run that goes on in its own folder continues."""
+
+import csv
+import io
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from thaw.run import checkpoint
+from thaw.run.files import named, write_text
+
+
+class RunCSV(CSVLogger):
+    """Lightning's CSV logger, except that a run that goes on in its own folder keeps the rows it has written before.
+
+    The rows of steps that are made again are dropped, so that no step stands there twice.
+
+    Args:
+        save_dir, name, version, flush_logs_every_n_steps: as in Lightning.
+        resume: the checkpoint that the run goes on from, or None.
+    """
+
+    def __init__(
+        self, save_dir: str, name: str, version: str, flush_logs_every_n_steps: int, resume: str | None
+    ) -> None:
+        super().__init__(save_dir, name, version, flush_logs_every_n_steps=flush_logs_every_n_steps)
+        self.resume = resume
+
+    @cached_property
+    def first_step(self) -> int:
+        """Up to here the checkpoint has come: Lightning logs a step under the number of those before it."""
+        if self.resume is None:
+            return 0
+        loop: dict[str, Any] = checkpoint.load(Path(self.resume))["loops"]["fit_loop"]
+        return loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            path = Path(self.log_dir, Writer.NAME_METRICS_FILE)
+            header, rows = read_rows(path, self.first_step)
+            if rows:
+                write_rows(path, header, rows)
+            else:
+                path.unlink(missing_ok=True)
+            self._experiment = Writer(self.log_dir)
+            self._experiment.metrics_keys = header
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        if step is None or step >= self.first_step:  # an epoch that ended with the checkpoint ends once more
+            super().log_metrics(metrics, step)
+
+
+class Writer(ExperimentWriter):
+    """Lightning's, except that it adds to the file that is there, and loses no row when a new column comes."""
+
+    def _check_log_dir_exists(self) -> None:  # Lightning's removes the file
+        pass
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        write_rows(path, fieldnames, rows)
+
+    def save(self) -> None:
+        with named(Path(self.metrics_file_path)):
+            super().save()
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        with named(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
+            super().log_hparams(params)
+
+
+def write_rows(path: Path, header: list[str], rows: list[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
+
+
+def read_rows(path: Path, end: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a CSV of metrics, as far as their step comes before `end`."""
+    if end == 0 or not path.is_file():
+        return [], []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < end]
+        return list(reader.fieldnames or []), rows

@@ -1,0 +1,242 @@
+"""One run in its folder: skipped when it is done, continued when it was cut off, recorded when it fails."""
+
+import logging
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from thaw.run.config import USER_ERRORS, explain, plain
+from thaw.run.console import lenient
+from thaw.run.files import write_text
+from thaw.run.folders import job_key
+from thaw.run.json_files import read_json, write_json
+from thaw.run.targets import targets
+
+log = logging.getLogger(__name__)
+
+State = Literal["new", "running", "cut off", "failed", "done"]
+
+JOB = "job.json"  # whose folder this is
+LOCK = "job.lock"  # held by the process that works there
+SUMMARY = "summary.json"  # of a run that came to its end
+FAILURE = "failure.json"  # of one that did not
+LAST = "checkpoints/last.ckpt"
+
+
+def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    """Train in `cfg.run_dir` what is still to be trained there; in a sweep a failure ends this job only.
+
+    Args:
+        cfg: a composed run; its `resume` is set if there is something to go on with.
+        train: the whole run; returns its best validation accuracy.
+
+    Returns:
+        the best validation accuracy; None if there is none.
+
+    Raises:
+        ValueError: the folder belongs to another configuration, or another process works there.
+    """
+    if not is_sweep_job():
+        return run_in_folder(cfg, train)
+    cfg.validate = cfg.test = False  # the winner alone is measured, at the end
+    try:
+        with lenient():  # submitit starts a job without the script around it
+            return run_in_folder(cfg, train)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
+            raise  # which has put the job back into the queue
+        if not isinstance(error, USER_ERRORS):
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        return None
+
+
+def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
+    """As `run_job`, but what is raised goes on to the caller."""
+    run_dir = Path(cfg.run_dir)
+    with claimed(run_dir, job_key(cfg)):
+        if has_summary(run_dir):
+            val_acc = read_json(run_dir / SUMMARY)["val/acc"]
+            log.info("%s is done already, with a validation accuracy of %s.", os.path.relpath(run_dir), val_acc)
+            return val_acc
+        with recorded(cfg), interruptible():
+            go_on(cfg)
+            return train(cfg)
+
+
+def read_state(run_dir: Path) -> State:
+    """What has become of the run in a folder."""
+    if has_summary(run_dir):
+        return "done"
+    if is_claimed(run_dir):
+        return "running"
+    if (run_dir / FAILURE).is_file():
+        return "failed"
+    return "cut off" if (run_dir / LAST).is_file() else "new"
+
+
+def has_summary(run_dir: Path) -> bool:
+    """Whether a run came to its end and its summary can be read."""
+    try:
+        return "val/acc" in read_json(run_dir / SUMMARY)
+    except (ValueError, OSError):
+        return False
+
+
+def is_claimed(run_dir: Path) -> bool:
+    """Whether a process works in a folder."""
+    if not (run_dir / LOCK).is_file():
+        return False
+    try:
+        with FileLock(run_dir / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def go_on(cfg: DictConfig) -> None:
+    """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run, if it was cut off.
+
+    What has raised an error starts anew: its cause may be mended, and what it has computed so far may be wrong. What
+    could not write a file goes on: its last checkpoint is whole.
+    """
+    from thaw.run import checkpoint
+
+    run_dir = Path(cfg.run_dir)
+    failed = (run_dir / FAILURE).is_file() and read_json(run_dir / FAILURE).get("status") == "failed"
+    if failed or not (run_dir / LAST).is_file():
+        return
+    try:
+        last = checkpoint.read(run_dir / LAST, targets(cfg))
+    except ValueError as error:
+        log.warning("%s Starting anew.", error)
+        return
+    log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))
+    cfg.resume = str(run_dir / LAST)
+    if cfg.logger and "wandb" in cfg.logger:
+        cfg.logger.wandb.id = last["wandb_id"]
+
+
+def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
+    """Refuse Hydra's change of the working folder, before which all relative paths were meant.
+
+    Raises:
+        ValueError: it was asked for.
+    """
+    if hydra.job.chdir:
+        raise ValueError(
+            "hydra.job.chdir=true is not supported: data.dir, cache.dir and logs are relative to the folder in which "
+            "the command is typed. Leave it out; the run's own files go to its folder anyway."
+        )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Hand on Ctrl-C as what it is: Lightning ends the program with status 1 instead, and ignores it from then on."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as leaving:
+        if not isinstance(leaving.__context__, KeyboardInterrupt) and type(leaving).__name__ != "SIGTERMException":
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def claimed(run_dir: Path, key: str) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run.
+
+    Raises:
+        ValueError: as in `run_job`.
+    """
+    if not is_first_rank():
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / LOCK, timeout=1)  # second: others may just be asking
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{run_dir} is being written by another process; wait until it ends.") from error
+    try:
+        job = run_dir / JOB
+        if job.is_file() and read_json(job).get("key") != key:
+            raise ValueError(
+                f"{run_dir} holds a run of another configuration; choose another hydra.run.dir, or remove that folder."
+            )
+        write_json({"key": key, "pid": os.getpid(), "host": platform.node()}, job)
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def recorded(cfg: DictConfig) -> Iterator[None]:
+    """Write the configuration at the start; at a failure `failure.json`, which goes once there is a summary."""
+    run_dir, started = Path(cfg.run_dir), time.monotonic()
+    if is_first_rank():
+        write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if is_first_rank() and not has_summary(run_dir):
+            pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
+            trace = "" if pruned else traceback.format_exc()
+            status = "pruned" if pruned else "killed" if isinstance(error, OSError) else "failed"
+            reason = str(error) if pruned else explain(error)
+            try:
+                record_failure(cfg, status, reason, trace, time.monotonic() - started)
+            except OSError as unwritten:  # the disk may be full, which is perhaps what the first error says
+                log.warning("%s", unwritten)
+        raise
+    finally:
+        if is_first_rank() and has_summary(run_dir):
+            (run_dir / FAILURE).unlink(missing_ok=True)
+
+
+def record_failure(cfg: DictConfig, status: str, reason: str, trace: str, seconds: float) -> None:
+    """Say in `failure.json` why a run has no summary.
+
+    Args:
+        cfg: of the run.
+        status: failed | killed | timeout | pruned.
+        reason: in a line.
+        trace: the traceback, or nothing.
+        seconds: since the run started.
+    """
+    facts = {
+        "status": status,
+        "reason": reason,
+        "traceback": trace,
+        "name": cfg.name,
+        "overrides": cfg.overrides,
+        "seed": cfg.seed,
+        "seconds": round(seconds, 2),
+        "run_dir": cfg.run_dir,
+    }
+    write_json(facts, Path(cfg.run_dir) / FAILURE)
+
+
+def is_sweep_job() -> bool:
+    """Whether this process runs a job of `-m`."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its run, or its only process."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"

@@ -1,0 +1,136 @@
+"""Configurations of earlier versions: what has become of their keys, so that their checkpoints still load.
+
+Add each key here that is renamed or removed, and each new key whose default in the YAML is not what the code did
+before. tests/checkpoints/ holds checkpoints of earlier versions that must load.
+"""
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+RENAMED = {  # class -> its name today
+    "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.early_stopping.EarlyStopping",
+    "thaw.csv_log.RunCSV": "thaw.run.csv_log.RunCSV",
+    "thaw.loggers.wandb_logger": "thaw.run.loggers.wandb_logger",
+    "thaw.models.bank_classifier.BankClassifier": "thaw.bank_classifier.BankClassifier",
+    "thaw.models.classifier.Classifier": "thaw.classifier.Classifier",
+    "thaw.models.feature_cache.FeatureCache": "thaw.freezing.features.FeatureCache",
+    "thaw.models.freezing.FreezePolicy": "thaw.freezing.policy.FreezePolicy",
+    "thaw.models.lora.add_lora": "thaw.freezing.lora.add_lora",
+    "thaw.models.lr_bank.LRBank": "thaw.lr_bank.LRBank",
+    "thaw.models.optim.OptimizerRecipe": "thaw.optim.OptimizerRecipe",
+    "thaw.models.sharding.FullyShard": "thaw.sharding.FullyShard",
+}
+RENAMED_KEYS: dict[tuple[str, str], str] = {}  # (class, key) -> the key's name today
+REMOVED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> the only value that today's code still has
+ADDED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> what the code did before, where the YAML says another
+
+
+def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[str, Any], list[str]]:
+    """A configuration as today's version writes it, and what was changed, a line for each key.
+
+    Keys that a block lacks are those that configurations of the same class have today, with the value of the YAML; so
+    are whole groups, such as `trainer`.
+
+    Args:
+        config: plain values, not resolved; stays as it is.
+        file: that it comes from.
+        commit: of the code that wrote the file.
+
+    Raises:
+        ValueError: a removed key whose value today's code has not, or a missing one with no single value today.
+    """
+    changed: list[str] = []
+    config = dict(copy.deepcopy(config))
+    for group, block in default_keys().items():
+        if group not in config:
+            config[group] = copy.deepcopy(block)
+            if isinstance(block, dict):
+                changed.append(group)
+    migrate_blocks(config, "", changed, f"{file} was written by commit {commit} of thaw, and today's version")
+    return config, changed
+
+
+def migrate_blocks(value: Any, place: str, changed: list[str], cannot: str) -> None:
+    """Bring every block with a `_target_` up to date, in place."""
+    if isinstance(value, list):
+        for number, inner in enumerate(value):
+            migrate_blocks(inner, f"{place}{number}.", changed, cannot)
+    if not isinstance(value, dict):
+        return
+    if isinstance(value.get("_target_"), str):  # anything else is refused later
+        migrate_block(value, place, changed, cannot)
+    for key, inner in value.items():
+        migrate_blocks(inner, f"{place}{key}.", changed, cannot)
+
+
+def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot: str) -> None:
+    target = block["_target_"] = RENAMED.get(block["_target_"], block["_target_"])
+    for key in [key for key in block if (target, key) in RENAMED_KEYS]:
+        block[RENAMED_KEYS[target, key]] = block.pop(key)
+        changed.append(f"{place}{RENAMED_KEYS[target, key]} was once {key}")
+    for key in [key for key in block if (target, key) in REMOVED_KEYS]:
+        if block.pop(key) != REMOVED_KEYS[target, key]:
+            raise ValueError(f"{cannot} has {place}{key}={REMOVED_KEYS[target, key]} alone. Check that commit out.")
+        changed.append(f"{place}{key} is gone")
+    today = blocks_of_today(target)
+    common = set.intersection(*map(set, today)) if today else set()
+    for key in sorted(common - block.keys() - {"defaults"}):
+        values = [ADDED_KEYS[target, key]] if (target, key) in ADDED_KEYS else [other[key] for other in today]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{cannot} needs {place}{key}, whose value is not known. Check that commit out.")
+        block[key] = copy.deepcopy(values[0])
+        changed.append(f"{place}{key}={values[0]}")
+
+
+@cache
+def blocks_of_today(target: str) -> list[dict[str, Any]]:
+    """The blocks of the configuration files that build a class."""
+    found: list[dict[str, Any]] = []
+
+    def collect(value: Any) -> None:
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            collect(inner)
+        if isinstance(value, dict) and value.get("_target_") == target:
+            found.append(value)
+
+    for path, text in config_files().items():
+        if target in text:
+            collect(parsed(path))
+    return found
+
+
+@cache
+def default_keys() -> dict[str, Any]:
+    """What every run has at its top level, as configs/train.yaml says."""
+    path = CONFIGS / "train.yaml"
+    if path not in config_files():  # installed without the checkout
+        return {}
+    train = dict(parsed(path))
+    chosen = [entry for entry in train.pop("defaults") if isinstance(entry, dict)]
+    keys = {key: value for key, value in train.items() if key != "hydra" and "${hydra:" not in str(value)}
+    for entry in chosen:
+        ((group, choice),) = entry.items()
+        path = CONFIGS / group / f"{choice}.yaml"
+        if path in config_files():  # not lists of choices, nor none
+            block = parsed(path)
+            keys[group] = block[group] if block.keys() == {group} else block  # of `@package _global_`
+    return keys
+
+
+@cache
+def config_files() -> dict[Path, str]:
+    """Path and text of every configuration file."""
+    return {path: path.read_text(encoding="utf-8") for path in sorted(CONFIGS.rglob("*.yaml"))}
+
+
+@cache
+def parsed(path: Path) -> dict[str, Any]:
+    content: Any = OmegaConf.to_container(OmegaConf.create(config_files()[path]))
+    return content

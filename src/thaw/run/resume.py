@@ -1,0 +1,112 @@
+"""What `resume=` means: the run to go on with, its configuration with what was typed, and whether it had ended."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from thaw.run.checkpoint import checked_config, find, read
+from thaw.run.command_line import setting
+from thaw.run.targets import targets
+
+
+def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
+    """The configuration in a run's `config.yaml`.
+
+    Args:
+        path: of the file.
+        allow: as for `read`.
+
+    Raises:
+        ValueError: it cannot be read, is none of a run, or names code that is not allowed.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a configuration ({error}).") from error
+    if not isinstance(config, DictConfig) or "trainer" not in config:
+        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return OmegaConf.create(checked_config(values, path, allow, "unknown"))
+
+
+def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
+    """The configuration of the run that `resume` means, its last checkpoint's file and what that holds.
+
+    A folder without a checkpoint is that of a run that was ended before its first one: its own `config.yaml` says how
+    it had started, from the beginning or from the checkpoint of another run.
+
+    Raises:
+        ValueError: no such run.
+    """
+    config = Path(wanted).expanduser() / "config.yaml"
+    if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
+        saved = read_config(config, allow)
+        path = find(saved.resume, runs, "last.ckpt") if saved.resume else None
+        return saved, path, read(path, allow) if path else {}
+    path = find(wanted, runs, "last.ckpt")
+    checkpoint = read(path, allow)
+    return OmegaConf.create(checkpoint["config"]), path, checkpoint
+
+
+def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of the run to go on with, changed only where the command line says so.
+
+    Args:
+        cfg: as composed from the command line, with `resume` set.
+        overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
+
+    Returns:
+        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
+        null for a run that starts from the beginning.
+
+    Raises:
+        ValueError: no such run, or another experiment than the saved one.
+    """
+    typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
+    runs = Path(cfg.run_dir).parent  # logs/runs/<name>
+    runs = runs if {"experiment", "name"} & set(typed) else runs.parent
+    saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
+    if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
+        raise ValueError(
+            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
+            "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
+            "trainer=gpu."
+        )
+    before = OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True)
+    for key in typed:
+        if key != "experiment":
+            place = key.replace("/", ".")
+            OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
+    if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
+        raise ValueError(
+            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
+            "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
+            f"{setting('start_from', path)} instead of resume=."
+        )
+    saved.run_dir, saved.resume = cfg.run_dir, path and str(path)
+    if saved.logger and "wandb" in saved.logger:
+        saved.logger.wandb.id = checkpoint.get("wandb_id")
+    if path is None:
+        print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
+    elif ended := why_ended(checkpoint, saved):
+        reason, longer = ended
+        print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
+    return saved
+
+
+def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> tuple[str, str] | None:
+    """Why a run would train no step more from its last checkpoint, and a setting that makes it; None if it would."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
+    if most is not None and 0 <= most <= epochs:
+        return f"training has ended, after all of trainer.max_epochs={most}", f"trainer.max_epochs={2 * most}"
+    if steps is not None and 0 <= steps <= checkpoint["global_step"]:
+        return f"training has ended, after all of trainer.max_steps={steps}", f"+trainer.max_steps={2 * steps}"
+    patience = OmegaConf.select(cfg, "callbacks.early_stopping.patience")
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("EarlyStopping")]
+    if patience is not None and states and states[0]["wait_count"] >= max(1, patience):
+        return f"early stopping has ended training, after {epochs} epochs", "callbacks.early_stopping=null"
+    return None

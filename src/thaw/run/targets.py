@@ -1,0 +1,148 @@
+"""Which classes a configuration from a file may name: such a configuration is input, not code.
+
+Hydra builds whatever `_target_` names, `os.makedirs` and `torch.load` included, so that names are checked first.
+"""
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+OWN = "thaw"
+OPTIMIZERS = ("torch.optim", "timm.optim")
+LIGHTNING = {
+    "lightning.Trainer",
+    *(f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")),
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "lightning.pytorch.profilers.SimpleProfiler",
+}
+FUNCTIONS = {
+    "thaw.callbacks.progress.progress",
+    "thaw.evaluation.probes.knn",
+    "thaw.evaluation.probes.logistic_regression",
+    "thaw.run.loggers.wandb_logger",
+    "thaw.freezing.lora.add_lora",
+}
+PARTS = {  # thaw's classes that no base class tells from others
+    "thaw.freezing.features.FeatureCache",
+    "thaw.freezing.policy.FreezePolicy",
+    "thaw.optim.OptimizerRecipe",
+}
+
+KEY = r"\.*[\w./-]+"
+INTERPOLATION = re.compile(  # of another key
+    rf"\$\{{(?:oc\.select:{KEY},|backbone_name:)?(?:{KEY}|\$\{{{KEY}\}})\}}"
+)
+
+
+def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], commit: str = "unknown") -> None:
+    """Refuse a configuration that could run more than the classes it is meant for; imports nothing else.
+
+    Allowed are thaw's own models, callbacks, loggers and data modules, the optimizers of torch and timm, what of
+    Lightning the shipped configurations use, and what `allow` names. An object counts by the module that defines it,
+    so that `thaw.run.config.os.makedirs` is not thaw's.
+
+    Args:
+        config: plain values, not resolved.
+        file: that it comes from.
+        allow: packages, modules or classes of the user's, e.g. `["mypackage"]`.
+        commit: of the code that wrote the file.
+
+    Raises:
+        ValueError: names the first key that is refused.
+    """
+    for place, value in leaves(config, ""):
+        if refers_outside(value):
+            raise ValueError(
+                f"{file}: {place}={value!r} is not run, as it comes from a file; allowed are references to other keys, "
+                "such as ${data.batch_size}. Give a checkpoint that train.py wrote."
+            )
+        if place.rpartition(".")[2] == "_target_" and str(value) not in {*LIGHTNING, *allow}:
+            check_target(place, value, file, allow, commit)
+
+
+def targets(cfg: DictConfig) -> list[str]:
+    """The classes that a composed configuration names: the user's choice, in this command or the configs folder."""
+    named = {place: value for place, value in leaves(OmegaConf.to_container(cfg, resolve=False), "")}
+    return [str(named[place]) for place in named if place.endswith("._target_") and not place.startswith("hydra.")]
+
+
+def check_target(place: str, target: Any, file: Path, allow: Sequence[str], commit: str) -> None:
+    name, packages = str(target), (OWN, *OPTIMIZERS, *allow)
+    try:
+        found = find(name) if any(is_in(name, package) for package in packages) else None
+    except ImportError as error:
+        raise ValueError(
+            f"{file}: {place}={target} cannot be imported ({error}). The file was written by commit {commit}; check "
+            "that out, or install the package that it needs."
+        ) from error
+    if found is None or not any(is_part(found, name, package) for package in packages):
+        raise ValueError(
+            f"{file}: {place}={target!r} is refused and was not run: a checkpoint may name models, callbacks, loggers "
+            f"and data modules of thaw, and optimizers of torch and timm. Code of your own in a file that you trust is "
+            "allowed by the name of its package: 'allow=[mypackage]'."
+        )
+
+
+def refers_outside(value: Any) -> bool:
+    """Whether a value is an interpolation that calls a resolver, other than for another key of the configuration."""
+    return isinstance(value, str) and "${" in INTERPOLATION.sub("", value)
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def find(name: str) -> Any:
+    """The object that a dotted name means; imports packages and modules on the way to it.
+
+    Raises:
+        ImportError: there is none.
+    """
+    parts = name.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for number, part in enumerate(parts[1:], start=1):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[: number + 1]))
+        found = getattr(found, part)
+    return found
+
+
+def is_part(found: Any, name: str, package: str) -> bool:
+    """Whether a package itself defines an object; of thaw and the optimizers one of the kind that is meant."""
+    if not is_in(getattr(found, "__module__", None) or "", package):
+        return False
+    if package in OPTIMIZERS:
+        from torch.optim import Optimizer
+
+        return isinstance(found, type) and issubclass(found, Optimizer)
+    if package != OWN:
+        return callable(found)
+    return name in FUNCTIONS | PARTS or (isinstance(found, type) and issubclass(found, kinds()))
+
+
+def kinds() -> tuple[type, ...]:
+    """Base classes of what configurations build."""
+    from lightning import Callback, LightningDataModule
+    from lightning.fabric.plugins import CheckpointIO
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy
+    from torch import nn
+
+    return nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy
+
+
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Every value that is neither a mapping nor a list, and whatever `_target_` is, with its key in the whole."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            inside = f"{place}.{key}" if place else str(key)
+            yield from [(inside, inner)] if key == "_target_" else leaves(inner, inside)
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from leaves(inner, f"{place}.{number}")
+    else:
+        yield place, value

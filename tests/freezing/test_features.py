@@ -1,0 +1,735 @@
+"""Kept features against a naive loop over the digits, and runs that use them against runs that start from pixels."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import ROOT
+from filelock import FileLock
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from thaw.callbacks.step_seed import StepSeed
+from thaw.classifier import Classifier
+from thaw.data.augment import Augment
+from thaw.data.datamodule import Batch, MNISTDataModule
+from thaw.data.mix import Mix
+from thaw.freezing import features as feature_cache
+from thaw.freezing.features import FeatureCache, compute_all
+from thaw.freezing.policy import FreezePolicy
+from thaw.models.backbone import Backbone
+from thaw.models.heads import LinearHead
+from thaw.optim import OptimizerRecipe
+
+COUNT = 300  # digits: two whole chunks of 128 and a part of one
+FACTS = {"weights": "abc"}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def nothing_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "VERIFIED", {})
+
+
+def trainer_of(**changes: Any) -> L.Trainer:
+    return L.Trainer(**(QUIET | {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0} | changes))
+
+
+class Compute:
+    """The square of an index, and (5,) random numbers if wanted; remembers for which digits it was asked."""
+
+    def __init__(self, draws: bool = False) -> None:
+        self.draws = draws
+        self.digits: list[int] = []
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        self.digits += indices.tolist() if len(indices) > 1 else []  # one digit: only to see the shape
+        random = torch.rand(len(indices), 5) if self.draws else torch.ones(len(indices), 5)
+        return torch.stack([indices.float(), indices.float() ** 2], dim=1).repeat(1, 3)[:, :5] * random
+
+
+def naive() -> Tensor:
+    return torch.stack([Compute()(torch.tensor([digit]))[0] for digit in range(COUNT)])[None]
+
+
+def get(cache: FeatureCache, compute: Compute, views: int = 1, facts: Mapping[str, Any] = FACTS) -> Tensor | None:
+    return cache.features("train", COUNT, views, compute, 16, facts, trainer_of())
+
+
+def new(folder: Path, mode: str = "disk", max_gb: float = 1.0, views: int | None = None) -> FeatureCache:
+    """A cache as another process would have it."""
+    feature_cache.VERIFIED.clear()
+    return FeatureCache(mode, str(folder), max_gb, views)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mode": "ram"}, "cache.mode='ram' is unknown; choose auto, off, memory or disk"),
+        ({"mode": True}, "cache.mode=True is unknown; choose auto, off, memory or disk"),
+        ({"max_gb": 0}, "cache.max_gb=0 must be above 0; cache.mode=off keeps nothing"),
+        ({"max_gb": -1.5}, "cache.max_gb=-1.5 must be above 0"),
+        ({"max_gb": float("nan")}, "cache.max_gb=nan must be above 0"),
+        ({"max_gb": True}, "cache.max_gb=True must be above 0"),
+        ({"max_gb": "8"}, "cache.max_gb=8 must be above 0"),
+        ({"views": 0}, "cache.views=0 must be a number of views, 1 or more, or null for none"),
+        ({"views": -2}, "cache.views=-2 must be a number"),
+        ({"views": 1.5}, "cache.views=1.5 must be a number"),
+        ({"views": True}, "cache.views=True must be a number"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureCache(**({"mode": "auto", "dir": str(tmp_path), "max_gb": 1.0, "views": None} | changes))
+
+
+def test_a_limit_may_be_infinite(tmp_path: Path) -> None:
+    features = get(new(tmp_path, max_gb=float("inf")), Compute())
+    assert features is not None and torch.equal(features, naive())
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_random", "views", "expected"),
+    [
+        ("auto", False, None, 1),
+        ("disk", False, None, 1),
+        ("memory", True, 3, 3),
+        ("auto", True, 3, 3),
+        ("auto", True, None, "cache: off, digits are augmented anew in every epoch (cache.views=K would keep"),
+        ("disk", True, None, ValueError("cache.mode=disk keeps nothing: digits are augmented anew")),
+        ("memory", True, None, ValueError("cache.mode=memory keeps nothing: digits are augmented anew")),
+        ("auto", False, 3, ValueError("cache.views=3 keeps augmented views, but augment=none; set it to null")),
+        ("off", True, 3, 0),
+        (False, False, None, 0),  # what YAML makes of off
+    ],
+)
+def test_how_many_views(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: Any, is_random: bool, views: int | None, expected: Any
+) -> None:
+    cache = new(tmp_path, mode, views=views)
+    if isinstance(expected, ValueError):
+        with pytest.raises(ValueError, match=str(expected)):
+            cache.num_views(is_random, trainer_of())
+        return
+    got = cache.num_views(is_random, trainer_of())
+    printed = capsys.readouterr().out
+    assert got == (0 if isinstance(expected, str) else expected)
+    assert printed.startswith(expected) if isinstance(expected, str) else "cache:" not in printed
+
+
+# Right numbers, computed once
+
+
+@pytest.mark.parametrize("mode", ["auto", "disk", "memory"])
+def test_features_equal_a_naive_loop_over_the_digits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    compute = Compute()
+    features = get(new(tmp_path / "cache", mode), compute)
+    assert features is not None and torch.equal(features, naive())
+    assert set(compute.digits) == set(range(COUNT)) and len(compute.digits) == 3 * 128
+    assert (tmp_path / "cache").exists() == (mode != "memory")
+    assert f"cache: {COUNT} train digits -> (5,), 0 MB, computed in" in capsys.readouterr().out
+
+
+def test_another_run_computes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    get(new(tmp_path), Compute())
+    for mode in ("disk", "auto"):
+        compute = Compute()
+        features = get(new(tmp_path, mode), compute)
+        assert features is not None and torch.equal(features, naive()) and compute.digits == []
+    assert "MB, reused, in" in capsys.readouterr().out
+
+
+def test_the_next_job_of_a_sweep_has_them_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, compute = new(tmp_path), Compute()
+    first = get(cache, compute)
+    monkeypatch.setattr(cache.store, "read", None)
+    assert get(cache, compute) is first and len(compute.digits) == 3 * 128
+    cache.mode = "memory"
+    for job in range(9):
+        get(cache, Compute(), facts={"job": job})
+        assert len(feature_cache.VERIFIED) <= 4  # of a long sweep
+
+
+def test_every_fact_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts: list[dict[str, Any]] = [
+        {"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": None}, {"a": [1, 2]}, {"a": [2, 1]},
+        {"a": OmegaConf.create([2, 3])}, {"a": OmegaConf.create({"x": {"y": 1}})},
+        {"a": OmegaConf.create({"x": {"y": 2}})},
+    ]  # fmt: skip
+    for given in facts:
+        compute = Compute()
+        get(new(tmp_path), compute, facts=given)
+        assert compute.digits, given
+    for name, changed in (("torch.__version__", "0.1"), ("thaw.freezing.features.FORMAT", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, changed)
+            get(new(tmp_path), compute := Compute(), facts=facts[0])
+            assert compute.digits, name
+    get(new(tmp_path), compute := Compute(), views=2, facts=facts[0])
+    assert compute.digits
+    get(new(tmp_path), compute := Compute(), facts={"a": 1})
+    assert not compute.digits
+
+
+def test_larger_than_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = COUNT * 5 * 4 / 1e9 * 0.99
+    assert get(new(tmp_path, "auto", small), compute := Compute()) is None and not compute.digits
+    assert "cache: off, the train features take 0.0 GB, more than cache.max_gb=" in capsys.readouterr().out
+    for mode in ("disk", "memory"):
+        with pytest.raises(ValueError, match=f"cache.mode={mode}: .* raise it, or set cache.mode=auto or off"):
+            get(new(tmp_path, mode, small), Compute())
+
+
+# Damage, other writers, folders that cannot be used
+
+
+def json_edited(npy: Path) -> None:
+    record = npy.with_suffix(".json")
+    record.write_text(record.read_text().replace('"float32"', '"int32"'))
+
+
+def byte_flipped(npy: Path) -> None:
+    content = bytearray(npy.read_bytes())
+    content[-7] ^= 1
+    npy.write_bytes(content)
+
+
+def part_of(npy: Path) -> Path:
+    """What a process that was killed leaves."""
+    return npy.with_name(f".{npy.name}.0.thaw.part")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda npy: os.truncate(npy, 999),
+    "byte flipped": byte_flipped,
+    "json edited": json_edited,
+    "json missing": lambda npy: npy.with_suffix(".json").unlink(),
+    "npy missing": Path.unlink,
+    "killed before it was renamed": lambda npy: (npy.rename(part_of(npy)), json_edited(npy)),
+    "killed before the json": lambda npy: npy.with_suffix(".json").rename(part_of(npy)),
+    "parts left over": lambda npy: [byte_flipped(npy), part_of(npy).write_bytes(b"0" * 999)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_computed_anew(tmp_path: Path, damage: str) -> None:
+    get(new(tmp_path), Compute())
+    (npy,) = tmp_path.glob("*.npy")
+    DAMAGE[damage](npy)
+    for expected in (3 * 128, 0):  # once
+        features = get(new(tmp_path, "auto"), compute := Compute())
+        assert features is not None and torch.equal(features, naive()) and len(compute.digits) == expected
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".json", ".lock"}
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def read_only(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("trouble", ["parent is a file", "full", "read-only"])
+def test_a_folder_that_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    folder = tmp_path / "cache"
+    if trouble == "parent is a file":
+        (tmp_path / "file").touch()
+        folder = tmp_path / "file" / "cache"
+    elif trouble == "full":
+        monkeypatch.setattr(os, "posix_fallocate", no_space)
+    else:
+        folder.mkdir()
+        monkeypatch.setattr(FileLock, "acquire", read_only)
+    features = get(new(folder, "auto"), Compute())
+    assert features is not None and torch.equal(features, naive())
+    assert f"cache: in memory, as cache.dir={folder} cannot be used (" in capsys.readouterr().out
+    with pytest.raises(OSError, match=rf"cache\.dir={folder} cannot be used: .*\. Set another cache\.dir"):
+        get(new(folder, "disk"), Compute())
+    assert not list(tmp_path.glob("cache/*.npy")) and not list(tmp_path.glob("cache/.*.part"))
+
+
+@pytest.mark.parametrize("trouble", ["full", "removed"])
+def test_a_folder_that_fails_when_all_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    class Removing(Compute):
+        def __call__(self, indices: Tensor) -> Tensor:
+            if trouble == "removed" and len(indices) > 1:
+                shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            return super().__call__(indices)
+
+    if trouble == "full":
+        monkeypatch.setattr(Path, "write_bytes", no_space)
+    features = get(new(tmp_path / "cache", "auto"), Removing())
+    assert features is not None and torch.equal(features, naive())
+    assert f"cache: in memory, as cache.dir={tmp_path / 'cache'} cannot be used (" in capsys.readouterr().out
+    with pytest.raises(OSError, match=r"cache\.dir=.* cannot be used: .*\. Set another cache\.dir"):
+        get(new(tmp_path / "cache", "disk"), Removing())
+
+
+@pytest.mark.parametrize("mode", ["auto", "disk"])
+def test_an_entry_in_a_folder_that_cannot_be_locked_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    get(new(tmp_path), Compute())
+    monkeypatch.setattr(FileLock, "acquire", read_only)
+    monkeypatch.setattr(os, "utime", read_only)
+    features = get(new(tmp_path, mode), compute := Compute())
+    assert features is not None and torch.equal(features, naive()) and not compute.digits
+
+
+SLOW_RUN = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import test_features as t
+class Slow(t.Compute):
+    def __call__(self, indices):
+        if len(self.digits) == 128:  # in the middle
+            print("half", flush=True)
+            time.sleep(float(sys.argv[2]))
+        return super().__call__(indices)
+t.get(t.new(t.Path(sys.argv[1])), Slow())
+"""
+
+
+@pytest.mark.parametrize("end", ["finishes", "is killed"])
+def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str) -> None:
+    """The second waits for the first, and takes what that wrote or, if it was killed in the middle, its place."""
+    script = SLOW_RUN.format(root=str(ROOT / "tests"), tests=str(Path(__file__).parent))
+    wait = "1.5" if end == "finishes" else "600"
+    first = subprocess.Popen([sys.executable, "-c", script, tmp_path, wait], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert any("half" in line for line in first.stdout)
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".part"]
+    if end == "is killed":
+        kill = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {first.pid}"])
+    started = time.monotonic()
+    features = get(new(tmp_path), compute := Compute())
+    assert time.monotonic() - started > 0.5
+    assert "cache: waiting for another run that computes" in capsys.readouterr().out
+    assert features is not None and torch.equal(features, naive())
+    if end == "is killed":
+        assert first.wait() == -signal.SIGKILL and kill.wait() == 0
+        assert len(compute.digits) == 3 * 128
+    else:
+        assert first.wait() == 0 and not compute.digits
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".json", ".lock"}
+
+
+# Views
+
+
+def test_views_differ_and_come_back(tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    first = get(new(tmp_path / "one"), Compute(draws=True), views=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(123)
+    second = get(new(tmp_path / "two"), Compute(draws=True), views=3)
+    assert first is not None and second is not None and torch.equal(first, second)
+    random = (first / naive())[:, 1:]  # digit 0 gives 0
+    assert len(random.flatten(0, 1).unique(dim=0)) == 3 * (COUNT - 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_share_the_work_and_give_what_one_gives(tmp_path: Path, ranks: int) -> None:
+    expected = get(new(tmp_path), Compute(draws=True), views=2)
+    parts: list[list[Tensor]] = []
+    computes = [Compute(draws=True) for _ in range(ranks)]
+    for turn in ("compute", "gather"):
+        for rank in range(ranks):
+            mine: list[Tensor] = []
+
+            def all_gather(part: Tensor, turn: str = turn, mine: list[Tensor] = mine) -> Tensor:
+                mine.append(part)
+                step = len(mine) - 1
+                return torch.stack([other[step] for other in parts] if turn == "gather" else [part] * ranks)
+
+            strategy = SimpleNamespace(root_device=torch.device("cpu"), all_gather=all_gather)
+            trainer: Any = SimpleNamespace(world_size=ranks, global_rank=rank, is_global_zero=False, strategy=strategy)
+            target = torch.full((2, COUNT, 5), torch.nan)
+            compute_all(computes[rank], "train", COUNT, 2, 16, target, trainer)
+            if turn == "compute":
+                parts.append(mine)
+            else:
+                assert expected is not None and torch.equal(target, expected), rank
+    assert all(len(compute.digits) < 2 * 2 * COUNT for compute in computes)
+
+
+# In training
+
+SGD = partial(torch.optim.SGD, momentum=0.9)
+PLAIN = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+MOVED = Augment(10, 0.1, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+TRAIN, VAL = 160, 500
+
+Build = Callable[..., Classifier]
+
+
+@pytest.fixture
+def model(tmp_path: Path, backbone: Callable[..., Backbone], policy: Callable[..., FreezePolicy]) -> Build:
+    """Builds a classifier on a tiny ViT of depth 3 whose random weights count as pretrained."""
+
+    def build(
+        freeze: str = "linear_probe",
+        mode: str = "disk",
+        views: int | None = None,
+        augment: Augment = PLAIN,
+        lr: float = 0.05,
+        k: int | None = None,
+        perturb: str = "",
+        **changes: Any,
+    ) -> Classifier:
+        base = backbone(**changes).train()
+        base.fresh = frozenset()
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if perturb and name.startswith(perturb):
+                    parameter.add_(0.01)
+        recipe = OptimizerRecipe(
+            **{"optimizer": SGD, "lr": lr, "weight_decay": 0.1, "layer_decay": 1.0, "warmup_fraction": 0.0},
+            **{"final_lr_fraction": 0.1, "lr_scaling": "none"},
+        )
+        torch.manual_seed(1)
+        return Classifier(
+            backbone=base,
+            head=partial(LinearHead, norm="layer"),
+            augment=augment,
+            mix=Mix(None, None, probability=1),
+            freeze=policy(freeze, **({} if k is None else {"k": k})),
+            optim=recipe,
+            num_classes=10,
+            label_smoothing=0.0,
+            cache=new(tmp_path / "cache", mode, views=views),
+            compile=False,
+            self_contained=True,
+        )
+
+    return build
+
+
+def digits(train_size: int = TRAIN, seed: int = 0, workers: int = 0) -> MNISTDataModule:
+    return MNISTDataModule("MNIST", "nowhere", "sample", None, train_size, 32, 100, workers, seed)
+
+
+class Watch(L.Callback):
+    """Keeps the features of training and validation batches, the digits they are of, and the epoch."""
+
+    def __init__(self) -> None:
+        self.train: list[tuple[int, Tensor | None, Tensor]] = []
+        self.val: list[tuple[Tensor | None, Tensor]] = []
+        self.kept: list[Tensor | None] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, _module: Any, batch: Batch, *_: Any) -> None:
+        self.train.append((trainer.current_epoch, batch.features, batch.indices))
+        self.kept.append(trainer.datamodule.split_dataset("train").features)  # type: ignore[attr-defined]
+
+    def on_validation_batch_start(self, _trainer: L.Trainer, _module: Any, batch: Batch, *_: Any) -> None:
+        self.val.append((batch.features, batch.indices))
+
+
+def fitted(model: Classifier, data: MNISTDataModule | None = None, epochs: int = 2, **changes: Any) -> L.Trainer:
+    callbacks = [*changes.pop("callbacks", []), StepSeed(0)]
+    path = changes.pop("ckpt_path", None)
+    trainer = trainer_of(max_epochs=epochs, callbacks=callbacks, **changes)
+    trainer.fit(model, data or digits(), ckpt_path=path)
+    return trainer
+
+
+def timm_features(model: Classifier, image: Tensor, blocks: int | None) -> Tensor:
+    """One digit (28, 28) through timm's own forward: tokens after so many blocks, or pooled."""
+    vit, kept = model.backbone.model, []
+    hooks = [vit.blocks[blocks - 1].register_forward_hook(lambda *args: kept.append(args[2]))] if blocks else []
+    with torch.no_grad():
+        features = vit.forward_head(vit.forward_features(model.preprocess(image[None])), pre_logits=True)
+    for hook in hooks:
+        hook.remove()
+    return kept[0][0] if blocks else features[0]
+
+
+@pytest.mark.parametrize(("freeze", "blocks"), [("linear_probe", None), ("last_blocks", 1)])
+def test_batches_carry_what_timm_gives_for_each_digit(model: Build, freeze: str, blocks: int | None) -> None:
+    watch, data, classifier = Watch(), digits(), model(freeze)
+    fitted(classifier, data, callbacks=[watch])
+    source = data.load()
+    classifier.eval()
+    for split, batches in (("train", [part[1:] for part in watch.train]), ("val", watch.val)):
+        images = getattr(source, split).images
+        assert sum(len(indices) for _, indices in batches) == 2 * len(images)
+        for features, indices in batches[:2]:
+            assert features is not None and features.shape[1:] == ((17 - 1, 32) if blocks else (32,))
+            for feature, index in zip(features[:8], indices[:8].tolist(), strict=True):
+                torch.testing.assert_close(feature, timm_features(classifier, images[index], blocks))
+
+
+@pytest.mark.parametrize(("precision", "rtol", "atol"), [("32-true", 1e-4, 1e-5), ("bf16-mixed", 0.05, 0.01)])
+@pytest.mark.parametrize(
+    ("freeze", "changes"),
+    [
+        ("linear_probe", {}),
+        ("last_blocks", {}),
+        ("last_blocks", {"arguments": {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2, "reg_tokens": 2}}),
+    ],
+)
+def test_training_with_kept_features_is_training_from_pixels(
+    model: Build, freeze: str, changes: dict, precision: str, rtol: float, atol: float
+) -> None:
+    results = []
+    for mode in ("off", "disk", "memory"):
+        classifier, watch = model(freeze, mode, **changes), Watch()
+        trainer = fitted(classifier, precision=precision, callbacks=[watch])
+        assert all((features is None) == (mode == "off") for _, features, _ in watch.train)
+        results.append((classifier.state_dict(), trainer.callback_metrics["val/loss"]))
+    (pixels, loss), *others = results
+    start = model(freeze, "off", **changes).state_dict()
+    assert not torch.allclose(start["head.linear.weight"], pixels["head.linear.weight"], rtol, 10 * atol)
+    for state, other in others:
+        for name, tensor in pixels.items():
+            if not name.endswith(("tp", "fp", "tn", "fn")):  # counts of right digits
+                torch.testing.assert_close(state[name], tensor, rtol=rtol, atol=atol, msg=name)
+        torch.testing.assert_close(other, loss, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("freeze", ["linear_probe", "last_blocks"])
+def test_logits_and_validation_from_pixels_equal_those_from_features(model: Build, freeze: str) -> None:
+    classifier, data, watch = model(freeze), digits(), Watch()
+    trainer = fitted(classifier, data, callbacks=[watch])
+    kept = dict(trainer.callback_metrics)
+    assert data.split_dataset("train").features is None and data.split_dataset("val").features is None
+    logits = []
+    classifier.eval()
+    with torch.no_grad():
+        for features, indices in watch.val[-5:]:
+            assert features is not None
+            logits.append(classifier.head(classifier.backbone.suffix(features, classifier.cut)))
+            torch.testing.assert_close(classifier(data.load().val.images[indices]), logits[-1])
+        watch.val.clear()
+        (metrics,) = trainer.validate(classifier, data, verbose=False)
+        assert len(watch.val) == 5 and all(features is None for features, _ in watch.val)
+        assert metrics["val/loss"] == pytest.approx(kept["val/loss"].item(), rel=1e-5)
+        assert metrics["val/acc"] == pytest.approx(kept["val/acc"].item())
+        (metrics,) = trainer.test(classifier, data, verbose=False)
+        right = (classifier(data.load().test.images).argmax(1) == data.load().test.labels).float().mean()
+    assert metrics["test/acc"] == pytest.approx(right.item())
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of digits in each call of the frozen layers (one: only to see the shape)."""
+    seen: list[int] = []
+    prefix = Backbone.prefix
+
+    def counted(self: Backbone, images: Tensor, cut: int) -> Tensor:
+        seen.extend([len(images)] if len(images) > 1 else [])
+        return prefix(self, images, cut)
+
+    monkeypatch.setattr(Backbone, "prefix", counted)
+    return seen  # type: ignore[return-value]
+
+
+BOTH, HALF = {2 * 128 + 4 * 128}, {2 * 128, 4 * 128}
+VIT = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings", "expected"),
+    [
+        ("nothing", {}, {0}),
+        ("seed", {"seed": 7}, {0}),
+        ("lr", {"lr": 0.5}, {0}),
+        ("what trains", {"perturb": "model.blocks.1"}, {0}),
+        ("frozen weights", {"perturb": "model.blocks.0.mlp.fc2.bias"}, BOTH),
+        ("stem", {"perturb": "model.pos_embed"}, BOTH),
+        ("more digits", {"train_size": TRAIN + 1}, HALF),
+        ("precision", {"precision": "bf16-mixed"}, BOTH),
+        ("k", {"k": 1}, BOTH),
+        ("image size", {"image_size": 35}, {(2 + 7) * 81}),
+        ("mean", {"mean": [0.2]}, BOTH),
+        ("attention", {"fused_attention": True}, BOTH),
+        ("timm arguments", {"arguments": VIT | {"init_values": 1.0}}, BOTH),
+        ("augmentation", {"augment": MOVED, "views": 1}, HALF),
+        ("views", {"augment": MOVED, "views": 2}, {2 * 2 * 128}),
+    ],
+)
+def test_what_another_run_reuses(
+    model: Build, computed: list[int], changed: str, settings: dict, expected: set[int]
+) -> None:
+    fitted(model("last_blocks"), epochs=1)
+    assert sum(computed) in BOTH
+    computed.clear()
+    run = {key: settings.pop(key) for key in ("precision",) if key in settings}
+    data = digits(**{key: settings.pop(key) for key in ("train_size", "seed") if key in settings})
+    fitted(model("last_blocks", **settings), data, epochs=1, **run)
+    assert sum(computed) in expected, changed
+
+
+def test_another_augmentation_is_another_view(model: Build, computed: list[int]) -> None:
+    for degrees, expected in ((10, 2 * 128 + 4 * 128), (10, 0), (11, 2 * 128)):
+        augment = Augment(degrees, 0.1, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+        fitted(model(augment=augment, views=1), epochs=1)
+        assert sum(computed) == expected
+        computed.clear()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epoch_e_trains_on_view_e_modulo_k(model: Build, workers: int) -> None:
+    watch = Watch()
+    fitted(model("last_blocks", augment=MOVED, views=2), digits(workers=workers), epochs=3, callbacks=[watch])
+    assert {epoch for epoch, *_ in watch.train} == {0, 1, 2}
+    for (epoch, features, indices), kept in zip(watch.train, watch.kept, strict=True):
+        assert kept is not None and kept.shape[:2] == (2, TRAIN) and not torch.equal(kept[0], kept[1])
+        assert features is not None and torch.equal(features, kept[epoch % 2][indices])
+    for features, indices in watch.val:  # validation is never augmented
+        assert features is not None and torch.equal(features, watch.val[int(indices[0]) // 100][0])  # type: ignore
+
+
+def test_a_run_draws_the_same_random_numbers_with_and_without_kept_features(model: Build) -> None:
+    states = []
+    for mode in ("off", "disk", "disk"):
+        torch.manual_seed(5)
+        classifier = model("linear_probe", mode, augment=MOVED, views=2)
+        torch.manual_seed(5)
+        trainer = trainer_of(max_epochs=1, limit_train_batches=0, limit_val_batches=0)
+        probe = SimpleNamespace(state=None)
+        classifier.on_train_epoch_start = lambda probe=probe: setattr(probe, "state", torch.random.get_rng_state())
+        trainer = trainer_of(max_epochs=1)
+        trainer.fit(classifier, digits())
+        states.append(probe.state)
+    assert torch.equal(states[0], states[1]) and torch.equal(states[1], states[2])
+
+
+def test_random_digits_without_views(model: Build, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch()
+    fitted(model(mode="auto", augment=MOVED), epochs=1, callbacks=[watch])
+    assert all(features is None for _, features, _ in watch.train)
+    assert "cache: off, digits are augmented anew in every epoch" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cache\.mode=disk keeps nothing"):
+        fitted(model(mode="disk", augment=MOVED))
+    with pytest.raises(ValueError, match=r"cache\.views=2 keeps augmented views, but augment=none"):
+        fitted(model(views=2))
+
+
+def test_nothing_is_kept_where_everything_trains(model: Build, tmp_path: Path) -> None:
+    watch = Watch()
+    fitted(model("full"), epochs=1, callbacks=[watch])
+    assert all(features is None for _, features, _ in watch.train) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("mode", "some_frozen"), [("auto", True), ("disk", False), ("memory", False)])
+def test_it_is_said_where_no_layer_can_be_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, some_frozen: bool
+) -> None:
+    new(tmp_path, mode).nothing_to_keep(some_frozen, trainer_of())
+    assert "cache: off, no layer" in capsys.readouterr().out
+    new(tmp_path, "off").nothing_to_keep(some_frozen, trainer_of())
+    new(tmp_path, "auto").nothing_to_keep(False, trainer_of())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("freeze", ["linear_probe", "last_blocks"])
+def test_frozen_layers_store_no_activations(model: Build, batch: Batch, freeze: str) -> None:
+    """What backward needs is of the same number and shapes from pixels as from features."""
+    classifier = model(freeze, "off")
+    classifier.setup("fit")
+    classifier.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    with torch.no_grad():
+        features = classifier.backbone.prefix(classifier.preprocess(batch.images), classifier.cut)
+    assert classifier.backbone.prefix(classifier.preprocess(batch.images), classifier.cut).grad_fn is None
+    saved: list[list[tuple[int, ...]]] = []
+    for one in (batch, batch._replace(features=features)):
+        shapes: list[tuple[int, ...]] = []
+
+        def pack(tensor: Tensor, shapes: list[tuple[int, ...]] = shapes) -> Tensor:
+            shapes.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            classifier.training_step(one, 0).backward()
+        saved.append(sorted(shapes))
+    assert saved[0] == saved[1] and saved[0]
+    frozen = [p for n, p in classifier.backbone.named_parameters() if classifier.backbone.layer_of(n) < classifier.cut]
+    assert frozen and all(parameter.grad is None for parameter in frozen)
+
+
+def test_thawing_what_was_kept_is_an_error(model: Build) -> None:
+    class Thaw(L.Callback):
+        def on_train_epoch_end(self, _trainer: L.Trainer, module: Any) -> None:
+            module.backbone.model.blocks[0].mlp.fc1.weight.requires_grad_(True)
+
+    with pytest.raises(ValueError, match=r"backbone\.model\.blocks\.0\.mlp\.fc1\.weight trains now"):
+        fitted(model("last_blocks"), callbacks=[Thaw()])
+
+
+def test_another_model_after_an_interrupted_run_starts_from_pixels(model: Build) -> None:
+    class Cut(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("power cut")
+
+    data, watch = digits(), Watch()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fitted(model("last_blocks"), data, callbacks=[Cut()])
+    trainer_of(callbacks=[watch]).validate(model("last_blocks", perturb="model.blocks.0"), data, verbose=False)
+    fitted(model("linear_probe", "off"), data, epochs=1, callbacks=[watch])
+    assert all(features is None for features, _ in watch.val)
+    assert all(features is None for _, features, _ in watch.train)
+
+
+@pytest.mark.parametrize("step", [5, 7], ids=["after an epoch", "mid-epoch"])
+def test_a_resumed_run_equals_an_uninterrupted_one(model: Build, tmp_path: Path, step: int) -> None:
+    """5 steps an epoch; the kept features are gone when the run goes on."""
+    build = partial(model, "last_blocks", augment=MOVED, views=2, arguments=VIT | {"drop_path_rate": 0.2})
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=step)
+    whole = build()
+    fitted(whole, epochs=3, callbacks=[keep], enable_checkpointing=True)
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    resumed = build(lr=0.05)
+    with torch.no_grad():
+        resumed.head.linear.weight.zero_()  # type: ignore[operator, union-attr]
+    fitted(resumed, epochs=3, ckpt_path=tmp_path / f"step={step}.ckpt")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_bytes_that_one_writes(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    overrides = [
+        *("experiment=vit_last_blocks", "augment=affine", "cache.views=2", "cache.mode=disk", "data.source=sample"),
+        *("data.train_size=200", "data.batch_size=50", "trainer.max_epochs=1", "trainer.precision=bf16-mixed"),
+        *("logger=none", "test=false"),
+    ]
+    entries = []
+    for name, trainer in (("one", "cpu"), ("two", "ddp_cpu")):
+        folders = [f"cache.dir={tmp_path / name}", f"hydra.run.dir={tmp_path / 'runs' / name}"]
+        command = [sys.executable, ROOT / "train.py", *overrides, f"trainer={trainer}", *folders]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("MB, computed in") == 2
+        entries.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".lock"})
+    assert entries[0].keys() == entries[1].keys() and len(entries[0]) == 4
+    assert entries[0] == entries[1]
+    facts = [json.loads(content) for name, content in entries[0].items() if name.endswith(".json")]
+    assert sorted(fact["shape"] for fact in facts) == [[1, 500, 16, 192], [2, 200, 16, 192]]

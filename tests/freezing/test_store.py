@@ -1,0 +1,255 @@
+"""The store of features: exact or nothing, whatever was killed, damaged, full or in use by another process."""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from thaw.freezing.store import FeatureStore
+
+KEY, OTHER, THIRD = ("0123456789abcdef", "1" * 16, "2" * 16)
+FACTS = {"weights": "abc", "size": [28, 28]}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    return FeatureStore(tmp_path / "some" / "cache", max_bytes=10_000)
+
+
+def put(store: FeatureStore, key: str = KEY, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Write (2, 5, 4) random numbers."""
+    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with store.lock(key):
+        target = store.create(key, (2, 5, 4), dtype)
+        target.copy_(values)
+        store.commit(key, FACTS, target)
+    return values
+
+
+def files(store: FeatureStore) -> set[str]:
+    return {path.name for path in store.folder.iterdir() if path.suffix != ".lock"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_read_gives_what_was_written(store: FeatureStore, dtype: torch.dtype) -> None:
+    assert store.read(KEY, FACTS) is None
+    values = put(store, dtype=dtype)
+    got = FeatureStore(store.folder, 1).read(KEY, FACTS)
+    assert got is not None and got.dtype == dtype and torch.equal(got, values)
+    assert files(store) == {f"{KEY}.npy", f"{KEY}.json"}
+    bits = np.load(store.path(KEY)).view(np.uint8)  # numpy alone
+    assert np.array_equal(bits, values.view(torch.uint8).numpy())
+
+
+def test_what_is_read_is_mapped_and_cannot_change_the_file(store: FeatureStore) -> None:
+    values = put(store)
+    got = store.read(KEY, FACTS)
+    assert got is not None
+    got.zero_()
+    again = store.read(KEY, FACTS)
+    assert again is not None and torch.equal(again, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_no_changed_byte_gives_another_number(store: FeatureStore, suffix: str, dtype: torch.dtype) -> None:
+    """Every byte of both files in turn, headers included: the numbers that were written, or nothing."""
+    logging.disable()  # hundreds of warnings
+    values = put(store, dtype=dtype)
+    path, record = store.path(KEY).with_suffix(suffix), store.path(KEY).with_suffix(".json")
+    whole, saved = path.read_bytes(), record.read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        for flip in (0x01, 0x10):
+            record.write_bytes(saved)
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            got = store.read(KEY, FACTS)
+            refused += got is None
+            if got is not None:
+                assert got.dtype == dtype and torch.equal(got, values), (place, flip)
+    logging.disable(logging.NOTSET)
+    assert refused >= 2 * values.nbytes if suffix == ".npy" else refused > 100
+
+
+def edited(**changes: object) -> Callable[[Path], object]:
+    """Change fields of the JSON."""
+
+    def edit(path: Path) -> None:
+        record = path.with_suffix(".json")
+        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+
+    return edit
+
+
+def reshaped(path: Path) -> None:
+    """The same bytes under another shape."""
+    np.save(path, np.load(path).reshape(5, 2, 4))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "npy empty": lambda path: path.write_bytes(b""),
+    "npy cut in its header": lambda path: os.truncate(path, 40),
+    "npy cut in its numbers": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "npy a zip file": lambda path: path.write_bytes(b"PK\x03\x04 and no more"),
+    "npy a pickle": lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
+    "npy of another shape": reshaped,
+    "npy a folder": lambda path: (path.unlink(), path.mkdir()),
+    "npy missing": Path.unlink,
+    "json missing": lambda path: path.with_suffix(".json").unlink(),
+    "json empty": lambda path: path.with_suffix(".json").write_text(""),
+    "json half": lambda path: path.with_suffix(".json").write_text('{"facts": {'),
+    "json null": lambda path: path.with_suffix(".json").write_text("null"),
+    "json no text": lambda path: path.with_suffix(".json").write_bytes(b"\xff\xfe\x00"),
+    "json without a field": lambda path: path.with_suffix(".json").write_text(json.dumps({"facts": FACTS})),
+    "json of other facts": edited(facts=FACTS | {"weights": "abd"}),
+    "json of another hash": edited(sha256="0" * 64),
+    "json of another size of number": edited(dtype="float16"),
+    "json of other numbers": edited(dtype="int32"),
+    "json of numbers that do not fit": edited(dtype="complex128"),
+    "json of no numbers": edited(dtype="nn"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_is_no_entry_and_can_be_written_anew(store: FeatureStore, damage: str) -> None:
+    values = put(store)
+    DAMAGE[damage](store.path(KEY))
+    assert store.read(KEY, FACTS) is None
+    if store.path(KEY).is_dir():
+        return
+    assert torch.equal(values, put(store))
+    got = store.read(KEY, FACTS)
+    assert got is not None and torch.equal(got, values)
+
+
+def test_damage_is_told(store: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+    assert store.read(KEY, FACTS) is None and not caplog.records
+    put(store)
+    os.truncate(store.path(KEY), 200)
+    assert store.read(KEY, FACTS) is None
+    assert f"{KEY}.npy is damaged and will be made anew" in caplog.text
+
+
+def test_other_facts_under_the_same_key_are_no_entry(store: FeatureStore) -> None:
+    put(store)
+    assert store.read(KEY, FACTS | {"weights": "abd"}) is None
+
+
+def test_an_entry_counts_only_when_its_json_is_there(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no moment of a write is there an entry but the last."""
+    moments: list[bool] = []
+    replace = Path.replace
+
+    def watched(path: Path, target: Path) -> Path:
+        moments.append(store.read(KEY, FACTS) is None)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    put(store)
+    assert moments == [True, True] and store.read(KEY, FACTS) is not None
+
+
+def test_a_folder_that_cannot_be_written_is_still_read(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    values = put(store)
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    got = store.read(KEY, FACTS)
+    assert got is not None and torch.equal(got, values)
+    assert store.read(KEY, {}) is None
+
+
+def test_a_full_disk_is_found_before_the_first_number(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with store.lock(KEY), pytest.raises(OSError, match="No space left"):
+        store.create(KEY, (2, 5, 4), torch.float32)
+    assert files(store) == set()
+
+
+def test_one_writer_at_a_time(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with store.lock(KEY):
+            order.append("second")
+
+    with store.lock(KEY):
+        with store.lock(OTHER):  # another entry is free
+            pass
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert f"cache: waiting for another run that computes {store.path(KEY)}" in capsys.readouterr().out
+
+
+# Room
+
+
+def aged(store: FeatureStore, *keys: str) -> int:
+    """Write entries, the first used longest ago; returns the size of one."""
+    for age, key in enumerate(keys):
+        put(store, key)
+        os.utime(store.path(key).with_suffix(".json"), (1000 + age, 1000 + age))
+    return sum(path.stat().st_size for path in store.folder.glob(f"{keys[0]}.*"))
+
+
+def test_the_least_recently_used_makes_room(store: FeatureStore) -> None:
+    one = aged(store, KEY, OTHER, THIRD)
+    assert store.read(KEY, FACTS) is not None  # used now
+    store.max_bytes = 3 * one
+    put(store, "3" * 16)
+    assert [store.read(key, FACTS) is not None for key in (KEY, OTHER, THIRD, "3" * 16)] == [True, False, True, True]
+    assert f"{OTHER}.npy" not in files(store)
+
+
+def test_nothing_is_removed_where_there_is_room(store: FeatureStore) -> None:
+    one = aged(store, KEY, OTHER)
+    store.max_bytes = 3 * one
+    put(store, THIRD)
+    put(store, THIRD)  # its own old size does not count
+    assert all(store.read(key, FACTS) is not None for key in (KEY, OTHER, THIRD))
+
+
+def test_what_another_process_writes_is_not_removed(store: FeatureStore) -> None:
+    aged(store, KEY, OTHER)
+    store.max_bytes = 1
+    with (store.folder / f"{KEY}.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process holds it
+        put(store, "3" * 16)
+        assert files(store) == {f"{key}.{suffix}" for key in (KEY, "3" * 16) for suffix in ("npy", "json")}
+
+
+def test_a_file_that_another_process_removes_meanwhile_does_no_harm(store: FeatureStore) -> None:
+    aged(store, KEY)
+    store.path(OTHER).symlink_to("gone")  # listed, but not there when it is looked at
+    put(store, THIRD)
+    assert store.read(KEY, FACTS) is not None and store.read(THIRD, FACTS) is not None
+
+
+def test_files_of_others_in_the_folder_are_left_alone(store: FeatureStore) -> None:
+    store.folder.mkdir(parents=True)
+    others = {"mine.npy", "mine.json", "README.md", ".gitignore", "notes"}
+    for name in others:
+        (store.folder / name).write_bytes(b"0" * 999)
+    store.max_bytes = 1
+    put(store)
+    put(store, OTHER)
+    assert files(store) == others | {f"{OTHER}.npy", f"{OTHER}.json"}

@@ -1,0 +1,257 @@
+"""Plans against timm's parameters, FLOPs worked out by hand, and what real steps on a CPU hold and save."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hydra.utils import instantiate
+
+from thaw.data.datamodule import Batch
+from thaw.plan.__main__ import Plan, compose_run, main, plans, read_arguments
+from thaw.plan.dry_step import Step, dry_step
+from thaw.run.config import clear_errors
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # real steps without a trainer
+
+WIDTH, DEPTH, TOKENS, PATCH, BATCH = 32, 3, 16, 7, 64
+TINY = [f"backbone.arguments.depth={DEPTH}", f"+backbone.arguments.embed_dim={WIDTH}"]
+TINY += ["+backbone.arguments.num_heads=2", "backbone.fused_attention=false"]
+PARTS = [3 * WIDTH * WIDTH, WIDTH * WIDTH, 8 * WIDTH * WIDTH]  # qkv, proj, the two layers of the MLP
+BLOCK = 2 * TOKENS * sum(PARTS) + 2 * 2 * TOKENS * TOKENS * WIDTH  # and q k^T, attention times v
+STEM, HEAD = 2 * TOKENS * PATCH * PATCH * WIDTH, 2 * WIDTH * 10
+
+
+def tiny_config(policy: str, *overrides: str, **settings: Any) -> Any:
+    arguments = [f"{key}={value}" for key, value in ({"batch_size": BATCH} | settings).items()]
+    found, extra = read_arguments([*arguments, *TINY, *overrides])
+    return compose_run(found, "digits_vit", policy, extra)
+
+
+def tiny_step(policy: str, *overrides: str, **settings: Any) -> Step:
+    return dry_step(tiny_config(policy, *overrides, **settings), "cpu")
+
+
+def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
+    """A model with numbers, its optimizer, and its forward pass on a batch."""
+    cfg = cfg.copy()
+    cfg.backbone.weights = "none"
+    model = instantiate(cfg.model)
+    model.backbone.fresh = frozenset()
+    model.thaw()
+    depths = model.depths()
+    groups = model.optim.groups(model.named_parameters(), depths, model.freeze_policy.thaw_epochs(depths))
+    optimizer = model.optim.optimizer(groups, lr=1e-3, weight_decay=0.0)
+    images = torch.randint(0, 255, (BATCH, 28, 28), dtype=torch.uint8)
+    batch = Batch(images, torch.arange(BATCH) % 10, torch.arange(BATCH))
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
+            return model.training_step(batch, 0)
+
+    return model, optimizer, forward
+
+
+# One step
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_dinov2", "convnext_atto"])
+def test_parameters_are_those_of_timm(name: str) -> None:
+    _, (plan,) = plans([f"model={name}", "policy=full", "batch_size=2"])
+    size = {} if name == "convnext_atto" else {"img_size": 224}
+    with torch.device("meta"):
+        backbone = timm.create_model(name, num_classes=0, **size)
+    expected = sum(p.numel() for p in backbone.parameters()) + 10 * backbone.num_features + 10
+    assert plan.step.parameters == plan.step.trained == expected
+
+
+def test_flops_by_hand() -> None:
+    step = tiny_step("full")
+    assert (step.cut, step.num_tokens, step.frozen_flops) == (0, TOKENS, 0)
+    assert step.forward_flops == STEM + DEPTH * BLOCK + HEAD
+    assert step.backward_flops == 2 * step.forward_flops - STEM  # images need no gradient
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_flops_of_the_frozen_part(cached: bool) -> None:
+    step = tiny_step("last_blocks", "freeze.k=1", cache=cached)
+    assert step.cut == DEPTH
+    assert step.frozen_flops == STEM + (DEPTH - 1) * BLOCK
+    assert step.forward_flops == BLOCK + HEAD
+    assert step.backward_flops == 2 * step.forward_flops  # the norm below its first matrix trains
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("policy", ["full", "last_blocks", "linear_probe", "bias_only"])
+def test_state_is_that_of_a_real_step(policy: str, optimizer: str) -> None:
+    step = tiny_step(policy, optimizer=optimizer)
+    model, updater, forward = real(tiny_config(policy, optimizer=optimizer))
+    forward().backward()
+    updater.step()
+    assert step.weights == nbytes([*model.parameters(), *model.buffers()])
+    assert step.gradients == nbytes([p.grad for p in model.parameters() if p.grad is not None])
+    states = [value for state in updater.state.values() for value in state.values() if value is not None]
+    assert step.optimizer == nbytes(states)
+    assert sum(weights for weights, _ in step.units) == nbytes(model.parameters())
+    assert sum(gradients for _, gradients in step.units) == step.gradients
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("policy", ["full", "last_blocks", "attention_only", "lora", "linear_probe"])
+def test_activations_are_what_a_real_forward_saves(policy: str, precision: str) -> None:
+    """And what is in passing in one block: at most its hidden layer twice and five tensors of its width."""
+    overrides = ["freeze.k=1"] if policy == "last_blocks" else []
+    cfg = tiny_config(policy, *overrides, precision=precision, cache=False)
+    model, _, forward = real(cfg)
+    saved, activations = saved_bytes(model, forward), dry_step(cfg, "cpu").activations
+    passing = (2 * 4 + 5) * WIDTH * TOKENS * BATCH * 4
+    assert saved <= activations <= saved + passing
+
+
+def saved_bytes(model: Any, forward: Callable[[], torch.Tensor]) -> int:
+    """What autograd keeps of a forward pass beside the parameters, each storage once."""
+    saved: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # so that no storage's address is used again
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(saved.values())
+
+
+def test_only_what_lies_above_the_cut_is_saved() -> None:
+    whole, last, probe = (
+        tiny_step(policy, cache=False).activations for policy in ("full", "last_blocks", "linear_probe")
+    )
+    assert whole > 1.3 * last > 1.3 * 1.3 * probe
+
+
+def test_activations_grow_with_the_batch() -> None:
+    one, two = (tiny_step("full", batch_size=size).activations for size in (128, 256))
+    assert two / one == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize("policy", ["linear_probe", "last_blocks", "first_blocks", "norm_only", "full"])
+def test_cut_is_that_of_training(policy: str) -> None:
+    model, _, _ = real(tiny_config(policy, "freeze.k=1") if "blocks" in policy else tiny_config(policy))
+    step = tiny_step(policy, "freeze.k=1") if "blocks" in policy else tiny_step(policy)
+    assert step.cut == model.frozen_layers()[0]
+
+
+@pytest.mark.parametrize("policy", ["gradual", "lp_ft"])
+def test_schedules_are_planned_where_most_trains(policy: str) -> None:
+    assert tiny_step(policy).activations == tiny_step("full").activations
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("last_blocks", TOKENS * WIDTH * 2), ("linear_probe", WIDTH * 4)])
+def test_bytes_in_the_cache(policy: str, kept: int) -> None:
+    overrides = ["freeze.k=1"] if policy == "last_blocks" else []
+    assert tiny_step(policy, *overrides).kept == kept  # tokens in bf16, pooled features in float32
+
+
+# Several devices
+
+
+def plan(devices: int, sharded: bool, **changes: Any) -> Plan:
+    values: dict[str, Any] = {"parameters": 0, "trained": 0, "cut": 1, "num_tokens": 16, "kept": 10, "filling": 0}
+    values |= {
+        "weights": 800,
+        "gradients": 400,
+        "optimizer": 1600,
+        "activations": 50,
+        "units": [(500, 100), (300, 300)],
+    }
+    values |= {"frozen_flops": 3.0, "forward_flops": 2.0, "backward_flops": 4.0}
+    return Plan("model", "policy", Step(**values | changes), 1000, devices, sharded)
+
+
+def test_one_device() -> None:
+    alone = plan(1, sharded=False)
+    assert (alone.memory, alone.exchange, alone.sent) == (800 + 400 + 1600 + 50, 0, 0)
+    assert (alone.once, alone.epoch, alone.cache) == (3000, 6000, 10_000)
+
+
+def test_ddp_copies_everything_and_the_gradients_twice() -> None:
+    assert plan(4, sharded=False).memory == 800 + 2 * 400 + 1600 + 50
+    assert plan(4, sharded=False).sent == 2 * 400 * 3 / 4
+
+
+def test_fsdp_shares_and_gathers_two_layers() -> None:
+    assert plan(4, sharded=True).memory == (800 + 400 + 1600) // 4 + 2 * (500 + 100) + 50
+    assert plan(4, sharded=True).sent == (2 * 800 + 400) * 3 / 4
+
+
+def test_filling_the_cache_can_take_more_than_a_step() -> None:
+    assert plan(1, sharded=False, filling=7000).memory == 800 + 7000
+
+
+def test_fsdp_has_no_cache() -> None:
+    settings, (found,) = plans(["strategy=fsdp", "devices=2", "batch_size=2"])
+    assert (settings.cache, found.step.filling, found.sharded) == (False, 0, True)
+
+
+# The command
+
+
+def test_every_model_with_every_policy(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    main(["model=digits_vit,vit_tiny", "policy=full,linear_probe", "devices=2", "dataset=1e6", f"json={path}"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[:2] for line in lines if line.startswith(("digits_vit", "vit_tiny"))]
+    assert rows == 2 * [[model, policy] for model in ("digits_vit", "vit_tiny") for policy in ("full", "linear_probe")]
+    assert len({len(line) for line in lines[1:6]}) == 1
+    numbers = json.loads(path.read_text())["plans"]
+    assert [each["images"] for each in numbers] == 4 * [1_000_000]
+    assert numbers[0]["exchange"] == numbers[0]["step"]["gradients"]
+
+
+def test_imagenet_has_its_classes() -> None:
+    _, (found,) = plans(["model=digits_vit", "dataset=imagenet1k", "batch_size=2"])
+    assert (found.images, found.step.trained) == (1_281_167, 1000 * 193)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model=vit_smal", "model=vit_smal.*not a timm model.*Presets are .*vit_small"),
+        ("policy=nothing", "policy=nothing is unknown; choose .*full"),
+        ("optimizer=lion", "optimizer=lion is unknown; choose adamw, sgd"),
+        ("strategy=tp", "strategy=tp is unknown; choose ddp or fsdp"),
+        ("devices=0", "devices=0 must be a whole number, 1 or more"),
+        ("devices=two", "devices=two must be a whole number"),
+        ("devices=true", "devices=True must be a whole number"),
+        ("batch_size=0", "batch_size=0 must be a whole number"),
+        ("flops=nan", "flops=nan must be a number above 0"),
+        ("rate=-1", "rate=-1 must be a number above 0"),
+        ("dataset=cifar", "dataset=cifar must be mnist, imagenet1k or a number"),
+        ("dataset=0", "dataset=0 must be"),
+        ("precision=8-true", "precision=8-true is unknown; choose 32-true"),
+        ("image_size=30", "image_size=30.*multiple of the patch size 7"),
+        ("cache=maybe", "cache=maybe must be true or false"),
+        ("memory=lots", r"memory=lots must be a list of GB"),
+        ("batchsize=4", "'batchsize=4' is no setting of thaw.plan; give key=value, of model, policy"),
+        ("devices", "'devices' is no setting of thaw.plan"),
+        ("freeze.layers=3", "freeze.layers"),
+    ],
+)
+def test_errors_are_one_message(argument: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit), clear_errors():
+        main([argument])
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

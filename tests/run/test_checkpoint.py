@@ -1,0 +1,210 @@
+"""Checkpoints are found, are safe, and rebuild the run from themselves alone."""
+
+import io
+import json
+import pickle
+import re
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, compose_run
+from omegaconf import OmegaConf
+
+from thaw.data.datamodule import MNISTDataModule
+from thaw.evaluation.evaluate import evaluate
+from thaw.models.pretrained import BUNDLED
+from thaw.predict.predictor import load_predictor
+from thaw.run import checkpoint as checkpoints
+from thaw.run.resume import resumed_config
+
+PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
+RUN = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true"]
+
+
+@pytest.fixture
+def run_dir(train: Callable[..., Path]) -> Path:
+    return train(*RUN)
+
+
+def test_evaluation_needs_the_file_alone(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same accuracy to the last digit, from another folder, without the configs or the backbone's own weights."""
+    run_dir = train(*RUN, "model.self_contained=true")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes((run_dir / "checkpoints" / "best.ckpt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("thaw.models.backbone.locate", lambda *_: pytest.fail("loaded weights"))
+    checkpoint = checkpoints.read(moved)
+    results = evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
+    for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test", "data_source"):
+        assert results[key] == summary[key]
+    assert (tmp_path / "out" / "report" / "worst_digits.png").exists()
+
+
+def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
+    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    model = checkpoints.load_model(checkpoint)
+    data = MNISTDataModule("MNIST", "data", "sample", None, None, 32, 100, 0, 0).load()
+    with torch.no_grad():
+        right = (model(data.test.images).argmax(1) == data.test.labels).sum().item()
+    assert json.loads((run_dir / "summary.json").read_text())["test/acc"] == right / len(data.test.labels)
+
+
+def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
+    run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
+    checkpoint = checkpoints.read(run_dir / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="SimCLR has no test"):
+        evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (marker,))
+
+    evil = tmp_path / "evil.ckpt"
+    torch.save({"config": {}, "state_dict": {}, "x": Payload()}, evil)
+    with pytest.raises(ValueError, match="pickled code"):
+        checkpoints.read(evil)
+    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match="pickled code"):
+        checkpoints.read(tmp_path / "raw.ckpt")
+    assert not marker.exists()
+
+
+def test_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "text.ckpt").write_text("<html>")
+    with pytest.raises(ValueError, match="is not a checkpoint: it starts with b'<htm'"):
+        checkpoints.read(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="no config and state_dict"):
+        checkpoints.read(tmp_path / "other.ckpt")
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    """Each is said for what it is, with the file beside it that is whole; torch's advice to run code is not given."""
+    whole = PROBE.read_bytes()
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.ckpt").write_bytes(whole[:9000] + bytes(b ^ 255 for b in whole[9000:12000]) + whole[12000:])
+    torch.save(torch.load(PROBE, weights_only=True) | {"x": {1, 2}, "y": Path("x")}, tmp_path / "objects.ckpt")
+    wrong = {"empty": "is empty", "cut": "is cut off after", "flipped": "is damaged|pickled", "objects": "pathlib"}
+    for beside in ("Give another checkpoint of the run", r"Beside it last\.ckpt is whole"):
+        for name, said in wrong.items():
+            with pytest.raises(ValueError, match=said) as raised:
+                checkpoints.read(tmp_path / f"{name}.ckpt")
+            assert "weights_only" not in str(raised.value) and "Errno" not in str(raised.value)
+            if name in ("empty", "cut"):
+                assert re.search(beside, str(raised.value))
+        (tmp_path / "last.ckpt").write_bytes(whole)
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    checkpoint = torch.load(PROBE, weights_only=True)
+    checkpoint["state_dict"]["head.linear.bias"][3] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    with pytest.raises(
+        ValueError, match=r"nan\.ckpt holds weights that are not finite \(1 tensors, e\.g\. head\.linear"
+    ):
+        load_predictor(str(tmp_path / "nan.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("trained", "precision"),
+    [
+        ({"accelerator": "gpu", "devices": "auto", "strategy": "ddp", "precision": "16-mixed"}, None),
+        ({"accelerator": "mps", "precision": "32-true"}, None),
+        ({"accelerator": "cpu", "devices": 2, "strategy": "ddp", "precision": "bf16-mixed"}, "bf16-mixed"),
+        ({"accelerator": "auto", "devices": [0, 1], "num_nodes": 4, "precision": "32-true"}, "32-true"),
+    ],
+)
+def test_training_settings_bind_nobody(tmp_path: Path, trained: dict[str, Any], precision: str | None) -> None:
+    """A model is used on the device that is here; on one of the kind it was trained on in its own precision."""
+    checkpoint = torch.load(PROBE, weights_only=True)
+    checkpoint["config"]["trainer"] |= trained
+    torch.save(checkpoint, tmp_path / "elsewhere.ckpt")
+    predictor = load_predictor(str(tmp_path / "elsewhere.ckpt"))
+    assert predictor(torch.zeros(2, 28, 28, dtype=torch.uint8)).shape == (2, 10)
+    if not torch.accelerator.is_available():
+        assert predictor.fabric.device.type == "cpu"
+        assert predictor.cfg.trainer.precision == precision or precision is None
+        with pytest.raises(ValueError, match=r"use trainer\.accelerator=cpu"):
+            load_predictor(str(tmp_path / "elsewhere.ckpt"), accelerator="gpu")
+
+
+def test_frozen_weights_that_have_moved(tmp_path: Path) -> None:
+    checkpoint = torch.load(PROBE, weights_only=True)
+    checkpoint["config"]["backbone"]["weights"] = "/nowhere/backbone.safetensors"
+    torch.save(checkpoint, tmp_path / "moved.ckpt")
+    with pytest.raises(ValueError, match=r"/nowhere/backbone\.safetensors, which is not a file here.*weights=<file>"):
+        load_predictor(str(tmp_path / "moved.ckpt"))
+    assert load_predictor(str(tmp_path / "moved.ckpt"), weights=str(BUNDLED)).classes[9] == "9"
+
+
+def test_a_pretraining_run_points_to_its_backbone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "backbone.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is a pretraining run.*backbone\.weights=.*backbone\.safetensors"):
+        load_predictor(str(tmp_path))
+
+
+def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the user's home nor the run's folder is in the file; after a move it goes on with its best so far."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    weights = tmp_path / "weights" / "bundled.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(BUNDLED.read_bytes())
+    run_dir = train(*RUN, "optim.lr=1e-12", f"backbone.weights={weights}", f"+note='x={tmp_path}/y'")
+    for name in ("best", "last"):
+        raw = (run_dir / "checkpoints" / f"{name}.ckpt").read_bytes()
+        with zipfile.ZipFile(io.BytesIO(raw)) as file:
+            assert not any(str(tmp_path).encode() in file.read(part) for part in file.namelist())
+    moved = run_dir.rename(tmp_path / "elsewhere")
+    best = checkpoints.read(moved / "checkpoints" / "best.ckpt")
+    assert best["config"]["run_dir"] == str(moved)
+    assert best["config"]["backbone"]["weights"] == "~/weights/bundled.safetensors"
+    again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
+    steps = [checkpoints.read(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
+    assert steps == [8, 24]
+
+
+def test_find(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no run below .* has a last\.ckpt"):
+        checkpoints.find("last", tmp_path, "last.ckpt")
+    for name in ("old", "new"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        time.sleep(0.02)
+    new = tmp_path / "new" / "checkpoints" / "last.ckpt"
+    assert checkpoints.find("last", tmp_path, "last.ckpt") == new
+    assert checkpoints.find(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
+    assert checkpoints.find(str(new), tmp_path, "last.ckpt") == new
+    with pytest.raises(ValueError, match=r"holds no checkpoints/best\.ckpt"):
+        checkpoints.find(str(tmp_path / "new"), tmp_path, "best.ckpt")
+    with pytest.raises(ValueError, match="neither `last`, a run folder nor"):
+        checkpoints.find(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
+
+
+def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:
+    typed = [f"resume={run_dir}", "trainer.max_epochs=7", "optim=sgd"]
+    cfg = resumed_config(compose_run(tmp_path / "next", *typed), typed)
+    assert cfg.name == "vit_linear_probe"
+    assert cfg.data.train_size == 256  # saved
+    assert cfg.trainer.max_epochs == 7  # typed
+    assert cfg.model.optim.optimizer._target_ == "torch.optim.SGD"  # a typed group reaches what refers to it
+    assert cfg.run_dir == str(tmp_path / "next")
+    assert Path(cfg.resume).name == "last.ckpt"
+    typed = [f"resume={run_dir}", "experiment=vit_finetune"]
+    with pytest.raises(ValueError, match="is a run of experiment vit_linear_probe"):
+        resumed_config(compose_run(tmp_path / "next", *typed), typed)

@@ -1,0 +1,199 @@
+"""Wrong settings get a message with the value, what was allowed and the next step, and a status that is not 0."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, compose_run
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from thaw.run.config import backbone_name, build_list, plain, settle
+from thaw.run.values import check_types
+
+
+def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["optim.lrr=1"], ["optim.lrr", "allowed in optim: ", "layer_decay"]),
+        (["learning_rate=1"], ["learning_rate", "allowed in the top level: ", "seed"]),
+        (["backbone=resnet"], ["backbone/resnet", "digits_vit", "vit_small_dinov2"]),
+        (["experiment=vit_probe"], ["vit_probe", "vit_linear_probe"]),
+    ],
+)
+def test_unknown_key_or_option(arguments: list[str], expected: list[str]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    for part in expected:
+        assert part in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trainer=gpu"], ["accelerator=gpu", "no GPU", "trainer.accelerator=cpu"]),
+        (["data.batch_size=5000", "data.source=sample"], ["data.batch_size=5000", "4,000", "choose at most 4000"]),
+        (["backbone.image_size=30"], ["image_size=30", "patch size 7", "28"]),
+        (["backbone.weights=nowhere.pth"], ["nowhere.pth", "none, bundled, hub"]),
+        (["resume=last", "name=never_run"], ["never_run", "last.ckpt"]),
+        (["+callbacks.mine={refresh_rate: 1}"], ["callbacks.mine", "_target_"]),
+    ],
+)
+def test_setting_that_cannot_work(
+    arguments: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the command would say it, without the seconds that a process takes to start."""
+    if arguments == ["trainer=gpu"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    GlobalHydra.instance().clear()
+    monkeypatch.chdir(ROOT)
+    command = ["train.py", "experiment=vit_linear_probe", "logger=csv", f"hydra.run.dir={tmp_path}", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path("train.py", run_name="__main__")
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    for part in expected:
+        assert part in said
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_help_answers_without_heavy_imports() -> None:
+    code = "import sys, train; assert not {'torch', 'lightning', 'timm'} & set(sys.modules), sorted(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_build_list() -> None:
+    blocks = OmegaConf.create({"a": {"_target_": "builtins.dict", "x": 1}, "off": None})
+    assert build_list(blocks, "callbacks") == [{"x": 1}]
+    with pytest.raises(ValueError, match=r"callbacks\.a has no _target_"):
+        build_list(OmegaConf.create({"a": {"x": 1}}), "callbacks")
+
+
+def test_plain_keeps_references_but_not_hydras() -> None:
+    OmegaConf.register_new_resolver("hydra", lambda key: f"resolved {key}", replace=True)
+    cfg = OmegaConf.create({"run_dir": "${hydra:runtime.output_dir}", "lr": 1, "optim": {"lr": "${lr}"}})
+    config = plain(cfg)
+    assert config == {"run_dir": "resolved runtime.output_dir", "lr": 1, "optim": {"lr": "${lr}"}}
+
+
+def settled(accelerator: str, devices: object = 1, precision: str = "auto", fused: object = "auto") -> tuple:
+    trainer = {"accelerator": accelerator, "devices": devices, "precision": precision}
+    cfg = OmegaConf.create({"trainer": trainer, "backbone": {"fused_attention": fused}})
+    settle(cfg)
+    return cfg.trainer.precision, cfg.backbone.fused_attention
+
+
+def test_settle_counts_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    settled("gpu", 2, "32-true")
+    with pytest.raises(ValueError, match="choose 1 to 2"):
+        settled("gpu", 3)
+    with pytest.raises(ValueError, match="choose 1 to 2"):
+        settled("gpu", [0, 1, 2])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ValueError, match="no GPU"):
+        settled("gpu")
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(ValueError, match="not a Mac"):
+        settled("mps")
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+@pytest.mark.parametrize(
+    ("avx", "amx", "precision"), [(True, False, "bf16-mixed"), (False, True, "bf16-mixed"), (False, False, "32-true")]
+)
+def test_settle_on_a_cpu(
+    accelerator: str, avx: bool, amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    assert settled(accelerator) == (precision, False)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda", "auto"])
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_settle_on_a_gpu(accelerator: str, native: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated bf16, as on GPUs before Ampere, is slower than fp32; what the CPU can do does not count."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: not native)
+    assert settled(accelerator) == (precision, True)
+
+
+def test_settle_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    assert settled("mps") == ("32-true", True)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("16-mixed", True), ("64-true", False)])
+def test_settle_leaves_choices_alone(precision: str, fused: bool) -> None:
+    assert settled("cpu", precision=precision, fused=fused) == (precision, fused)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "optim.lr='fast' must be a number above 0."),
+        ("optim.lr=null", "optim.lr=null must be a number above 0."),
+        ("data.batch_size=12.5", "data.batch_size=12.5 must be a whole number"),
+        ("data.batch_size=true", "data.batch_size=true must be a whole number"),
+        ("optim.layer_decay=1.5", "optim.layer_decay=1.5 must be a number above 0 and at most 1."),
+        ("optim.lr=inf", "optim.lr=inf must be a number above 0."),
+        ("optim.lr=nan", "optim.lr=nan must be a number above 0."),
+        ("optim.final_lr_fraction=2", "optim.final_lr_fraction=2 must be a number from 0 to 1."),
+        ("optim.lr_scaling=log", "optim.lr_scaling='log' must be none, linear or sqrt."),
+        ("model.compile=1", "model.compile=1 must be true or false."),
+        ("seed=one", "data.seed='one' must be a whole number"),
+        ("optim.optimizer.betas=[a,b]", "optim.optimizer.betas=['a', 'b'] must be "),
+        ("trainer.max_epochs=ten", "trainer.max_epochs='ten' must be a whole number or null."),
+    ],
+)
+def test_values_of_a_wrong_type(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_types(compose_run(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=1", "data.train_size=null", "data.train_size=100", "trainer.devices=auto", "trainer.devices=[0]"],
+)
+def test_values_that_have_the_type(override: str, tmp_path: Path) -> None:
+    check_types(compose_run(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "digits_vit"),
+        (["backbone.image_size=56", "backbone.arguments.drop_path_rate=0.1"], "digits_vit"),
+        (["backbone.weights=none"], "vit_tiny_patch16_224 with patch_size 7, depth 6"),
+        (["backbone.weights=runs/w.pth"], "vit_tiny_patch16_224 with patch_size 7, depth 6 from w.pth"),
+        (["backbone=vit_small_dinov2"], "vit_small_patch14_dinov2.lvd142m"),
+        (["backbone=vit_small_dinov2", "backbone.weights=none"], "vit_small_patch14_dinov2"),
+        (["backbone=vit_small_dinov2", "backbone.weights=w.pth"], "vit_small_patch14_dinov2 from w.pth"),
+        (["backbone=convnet"], "convnet"),
+    ],
+)
+def test_a_backbone_is_called_after_its_weights(overrides: list[str], name: str, tmp_path: Path) -> None:
+    cfg = compose_run(tmp_path, *overrides)
+    assert backbone_name(cfg.backbone) == name
+    assert list(cfg.logger.wandb.tags) == ["MNIST", name]

@@ -1,0 +1,73 @@
+"""A program ends as its work does, whatever becomes of what it prints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from thaw.run.config import clear_errors
+with clear_errors():
+    for _ in range(20000):
+        print("m\\u00fc \\u2500 \\udcfc", flush=True)
+        print("m\\u00fc \\u2500 \\udcfc", file=sys.stderr)
+    open(sys.argv[1], "w").write("done")
+"""
+PLACES = {
+    "cp1252": {"PYTHONIOENCODING": "cp1252"},
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+def start(program: str, *arguments: object, **options: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_characters_that_the_console_lacks(tmp_path: Path, place: str) -> None:
+    done = start(PROGRAM, tmp_path / "m\u00fc", env=os.environ | PLACES[place], stdout=subprocess.PIPE, stderr=-1)
+    out, err = done.communicate()
+    assert done.returncode == 0 and (tmp_path / "m\u00fc").read_text() == "done"
+    expected = {"cp1252": b"m\xfc \\u2500 \\udcfc", "ascii": b"m\\xfc \\u2500 \\udcfc"}
+    first = expected.get(place, "m\u00fc \u2500 \\udcfc".encode())
+    assert out.splitlines()[0] == err.splitlines()[0] == first
+
+
+@pytest.mark.parametrize("reader", ["leaves", "is a full disk", "is closed"])
+def test_nobody_reads(tmp_path: Path, reader: str) -> None:
+    """`| head -1`, `> /dev/full`, `>&-`"""
+    end = {"leaves": "2>&1 | head -1", "is a full disk": ">/dev/full 2>&1", "is closed": ">&- 2>&-"}[reader]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    script = f"set -o pipefail; '{sys.executable}' '{tmp_path}/program.py' '{tmp_path}/done' {end}"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and (tmp_path / "done").read_text() == "done"
+
+
+RESULTS = """
+from thaw.run.config import clear_errors
+from thaw.run.console import results
+with clear_errors(), results() as file:
+    for _ in range(20000):
+        file.write("a line of results\\n")
+"""
+
+
+@pytest.mark.parametrize(("end", "status", "said"), [("| head -1", 141, ""), (">/dev/full", 1, "/dev/stdout cannot")])
+def test_results_that_nobody_reads_end_the_program(end: str, status: int, said: str) -> None:
+    """As other tools end: without a word where the reader has left, with an error where the disk is full."""
+    script = f'set -o pipefail; "$0" -c "$1" {end}'
+    ended = subprocess.run(["bash", "-c", script, sys.executable, RESULTS], capture_output=True, text=True)
+    assert ended.returncode == status and "Traceback" not in ended.stderr
+    assert said in ended.stderr if said else not ended.stderr
+
+
+def test_every_program_starts_so() -> None:
+    """A script of the root or of benchmarks that is not wrapped would die of a name that the console lacks."""
+    for script in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), ROOT / "src" / "thaw" / "plan.py"):
+        text = script.read_text(encoding="utf-8")
+        assert "with clear_errors():" in text or "with lenient():" in text, script

@@ -1,0 +1,104 @@
+"""A run that goes on in its own folder writes the CSV that it would have written without the break."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose_run
+
+from thaw.classifier import Classifier
+from thaw.run.csv_log import RunCSV
+
+RUN = [
+    *("experiment=vit_linear_probe", "trainer.max_epochs=3", "trainer.log_every_n_steps=1", "cache.mode=off"),
+    *("test=false", "logger=csv"),
+]
+
+
+def logger(folder: Path, resume: str | None) -> RunCSV:
+    return RunCSV(save_dir=str(folder), name="csv", version="", flush_logs_every_n_steps=1, resume=resume)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "csv" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder: Path, steps: int) -> str:
+    loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": steps}}}
+    torch.save({"config": {}, "state_dict": {}, "loops": loops}, folder / "last.ckpt")
+    return str(folder / "last.ckpt")
+
+
+def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
+    """A run that is killed has nothing left to write."""
+    log = logger(tmp_path, None)
+    log.log_metrics({"val/acc": 0.5}, step=3)
+    log.log_metrics({"train/loss": 0.1}, step=4)
+    assert [row["step"] for row in rows(tmp_path)] == ["3", "4"]
+
+
+def test_goes_on_where_the_checkpoint_was_written(tmp_path: Path) -> None:
+    """Steps made again replace those made before; what a last write left unfinished goes too."""
+    before = logger(tmp_path, None)
+    for step in range(6):
+        before.log_metrics({"val/acc": step / 10}, step=step)
+    with (tmp_path / "csv" / "metrics.csv").open("a") as file:
+        file.write("0.6")
+    after = logger(tmp_path, checkpoint(tmp_path, 4))
+    after.log_metrics({"val/acc": 0.0}, step=3)  # the end of the epoch that the checkpoint was written in, once more
+    for step in range(4, 7):
+        after.log_metrics({"val/acc": step / 10, "new": 1.0}, step=step)
+    after.finalize("success")
+    assert [(row["step"], row["val/acc"]) for row in rows(tmp_path)] == [(str(s), str(s / 10)) for s in range(7)]
+    assert [row["new"] for row in rows(tmp_path)] == [""] * 4 + ["1.0"] * 3
+
+
+def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:
+    logger(tmp_path, None).log_metrics({"val/acc": 0.5}, step=0)
+    log = logger(tmp_path, None)
+    log.log_metrics({"val/loss": 1.0}, step=0)
+    assert rows(tmp_path) == [{"step": "0", "val/loss": "1.0"}]
+
+
+def test_a_new_column_never_leaves_a_shorter_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is rewritten then; a run that is killed meanwhile keeps its rows."""
+    log, replace, seen = logger(tmp_path, None), Path.replace, []
+    log.log_metrics({"val/acc": 0.5}, step=0)
+
+    def watched(path: Path, target: Path) -> Path:
+        seen.append([row["step"] for row in rows(tmp_path)])
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    log.log_metrics({"test/acc": 0.5}, step=1)
+    assert seen == [["0"]] and [row["test/acc"] for row in rows(tmp_path)] == ["", "0.5"]
+
+
+def test_equals_the_csv_of_an_uninterrupted_run(
+    train: Callable[..., Path], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """4 steps an epoch; the cut comes in the second epoch, after rows that no checkpoint knows of."""
+    run = [*(setting for setting in tiny_run if setting != "logger=none"), *RUN]
+    run.remove("callbacks.lr_monitor=null")  # its rows too
+    whole = train(*run, name="whole")
+    step = Classifier.training_step
+
+    def crash(self: Classifier, batch: object, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 6:
+            raise KeyboardInterrupt  # what fails starts anew
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Classifier, "training_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train(*run, name="cut")
+    monkeypatch.undo()
+    cut = whole.parent / "cut"
+    assert rows(cut)[-1]["step"] in ("5", "6")
+    assert not (cut / "failure.json").exists()  # cut off, so that it goes on
+    import train as script
+
+    script.main(compose_run(cut, f"cache.dir={tmp_path / 'cache'}", *run))
+    assert (cut / "csv" / "metrics.csv").read_text() == (whole / "csv" / "metrics.csv").read_text()

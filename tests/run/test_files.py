@@ -1,0 +1,243 @@
+"""Files are whole or as they were before, whatever ends the process or fills the disk."""
+
+import errno
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from thaw.callbacks.run_checkpoint import PacedCheckpointIO
+from thaw.export.torch_program import save_program
+from thaw.pages import axes
+from thaw.predict.prediction import open_output
+from thaw.run.config import explain
+from thaw.run.csv_log import RunCSV
+from thaw.run.files import atomic, atomic_folder, write_bytes, write_text
+from thaw.run.json_files import write_json
+
+LARGE = 300_000  # bytes; more than `disk_of` lets be written
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes: the write that would fails in the middle, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def csv_rows(path: Path) -> None:
+    logger = RunCSV(str(path.parent), "", "", 1, None)
+    for step in range(9999):
+        logger.log_metrics({"x" * 1000: 0.0}, step)
+
+
+def prediction(path: Path) -> None:
+    with open_output(str(path), "csv") as (file, _):
+        file.write("x" * LARGE)
+
+
+def program(path: Path) -> None:
+    exported = torch.export.export(nn.Linear(300, 300), (torch.zeros(2, 300),))
+    with atomic(path) as part:
+        save_program(exported, {}, part)
+
+
+def picture(path: Path) -> None:
+    figure = Figure()
+    figure.add_subplot().imshow(np.random.default_rng(0).random((400, 400)))
+    axes.save(figure, path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "text.html": lambda path: write_text("x" * LARGE, path),
+    "facts.json": lambda path: write_json({"x": "x" * LARGE}, path),
+    "picture.png": picture,
+    "last.ckpt": lambda path: PacedCheckpointIO(0).save_checkpoint({"w": torch.zeros(LARGE)}, path),
+    "model.pt2": program,
+    "rows.csv": prediction,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_keeps_what_was_there_and_names_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    with disk_of(100_000), pytest.raises(OSError, match=rf"{name} cannot be written \(.*\)\. Free some space"):
+        WRITERS[name](path)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(name, b"before")]
+    WRITERS[name](path)
+    assert [each.name for each in tmp_path.iterdir()] == [name] and path.stat().st_size > 100_000
+
+
+def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
+    with disk_of(20_000), pytest.raises(OSError, match=r"metrics\.csv cannot be written"):
+        csv_rows(tmp_path / "csv")
+
+
+def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    for content in ("first", "second"):
+        with atomic_folder(path) as part:
+            write_text(content, part / "README.md")
+            assert not path.exists() or (path / "README.md").read_text() == "first"
+        assert (path / "README.md").read_text() == content
+    with pytest.raises(KeyboardInterrupt), atomic_folder(path) as part:
+        write_text("third", part / "README.md")
+        raise KeyboardInterrupt
+    assert (path / "README.md").read_text() == "second" and [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_names_the_file_in_a_folder_by_its_later_place(tmp_path: Path) -> None:
+    with (
+        disk_of(100_000),
+        pytest.raises(OSError, match=rf"^{tmp_path}/model/weights cannot"),
+        atomic_folder(tmp_path / "model") as part,
+    ):
+        write_bytes(bytes(LARGE), part / "weights")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
+def test_other_reasons_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=rf"facts\.json cannot be written \({os.strerror(code)}\)\. Choose"):
+        write_json({}, tmp_path / "facts.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/a\.json cannot be written"):
+        write_json({}, tmp_path / "file" / "a.json")
+
+
+def test_a_full_disk_that_hydra_meets_names_the_setting() -> None:
+    """It writes a run's first files, and says nothing of their place."""
+    assert explain(OSError(errno.ENOSPC, "full")).startswith("hydra.run.dir cannot be written (full). Free some space")
+
+
+def test_the_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"), atomic(tmp_path / "rows.csv"):
+        (tmp_path / "missing.png").read_bytes()
+
+
+def test_bytes_are_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut leaves."""
+    order: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        order.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        order.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_json({}, tmp_path / "a.json")
+    assert order == ["file", "name", "folder"]
+
+
+def test_nothing_goes_through_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))  # does not exist
+    PacedCheckpointIO(0).save_checkpoint({"w": torch.zeros(3)}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["w"].tolist() == [0, 0, 0]
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_text("x", tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_long_and_odd_names(tmp_path: Path) -> None:
+    for name in ("x" * 250 + ".json", os.fsdecode(b"not utf-8 \xfc.json"), "\u6570\u5b57" * 40):
+        write_text(name, tmp_path / name)
+        assert (tmp_path / name).is_file()
+
+
+def test_a_device_is_written_directly(tmp_path: Path) -> None:
+    """json=/dev/stdout"""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    write_text("hello", pipe)
+    assert reader.communicate()[0] == b"hello" and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from thaw.run.files import atomic, atomic_folder
+with (atomic_folder if sys.argv[2] == "folder" else atomic)(Path(sys.argv[1])) as part:
+    (part / "file" if part.is_dir() else part).write_text("half")
+    print("half", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_leaves_goes_with_the_next_write(tmp_path: Path, kind: str) -> None:
+    """That of a living one does not."""
+    (tmp_path / ".others.part").touch()
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "model"), kind]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "half\n"
+    write_text("x", tmp_path / "other")
+    assert len(list(tmp_path.glob(".model.*"))) == 1
+    process.kill()
+    process.wait()
+    assert len(list(tmp_path.glob(".model.*"))) == 1
+    write_text("x", tmp_path / "other")
+    assert {path.name for path in tmp_path.iterdir()} == {"other", ".others.part"}
+
+
+def test_many_writers_of_one_file(tmp_path: Path) -> None:
+    """Each file that is read is one that was written; no writer takes another's temporary file."""
+    path, texts = tmp_path / "facts", [str(number) * 10_000 for number in range(4)]
+    write_text(texts[0], path)
+
+    def write(text: str) -> None:
+        for _ in range(25):
+            write_text(text, path)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert path.read_text() in texts
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_bytes_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    write_text(os.fsdecode(b"\xfc"), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"\\udcfc"
+    write_bytes(b"\xfc", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"\xfc"

@@ -1,0 +1,121 @@
+"""Checkpoints of earlier versions load: tests/checkpoints/ holds some, with the accuracy they had when written."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, compose_config
+
+from thaw.data import sources
+from thaw.predict.predictor import load_predictor
+from thaw.run import checkpoint as checkpoints
+from thaw.run import migrations
+
+FOLDER = ROOT / "tests" / "checkpoints"
+ACCURACY = {
+    "linear_probe": 0.962,
+    "gradual_ema": 0.136,
+    "lora": 0.16,
+    "lr_bank": 0.402,
+}
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return torch.load(FOLDER / "linear_probe.ckpt", weights_only=True)["config"]
+
+
+@pytest.mark.parametrize("name", ACCURACY)
+def test_earlier_checkpoints_give_the_accuracy_that_they_had(name: str) -> None:
+    test = sources.load("MNIST", "data", "sample", None).test
+    predictor = load_predictor(str(FOLDER / f"{name}.ckpt"), accelerator="cpu")
+    assert predictor.cfg.trainer.precision == "32-true"
+    right = (predictor(test.images).argmax(1) == test.labels).double().mean()
+    assert float(right) == pytest.approx(ACCURACY[name], abs=1e-9)
+
+
+def without(config: dict[str, Any], *place: str) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    node = config
+    for key in place[:-1]:
+        node = node[key]
+    del node[place[-1]]
+    return config
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(
+            ("model", "label_smoothing"),
+            ("model", "mix"),
+            ("data", "num_workers"),
+            ("head", "norm"),
+            ("optim", "lr_scaling"),
+        ),
+        *(
+            ("cache", "views"),
+            ("callbacks", "preemption", "run_dir"),
+            ("mix",),
+            ("average",),
+            ("cache",),
+            ("start_from",),
+        ),
+    ],
+)
+def test_a_key_that_is_missing_is_that_of_today(config: dict[str, Any], place: tuple[str, ...]) -> None:
+    """Each is what composing gives today."""
+    migrated, changed = migrations.migrate(without(config, *place), Path("run.ckpt"), "abc")
+    today = migrated
+    expected: Any = compose_config("train", "run_dir=x", "overrides=''")
+    for key in place:
+        today, expected = today[key], expected._get_node(key)
+    assert today == (expected._value() if hasattr(expected, "_value") else expected)
+    assert (".".join(place) in " ".join(changed)) == (place[0] not in ("average", "start_from"))
+
+
+def test_what_is_missing_is_said_once(config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = torch.load(FOLDER / "linear_probe.ckpt", weights_only=True)
+    torch.save({**checkpoint, "config": without(config, "model", "label_smoothing")}, tmp_path / "old.ckpt")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            checkpoints.load_model(checkpoints.read(tmp_path / "old.ckpt"))
+    (said,) = [record.getMessage() for record in caplog.records if "old.ckpt" in record.getMessage()]
+    assert "model.label_smoothing=0.0" in said and checkpoint["git_commit"] in said
+
+
+def test_the_tables(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class and a key that were renamed, a key that went, and one whose default is not what the code did before."""
+    model, optim = "thaw.classifier.Classifier", "thaw.optim.OptimizerRecipe"
+    config["model"]["_target_"] = "thaw.models.net.Net"
+    config["model"]["smoothing"] = config["model"].pop("label_smoothing")
+    config["optim"]["nesterov"] = True
+    del config["optim"]["lr_scaling"]
+    monkeypatch.setattr(migrations, "RENAMED", {"thaw.models.net.Net": model})
+    monkeypatch.setattr(migrations, "RENAMED_KEYS", {(model, "smoothing"): "label_smoothing"})
+    monkeypatch.setattr(migrations, "REMOVED_KEYS", {(optim, "nesterov"): True})
+    monkeypatch.setattr(migrations, "ADDED_KEYS", {(optim, "lr_scaling"): "sqrt"})
+    migrated, changed = migrations.migrate(config, Path("run.ckpt"), "abc")
+    assert migrated["model"]["_target_"] == model
+    assert migrated["model"]["label_smoothing"] == 0.0 and "smoothing" not in migrated["model"]
+    assert "nesterov" not in migrated["optim"] and migrated["optim"]["lr_scaling"] == "sqrt"
+    assert len(changed) == 3
+    config["optim"]["nesterov"] = False
+    with pytest.raises(ValueError, match=r"commit abc .* optim\.nesterov=True alone"):
+        migrations.migrate(config, Path("run.ckpt"), "abc")
+
+
+def test_a_later_version_is_named(config: dict[str, Any], tmp_path: Path) -> None:
+    """A key or a class that today's code does not know."""
+    checkpoint = torch.load(FOLDER / "linear_probe.ckpt", weights_only=True)
+    for changed, said in (
+        ({**config, "model": {**config["model"], "new": 1}}, "unexpected keyword argument 'new'"),
+        ({**config, "model": {**config["model"], "_target_": "thaw.models.new.Model"}}, "No module named"),
+    ):
+        torch.save({**checkpoint, "config": changed}, tmp_path / "new.ckpt")
+        with pytest.raises(ValueError, match=said) as raised:
+            checkpoints.load_model(checkpoints.read(tmp_path / "new.ckpt"))
+        assert "new.ckpt" in str(raised.value) and checkpoint["git_commit"] in str(raised.value)

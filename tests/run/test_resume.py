@@ -1,0 +1,154 @@
+"""A resumed run equals one that was never interrupted, to the last bit."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor
+
+from thaw.classifier import Classifier
+
+RUN = [
+    *("experiment=vit_last_blocks", *SMALL, "trainer.max_epochs=3", "trainer.val_check_interval=0.5"),
+    *("backbone.arguments.drop_path_rate=0.2", "callbacks.early_stopping=null"),
+]
+
+
+def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
+    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("crash_at", "saved_at", "augment"),
+    [(9, 8, "affine"), (14, 12, "affine"), (14, 12, "none")],
+    ids=["after an epoch", "mid-epoch", "mid-epoch on kept features"],
+)
+def test_resume_equals_uninterrupted(
+    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int, augment: str
+) -> None:
+    """8 steps an epoch, a checkpoint every 4: the crash comes a little later than the last checkpoint."""
+    run = [*RUN, f"augment={augment}"]
+    whole = train(*run, name="whole")
+    assert (whole.parents[2] / "cache").exists() == (augment == "none")
+
+    step = Classifier.training_step
+
+    def crash(self: Classifier, batch: object, batch_idx: int) -> Tensor:
+        if self.global_step == crash_at:
+            raise RuntimeError("power cut")
+        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Classifier, "training_step", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(*run, name="cut")
+    monkeypatch.undo()
+    cut = whole.parent / "cut"
+    assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved_at
+
+    resumed = train(f"resume={cut}", name="resumed")
+
+    expected, got = weights(whole), weights(resumed)
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+    for name, tensor in weights(whole, "best").items():
+        assert torch.equal(tensor, weights(resumed, "best")[name]), name
+
+
+def test_pretraining_starts_from_the_weights_of_another_run(train: Callable[..., Path], tiny_run: list[str]) -> None:
+    run = ["experiment=pretrain_mae", *tiny_run, "trainer.max_epochs=1"]
+    first = train(*run, name="first")
+    second = train(*run, f"start_from={first}/checkpoints/last.ckpt", "optim.lr=1e-12", name="second")
+    expected, got = weights(first), weights(second)
+    assert all(torch.allclose(tensor, got[name], atol=1e-6) for name, tensor in expected.items())
+
+
+def test_a_resumed_run_has_the_learning_rate_that_is_typed(train: Callable[..., Path], tiny_run: list[str]) -> None:
+    first = train(*tiny_run, "freeze=full", "trainer.max_epochs=2", name="first")
+    typed = [f"resume={first}", "trainer.max_epochs=4", "optim.lr=5e-4", "optim.weight_decay=0.2"]
+    resumed = train(*typed, name="resumed")
+    groups = {
+        run: torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+        for run in (first, resumed)
+    }
+    for before, after in zip(groups[first], groups[resumed], strict=True):
+        assert after["initial_lr"] == pytest.approx(before["initial_lr"] / 2)  # tiny_run's is 1e-3
+        assert after["weight_decay"] == (0.2 if before["weight_decay"] else 0)
+
+
+# What is gone on with
+
+
+def epochs_of(run_dir: Path) -> int:
+    return json.loads((run_dir / "summary.json").read_text())["epochs"]
+
+
+def test_a_finished_run_says_what_to_type(
+    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(*tiny_run, "test=false", "trainer.max_epochs=1")
+    first = run.rename(run.with_name("first, [a]=b"))
+    again = train(f"resume='{first}'", name="again")
+    said = capsys.readouterr().out
+    assert "training has ended, after all of trainer.max_epochs=1. To train longer: " in said
+    command = said.split("To train longer: python train.py ")[1].splitlines()[0]
+    assert epochs_of(again) == 1 and not (again / "checkpoints" / "last.ckpt").exists()
+    longer = train(*shlex.split(command), name="longer")
+    assert epochs_of(longer) == 2
+    from_again = train(f"resume={again}", "trainer.max_epochs=2", name="from again")  # which had trained nothing
+    for name, tensor in weights(longer).items():
+        assert torch.equal(tensor, weights(from_again)[name]), name
+
+
+def test_early_stopping_stays_the_end(
+    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = "{_target_:thaw.callbacks.early_stopping.EarlyStopping,monitor:val/acc,mode:max,patience:1,min_delta:1.0}"
+    run = [*tiny_run, "test=false", "trainer.max_epochs=6", f"callbacks.early_stopping={stops}"]
+    first = train(*run, name="first")
+    assert epochs_of(first) == 2  # the first is better than none
+    again = train(f"resume={first}", name="again")
+    assert "early stopping has ended training, after 2 epochs" in capsys.readouterr().out
+    assert epochs_of(again) == 2
+    assert epochs_of(train(f"resume={first}", "callbacks.early_stopping.patience=2", name="patient")) == 3
+    assert epochs_of(train(f"resume={first}", "callbacks.early_stopping=null", name="whole")) == 6
+
+
+def test_a_run_without_a_checkpoint_starts_from_the_beginning(
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train(*tiny_run, "test=false", "trainer.max_epochs=1", "optim.lr=0.01", name="whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    shutil.copy(whole / "config.yaml", killed)
+    started = train(f"resume={killed}", name="started")
+    assert f"{killed} holds no checkpoint: its configuration starts from the beginning" in capsys.readouterr().out
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(started)[name]), name
+    (killed / "config.yaml").write_text("[")
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration"):
+        train(f"resume={killed}", name="broken")
+
+
+def test_a_resumed_run_lies_where_its_name_says(
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train("experiment=compare/lora", *tiny_run, "test=false", "trainer.max_epochs=1")
+    monkeypatch.chdir(tmp_path)
+    for typed, name in (
+        ([f"resume={run}"], "compare_lora"),
+        ([f"resume={run}/checkpoints/last.ckpt", "name=mine"], "mine"),
+        (["resume=nowhere"], "train"),  # said later
+        ([], "train"),
+    ):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            cfg = compose("train", typed, return_hydra_config=True)
+        assert Path(cfg.hydra.run.dir).parts[:3] == ("logs", "runs", name)
