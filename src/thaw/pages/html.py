@@ -1,0 +1,37 @@
+"""HTML pages from Jinja2 templates. A page is one file that loads nothing; values are escaped."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from thaw.run.files import write_text
+
+
+def data_uri(picture: Path) -> str:
+    """A PNG file as an address that holds its bytes."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def render(template: str, **values: Any) -> str:
+    """The text of a page.
+
+    Args:
+        template: name of a file in `templates`, which extends `base.html` and may import `parts.html`.
+        values: what the template shows; a name that it uses and that is missing raises jinja2.UndefinedError.
+    """
+    pages = Environment(
+        loader=PackageLoader("thaw.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"data_uri": data_uri, "percent": lambda share: "-" if share is None else f"{share:.2%}"}
+    return pages.get_template(template).render(values)
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Write a page to a file, see `render`."""
+    write_text(render(template, **values), path)
