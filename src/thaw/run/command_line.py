@@ -34,3 +34,8 @@ def quote_path(argument: str) -> str:
     if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):  # a number stays one
         return argument
     return f"{key}={quoted(value)}"
+
+
+def override_key(override: str) -> str:
+    """The key of one of Hydra's overrides: `optim.lr` of `+optim.lr=1e-3`, `backbone` of `backbone@model.other=vit`."""
+    return override.lstrip("+~").split("=", 1)[0].split("@")[0]
