@@ -27,7 +27,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from thaw.freezing.features import VERIFIED
+from thaw.freezing.cache import VERIFIED
 from thaw.plan.__main__ import compose_run, read_arguments
 from thaw.plan.dry_step import Step, dry_step
 from thaw.run.console import lenient

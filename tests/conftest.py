@@ -36,7 +36,7 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Train with overrides on a few real digits; returns the run's folder."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("thaw.freezing.features.VERIFIED", {})  # what earlier tests have at hand
+    monkeypatch.setattr("thaw.freezing.cache.VERIFIED", {})  # what earlier tests have at hand
     import train as script
 
     def run(*overrides: str, name: str = "run") -> Path:

@@ -17,7 +17,7 @@ from thaw.classifier import Classifier
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.data.mix import Mix
-from thaw.freezing.features import FeatureCache
+from thaw.freezing.cache import FeatureCache
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 from thaw.models.heads import LinearHead
@@ -30,7 +30,7 @@ AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbon
 LINEAR = partial(LinearHead, norm="layer")
 AS_IT_IS = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
 NO_MIX = Mix(None, None, probability=1)
-NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1, views=None)
+NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1)
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
-from thaw.models.heads import LinearHead, MLPHead
-from thaw.optim import OptimizerRecipe
+from thaw.models.heads import MLPHead
+from thaw.run.values import check_types
 
 Build = Callable[..., Classifier]
 
@@ -57,7 +58,7 @@ def test_test_step_counts_and_returns_logits(classifier: Build, batch: Batch, fi
 
 def loss_of(model: Classifier, batch: Batch) -> Tensor:
     """The loss of a training step outside a trainer."""
-    model.setup("fit")
+    model.thaw.apply(0)
     model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return model.training_step(batch, 0)
 
@@ -107,20 +108,7 @@ def test_the_head_is_the_deepest_layer(classifier: Build) -> None:
     assert max(depths.values()) == 4
 
 
-def test_label_smoothing_out_of_range(classifier: Build) -> None:
-    model = classifier()
-    optim: OptimizerRecipe = model.optim
-    with pytest.raises(ValueError, match=r"model\.label_smoothing=1\.5 must be from 0 to 1"):
-        Classifier(
-            model.backbone,
-            partial(LinearHead, norm="layer"),
-            model.augment,
-            model.mix,
-            model.freeze_policy,
-            optim,
-            10,
-            label_smoothing=1.5,
-            cache=model.cache,
-            compile=False,
-            self_contained=True,
-        )
+def test_label_smoothing_out_of_range() -> None:
+    block = OmegaConf.create({"_target_": "thaw.classifier.Classifier", "label_smoothing": 1.5})
+    with pytest.raises(ValueError, match=r"model\.label_smoothing=1\.5 must be a number from 0 to 1"):
+        check_types(block, "model.")

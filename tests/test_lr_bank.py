@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from thaw.bank_classifier import BankClassifier, measure
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
-from thaw.lr_bank import LRBank
+from thaw.lr_bank import BankClassifier, LRBank, measure_heads
 from thaw.models.heads import LinearHead
 from thaw.run import checkpoint as checkpoints
+from thaw.run.values import check_types
 
 LRS, DECAYS = [1e-4, 1e-2, 3e-1], [0.0, 0.5]
 NAMES = [f"lr={lr}_wd={decay}" for lr in ("0.0001", "0.01", "0.3") for decay in ("0", "0.5")]
@@ -138,13 +140,13 @@ def test_forward_is_the_chosen_head() -> None:
 
 def test_measure_equals_counting_by_hand() -> None:
     logits, labels = torch.randn(7, 3, 10), torch.arange(7)
-    mean, sums = measure(logits, labels, label_smoothing=0.1)
+    mean, sums = measure_heads(logits, labels, label_smoothing=0.1)
     for k in range(3):
         torch.testing.assert_close(mean[k], F.cross_entropy(logits[:, k], labels, label_smoothing=0.1))
         assert sums[1, k] == sum(int(row.argmax()) == n for n, row in enumerate(logits[:, k]))
     torch.testing.assert_close(sums[0], 7 * mean)
     shares = torch.rand(7, 10).softmax(dim=1)  # of mixed images
-    mean, sums = measure(logits, shares, label_smoothing=0.0)
+    mean, sums = measure_heads(logits, shares, label_smoothing=0.0)
     torch.testing.assert_close(mean[1], F.cross_entropy(logits[:, 1], shares))
     assert sums[1, 1] == (logits[:, 1].argmax(dim=1) == shares.argmax(dim=1)).sum()
 
@@ -181,7 +183,7 @@ def test_what_else_is_refused(bank: Callable, classifier: Callable, batches: lis
     with pytest.raises(ValueError, match=r"has the heads a, b, but .* ask for lr=0\.0001_wd=0"):
         bank().on_load_checkpoint({"heads": {"a": 0.5, "b": 0.5}})
     model = bank()
-    model._trainer = SimpleNamespace(precision="16-mixed", limit_val_batches=1.0, current_epoch=0)
+    model._trainer = SimpleNamespace(precision="16-mixed", limit_val_batches=1.0, datamodule=None)
     with pytest.raises(ValueError, match="16-mixed, whose loss scaler skips"):
         model.setup("fit")
 
@@ -189,22 +191,26 @@ def test_what_else_is_refused(bank: Callable, classifier: Callable, batches: lis
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        (([], [0.0]), r"head\.lrs=\[\] must be a list of one number or more"),
-        ((1e-3, [0.0]), r"head\.lrs=0\.001 must be a list"),
-        (([1e-3], []), r"head\.weight_decays=\[\] must be a list"),
-        (([1e-3, 0.0], [0.0]), r"head\.lrs=.* holds 0\.0; each must be a finite number above 0"),
-        (([float("inf")], [0.0]), "holds inf; each must be a finite number"),
-        (([float("nan")], [0.0]), "holds nan; each must be a finite number"),
-        ((["fast"], [0.0]), "holds 'fast'; each must be a finite number"),
-        (([True], [0.0]), "holds True; each must be a finite number"),
-        (([1e-3], [-0.1]), r"head\.weight_decays=.* holds -0\.1; each must be a finite number 0 or more"),
-        (([1e-3, 0.001], [0.0]), r"holds 0\.001 twice"),
-        (([1e-3], [0, 0.0]), "holds 0 twice"),
+        ({"lrs": []}, "head.lrs=[] must be a list of 1 or more, each item a number above 0; e.g. [1e-3,1e-2]."),
+        ({"lrs": 1e-3}, "head.lrs=0.001 must be a list of 1 or more"),
+        ({"weight_decays": []}, "head.weight_decays=[] must be a list of 1 or more, each item a number, 0 or more"),
+        ({"lrs": [1e-3, 0.0]}, "head.lrs=[0.001, 0.0] must be"),
+        ({"lrs": [float("inf")]}, "head.lrs=[inf] must be"),
+        ({"lrs": [float("nan")]}, "head.lrs=[nan] must be"),
+        ({"lrs": ["fast"]}, "head.lrs=['fast'] must be"),
+        ({"lrs": [True]}, "head.lrs=[True] must be"),
+        ({"weight_decays": [-0.1]}, "head.weight_decays=[-0.1] must be"),
     ],
 )
-def test_bad_lists(lists: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LRBank(8, 10, "layer", *lists)
+def test_bad_lists(lists: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_types(OmegaConf.create({"_target_": "thaw.lr_bank.LRBank", **lists}), "head.")
+
+
+def test_a_number_that_is_given_twice() -> None:
+    for lists, message in (([1e-3, 0.001], [0.0]), r"lrs=.* holds 0\.001 twice"), (([1e-3], [0, 0.0]), "holds 0 twice"):
+        with pytest.raises(ValueError, match=message):
+            LRBank(8, 10, "layer", *lists)
 
 
 # Whole runs

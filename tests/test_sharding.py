@@ -11,7 +11,7 @@ from torch import nn
 
 from thaw.callbacks.weight_averaging import EMA
 from thaw.classifier import Classifier
-from thaw.sharding import by_name, check
+from thaw.sharding import FullyShard, by_name, check
 
 
 def trainer(*callbacks: Any, fn: TrainerFn = TrainerFn.FITTING) -> Any:
@@ -28,7 +28,8 @@ def test_what_cannot_be_sharded(classifier: Callable[..., Classifier]) -> None:
         check(classifier("gradual"), trainer())
     check(classifier("gradual"), trainer(fn=TrainerFn.TESTING))
     with pytest.raises(ValueError, match=r"cannot average weights; set average=none"):
-        check(classifier("full"), trainer(EMA(0.9)))
+        sharded = SimpleNamespace(strategy=FullyShard())
+        EMA(0.9).setup(sharded, classifier("full"), "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shards a Classifier, not a Linear"):
         check(nn.Linear(1, 1), trainer())
 

@@ -5,7 +5,6 @@ torch's `fully_shard` keeps each parameter with its name and shape, so that free
 are the same as elsewhere. (The older `FullyShardedDataParallel` flattens them and renames them.)
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +24,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD, Optimizer
 
-from thaw.callbacks.weight_averaging import WeightAveraging
 from thaw.classifier import Classifier
 from thaw.freezing.slim import fill_frozen
 from thaw.models.backbone import Backbone
@@ -69,7 +67,7 @@ class FullyShard(ModelParallelStrategy):
         if isinstance(model.backbone, FSDPModule):  # validation or test after training
             return
         model.self_contained = True  # tensors that never train are on no process as a whole
-        model.cache.keep_nothing("trainer=fsdp shares out the layers that would compute features", trainer)
+        model.cache.refuse("trainer=fsdp shards the layers that would compute features", trainer)
         model.cache.mode = "off"
         mesh = self.device_mesh["data_parallel"]
         for block in layers(model.backbone):
@@ -121,14 +119,11 @@ def check(model: nn.Module, trainer: Trainer) -> None:
         )
     if trainer.state.fn != TrainerFn.FITTING:
         return
-    thaws = {epoch for epoch in model.freeze_policy.thaw_epochs(model.depths()).values() if 0 < epoch < math.inf}
-    if thaws:
+    if later := model.thaw.after(1):
         raise ValueError(
-            f"trainer=fsdp cannot thaw on the way, and the freezing policy thaws after {min(thaws)} epochs; use "
+            f"trainer=fsdp cannot thaw on the way, and the freezing policy thaws after {min(later)} epochs; use "
             "trainer=ddp, or a policy without a schedule (freeze=full, last_blocks, lora, ...)."
         )
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError("trainer=fsdp cannot average weights; set average=none, or use trainer=ddp.")
 
 
 def by_name(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:

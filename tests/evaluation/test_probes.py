@@ -262,7 +262,7 @@ def test_a_probe_reuses_what_a_linear_probe_kept(
     train("experiment=vit_linear_probe", "logger=csv", "data.batch_size=100", "trainer.max_epochs=1", *untested, *few)
     assert "computed" in capsys.readouterr().out
     trained = json.loads((tmp_path / "runs/test/run/summary.json").read_text())
-    monkeypatch.setattr("thaw.freezing.features.VERIFIED", {})  # as in another process
+    monkeypatch.setattr("thaw.freezing.cache.VERIFIED", {})  # as in another process
     summary = probe(tmp_path / "knn", "probe=knn", "probe.k=[1, 5]", *few)
     printed = capsys.readouterr().out
     for split, count in (("train", 300), ("val", 500)):

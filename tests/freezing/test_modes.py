@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
-from thaw.freezing.policy import set_modes
+from thaw.freezing.policy import modes
 from thaw.models.heads import MLPHead
 
 Build = Callable[..., Classifier]
@@ -19,14 +19,17 @@ DROPOUT = {"pos_drop_rate": 0.3, "proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "
 HEAD = partial(MLPHead, hidden_features=16, dropout=0.5)
 
 
+def modes_now(model: nn.Module) -> dict[nn.Module, bool]:
+    return modes(model, {parameter for parameter in model.parameters() if parameter.requires_grad})
+
+
 def test_modules_without_parameters_follow_what_comes_before() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Linear(1, 1), nn.Dropout(), nn.Linear(1, 1), nn.Dropout())
     model[1].requires_grad_(False)
-    assert set_modes(model, before=True) is True
-    assert [child.training for child in model] == [True, False, False, True, True]
+    assert [modes_now(model)[child] for child in model] == [True, False, False, True, True]
     model[3].requires_grad_(False)
-    assert set_modes(model, before=True) is False
-    assert not any(module.training for module in model.modules())
+    assert not any(modes_now(model).values())
+    assert modes_now(model).keys() == set(model.modules())
 
 
 def test_what_comes_before_reaches_into_a_partly_frozen_module() -> None:
@@ -34,8 +37,7 @@ def test_what_comes_before_reaches_into_a_partly_frozen_module() -> None:
     model = nn.Sequential(nn.Linear(1, 1), inner)
     for trains in (False, True):
         model[0].requires_grad_(trains)
-        set_modes(model, before=True)
-        assert [child.training for child in inner] == [trains, False, True]
+        assert [modes_now(model)[child] for child in inner] == [trains, False, True]
 
 
 def test_modules_without_parameters_follow_the_own_parameters_of_their_module() -> None:
@@ -45,13 +47,12 @@ def test_modules_without_parameters_follow_the_own_parameters_of_their_module() 
             self.token = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     stem = Stem()
-    set_modes(stem, before=True)
-    assert [module.training for module in stem.modules()] == [False, False, True]
+    assert [modes_now(stem)[module] for module in stem.modules()] == [False, False, True]
 
 
 def test_modes_of_a_frozen_backbone_under_a_training_head(classifier: Build, tiny: dict) -> None:
     model = classifier("linear_probe", head=HEAD, arguments=tiny | DROPOUT)
-    model.setup("fit")
+    model.thaw.apply(0)
     assert model.training and model.head.dropout.training
     assert not any(module.training for module in model.backbone.modules())
 
@@ -70,10 +71,10 @@ def outputs(model: Classifier) -> list[Tensor]:
 def test_random_numbers_start_where_something_trains(classifier: Build, tiny: dict, name: str) -> None:
     """In every epoch: two passes are equal as far as nothing below trains, and differ above the first trained layer."""
     model = classifier(name, head=HEAD, arguments=tiny | DROPOUT | {"drop_path_rate": 0.9})
-    model.setup("fit")
-    thaws, depths = model.freeze_policy.thaw_epochs(model.depths()), model.depths()
+    model.thaw.apply(0)
+    thaws, depths = model.thaw.epochs, model.thaw.depths
     for epoch in range(1 + int(max(thaw for thaw in thaws.values() if thaw < float("inf")))):
-        model.freeze_policy.apply(model, depths, frozenset(), epoch)
+        model.thaw.apply(epoch)
         lowest = min(depths[parameter] for parameter, thaw in thaws.items() if thaw <= epoch)
         whole = [depth for depth in range(5) if all(thaws[p] <= epoch for p in depths if depths[p] == depth)]
         same = [torch.equal(a, b) for a, b in zip(outputs(model), outputs(model), strict=True)]
@@ -101,7 +102,7 @@ EVERYTHING = {"attn.attn_drop", "attn.proj_drop", "drop_path1", "mlp.drop1", "ml
 def test_what_acts_within_a_block(classifier: Build, tiny: dict, name: str, stem: bool, block: set[str]) -> None:
     """A module without parameters has the mode of what it follows."""
     model = classifier(name, head=HEAD, arguments=tiny | DROPOUT)
-    model.setup("fit")
+    model.thaw.apply(0)
     assert model.backbone.model.pos_drop.training == stem
     for part in model.backbone.model.blocks:
         assert {place for place in EVERYTHING if part.get_submodule(place).training} == block

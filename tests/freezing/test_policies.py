@@ -71,7 +71,7 @@ class FeatureCheck(L.Callback):
     kept: list[tuple[int, int]] = []  # noqa: RUF012  # (epoch, cut) of each such batch
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
-        assert pl_module.cut == pl_module.frozen_layers()[0]
+        assert pl_module.cut == pl_module.thaw.cut(trainer.current_epoch)
         if batch.features is not None:
             expected = pl_module.backbone.prefix(pl_module.preprocess(batch.images), pl_module.cut)
             torch.testing.assert_close(batch.features, expected, rtol=1e-5, atol=1e-6)

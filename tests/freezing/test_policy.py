@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from thaw.classifier import Classifier
-from thaw.freezing.policy import FreezePolicy
+from thaw.freezing.policy import FreezePolicy, Thaw
 
 Build = Callable[..., Classifier]
 
@@ -204,10 +204,11 @@ def test_what_is_set_is_a_pure_function_of_the_epoch(
     if thaws is None or min(thaws.values()) > 0:
         event("refused")
         return
-    policy, seen = FreezePolicy(as_rules(drawn), lora=None), {}
+    thaw = Thaw(model, depths, FreezePolicy(as_rules(drawn), lora=None).thaw_epochs(depths))
+    seen: dict[int, dict[str, bool]] = {}
     for epoch in [*range(20), *any_order.sample(range(20), 20)]:
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        changed = policy.apply(model, depths, frozenset(), epoch)
+        changed = thaw.apply(epoch)
         after = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         assert after == {name: thaw <= epoch for name, thaw in thaws.items()}
         assert changed == [name for name in after if after[name] != before[name]]
@@ -225,11 +226,11 @@ def test_freezing_random_numbers_is_an_error(classifier: Build, freeze: str) -> 
     with pytest.raises(
         ValueError, match=r"tensors would be frozen while random, e\.g\. backbone\.model\.\S+\. Load we"
     ):
-        classifier(freeze, loaded=False).setup("fit")
-    classifier("full", loaded=False).setup("fit")
+        classifier(freeze, loaded=False).thaw.check_fresh()
+    classifier("full", loaded=False).thaw.check_fresh()
 
 
 @pytest.mark.parametrize("rule", [{"train": False}, {"train": True, "from_epoch": 1}])
 def test_freezing_everything_is_an_error(classifier: Build, rule: dict) -> None:
     with pytest.raises(ValueError, match="freeze every parameter in epoch 0; let at least the head train"):
-        classifier(FreezePolicy([{"match": ".*"} | rule], lora=None)).setup("fit")
+        classifier(FreezePolicy([{"match": ".*"} | rule], lora=None))

@@ -31,7 +31,7 @@ RECIPE = {"lr": 3e-3, "weight_decay": 0.1, "layer_decay": 0.5, "warmup_fraction"
 
 
 def start(model: Classifier) -> Classifier:
-    model.setup("fit")
+    model.thaw.apply(0)
     return model
 
 
@@ -77,7 +77,7 @@ def test_exactly_what_is_thawed_moves_at_its_rate(
     depths, named = model.depths(), dict(model.named_parameters())
     for parameter in model.parameters():  # as pretrained: none is 0, such as the last norm's scale in a residual branch
         torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
-    thaws = model.freeze_policy.thaw_epochs(depths)
+    thaws = model.thaw.epochs
     epochs = epochs_of(thaws)
     statistics = {  # of batch norms
         buffer: min(thaws[f"{buffer.rpartition('.')[0]}.{own}"] for own, _ in owner(model, buffer).named_parameters())
@@ -142,18 +142,18 @@ def rows_of(table: str) -> list[tuple[list[str], range, int, Settings]]:
 def test_table_lists_every_parameter_once_as_the_optimizer_has_it(classifier: Build, name: str, kind: str) -> None:
     model = start(classifier(name, optim=RECIPE, **MODELS[kind]))
     depths = model.depths()
-    thaws = model.freeze_policy.thaw_epochs(depths)
+    thaws = model.thaw.epochs
     groups = model.optim.groups(model.named_parameters(), depths, thaws)
     rates = {id(p): (f"{g['lr']:.2e}", f"{g['weight_decay']:.3g}") for g in groups for p in g["params"]}
     for epoch in range(epochs_of(thaws)):
-        model.freeze_policy.apply(model, depths, frozenset(), epoch)
+        model.thaw.apply(epoch)
         left: dict[str, Settings] = {}
         for parameter, tensor in model.named_parameters():
             thaw = thaws[parameter]
             trains = "yes" if thaw <= epoch else "no" if thaw == math.inf else f"after {thaw}"
             mode = "train" if owner(model, parameter).training else "eval"
             left[parameter] = (trains, mode, *rates.get(id(tensor), ("-", "-")))
-        table = format_table(model, depths, groups)
+        table = format_table(model, depths, groups, epoch)
         for prefixes, spanned, count, settings in sorted(rows_of(table), key=lambda row: -len(row[0][0])):
             mine = [
                 parameter
@@ -175,7 +175,7 @@ def test_table_lists_every_parameter_once_as_the_optimizer_has_it(classifier: Bu
 def test_table_merges_equal_blocks(classifier: Build) -> None:
     model = start(classifier("last_blocks", optim={"lr": 1e-3, "weight_decay": 0.05}))
     depths = model.depths()
-    groups = model.optim.groups(model.named_parameters(), depths, model.freeze_policy.thaw_epochs(depths))
+    groups = model.optim.groups(model.named_parameters(), depths, model.thaw.epochs)
     expected = """\
 layers                                                              depth  parameters  trains  mode    peak lr   decay
 backbone.model.pos_embed                                                0         512  no      eval          -       -
@@ -187,7 +187,7 @@ backbone.model.fc_norm                                                  3       
 head.linear (weight)                                                    4         320  yes     train  1.00e-03    0.05
 head.linear (bias)                                                      4          10  yes     train  1.00e-03       0
 25,802 of 40,618 parameters train"""
-    assert format_table(model, depths, groups) == expected
+    assert format_table(model, depths, groups, 0) == expected
 
 
 def test_table_shows_the_peak_of_a_schedule(classifier: Build, batch: Batch, fit: Callable) -> None:
@@ -195,4 +195,4 @@ def test_table_shows_the_peak_of_a_schedule(classifier: Build, batch: Batch, fit
     trainer = fit(model, [batch] * 2)
     groups = trainer.optimizers[0].param_groups
     assert groups[0]["lr"] < 1e-2
-    assert "1.00e-02" in format_table(model, model.depths(), groups)
+    assert "1.00e-02" in format_table(model, model.depths(), groups, 0)

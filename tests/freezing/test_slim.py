@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from thaw.evaluation.evaluate import evaluate
-from thaw.freezing.slim import drop_frozen, fill_frozen, frozen_names, refer_to_frozen
+from thaw.freezing.policy import Thaw
+from thaw.freezing.slim import drop_frozen, fill_frozen, refer_to_frozen
 from thaw.run import checkpoint as checkpoints
 from thaw.run.resume import resumed_config
 
@@ -46,7 +47,7 @@ def test_what_never_changes(thaws: dict[str, float], expected: str) -> None:
     model = Net()
     top = ("backbone.2", "backbone.3", "head")
     everything = {name: 0 if name.startswith(top) else NEVER for name, _ in model.named_parameters()}
-    assert frozen_names(model, everything | thaws) == [f"backbone.{name}" for name in expected.split()]
+    assert Thaw(model, {}, everything | thaws).constant() == [f"backbone.{name}" for name in expected.split()]
 
 
 def test_dropped_and_filled_again() -> None:
@@ -128,7 +129,7 @@ def test_a_checkpoint_lacks_what_never_trains(train: Train, tiny_run: list[str],
     run_dir = train(*tiny_run, f"freeze={name}", "trainer.max_epochs=1", "test=false")
     checkpoint = states(run_dir)
     model = checkpoints.load_model(checkpoints.read(run_dir / "checkpoints" / "best.ckpt"))
-    thaws = model.freeze_policy.thaw_epochs(model.depths())
+    thaws = model.thaw.epochs
     never = {parameter for parameter, epoch in thaws.items() if epoch == NEVER}
     assert model.state_dict().keys() - checkpoint["state_dict"].keys() == never
     assert checkpoint["frozen"]["names"] == [key for key in model.state_dict() if key in never]

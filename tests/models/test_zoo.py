@@ -139,7 +139,7 @@ def test_every_cut_is_exact(name: str) -> None:
 @pytest.mark.parametrize("freeze", ["linear_probe", "last_blocks"])
 def test_freezing_leaves_a_long_prefix_and_the_table_counts_all(classifier: Build, name: str, freeze: str) -> None:
     model = classifier(freeze, preset=name)
-    model.setup("fit")
+    model.thaw.apply(0)
     layers = len(model.backbone.layers)  # stem, blocks, final norm
     cut = layers if freeze == "linear_probe" else layers - 3  # the norm belongs to the last of two thawed blocks
     trains = {key for key, parameter in model.backbone.named_parameters() if parameter.requires_grad}

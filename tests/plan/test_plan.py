@@ -42,9 +42,9 @@ def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
     cfg.backbone.weights = "none"
     model = instantiate(cfg.model)
     model.backbone.fresh = frozenset()
-    model.thaw()
+    model.thaw.apply(0)
     depths = model.depths()
-    groups = model.optim.groups(model.named_parameters(), depths, model.freeze_policy.thaw_epochs(depths))
+    groups = model.optim.groups(model.named_parameters(), depths, model.thaw.epochs)
     optimizer = model.optim.optimizer(groups, lr=1e-3, weight_decay=0.0)
     images = torch.randint(0, 255, (BATCH, 28, 28), dtype=torch.uint8)
     batch = Batch(images, torch.arange(BATCH) % 10, torch.arange(BATCH))
@@ -146,7 +146,7 @@ def test_activations_grow_with_the_batch() -> None:
 def test_cut_is_that_of_training(policy: str) -> None:
     model, _, _ = real(tiny_config(policy, "freeze.k=1") if "blocks" in policy else tiny_config(policy))
     step = tiny_step(policy, "freeze.k=1") if "blocks" in policy else tiny_step(policy)
-    assert step.cut == model.frozen_layers()[0]
+    assert step.cut == model.thaw.cut(0)
 
 
 @pytest.mark.parametrize("policy", ["gradual", "lp_ft"])

@@ -57,7 +57,7 @@ def without(config: dict[str, Any], *place: str) -> dict[str, Any]:
             ("optim", "lr_scaling"),
         ),
         *(
-            ("cache", "views"),
+            ("cache", "max_gb"),
             ("callbacks", "preemption", "run_dir"),
             ("mix",),
             ("average",),

@@ -57,9 +57,8 @@ class RunRecord(Callback):
             "device": str(trainer.strategy.root_device),
             "threads": torch.get_num_threads(),
         }
-        if isinstance(pl_module, Classifier):
-            pl_module.thaw()  # a resumed run goes on in a later epoch
-        table = format_table(pl_module, pl_module.depths(), trainer.optimizers[0].param_groups)  # type: ignore[operator]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        table = format_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)  # type: ignore[operator]
         print(table, flush=True)
         write_text(table + "\n", self.run_dir / "parameters.txt")
         write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")
@@ -116,11 +115,10 @@ def count_parameters(module: torch.nn.Module, epochs: int | None = None) -> dict
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     if isinstance(module, Classifier):
         end = NEVER if epochs is None or epochs < 0 else epochs
-        thaw_epochs = module.freeze_policy.thaw_epochs(module.depths())
-        trained = [name for name, epoch in thaw_epochs.items() if epoch < end]
+        trainable = module.thaw.count(end)
     else:
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return {"trainable_params": sum(sizes.get(name, 0) for name in trained), "total_params": sum(sizes.values())}
+        trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return {"trainable_params": trainable, "total_params": sum(sizes.values())}
 
 
 def git_commit() -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -27,6 +28,10 @@ class WeightAveraging(Callback):
         self.current: dict[str, Tensor] = {}  # during validation, what `live` held before it
         self.updates = 0
         self.step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError("trainer=fsdp cannot average weights; set average=none, or use trainer=ddp.")
 
     def decay(self, trainer: Trainer) -> float | None:
         """Share that the average keeps at this step, 0 for the first update; None for no update."""

@@ -39,14 +39,12 @@ class DigitDataset(Dataset[Batch]):
     """Digits addressed by a whole batch of indices at a time, on the device that they are kept on.
 
     Attributes:
-        features: (K, N, ...) of K views of each digit, or None; epoch e takes view e modulo K.
-        epoch: which epoch it is.
+        features: (N, ...) of the frozen part of a model, or None.
     """
 
     def __init__(self, digits: Digits) -> None:
         self.digits = digits
         self.features: Tensor | None = None
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.digits.labels)
@@ -54,7 +52,7 @@ class DigitDataset(Dataset[Batch]):
     def __getitem__(self, indices: Tensor) -> Batch:
         features = self.features  # index_select is several times as fast as indexing with a tensor
         if features is not None:
-            features = features[self.epoch % len(features)].index_select(0, indices.to(features.device))
+            features = features.index_select(0, indices.to(features.device))
         indices = indices.to(self.digits.labels.device, non_blocking=True)
         images, labels = (part.index_select(0, indices) for part in self.digits)
         return Batch(images, labels, indices, features)
@@ -106,7 +104,6 @@ class DigitLoader(DataLoader):
         self.resume_at = NOT_RESUMED
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.dataset.epoch = self.sampler.epoch  # type: ignore[attr-defined]
         resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
         skip = self.resume_at["batches_done"] if resumed else 0
         self.resume_at = NOT_RESUMED  # once: the next pass is a whole one
@@ -229,7 +226,7 @@ class MNISTDataModule(LightningDataModule):
         return self.datasets[split, device]
 
     def on_exception(self, exception: BaseException) -> None:
-        """Another model may come after an interrupted one: what it kept is not for that."""
+        """Drop cached features after an exception; they belong to the model that failed."""
         for dataset in self.datasets.values():
             dataset.features = None
 

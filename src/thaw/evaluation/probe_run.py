@@ -15,8 +15,8 @@ from thaw.data.preprocess import Preprocess
 from thaw.data.sources import dataset_name
 from thaw.evaluation.probes import Choice, Labelled, Score
 from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
-from thaw.freezing.features import FeatureCache
-from thaw.freezing.frozen_features import frozen_features
+from thaw.freezing.cache import FeatureCache
+from thaw.freezing.features import frozen_features
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name
 from thaw.run.json_files import write_json
@@ -68,15 +68,15 @@ def probe_features(
     images, labels = (part.to(device) for part in getattr(datamodule.load(), split))  # type: ignore[attr-defined]
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
     preprocess.to(device)
-    in_memory = FeatureCache("memory", "", float("inf"), views=None)
+    in_memory = FeatureCache("memory", "", float("inf"))
     worth_keeping = split != "test" and any(True for _ in backbone.parameters())
-    caches = [cache, in_memory] if worth_keeping and cache.num_views(False, trainer) else [in_memory]
+    caches = [cache, in_memory] if worth_keeping and cache.mode != "off" else [in_memory]
     for keeper in caches:
-        features = frozen_features(split, images, preprocess, None, 1, backbone, len(backbone.layers), keeper, trainer)
+        features = frozen_features(split, images, preprocess, backbone, len(backbone.layers), keeper, trainer)
         if features is not None:
             break
     assert features is not None  # memory keeps all
-    return Labelled(features[0].to(device).float(), labels)  # (1, N, D) -> (N, D)
+    return Labelled(features.to(device).float(), labels)  # (N, D)
 
 
 def report_probe(

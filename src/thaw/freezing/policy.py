@@ -1,4 +1,4 @@
-"""What is frozen, what is thawed, and when: one policy of ordered rules over parameter names decides it for all else.
+"""What is frozen, what trains, and from which epoch: ordered rules over parameter names decide it for everything else.
 
 Frozen means four things at once: no gradient, eval mode (dropout, drop path, norm statistics), no optimizer update
 (weight decay included), and therefore bit-identical after training, buffers too.
@@ -7,10 +7,14 @@ Frozen means four things at once: no gradient, eval mode (dropout, drop path, no
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
 from torch import nn
+
+from thaw.freezing.lora import plain_name
 
 NEVER = math.inf  # the epoch from which a frozen parameter trains
 
@@ -83,8 +87,6 @@ class Rule:
 class FreezePolicy:
     """An ordered list of rules: for each parameter the first rule that covers it decides.
 
-    What trains is a pure function of the epoch, so that it is the same on every process and after a resume.
-
     Args:
         rules: mappings with the fields of `Rule`.
         lora: adds low-rank updates to the backbone, see `thaw.freezing.lora.add_lora`; None adds none.
@@ -104,6 +106,24 @@ class FreezePolicy:
                     f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression or a list), "
                     f"train (true or false) and, if wanted, {', '.join(each.name for each in fields(Rule)[2:])}."
                 ) from error
+
+    def bind(self, model: Any) -> "Thaw":
+        """Decide for every parameter of a classifier from which epoch it trains.
+
+        Raises:
+            ValueError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
+        """
+        depths = model.depths()
+        epochs = self.thaw_epochs(depths)
+        useless = [name for name, epoch in epochs.items() if "lora_" in name and epoch == NEVER]
+        if useless:
+            raise ValueError(
+                f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
+                r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
+            )
+        if min(epochs.values()) > 0:
+            raise ValueError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
+        return Thaw(model, depths, epochs)
 
     def thaw_epochs(self, depths: Mapping[str, int]) -> dict[str, float]:
         """For each parameter name the epoch from which it trains, `NEVER` if it is frozen throughout.
@@ -148,51 +168,106 @@ class FreezePolicy:
             )
         return {name: self.rules[covering[name][0]].thaw_epoch(depth, num_layers) for name, depth in depths.items()}
 
-    def apply(self, model: nn.Module, depths: Mapping[str, int], fresh: frozenset[str], epoch: int) -> list[str]:
-        """Set `requires_grad` and train or eval mode throughout the model, as they are in an epoch.
 
-        Args:
-            model: what the rules speak of.
-            depths: depth of each of its parameters.
-            fresh: names of parameters that hold random numbers; freezing one is an error.
-            epoch: counted from 0.
+class Thaw:
+    """A freezing policy bound to a classifier: every question about what trains is answered here.
 
-        Returns:
-            the names of the parameters that this changed.
-        """
-        thaws = self.thaw_epochs(depths)
-        useless = sorted(name for name in fresh if thaws[name] > 0)
-        if useless:
-            raise ValueError(
-                f"freeze: {len(useless)} freshly initialised tensors would be frozen while random, e.g. {useless[0]}. "
-                "Load weights (backbone.weights=bundled, hub or a file) or train them (freeze=full)."
-            )
-        if not any(start <= 0 for start in thaws.values()):
-            raise ValueError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
-        changed = []
-        for name, parameter in model.named_parameters():
-            trains = thaws[name] <= epoch
-            if parameter.requires_grad != trains:
-                parameter.requires_grad_(trains)
-                changed.append(name)
-        set_modes(model, before=True)
+    What trains is a pure function of the epoch, so that it is the same on every process and after a resume.
+
+    Args:
+        model: has a `backbone` (`thaw.models.backbone.Backbone` or a baseline) and a `head`.
+        depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest.
+        epochs: for every parameter the epoch from which it trains, `NEVER` if it is frozen throughout.
+    """
+
+    def __init__(self, model: Any, depths: dict[str, int], epochs: dict[str, float]) -> None:
+        self.model, self.depths, self.epochs = model, depths, epochs
+
+    @cached_property
+    def layer_epochs(self) -> dict[int, float]:
+        """For each layer of the backbone the epoch from which some of it trains; the head, above them, from 0."""
+        backbone = self.model.backbone
+        starts = {len(backbone.layers): 0.0}
+        for name, _ in backbone.named_parameters():
+            layer = backbone.layer_of(name)
+            starts[layer] = min(starts.get(layer, NEVER), self.epochs[f"backbone.{name}"])
+        return starts
+
+    def apply(self, epoch: int) -> list[str]:
+        """Set `requires_grad` and train or eval mode throughout the model; return the parameters that this changed."""
+        changed = [name for name, p in self.model.named_parameters() if p.requires_grad != (self.epochs[name] <= epoch)]
+        for name in changed:
+            self.model.get_parameter(name).requires_grad_(self.epochs[name] <= epoch)
+        trainable = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
+        for module, mode in modes(self.model, trainable).items():
+            module.training = mode
         return changed
 
+    def check_fresh(self) -> None:
+        """Refuse to freeze random numbers.
 
-def set_modes(module: nn.Module, before: bool) -> bool:
-    """Set eval mode where all parameters are frozen and train mode elsewhere; return the mode at the module's end.
+        Raises:
+            ValueError: a parameter that no weights filled is frozen in epoch 0.
+        """
+        fresh = {f"backbone.{name}" for name in self.model.backbone.fresh}
+        frozen = sorted(name for name, epoch in self.epochs.items() if plain_name(name) in fresh and epoch > 0)
+        if frozen:
+            raise ValueError(
+                f"freeze: {len(frozen)} freshly initialised tensors would be frozen while random, e.g. {frozen[0]}. "
+                "Load weights (backbone.weights=bundled, hub or a file) or train them (freeze=full)."
+            )
 
-    A module without parameters (dropout, drop path) inside a partly frozen one belongs to what comes before it: after
-    a frozen stem it is frozen, after a thawed block it is thawed. `before` is the mode of what came before.
+    def cut(self, epoch: int) -> int:
+        """How many of the backbone's layers, counted from the stem, lie below everything that trains in an epoch."""
+        return min(layer for layer, start in self.layer_epochs.items() if start <= epoch)
+
+    def next_cut_epoch(self, epoch: int) -> float:
+        """In which later epoch the cut changes; infinity if it does not."""
+        cut = self.cut(epoch)
+        return min((start for layer, start in self.layer_epochs.items() if layer < cut), default=NEVER)
+
+    def after(self, epoch: float) -> list[float]:
+        """The epochs of the parameters that thaw in this epoch or later."""
+        return [start for start in self.epochs.values() if epoch <= start < NEVER]
+
+    def count(self, end: float = NEVER) -> int:
+        """How many numbers train in a run that ends before an epoch."""
+        return sum(self.model.get_parameter(name).numel() for name, start in self.epochs.items() if start < end)
+
+    def constant(self) -> list[str]:
+        """Names in the backbone's state dict that training leaves as they are: what a checkpoint may leave out.
+
+        They are parameters that never train, and the buffers of modules that have only such parameters.
+        """
+        names = {name for name, epoch in self.epochs.items() if epoch == NEVER}
+        for prefix, module in self.model.named_modules():
+            own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            if own and names.issuperset(own):
+                names.update(f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False))
+        return [name for name in self.model.state_dict() if name in names and name.startswith("backbone.")]
+
+
+def modes(module: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Module, bool]:
+    """Train (true) or eval mode of a module and all within it: train where all parameters train, eval where none does.
+
+    A module without parameters (dropout, drop path) inside a partly frozen one belongs to the module before it: after
+    a frozen stem it is frozen, after a thawed block it is thawed.
     """
-    trains = [parameter.requires_grad for parameter in module.parameters()]
-    if not any(trains) or all(trains):
-        mode = any(trains) if trains else before
-        module.train(mode)
+    found: dict[nn.Module, bool] = {}
+
+    def visit(module: nn.Module, before: bool) -> bool:
+        """Note the modes of a module and return the mode at its end; `before` is that of the module before it."""
+        trains = [parameter in trainable for parameter in module.parameters()]
+        if not any(trains) or all(trains):
+            mode = any(trains) if trains else before
+            found.update(dict.fromkeys(module.modules(), mode))
+            return mode
+        own = [parameter in trainable for parameter in module.parameters(recurse=False)]
+        found[module] = any(own) if own else True
+        mode = any(own) if own else before
+        for child in module.children():
+            mode = visit(child, mode)
         return mode
-    own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
-    module.training = any(own) if own else True
-    mode = any(own) if own else before
-    for child in module.children():
-        mode = set_modes(child, mode)
-    return mode
+
+    visit(module, before=True)
+    return found

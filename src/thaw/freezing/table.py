@@ -1,4 +1,4 @@
-"""What is frozen and what trains, as the table that a run prints."""
+"""The table of what is frozen and what trains, which a run prints at its start."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,32 +6,32 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from thaw.freezing.policy import NEVER
+from thaw.freezing.policy import modes
 
 
-def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping]) -> str:
+def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping], epoch: int) -> str:
     """One line for each run of equal layers: depth, parameters, whether they train (`after 3`: after 3 epochs), mode,
     peak lr and weight decay.
 
     Args:
-        model: with the policy applied.
+        model: whose parameters are listed.
         depths: depth of each parameter.
-        groups: the optimizer's parameter groups, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
+        groups: of all optimizers, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
+        epoch: which the table describes.
     """
-    modules = dict(model.named_modules())
-    numbers = {
-        id(parameter): (group, f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}")
-        for group in groups
-        for parameter in group["params"]
-    }
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    trainable = {parameter for group in groups if group["from_epoch"] <= epoch for parameter in group["params"]}
+    module_modes, modules = modes(model, trainable), dict(model.named_modules())
     rows: list[Row] = []
     for name, parameter in model.named_parameters():
-        mode = "train" if modules[name.rpartition(".")[0]].training else "eval"
-        group, rates = numbers.get(id(parameter), ({"from_epoch": NEVER}, f"{'-':>10}{'-':>8}"))
-        start = group["from_epoch"]
-        trains = "yes" if parameter.requires_grad else "no" if start == NEVER else f"after {start}"
+        group = group_of.get(id(parameter))
+        trains, rates = "no", f"{'-':>10}{'-':>8}"
+        if group is not None:
+            trains = "yes" if group["from_epoch"] <= epoch else f"after {group['from_epoch']}"
+            rates = f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}"
+        mode = "train" if module_modes[modules[name.rpartition(".")[0]]] else "eval"
         settings = f"  {trains:<8}{mode:<5}{rates}"
-        layer = Row(*layer_of(name), depths[name], settings)
+        layer = Row(*split_name(name), depths[name], settings)
         row = next((row for row in reversed(rows) if row.continues(layer)), layer)
         if row is layer:
             rows.append(row)
@@ -44,7 +44,7 @@ def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[M
     lines = [f"{'layers':<{width}}{'depth':>7}{'parameters':>12}  trains  mode    peak lr   decay"]
     for row, label in zip(rows, labels, strict=True):
         lines.append(f"{label:<{width}}{span(row.depth, row.deepest):>7}{row.parameters:>12,}{row.settings}")
-    now = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    now = sum(parameter.numel() for parameter in trainable)
     ever = sum(parameter.numel() for group in groups for parameter in group["params"])
     first = "" if now == ever else f", {now:,} of them now"
     lines.append(f"{ever:,} of {sum(row.parameters for row in rows):,} parameters train{first}")
@@ -81,7 +81,7 @@ class Row:
         return f"{self.label} ({', '.join(named[:2])}{', ...' if len(named) > 2 else ''})"
 
 
-def layer_of(parameter: str) -> tuple[str, int, str]:
+def split_name(parameter: str) -> tuple[str, int, str]:
     """Stem, number and rest of a name.
 
     `backbone.model.blocks.3.norm1.bias` -> `backbone.model.blocks`, 3, `norm1.bias`; `head.linear.bias` ->

@@ -5,7 +5,6 @@ optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
 import gc
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from thaw.data.datamodule import Batch
-from thaw.freezing.features import TOKENS
+from thaw.freezing.cache import TOKENS
 from thaw.run.config import build
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
@@ -82,26 +81,31 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         raise ValueError(f"precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be a whole number, 1 or more.")
-    cfg = cfg.copy()
+    with cleared_up_here():
+        return step_on_fake_tensors(cfg.copy(), device)
+
+
+def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
+    """As `dry_step`; all fake tensors are garbage when it has returned."""
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    with cleared_up_here(), warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
-        if precision == "bf16-true":
+        if cfg.trainer.precision == "bf16-true":
             model.to(torch.bfloat16)
-        model.thaw()
-        depths = model.depths()
-        thaws = model.freeze_policy.thaw_epochs(depths)
-        model.freeze_policy.apply(model, depths, frozenset(), int(max(e for e in thaws.values() if e < math.inf)))
-        return Dry(model, thaws, batch_size, precision, device).step(cfg.cache.mode != "off")
+        model.thaw.check_fresh()
+        last = int(max(model.thaw.after(0)))
+        model.thaw.apply(last)
+        model.cut = model.thaw.cut(last)
+        return Dry(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
 
 
 @contextmanager
@@ -120,14 +124,13 @@ def cleared_up_here() -> Iterator[None]:
 class Dry:
     """A model of fake tensors, thawed as far as it will be."""
 
-    def __init__(self, model: Any, thaws: dict[str, float], batch_size: int, precision: str, device: str) -> None:
+    def __init__(self, model: Any, batch_size: int, precision: str, device: str) -> None:
         self.model, self.batch_size, self.precision, self.device = model, batch_size, precision, device
         self.autocast = PRECISIONS[precision] if precision.endswith("mixed") else None
         self.backbone = model.backbone
-        trained = [self.backbone.layer_of(n) for n, p in self.backbone.named_parameters() if p.requires_grad]
-        model.cut = self.cut = min(trained, default=len(self.backbone.layers))
+        self.cut = model.cut
         recipe = model.optim
-        groups = recipe.groups(model.named_parameters(), model.depths(), thaws)
+        groups = recipe.groups(model.named_parameters(), model.thaw.depths, model.thaw.epochs)
         self.optimizer = recipe.optimizer(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
     def step(self, cached: bool) -> Step:

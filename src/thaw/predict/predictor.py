@@ -12,7 +12,7 @@ from torch import Tensor
 from thaw.callbacks.progress import quiet
 from thaw.classifier import Classifier
 from thaw.data.sources import DATASETS, class_names, dataset_name, with_numbers
-from thaw.freezing.features import digest
+from thaw.freezing.cache import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
@@ -109,7 +109,7 @@ class Predictor:
             "dataset": dataset_name(self.cfg.data),
             "classes": self.classes,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "weights_sha256": digest(self.model.state_dict()),
+            "weights_sha256": tensors_sha256(self.model.state_dict()),
             "git_commit": self.commit,
             "checkpoint": str(self.checkpoint),
         }

@@ -18,9 +18,9 @@ RENAMED = {  # class -> its name today
     "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.early_stopping.EarlyStopping",
     "thaw.csv_log.RunCSV": "thaw.run.csv_log.RunCSV",
     "thaw.loggers.wandb_logger": "thaw.run.loggers.wandb_logger",
-    "thaw.models.bank_classifier.BankClassifier": "thaw.bank_classifier.BankClassifier",
+    "thaw.models.bank_classifier.BankClassifier": "thaw.lr_bank.BankClassifier",
     "thaw.models.classifier.Classifier": "thaw.classifier.Classifier",
-    "thaw.models.feature_cache.FeatureCache": "thaw.freezing.features.FeatureCache",
+    "thaw.models.feature_cache.FeatureCache": "thaw.freezing.cache.FeatureCache",
     "thaw.models.freezing.FreezePolicy": "thaw.freezing.policy.FreezePolicy",
     "thaw.models.lora.add_lora": "thaw.freezing.lora.add_lora",
     "thaw.models.lr_bank.LRBank": "thaw.lr_bank.LRBank",
@@ -28,7 +28,9 @@ RENAMED = {  # class -> its name today
     "thaw.models.sharding.FullyShard": "thaw.sharding.FullyShard",
 }
 RENAMED_KEYS: dict[tuple[str, str], str] = {}  # (class, key) -> the key's name today
-REMOVED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> the only value that today's code still has
+REMOVED_KEYS: dict[tuple[str, str], Any] = {
+    ("thaw.freezing.cache.FeatureCache", "views"): None
+}  # (class, key) -> the only value that today's code still has
 ADDED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> what the code did before, where the YAML says another
 
 

@@ -27,7 +27,7 @@ FUNCTIONS = {
     "thaw.freezing.lora.add_lora",
 }
 PARTS = {  # thaw's classes that no base class tells from others
-    "thaw.freezing.features.FeatureCache",
+    "thaw.freezing.cache.FeatureCache",
     "thaw.freezing.policy.FreezePolicy",
     "thaw.optim.OptimizerRecipe",
 }

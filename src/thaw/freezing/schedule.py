@@ -1,0 +1,46 @@
+"""The callback that applies a classifier's freezing policy: before training, and whenever something thaws."""
+
+import math
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from thaw.freezing.table import span
+
+
+class FreezeSchedule(Callback):
+    """Sets what trains in the present epoch, see `thaw.freezing.policy.Thaw`."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            pl_module.thaw.check_fresh()
+            pl_module.thaw.apply(trainer.current_epoch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Only now Lightning knows in which epoch a resumed run continues."""
+        pl_module.thaw.apply(trainer.current_epoch)
+        if trainer.current_epoch:
+            rebuild_ddp(trainer)
+        end = trainer.max_epochs or math.inf
+        late = pl_module.thaw.after(end)
+        if late and end > 0 and trainer.is_global_zero:
+            print(f"freeze: {len(late)} tensors would thaw after {min(late)} epochs or more; training ends after {end}")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        epoch, thaw = trainer.current_epoch, pl_module.thaw
+        if epoch not in thaw.epochs.values() or not (thawed := thaw.apply(epoch)):
+            return
+        rebuild_ddp(trainer)
+        if trainer.is_global_zero:
+            depths = [thaw.depths[name] for name in thawed]
+            numbers = sum(pl_module.get_parameter(name).numel() for name in thawed)
+            print(f"after {epoch} epochs: depth {span(min(depths), max(depths))} thaws, {numbers:,} parameters")
+
+
+def rebuild_ddp(trainer: Trainer) -> None:
+    """DDP averages only the gradients of parameters that trained when it was built: build it again after a thaw."""
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = trainer.lightning_module
+        strategy.configure_ddp()
