@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch, DigitDataset
+from thaw.data.datamodule import Batch, ImageDataset
 from thaw.data.mix import Mix, main_labels
 from thaw.data.preprocess import Preprocess
 from thaw.freezing.features import FeatureCache
@@ -84,7 +84,7 @@ class Classifier(LightningModule):
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
         self.cut = 0
-        self.kept: list[DigitDataset] = []  # those whose batches carry features
+        self.kept: list[ImageDataset] = []  # those whose batches carry features
         # validate_args would make the host wait for a GPU in every step
         self.train_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -229,7 +229,7 @@ class Classifier(LightningModule):
             )
             self.keep_features("val", datamodule.split_dataset("val"), 1, None)
 
-    def keep_features(self, split: str, dataset: DigitDataset, views: int, augment: Augment | None) -> None:
+    def keep_features(self, split: str, dataset: ImageDataset, views: int, augment: Augment | None) -> None:
         """Give a split's batches the output of the first `cut` layers."""
 
         def prepare(images: Tensor) -> Tensor:  # (B, 28, 28) uint8 -> (B, C, S, S)
@@ -237,7 +237,7 @@ class Classifier(LightningModule):
 
         features = frozen_features(
             split,
-            dataset.digits.images,
+            dataset.data.images,
             prepare,
             augment and augment.settings,
             views,

@@ -1,6 +1,7 @@
 """Batches against a count of every digit, against a single process, and inside Lightning's own loop."""
 
 import os
+import re
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from thaw.data.datamodule import Batch, BatchSampler, DigitDataset, DigitLoader, MNISTDataModule
-from thaw.data.sources import Digits, load
+from thaw.data.datamodule import Batch, BatchSampler, ImageDataset, ImageLoader, MNISTDataModule, load_source
+from thaw.data.images import Images
+from thaw.data.mnist import load_mnist
 
 
 def datamodule(**changes: Any) -> MNISTDataModule:
@@ -29,12 +33,12 @@ def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 
     return built
 
 
-def loader(n: int, batch_size: int, num_workers: int = 0) -> DigitLoader:
+def loader(n: int, batch_size: int, num_workers: int = 0) -> ImageLoader:
     """Digits whose every pixel is their label, 10 labels."""
     labels = torch.arange(n) % 10
     images = labels.to(torch.uint8)[:, None, None].expand(n, 28, 28)
-    return DigitLoader(
-        DigitDataset(Digits(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
+    return ImageLoader(
+        ImageDataset(Images(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
     )
 
 
@@ -127,7 +131,7 @@ def test_the_place_in_one_epoch_says_nothing_of_another() -> None:
 
 def test_splits_and_sizes() -> None:
     data = datamodule(train_size=None, batch_size=300)
-    sample = load("MNIST", "nowhere", "sample", None)
+    sample = load_mnist("MNIST", "nowhere", "sample", None)
     for built, digits in (
         (data.train_dataloader(), sample.train),
         (data.val_dataloader(), sample.val),
@@ -161,16 +165,34 @@ def test_train_size_takes_the_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, r"data\.batch_size=0 must be at least 1"),
-        ({"eval_batch_size": -1}, r"data\.eval_batch_size=-1 must be at least 1"),
-        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training digits; choose at most 45"),
-        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 digits; choose 1 to 4000"),
-        ({"train_size": 0}, r"data\.train_size=0 .*choose 1 to 4000"),
+        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training images; choose at most 45"),
+        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 images; choose 1 to 4000"),
     ],
 )
-def test_wrong_settings(changes: dict[str, int], message: str) -> None:
+def test_sizes_that_the_data_do_not_allow(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datamodule(**changes).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dataset", "mnist", "MNIST, FashionMNIST or KMNIST"),
+        ("source", "offical", "auto, official or sample"),
+        ("mirrors", "https://example.org", "a list, .*a URL such as https://example.org/mnist or null"),
+        ("mirrors", ["example.org"], "a list, .*a URL such as https://example.org/mnist or null"),
+        ("train_size", 0, "a whole number, 1 or more or null"),
+        ("batch_size", 0, "a whole number, 1 or more"),
+        ("eval_batch_size", -1, "a whole number, 1 or more"),
+        ("num_workers", -1, "a whole number, 0 or more"),
+    ],
+)
+def test_settings_that_are_not_allowed(name: str, value: Any, allowed: str) -> None:
+    """In a run, and when a checkpoint's data module is given other settings."""
+    block = OmegaConf.load(ROOT / "configs/data/mnist.yaml")
+    block.merge_with({"source": "sample", "seed": 0})
+    with pytest.raises(ValueError, match=rf"^data\.{name}={re.escape(repr(value))} must be {allowed}\.$"):
+        load_source(block, {name: value})
 
 
 def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTDataModule:
@@ -186,7 +208,7 @@ def test_each_process_takes_its_share() -> None:
         whole = order(getattr(datamodule(batch_size=20, eval_batch_size=240), name)())
         assert set(shares[0]).isdisjoint(shares[1])
         assert sorted(shares[0] + shares[1]) == sorted(whole)
-    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training digits; choose at most 22"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training images; choose at most 22"):
         on_rank(0, 2, batch_size=30).train_dataloader()
 
 

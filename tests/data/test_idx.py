@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from thaw.data.idx import read_idx, write_idx
-from thaw.data.sources import load_sample
+from thaw.data.mnist import load_sample
 
 SMALL = bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 10, 20, 30, 40, 50, 60])  # a 2 x 3 file, by hand
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from thaw.data.images import Source
 from thaw.data.preprocess import Preprocess
-from thaw.data.sources import Source
 from thaw.export import card_code
 from thaw.export.facts import model_facts
 from thaw.export.measure import check_parity, expected, probabilities_of, tested
