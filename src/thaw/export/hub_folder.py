@@ -28,8 +28,7 @@ from thaw.export.portable import Portable, portable
 from thaw.export.timm_config import fold_head, timm_config
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
-from thaw.models.batch_norm import FeatureNorm
-from thaw.models.heads import LinearHead, MLPHead
+from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
 from thaw.run.files import atomic_folder, write_bytes, write_text

@@ -14,7 +14,7 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}", "min_length": "of {} or more"}
+BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}", "min_length": "{} items or more"}
 
 
 def check_types(node: DictConfig, place: str = "") -> None:
