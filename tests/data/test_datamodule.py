@@ -1,4 +1,4 @@
-"""Batches against a count of every digit, against a single process, and inside Lightning's own loop."""
+"""Batches against a count of every image, against a single process, and inside Lightning's own loop."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 
 
 
 def loader(n: int, batch_size: int, num_workers: int = 0) -> ImageLoader:
-    """Digits whose every pixel is their label, 10 labels."""
+    """Images whose every pixel is their label, 10 labels."""
     labels = torch.arange(n) % 10
     images = labels.to(torch.uint8)[:, None, None].expand(n, 28, 28)
     return ImageLoader(
@@ -51,7 +51,7 @@ def order(built: Any) -> list[int]:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.booleans())
-def test_every_digit_once_on_all_ranks_together(n: int, batch_size: int, ranks: int, shuffle: bool) -> None:
+def test_every_image_once_on_all_ranks_together(n: int, batch_size: int, ranks: int, shuffle: bool) -> None:
     each = [BatchSampler(range(n), batch_size, shuffle, 0, ranks, rank) for rank in range(ranks)]
     batches = [list(one) for one in each]
     assert {len(one) for one in each} == {len(one) for one in batches} == {len(batches[0])}  # in step, and len() right
@@ -75,13 +75,11 @@ def test_ranks_share_the_batches_of_one_process(n: int, batch_size: int, ranks: 
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    orders = {
-        (seed, epoch): order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)
-    }
-    assert len({tuple(one) for one in orders.values()}) == 9
+    places = [(seed, epoch) for seed in range(3) for epoch in range(3)]
+    orders = [order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed, epoch in places]
+    assert len(set(map(tuple, orders))) == 9
     torch.manual_seed(99)  # nothing global counts
-    for (seed, epoch), one in orders.items():
-        assert order(sampler(1000, 100, seed=seed, epoch=epoch)) == one
+    assert [order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed, epoch in places] == orders
 
 
 def test_without_shuffle_the_order_is_the_stored_one() -> None:
@@ -225,7 +223,7 @@ def test_every_process_takes_the_source_of_the_first() -> None:
 
 
 class Recorder(L.LightningModule):
-    """Learns nothing; remembers the digits of every step."""
+    """Learns nothing; remembers the images of every step."""
 
     def __init__(self, plans: bool = False) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ NAMES = [
     ),
     *(
         "thaw.run.json_files.write_json",
-        "thaw.data.mnist.remove_unused",
+        "thaw.data.mnist.fetch",
         "thaw.data.mnist.download",
         "thaw.plan.__main__.main",
     ),

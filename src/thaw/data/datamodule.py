@@ -126,10 +126,7 @@ class MNISTDataModule(LightningDataModule):
     """MNIST, or another dataset of the same files, in three fixed splits.
 
     Args:
-        dataset: the name of the dataset.
-        dir: where the official files lie or go.
-        source: `auto`, `official` or `sample`; see `thaw.data.mnist.load_mnist`.
-        mirrors: base URLs to download from; None stands for torchvision's.
+        dataset, dir, source, mirrors: see `thaw.data.mnist.load_mnist`.
         train_size: use only the first so many training images; None stands for all.
         batch_size: training images a step on each process.
         eval_batch_size: images a step in validation and test.
@@ -226,8 +223,7 @@ class MNISTDataModule(LightningDataModule):
             dataset.features = None
 
     def loader(self, split: str, batch_size: int, shuffle: bool) -> ImageLoader:
-        overfit = getattr(self.trainer, "overfit_batches", 0)
-        if overfit:  # Lightning would replace our sampler by one of single images
+        if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler
             raise ValueError(
                 f"trainer.overfit_batches={overfit} is not supported; "
                 f"to overfit, train on few images: data.train_size={self.batch_size}."
@@ -251,7 +247,7 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
         changes: other values of some keys, e.g. `{"dir": "/data"}`.
 
     Raises:
-        ValueError: a key that this data module does not have, or a data module without `load`.
+        ValueError: see `change_settings`, or the data module has no `load`.
         OSError: its files are gone or cannot be read.
     """
     change_settings(data, changes)
@@ -276,7 +272,7 @@ def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:
     """Change settings of a checkpoint's data module in place.
 
     Raises:
-        ValueError: a setting that it does not have, a value that is not allowed, or a folder that it would not read.
+        ValueError: it has no such setting, or does not allow the value, or would not read the folder.
     """
     if unknown := [key for key in changes if key not in data]:
         raise ValueError(

@@ -52,12 +52,8 @@ class Digit(NamedTuple):
 def read_digits(content: bytes, name: str) -> Iterator[Digit]:
     """The digits in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
 
-    Args:
-        content: the whole file.
-        name: of the file, for errors.
-
     Raises:
-        ValueError: an IDX or .gz file is damaged or too large.
+        ValueError: an IDX or .gz file is damaged or too large; begins with `name`.
     """
     content = unpack(content, name)
     if not is_idx(content):
@@ -234,10 +230,8 @@ def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np
     A morphological closing (an opening for bright ink) removes strokes and keeps the edge of a shadow in place. Ink is
     a share because a shadow darkens ink and background by the same factor.
 
-    Args:
-        grey: pixels from 0 to 1.
-        darkest, brightest: of the border. Dark ink in the shadow is darker than all of it, bright ink in the light
-            brighter than all of it; without either, every pixel counts as ink.
+    `darkest` and `brightest` are the border's. Dark ink in the shadow is darker than all of it, bright ink in the light
+    brighter than all of it; without either, every pixel counts as ink.
     """
     darker, brighter = (grey < darkest - FAINTEST).mean(), (grey > brightest + FAINTEST).mean()
     if max(darker, brighter) < 0.002:
@@ -260,12 +254,9 @@ def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np
 def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
     """The ink of the digit (H, W) without specks, frames and an uneven background, and a doubt about it.
 
-    A pixel counts if its contrast exceeds the border's own variation and it is connected to one above Otsu's threshold
-    (1979).
-
-    Args:
-        pixels: (H, W, 3).
-        sheets: how often the search may start again inside what looks like a sheet of paper or a frame.
+    A pixel of (H, W, 3) counts if its contrast exceeds the border's own variation and it is connected to one above
+    Otsu's threshold (1979). Inside what looks like a sheet of paper or a frame, the search starts again up to `sheets`
+    times.
     """
     ink = contrast(pixels)
     if ink.max() < FAINTEST:

@@ -134,11 +134,6 @@ def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) 
 def find_official(dataset: str, name: str, directory: Path) -> Tensor | None:
     """The content of an official file, under any usual name in any usual place; None where there is none.
 
-    Args:
-        dataset: one of `DATASETS`.
-        name: as published, e.g. `train-images-idx3-ubyte.gz`.
-        directory: the folder that the user gave.
-
     Raises:
         ValueError: another file of that name lies where the official one belongs, and the official one lies nowhere.
     """
@@ -228,8 +223,11 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
                 if name in names and not (folder / name).exists():
                     fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
     except ConnectionError as error:
-        if contents(directory, dataset):
-            remove_unused(folder)
+        if contents(directory, dataset):  # leave a user's folder of other data as it was
+            with suppress(OSError):  # of folders that hold files
+                (folder / ".download.lock").unlink()
+                folder.rmdir()
+                folder.parent.rmdir()
         raise ConnectionError(f"{error} {next_step(directory, dataset, names)}") from error
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", error)
@@ -277,14 +275,6 @@ def contents(directory: Path, dataset: str) -> list[str]:
     return sorted(
         path.name + "/" * path.is_dir() for path in directory.iterdir() if path.name not in others and counts(path)
     )
-
-
-def remove_unused(folder: Path) -> None:
-    """Leave a user's folder of other data as it was: remove the place of a download that has brought nothing."""
-    with suppress(OSError):  # it holds files
-        (folder / ".download.lock").unlink()
-        folder.rmdir()
-        folder.parent.rmdir()
 
 
 def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
