@@ -16,7 +16,7 @@ def main(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
     from thaw.data.datamodule import load_source
-    from thaw.data.sources import dataset_name
+    from thaw.data.images import dataset_name
     from thaw.evaluation.assessment import assess, count_digits
     from thaw.evaluation.report import log_report, write_report
     from thaw.predict.predictor import load_predictor

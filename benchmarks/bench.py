@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from thaw.callbacks.progress import quiet
-from thaw.data import sources
 from thaw.data.augment import Augment
 from thaw.data.datamodule import MNISTDataModule
+from thaw.data.mnist import load_mnist
 from thaw.data.preprocess import Preprocess
 from thaw.freezing import features as feature_cache
 from thaw.models.backbone import Backbone
@@ -286,8 +286,8 @@ class Bench:
         )
 
     def pipeline(self) -> None:
-        source = sources.load("MNIST", self.data, "official", None)
-        source = source._replace(train=sources.Digits(*(part[:20000] for part in source.train)))
+        source = load_mnist("MNIST", self.data, "official", None)
+        source = source._replace(train=source.train.take(slice(20000)))
         backbone = self.backbone("digits_vit", fused_attention=False)
         theirs = textbook.TextbookDataModule(source, backbone, 512, affine=True).train_dataloader()
         for _ in theirs:  # starts the workers
@@ -470,7 +470,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     quiet()
-    sources.load("MNIST", args.data, "official", None)
+    load_mnist("MNIST", args.data, "official", None)
     bench = Bench(str(Path(args.data).resolve()), args.quick)
     if not torch.cuda.is_available():
         bench.note("No GPU was at hand: there are no rows for one.")

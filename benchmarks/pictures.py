@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from thaw.data import sources
 from thaw.data.digit_image import read_digits
+from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 from thaw.run.console import lenient
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the official files")
     given = parser.parse_args()
     predictor = load_predictor(given.ckpt)
-    test = sources.load("MNIST", given.data, "official", None).test
+    test = load_mnist("MNIST", given.data, "official", None).test
     step = len(test.labels) // COUNT
     images, labels = test.images[::step], test.labels[::step]
 

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import torch
 
 from thaw.data.idx import write_idx
-from thaw.data.sources import load
+from thaw.data.mnist import load_mnist
 from thaw.run.console import lenient
 from thaw.serve.process import keep_memory, spared_collector
 
@@ -47,7 +47,7 @@ class Load(NamedTuple):
 
 def loads() -> dict[str, Load]:
     """Real digits, as clients would send them."""
-    digits = load("MNIST", ROOT / "data", "sample", None).test.images
+    digits = load_mnist("MNIST", ROOT / "data", "sample", None).test.images
     pixels = json.dumps({"images": [digits[7].tolist()]}, separators=(",", ":")).encode()
     idx = {f"IDX, {n} images": Load(write_idx(digits[:n]), "application/octet-stream", n) for n in (16, 64)}
     return {"JSON, 1 image": Load(pixels, "application/json", 1), **idx}
@@ -74,7 +74,7 @@ def call_plainly(ckpt: str, precision: str, seconds: float) -> float:
 
     keep_memory()  # as the server does
     predictor = load_predictor(ckpt, precision=precision)
-    images = load("MNIST", ROOT / "data", "sample", None).test.images[:BATCH]
+    images = load_mnist("MNIST", ROOT / "data", "sample", None).test.images[:BATCH]
     for _ in range(10):
         predictor(images)
     times, stop = list[float](), time.perf_counter() + seconds

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision import transforms  # v2 takes 1.3 to 1.9 times as long for each of these images
 
-from thaw.data.sources import Digits, Source, load
+from thaw.data.images import Images, Source
+from thaw.data.mnist import load_mnist
 from thaw.models.backbone import Backbone
 from thaw.run.console import lenient
 
@@ -38,7 +39,7 @@ BLOCKS = {"head": 0, "last2": 2, "all": None}  # how many of the last ones train
 class TextbookDataset(Dataset[tuple[Tensor, int]]):
     """One transformed digit (C, S, S) and its label at a time."""
 
-    def __init__(self, digits: Digits, *steps: object) -> None:
+    def __init__(self, digits: Images, *steps: object) -> None:
         self.images, self.labels = digits.images.numpy(), digits.labels.tolist()
         self.transform = transforms.Compose(steps)
 
@@ -173,8 +174,8 @@ def main() -> None:
     args = parser.parse_args()
 
     seed_everything(args.seed, workers=True, verbose=False)
-    source = load("MNIST", args.data_dir or "", "official" if args.data_dir else "sample", mirrors=[])
-    source = source._replace(train=Digits(*(part[: args.train_size] for part in source.train)))
+    source = load_mnist("MNIST", args.data_dir or "", "official" if args.data_dir else "sample", mirrors=[])
+    source = source._replace(train=source.train.take(slice(args.train_size)))
     args.train_size = len(source.train.labels)
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{args.backbone}.yaml"))
     del config["_target_"]

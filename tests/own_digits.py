@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from thaw.data.datamodule import BatchSampler, DigitDataset, DigitLoader, MNISTDataModule
-from thaw.data.sources import Digits, Source, load_sample
+from thaw.data.datamodule import BatchSampler, ImageDataset, ImageLoader, MNISTDataModule
+from thaw.data.images import Images, Source
+from thaw.data.mnist import load_sample
 
 
 def write_csv(path: Path, classes: int, rows: int) -> None:
     """Digits of the bundled sample below `classes`, each labelled by what it lacks to the highest of them."""
     digits = load_sample("MNIST").train
-    images, labels = (part[digits.labels < classes][:rows] for part in digits)
+    images, labels = digits.take(digits.labels < classes).take(slice(rows))
     np.savetxt(path, torch.cat([classes - 1 - labels[:, None], images.flatten(1)], dim=1).numpy(), "%d", delimiter=",")
 
 
@@ -21,13 +22,10 @@ def read_csv(path: str) -> Source:
     """The first fifth to test, the second to validate, the others to train."""
     with Path(path).open() as file:
         rows = torch.from_numpy(np.loadtxt(file, dtype=np.uint8, delimiter=","))
-    digits = Digits(rows[:, 1:].reshape(-1, 28, 28), rows[:, 0].long())
+    images = Images(rows[:, 1:].reshape(-1, 28, 28), rows[:, 0].long())
     fifth = len(rows) // 5
-
-    def part(start: int, end: int | None) -> Digits:
-        return Digits(*(tensor[start:end] for tensor in digits))
-
-    return Source(part(2 * fifth, None), part(fifth, 2 * fifth), part(0, fifth), "my CSV")
+    parts = (slice(2 * fifth, None), slice(fifth, 2 * fifth), slice(fifth))
+    return Source(*map(images.take, parts), name="my CSV")
 
 
 class CSVDigits(MNISTDataModule):
@@ -38,9 +36,9 @@ class CSVDigits(MNISTDataModule):
         self.path = path
 
     def load(self) -> Source:
-        if self.digits is None:
-            self.digits = read_csv(self.path)
-        return self.digits
+        if self.loaded is None:
+            self.loaded = read_csv(self.path)
+        return self.loaded
 
 
 class PlainDigits(LightningDataModule):
@@ -53,16 +51,16 @@ class PlainDigits(LightningDataModule):
     def load(self) -> Source:
         return read_csv(self.path)._replace(title="digits of my own", classes=["four", "three", "two", "one", "zero"])
 
-    def loader(self, split: str, shuffle: bool) -> DigitLoader:
-        dataset = DigitDataset(getattr(self.load(), split))
+    def loader(self, split: str, shuffle: bool) -> ImageLoader:
+        dataset = ImageDataset(getattr(self.load(), split))
         sampler = BatchSampler(dataset, self.batch_size, shuffle, seed=0, num_replicas=1, rank=0)
-        return DigitLoader(dataset, sampler=sampler, batch_size=None)
+        return ImageLoader(dataset, sampler=sampler, batch_size=None)
 
-    def train_dataloader(self) -> DigitLoader:
+    def train_dataloader(self) -> ImageLoader:
         return self.loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DigitLoader:
+    def val_dataloader(self) -> ImageLoader:
         return self.loader("val", shuffle=False)
 
-    def test_dataloader(self) -> DigitLoader:
+    def test_dataloader(self) -> ImageLoader:
         return self.loader("test", shuffle=False)

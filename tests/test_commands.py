@@ -22,8 +22,8 @@ from fastapi.testclient import TestClient
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
-from thaw.data import sources
 from thaw.data.idx import write_idx
+from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
@@ -138,7 +138,7 @@ def facts(run_dir: Path) -> dict[str, Any]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test digits as an IDX file."""
     path = tmp_path_factory.mktemp("digits") / "digits.idx"
-    path.write_bytes(write_idx(sources.load("MNIST", "nowhere", "sample", None).test.images))
+    path.write_bytes(write_idx(load_mnist("MNIST", "nowhere", "sample", None).test.images))
     return path
 
 
@@ -166,7 +166,7 @@ def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, 
     capsys.readouterr()
     command("predict", f"ckpt={run_dir}", f"inputs=['{digits}']")
     said = [int(row["class"]) for row in csv.DictReader(io.StringIO(capsys.readouterr().out))]
-    labels = sources.load("MNIST", "nowhere", "sample", None).test.labels
+    labels = load_mnist("MNIST", "nowhere", "sample", None).test.labels
     assert np.mean(np.array(said) == labels.numpy()) == pytest.approx(facts(run_dir)["test/acc"], abs=1e-6)
 
     served = compose_config("serve", "ckpt=none")

@@ -1,6 +1,7 @@
-"""Batches against a count of every digit, against a single process, and inside Lightning's own loop."""
+"""Batches against a count of every image, against a single process, and inside Lightning's own loop."""
 
 import os
+import re
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,16 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from thaw.data.datamodule import Batch, BatchSampler, DigitDataset, DigitLoader, MNISTDataModule
-from thaw.data.sources import Digits, load
+from thaw.data.datamodule import Batch, BatchSampler, ImageDataset, ImageLoader, MNISTDataModule, load_source
+from thaw.data.images import Images
+from thaw.data.mnist import load_mnist
 
 
 def datamodule(**changes: Any) -> MNISTDataModule:
@@ -29,12 +33,12 @@ def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 
     return built
 
 
-def loader(n: int, batch_size: int, num_workers: int = 0) -> DigitLoader:
-    """Digits whose every pixel is their label, 10 labels."""
+def loader(n: int, batch_size: int, num_workers: int = 0) -> ImageLoader:
+    """Images whose every pixel is their label, 10 labels."""
     labels = torch.arange(n) % 10
     images = labels.to(torch.uint8)[:, None, None].expand(n, 28, 28)
-    return DigitLoader(
-        DigitDataset(Digits(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
+    return ImageLoader(
+        ImageDataset(Images(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
     )
 
 
@@ -47,7 +51,7 @@ def order(built: Any) -> list[int]:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 3), st.booleans())
-def test_every_digit_once_on_all_ranks_together(n: int, batch_size: int, ranks: int, shuffle: bool) -> None:
+def test_every_image_once_on_all_ranks_together(n: int, batch_size: int, ranks: int, shuffle: bool) -> None:
     each = [BatchSampler(range(n), batch_size, shuffle, 0, ranks, rank) for rank in range(ranks)]
     batches = [list(one) for one in each]
     assert {len(one) for one in each} == {len(one) for one in batches} == {len(batches[0])}  # in step, and len() right
@@ -71,13 +75,11 @@ def test_ranks_share_the_batches_of_one_process(n: int, batch_size: int, ranks: 
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    orders = {
-        (seed, epoch): order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)
-    }
-    assert len({tuple(one) for one in orders.values()}) == 9
+    places = [(seed, epoch) for seed in range(3) for epoch in range(3)]
+    orders = [order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed, epoch in places]
+    assert len(set(map(tuple, orders))) == 9
     torch.manual_seed(99)  # nothing global counts
-    for (seed, epoch), one in orders.items():
-        assert order(sampler(1000, 100, seed=seed, epoch=epoch)) == one
+    assert [order(sampler(1000, 100, seed=seed, epoch=epoch)) for seed, epoch in places] == orders
 
 
 def test_without_shuffle_the_order_is_the_stored_one() -> None:
@@ -127,7 +129,7 @@ def test_the_place_in_one_epoch_says_nothing_of_another() -> None:
 
 def test_splits_and_sizes() -> None:
     data = datamodule(train_size=None, batch_size=300)
-    sample = load("MNIST", "nowhere", "sample", None)
+    sample = load_mnist("MNIST", "nowhere", "sample", None)
     for built, digits in (
         (data.train_dataloader(), sample.train),
         (data.val_dataloader(), sample.val),
@@ -161,16 +163,34 @@ def test_train_size_takes_the_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, r"data\.batch_size=0 must be at least 1"),
-        ({"eval_batch_size": -1}, r"data\.eval_batch_size=-1 must be at least 1"),
-        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training digits; choose at most 45"),
-        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 digits; choose 1 to 4000"),
-        ({"train_size": 0}, r"data\.train_size=0 .*choose 1 to 4000"),
+        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training images; choose at most 45"),
+        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 images; choose 1 to 4000"),
     ],
 )
-def test_wrong_settings(changes: dict[str, int], message: str) -> None:
+def test_sizes_that_the_data_do_not_allow(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         datamodule(**changes).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("dataset", "mnist", "MNIST, FashionMNIST or KMNIST"),
+        ("source", "offical", "auto, official or sample"),
+        ("mirrors", "https://example.org", "a list, .*a URL such as https://example.org/mnist or null"),
+        ("mirrors", ["example.org"], "a list, .*a URL such as https://example.org/mnist or null"),
+        ("train_size", 0, "a whole number, 1 or more or null"),
+        ("batch_size", 0, "a whole number, 1 or more"),
+        ("eval_batch_size", -1, "a whole number, 1 or more"),
+        ("num_workers", -1, "a whole number, 0 or more"),
+    ],
+)
+def test_settings_that_are_not_allowed(name: str, value: Any, allowed: str) -> None:
+    """In a run, and when a checkpoint's data module is given other settings."""
+    block = OmegaConf.load(ROOT / "configs/data/mnist.yaml")
+    block.merge_with({"source": "sample", "seed": 0})
+    with pytest.raises(ValueError, match=rf"^data\.{name}={re.escape(repr(value))} must be {allowed}\.$"):
+        load_source(block, {name: value})
 
 
 def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTDataModule:
@@ -186,7 +206,7 @@ def test_each_process_takes_its_share() -> None:
         whole = order(getattr(datamodule(batch_size=20, eval_batch_size=240), name)())
         assert set(shares[0]).isdisjoint(shares[1])
         assert sorted(shares[0] + shares[1]) == sorted(whole)
-    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training digits; choose at most 22"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training images; choose at most 22"):
         on_rank(0, 2, batch_size=30).train_dataloader()
 
 
@@ -203,7 +223,7 @@ def test_every_process_takes_the_source_of_the_first() -> None:
 
 
 class Recorder(L.LightningModule):
-    """Learns nothing; remembers the digits of every step."""
+    """Learns nothing; remembers the images of every step."""
 
     def __init__(self, plans: bool = False) -> None:
         super().__init__()

@@ -16,15 +16,15 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor
 
-from thaw.data import sources
-from thaw.data.digit_image import BOX, FORMATS, MAX_BYTES, Digit, find_digit, read_digits
+from thaw.data.digit_image import BOX, MAX_BYTES, PICTURE_FORMATS, Digit, find_digit, read_digits
 from thaw.data.idx import write_idx
+from thaw.data.mnist import load_mnist
 
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
     """A test digit of each class and 20 more."""
-    return sources.load("MNIST", "nowhere", "sample", None).test.images[::17]
+    return load_mnist("MNIST", "nowhere", "sample", None).test.images[::17]
 
 
 def picture(digit: Tensor, paper: tuple[int, ...], ink: tuple[int, ...], scale: int = 6) -> Image.Image:
@@ -218,7 +218,7 @@ def test_arrays_of_another_polarity_or_scale(digits: Tensor) -> None:
             assert found[2].error.startswith("it, image 2, shows no digit")
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PICTURE_FORMATS)
 def test_formats(digits: Tensor, format: str) -> None:
     image = picture(digits[3], (255, 255, 255), (0, 0, 0)).convert("L")
     assert difference(read(encoded(image, format)), found_in(image)) < 0.1
@@ -296,11 +296,11 @@ def truncated() -> bytes:
     ("content", "reason"),
     [
         (lambda: b"", "is empty"),
-        (lambda: b"<svg></svg>", "is no PNG, JPEG"),
-        (lambda: b"\0\0\0\x18ftypheic" + bytes(99), "is no PNG, JPEG"),
-        (lambda: encoded(Image.new("L", (40, 40)), "PPM"), "is no PNG, JPEG"),
+        (lambda: b"<svg></svg>", "is not a PNG, JPEG"),
+        (lambda: b"\0\0\0\x18ftypheic" + bytes(99), "is not a PNG, JPEG"),
+        (lambda: encoded(Image.new("L", (40, 40)), "PPM"), "is not a PNG, JPEG"),
         (lambda: claims(50_000, 50_000), "claims 2,500,000,000 pixels; at most 50,000,000"),
-        (lambda: claims(9_000, 9_000), "claims 9,000 x 9,000 pixels; at most"),
+        (lambda: claims(9_000, 9_000), "claims 81,000,000 pixels; at most"),
         (lambda: claims(500, 500), "damaged"),
         (truncated, "damaged"),
         (lambda: encoded(Image.new("L", (50, 50), 200), "PNG"), "shows no digit"),

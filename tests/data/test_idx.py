@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from thaw.data.idx import read_idx, write_idx
-from thaw.data.sources import load_sample
+from thaw.data.mnist import load_sample
 
 SMALL = bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 10, 20, 30, 40, 50, 60])  # a 2 x 3 file, by hand
 
@@ -64,7 +64,7 @@ def test_result_is_writable_and_its_own() -> None:
         (b"\x1f\x8b" + SMALL, "not an IDX file"),
         (SMALL[:2] + b"\x0d" + SMALL[3:], r"type 0x0d.*0x08"),
         (bytes([0, 0, 8, 0, 5]), "0 dimensions"),
-        (SMALL[:10], r"2 dimensions.*10 bytes"),
+        (SMALL[:10], r"2 dimensions in a file of 10 bytes"),
         (SMALL[:-1], r"\[2, 3\] = 6 bytes, but 5"),
         (SMALL + b"\0", r"\[2, 3\] = 6 bytes, but 7"),
         (bytes([0, 0, 8, 1, 255, 255, 255, 255]), r"\[4294967295\].*but 0"),
@@ -91,5 +91,5 @@ def test_wrong_files(content: bytes, message: str) -> None:
     "tensor", [torch.zeros(3), torch.zeros(3, dtype=torch.int64), torch.tensor(3, dtype=torch.uint8)]
 )
 def test_what_cannot_be_written(tensor: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"got torch\.(float32|int64)|got a scalar"):
+    with pytest.raises(AssertionError, match=r"got torch\.(float32|int64)|of 0 dimensions"):
         write_idx(tensor)

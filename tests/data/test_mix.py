@@ -1,13 +1,16 @@
 """Mixed batches taken apart again, pixel by pixel, and their shares compared with the Beta distribution."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from thaw.data.mix import Mix, main_labels
+from thaw.run.values import check_types
 
 B, K, S = 6, 10, 28
 LABELS = torch.tensor([3, 1, 4, 1, 5, 9])
@@ -116,16 +119,15 @@ def test_main_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "values", "allowed"),
     [
-        ((0, None, 1), r"mix\.mixup=0 must be above 0.*e\.g\. 0\.2; null is off"),
-        ((None, -1.0, 1), r"mix\.cutmix=-1\.0 must be above 0"),
-        ((float("nan"), None, 1), r"mix\.mixup=nan must be above 0"),
-        ((1.0, None, 1.5), r"mix\.probability=1\.5 must be above 0 and at most 1; mix=none is off"),
-        ((1.0, None, 0), r"mix\.probability=0 must be"),
-        ((1.0, None, float("nan")), r"mix\.probability=nan must be"),
+        ("mixup", [0, -1.0, float("nan")], "a number above 0 or null"),
+        ("cutmix", [0, -1.0, float("nan")], "a number above 0 or null"),
+        ("probability", [0, 1.5, float("nan")], "a number above 0 and at most 1; mix=none is off"),
     ],
 )
-def test_numbers_out_of_range(settings: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Mix(*settings)
+def test_numbers_out_of_range(name: str, values: list[float], allowed: str) -> None:
+    for value in values:
+        block = OmegaConf.create({"_target_": "thaw.data.mix.Mix", name: value})
+        with pytest.raises(ValueError, match=re.escape(f"mix.{name}={value} must be {allowed}.")):
+            check_types(block, "mix.")

@@ -15,7 +15,7 @@ from own_digits import write_csv
 
 from thaw.data.datamodule import load_source
 from thaw.data.idx import write_idx
-from thaw.data.sources import load_sample
+from thaw.data.mnist import load_sample
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read
 

@@ -5,13 +5,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from thaw.data import sources
+from thaw.data.mnist import load_mnist
 from thaw.evaluation.corruptions import CORRUPTIONS
 
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
-    return sources.load("MNIST", "nowhere", "sample", None).test.images[::25]
+    return load_mnist("MNIST", "nowhere", "sample", None).test.images[::25]
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

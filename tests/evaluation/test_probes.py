@@ -21,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from thaw.data import sources
+from thaw.data.mnist import load_mnist
 from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic_regression, score, standardisation
@@ -296,7 +296,7 @@ def test_probe_of_a_checkpoint(train: Callable[..., Path], tmp_path: Path) -> No
     assert summary["checkpoint"] == summary["weights"] == str(run_dir / "checkpoints" / "best.ckpt")
     assert (summary["data_source"], summary["n_train"], summary["backbone"]) == ("sample", 300, "mlp")
     model = load_model(read(run_dir / "checkpoints" / "best.ckpt"))
-    digits = sources.load("MNIST", "data", "sample", None)
+    digits = load_mnist("MNIST", "data", "sample", None)
     with torch.no_grad():
         train_split, val = (
             Labelled(model.backbone(model.preprocess(images)), labels)

@@ -12,7 +12,7 @@ import torch
 from conftest import compose_config
 from sklearn.metrics import roc_auc_score
 
-from thaw.data import sources
+from thaw.data.mnist import load_mnist
 from thaw.evaluation import assessment
 from thaw.evaluation.assessment import assess, evenly, second_facts
 from thaw.evaluation.corruptions import CORRUPTIONS
@@ -103,7 +103,7 @@ def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path:
 def test_second_dataset(linear_probe: Path) -> None:
     """Noise in place of another dataset, whose files need a network: what is said of it holds for any."""
     predictor = load_predictor(str(linear_probe))
-    source = sources.load("MNIST", "nowhere", "sample", None)
+    source = load_mnist("MNIST", "nowhere", "sample", None)
     noise = torch.randint(0, 256, source.test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     other = source._replace(test=source.test._replace(images=noise))
     facts = second_facts("KMNIST", other, predictor, predictor.logits(source.test.images), lambda done: None)
@@ -121,9 +121,9 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     """It has no example among the pictures, no recall and no share in any number."""
     shown: list[torch.Tensor] = []
     monkeypatch.setattr(assessment, "save_attention", lambda images, *_: shown.append(images))
-    predictor, source = load_predictor(str(linear_probe)), sources.load("MNIST", "nowhere", "sample", None)
+    predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
     kept = (source.test.labels != 3) & (source.test.labels != 8)
-    test = sources.Digits(*(part[kept] for part in source.test))
+    test = source.test.take(kept)
     nothing = {"digits": 20} | {name: [] for name in CORRUPTIONS}
     found = assess("one", predictor, source._replace(test=test), None, nothing, tmp_path, lambda done: None)
     (images,) = shown

@@ -10,8 +10,8 @@ from conftest import compose_run
 from hydra.utils import instantiate
 from torch import nn
 
-from thaw.data import sources
-from thaw.data.sources import Digits, Source
+from thaw.data.images import Source
+from thaw.data.mnist import class_names, load_mnist
 from thaw.predict.predictor import Predictor
 from thaw.run.config import plain, settle
 
@@ -21,8 +21,8 @@ TINY = ["backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+back
 @pytest.fixture(scope="session")
 def source() -> Source:
     """The bundled sample with 60 digits in validation and test."""
-    sample = sources.load("MNIST", "nowhere", "sample", None)
-    val, test = (Digits(*(part[::8][:60] for part in split)) for split in (sample.val, sample.test))
+    sample = load_mnist("MNIST", "nowhere", "sample", None)
+    val, test = (split.take(slice(0, 480, 8)) for split in (sample.val, sample.test))
     return sample._replace(val=val, test=test)
 
 
@@ -50,7 +50,7 @@ def build(tmp_path: Path) -> Callable[..., Predictor]:
         path = tmp_path / "checkpoints" / "best.ckpt"
         path.parent.mkdir(exist_ok=True)
         torch.save({"config": plain(cfg), "state_dict": model.state_dict(), "epoch": 1, "git_commit": "c0ffee"}, path)
-        return Predictor(model, cfg, path, "c0ffee", sources.class_names(cfg.data.dataset))
+        return Predictor(model, cfg, path, "c0ffee", class_names(cfg.data.dataset))
 
     return predictor
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from thaw.data.sources import Source
+from thaw.data.images import Source
 from thaw.export import export_file as module
 from thaw.export.export_file import export_file
 from thaw.export.onnx_model import load_onnx

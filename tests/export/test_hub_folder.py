@@ -11,7 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
 
-from thaw.data.sources import Source
+from thaw.data.images import Source
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.predict.predictor import Predictor, load_predictor

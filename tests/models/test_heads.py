@@ -1,4 +1,4 @@
-"""Heads: shapes, arithmetic, and that a digit's logits depend on that digit alone."""
+"""Heads: shapes, arithmetic, and that an image's logits depend on that image alone."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from thaw.models.heads import LinearHead, MLPHead
+from thaw.run.values import check_types
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "head"
 HEADS = [partial(LinearHead, norm="layer"), partial(MLPHead, hidden_features=16, dropout=0.5)]
@@ -78,6 +79,16 @@ def test_no_norm_is_a_plain_linear_layer() -> None:
     assert set(head.state_dict()) == {"linear.weight", "linear.bias"}
 
 
-def test_unknown_norm() -> None:
-    with pytest.raises(ValueError, match="choose layer, batch or none"):
-        LinearHead(8, 10, norm="group")
+@pytest.mark.parametrize(
+    ("config", "setting", "value", "allowed"),
+    [
+        ("linear", "norm", "group", "layer, batch or none"),
+        ("mlp", "hidden_features", 0, "a whole number, 1 or more"),
+        ("mlp", "dropout", 1.5, "a number, 0 or more and below 1"),
+    ],
+)
+def test_settings_that_cannot_work(config: str, setting: str, value: object, allowed: str) -> None:
+    block = OmegaConf.load(CONFIGS / f"{config}.yaml")
+    block[setting] = value
+    with pytest.raises(ValueError, match=rf"^head\.{setting}=.* must be {allowed}\.$"):
+        check_types(block, "head.")

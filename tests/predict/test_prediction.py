@@ -15,9 +15,9 @@ from conftest import compose_config
 from PIL import Image, ImageOps
 
 import predict
-from thaw.data import sources
 from thaw.data.digit_image import Digit
 from thaw.data.idx import write_idx
+from thaw.data.mnist import load_mnist
 from thaw.predict.prediction import FIRST, LAST, Read, Writer, find_files, open_output, predictions, read_file
 from thaw.predict.predictor import load_predictor
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
     """Thirty digits, their class in the file name, half of them inverted; an IDX file, and two that are no digits."""
     folder = tmp_path / "digits"
     (folder / "below").mkdir(parents=True)
-    test = sources.load("MNIST", "nowhere", "sample", None).test
+    test = load_mnist("MNIST", "nowhere", "sample", None).test
     for number in range(30):
         image = Image.fromarray(test.images[16 * number].numpy()).resize((150, 150))
         image = ImageOps.invert(image) if number % 2 else image
@@ -53,7 +53,7 @@ def test_csv_of_a_folder(linear_probe: Path, folder: Path, capsys: pytest.Captur
         assert float(row["confidence"]) == max(chances.values()) == chances[row["class"]]
     assert [row["index"] for row in rows if row["file"].endswith("three.idx")] == ["0", "1", "2"]
     errors = {Path(row["file"]).name: row["error"] for row in rows if row["error"]}
-    assert "is no PNG" in errors["broken.png"]
+    assert "is not a PNG" in errors["broken.png"]
     assert "no digit" in errors["empty.png"]
 
 
@@ -65,7 +65,7 @@ def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) 
     )
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2], "a file that is named twice is read once"
-    images = sources.load("MNIST", "nowhere", "sample", None).test.images[:3]
+    images = load_mnist("MNIST", "nowhere", "sample", None).test.images[:3]
     expected = load_predictor(str(linear_probe))(images)
     torch.testing.assert_close(torch.tensor([row["probabilities"] for row in rows]), expected, rtol=0, atol=1e-6)
     assert [int(row["class"]) for row in rows] == expected.argmax(dim=1).tolist()
@@ -73,7 +73,7 @@ def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) 
 
 def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
     """Of an IDX file with a blank image, and of a name in another encoding, all the rest is read and written."""
-    images = sources.load("MNIST", "nowhere", "sample", None).test.images[:4].clone()
+    images = load_mnist("MNIST", "nowhere", "sample", None).test.images[:4].clone()
     images[2] = 0
     (tmp_path / "four-ubyte").write_bytes(write_idx(images))
     names = {os.fsdecode(b"latin1-\xe4.png"): "latin1-\\xe4.png", "ümlaut-数.png": "ümlaut-数.png"}
@@ -132,7 +132,7 @@ def test_what_is_taken_from_a_folder_and_what_is_left_out(tmp_path: Path) -> Non
     assert {file.name for file in files} == {"a.heic", "b.JFIF", "c.svg", "no suffix", "e.bmp", "f.webp"}
     assert left_out == [f"files of {tmp_path} left out: 3 hidden and 2 that are no pictures (labels.csv, notes.txt)"]
     [read] = read_file(tmp_path / "a.heic")
-    assert "a.heic is no PNG" in read.digit.error
+    assert "a.heic is not a PNG" in read.digit.error
 
 
 def test_an_interrupted_output_leaves_the_old_one(tmp_path: Path) -> None:

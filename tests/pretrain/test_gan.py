@@ -229,7 +229,7 @@ def test_the_measurement_is_that_of_its_parts(tmp_path: Path) -> None:
     logged: dict[str, float] = {}
     model.log = lambda name, value, **_: logged.update({name: value})
     model.trainer = SimpleNamespace(datamodule=data)
-    train = data.split_dataset("train").digits.images
+    train = data.split_dataset("train").data.images
     model.draw = lambda latents: train[: len(latents)]
     model.on_validation_epoch_end()
     assert logged["val/fid"] == pytest.approx(logged["val/fid_floor"], rel=1e-6) and logged["val/fid"] > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, compose_config
 
-from thaw.data import sources
+from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 from thaw.run import checkpoint as checkpoints
 from thaw.run import migrations
@@ -30,7 +30,7 @@ def config() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ACCURACY)
 def test_earlier_checkpoints_give_the_accuracy_that_they_had(name: str) -> None:
-    test = sources.load("MNIST", "data", "sample", None).test
+    test = load_mnist("MNIST", "data", "sample", None).test
     predictor = load_predictor(str(FOLDER / f"{name}.ckpt"), accelerator="cpu")
     assert predictor.cfg.trainer.precision == "32-true"
     right = (predictor(test.images).argmax(1) == test.labels).double().mean()

@@ -98,7 +98,7 @@ def test_pictures(stand_in, serving) -> None:
 JPEG_CUT = b"\xff\xd8\xff\xe0" + bytes(50)
 FILE = "application/octet-stream"
 BAD = {
-    "not an image": (b"hello", "image/png", 422, "the body is no PNG, JPEG"),
+    "not an image": (b"hello", "image/png", 422, "the body is not a PNG, JPEG"),
     "damaged": (JPEG_CUT, "image/jpeg", 422, "the body"),
     "cut": (png()[:-40], "image/png", 422, "damaged"),
     "empty file": (b"", FILE, 422, "is empty"),

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from thaw.data.sources import load
+from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -71,7 +71,7 @@ def strokes_of(digit: np.ndarray) -> Strokes:
 @pytest.fixture(scope="module")
 def digits() -> list[np.ndarray]:
     """The first digit of each class that is in the sample's test split."""
-    test = load("MNIST", ROOT / "data", "sample", None).test
+    test = load_mnist("MNIST", ROOT / "data", "sample", None).test
     return [test.images[(test.labels == label).nonzero()[0, 0]].numpy() for label in range(10)]
 
 

@@ -88,7 +88,7 @@ class FeatureMonitor(Callback):
 
 def validation_digits(trainer: Trainer) -> Any:
     """All validation digits on the training device."""
-    return trainer.datamodule.split_dataset("val").digits  # type: ignore[attr-defined]
+    return trainer.datamodule.split_dataset("val").data  # type: ignore[attr-defined]
 
 
 def features_of(pl_module: LightningModule, images: Tensor) -> Tensor:

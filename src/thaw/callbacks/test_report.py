@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from thaw.data.datamodule import Batch
-from thaw.data.sources import with_numbers
+from thaw.data.images import with_numbers
 from thaw.evaluation.errors import WRONG_IMAGES, write_wrong_images
 from thaw.evaluation.metrics import accuracy_interval, worst_digits
 from thaw.run.loggers import log_image

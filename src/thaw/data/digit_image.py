@@ -1,8 +1,8 @@
-"""From a picture of a digit, of any size and colours, to the 28 x 28 pixels that MNIST would have made of it.
+"""From a picture of a digit, of any size and colours, to 28 x 28 pixels as in MNIST.
 
 MNIST's rule (LeCun et al. 1998, section III.A; http://yann.lecun.com/exdb/mnist): the digit is scaled to fit a box of
-20 x 20 pixels, its aspect ratio kept and its edges smoothed, and placed so that its centre of mass is the centre of a
-field of 28 x 28. Ink is 255, background 0.
+20 x 20 pixels, keeping its aspect ratio and smoothing its edges, and placed so that its centre of mass is the centre of
+a field of 28 x 28. Ink is 255, background 0.
 """
 
 import gzip
@@ -11,6 +11,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,22 +23,22 @@ from skimage.morphology import closing, disk, opening
 
 from thaw.data.idx import read_idx
 
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that a file of a stranger may reach
+PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
 SIDE, BOX = 28, 20  # pixels: of the field, and of the box that the digit fits
 CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's own training images
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
-MAX_BYTES = 64_000_000  # of an IDX file once decompressed: all 70,000 digits of MNIST have 55 MB
-WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the digit is looked for
-SHADOW_SIDE = 400  # pixels; to this, pictures that lie partly in shadow are reduced to find their ground
+MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
+WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the search for the digit
+SHADOW_SIDE = 400  # pixels; pictures partly in shadow are reduced to this size to estimate their background
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
-UNEVEN = 0.2  # by which share a part of the border must be darker than another one to be in shadow
+UNEVEN = 0.2  # share by which part of the border must be darker than the rest to be in shadow
 SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate stroke counts as dirt
-MOST = 100  # strokes that are looked at, of a picture that has more
-SECOND = 0.3  # size, as a share of the largest stroke's, from which another one may be a second digit
-WIDE = 1.5  # width by height, above which one stroke may be two digits; 0.2 % of MNIST's are wider
-KINDS = f"{', '.join(FORMATS)} or IDX file"
+MAX_STROKES = 100  # examined in one picture
+SECOND = 0.3  # size, as a share of the largest stroke's, from which another stroke may be a second digit
+WIDE = 1.5  # ratio of width to height above which one stroke may be two digits; 0.2 % of MNIST's digits exceed it
+READABLE = f"{', '.join(PICTURE_FORMATS)} or IDX file"
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow warns of damage without the file's name; we say it with it
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
 
 
 class Digit(NamedTuple):
@@ -49,14 +50,10 @@ class Digit(NamedTuple):
 
 
 def read_digits(content: bytes, name: str) -> Iterator[Digit]:
-    """The digits in a file: one in a picture (`FORMATS`), any number in an IDX file, each also as .gz.
-
-    Args:
-        content: the whole file.
-        name: what an error calls it.
+    """The digits in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
 
     Raises:
-        ValueError: nothing in it can be read: a damaged IDX or .gz file, or one that is too large.
+        ValueError: an IDX or .gz file is damaged or too large; begins with `name`.
     """
     content = unpack(content, name)
     if not is_idx(content):
@@ -78,12 +75,12 @@ def unpack(content: bytes, name: str) -> bytes:
         if len(content) > MAX_BYTES:
             raise ValueError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
     if not content:
-        raise ValueError(f"{name} is empty; give a {KINDS}.")
+        raise ValueError(f"{name} is empty; give a {READABLE}.")
     return content
 
 
 def is_idx(content: bytes) -> bool:
-    """Two zero bytes and one of IDX's element types; HEIC and icons begin with zeros too."""
+    """Whether content begins with two zero bytes, as HEIC and icons do too, and an element type of IDX."""
     return content[:2] == b"\0\0" and content[2:3] in (b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d", b"\x0e")
 
 
@@ -96,7 +93,7 @@ def read_images(content: bytes, name: str) -> np.ndarray:
 
 
 def are_like_mnist(images: np.ndarray) -> np.ndarray:
-    """(N, H, W) -> bool (N,): those that are taken as they are, of 28 x 28 pixels with ink on a dark ground."""
+    """(N, H, W) -> bool (N,): images taken unchanged, of 28 x 28 pixels with ink on a dark background."""
     if images.shape[1:] != (SIDE, SIDE):
         return np.zeros(len(images), dtype=bool)
     edges = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
@@ -113,91 +110,75 @@ def read_array(image: np.ndarray, name: str) -> Digit:
         if are_like_mnist(image[None])[0]:
             return Digit(image, warning="; ".join(doubts))
     if image.shape == (SIDE, SIDE):
-        doubts.append("its ground is not dark as MNIST's is, so it is read as a picture")
-    return found(Image.fromarray(image), name, doubts)
+        doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
+    return read_opened(Image.fromarray(image), name, doubts)
 
 
 def read_picture(content: bytes, name: str) -> Digit:
-    """The digit in a file of one of `FORMATS`."""
+    """The digit in a file of one of `PICTURE_FORMATS`."""
     try:
         picture, doubts = open_picture(content, name)
     except ValueError as error:
         return Digit(None, str(error))
-    return found(picture, name, doubts)
+    return read_opened(picture, name, doubts)
 
 
-def found(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit:
-    """What `find_digit` finds, and why it finds nothing."""
+def read_opened(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit:
     try:
         image, doubt = find_digit(picture)
-    except Exception as error:  # whatever numpy and Pillow say of odd modes and sizes
+    except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
         reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__}: {error})."
         return Digit(None, f"{name} {reason}")
     return Digit(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
 
 
 def open_picture(content: bytes, name: str) -> tuple[Image.Image, list[str]]:
-    """Decode the first frame of a picture, after a look at the size that its header claims; with what is doubtful.
+    """Decode the first frame of a picture, upright, and list doubts about it; checks the stated size before decoding.
 
     Raises:
-        ValueError: it is none, too large or damaged.
+        ValueError: not a picture, or too large or damaged.
     """
     try:
-        picture: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{picture.width:,} x {picture.height:,}")
-        several = picture.format != "MPO" and getattr(
-            picture, "is_animated", False
-        )  # a phone's MPO has one real picture
+            raise Image.DecompressionBombError(picture.width * picture.height)
+        several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # a phone's MPO is one picture
         picture.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at about that size
         picture.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no {KINDS}; convert it to PNG or JPEG.") from error
-    except Image.DecompressionBombError as error:  # Pillow looks first
-        claimed = re.search(r"[\d,]+( x [\d,]+)?", str(error))
-        size = claimed[0] if claimed else "too many"
-        size = f"{int(size):,}" if size.isdigit() else size
-        raise ValueError(f"{name} claims {size} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+        raise ValueError(f"{name} is not a {READABLE}; convert it to PNG or JPEG.") from error
+    except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
+        size = int(re.findall(r"\d+", str(error))[0])
+        raise ValueError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
     except Exception as error:  # decoders raise nearly anything for damaged data
         raise ValueError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
     doubts = ["only the first of its frames is read"] if several else []
-    return turn(picture, doubts), doubts
-
-
-def turn(picture: Image.Image, doubts: list[str]) -> Image.Image:
-    """Upright, as the EXIF block says; as it is stored where that block is damaged, which is added to the doubts.
-
-    XMP is not asked, as in browsers: programs that turn a picture leave it as it was.
-    """
-    for key in ("xmp", "XML:com.adobe.xmp"):
+    for key in ("xmp", "XML:com.adobe.xmp"):  # ignored as in browsers: programs that turn a picture leave it unchanged
         picture.info.pop(key, None)
-    try:
+    with suppress(Exception):  # damaged EXIF data raise nearly anything, though the picture itself is whole
         if all(value == value for value in picture.getexif().values()):  # a fraction with the denominator 0 is NaN
-            return ImageOps.exif_transpose(picture)
-    except Exception:  # of the kind that damaged pictures raise, but the picture itself is whole
-        pass
-    doubts.append("its EXIF data are damaged, so it is not turned")
-    return picture
+            return ImageOps.exif_transpose(picture), doubts
+    return picture, [*doubts, "its EXIF data are damaged, so it is not turned"]
 
 
 def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:
-    """The digit of a picture by MNIST's rule, uint8 (28, 28), and what is doubtful about it.
+    """The digit of a picture by MNIST's rule, uint8 (28, 28), and a doubt about it, or an empty string.
 
-    Ink is what differs from the ground, so that neither inversion nor colour matters.
+    Ink is what differs from the background, so that neither inversion nor colour matters.
 
     Raises:
         ValueError: the picture is of one colour. The message needs a name before it.
     """
-    ink, doubt = find_strokes(to_pixels(picture), sheets=2)  # (H, W) from 0 to 1
+    ink, doubt = find_strokes(as_rgb(picture), sheets=2)  # (H, W) from 0 to 1
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
     digit = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     if not doubt and digit.shape[1] > WIDE * digit.shape[0]:
         doubt = f"it is wider than {WIDE} times its height, so it may be more than one digit"
-    return place(fit_box(digit)), doubt
+    return centred(fit_box(digit)), doubt
 
 
-def to_pixels(picture: Image.Image) -> np.ndarray:
-    """(H, W, 3) from 0 to 1, at most `WORKING_SIDE` high and wide."""
+def as_rgb(picture: Image.Image) -> np.ndarray:
+    """Pixels (H, W, 3) from 0 to 1, at most `WORKING_SIDE` high and wide."""
     if picture.mode[0] in "IF":  # 16 or 32 bits of grey
         picture = picture if picture.mode == "F" else picture.convert("I").convert("F")
         picture.thumbnail((WORKING_SIDE, WORKING_SIDE), Image.Resampling.BOX)
@@ -212,12 +193,12 @@ def to_pixels(picture: Image.Image) -> np.ndarray:
 
 
 def on_contrast(picture: Image.Image) -> Image.Image:
-    """A transparent picture on white, or on black where what is drawn is bright."""
+    """A transparent picture on white, or on black if the drawing is bright."""
     pixels = np.asarray(picture, dtype=np.float32)
     opacity = pixels[..., 3]
     brightness = np.average(pixels[..., :3].mean(axis=2), weights=opacity) if opacity.any() else 0
-    ground = Image.new("RGBA", picture.size, "black" if brightness > 127 else "white")
-    return Image.alpha_composite(ground, picture)
+    background = Image.new("RGBA", picture.size, "black" if brightness > 127 else "white")
+    return Image.alpha_composite(background, picture)
 
 
 def border(pixels: np.ndarray) -> np.ndarray:
@@ -229,29 +210,28 @@ def border(pixels: np.ndarray) -> np.ndarray:
 
 
 def contrast(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> ink (H, W), from 0 to 1: how far each pixel is from the ground.
+    """(H, W, 3) -> ink (H, W), from 0 to 1: how far each pixel is from the background.
 
-    The ground is the median of the border, and the distance that of the channel where it is largest. A border that is
-    not of one brightness may lie partly in shadow: if so, ink is what differs from the ground around it.
+    The background is the median of the border; the distance is the largest over the channels. A border of uneven
+    brightness may lie partly in shadow: then each pixel is compared with the background around it.
     """
     edge = border(pixels)
     darkest, brightest = np.quantile(edge.mean(axis=1), (0.05, 0.95))
     if brightest - darkest > max(UNEVEN * brightest, FAINTEST / 2):
         ink = contrast_in_shadow(pixels.mean(axis=2), darkest, brightest)
         if np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max():
-            return ink  # else ink or a frame makes the border uneven
+            return ink  # otherwise ink or a frame makes the border uneven
     return np.abs(pixels - np.quantile(edge, 0.5, axis=0, method="nearest")).max(axis=2)
 
 
 def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np.ndarray:
-    """(H, W) -> ink (H, W): by which share each pixel is darker, or brighter, than the ground around it.
+    """(H, W) -> ink (H, W): the share by which each pixel is darker, or brighter, than the background around it.
 
-    A morphological closing (of bright ink an opening) takes away strokes and leaves the edge of a shadow where it is. A
-    share, as a shadow darkens ink and ground by the same factor.
+    A morphological closing (an opening for bright ink) removes strokes and keeps the edge of a shadow in place. Ink is
+    a share because a shadow darkens ink and background by the same factor.
 
-    Args:
-        darkest, brightest: of the border. Ink in the shadow is darker than all of it, bright ink in the light brighter;
-            where nothing is, all counts as ink.
+    `darkest` and `brightest` are the border's. Dark ink in the shadow is darker than all of it, bright ink in the light
+    brighter than all of it; without either, every pixel counts as ink.
     """
     darker, brighter = (grey < darkest - FAINTEST).mean(), (grey > brightest + FAINTEST).mean()
     if max(darker, brighter) < 0.002:
@@ -260,11 +240,11 @@ def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np
     scale = min(1, SHADOW_SIDE / max(grey.shape))
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
     small = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX))
-    reach = max(1, max(size) // 6)  # half of what a stroke is wide at most
+    reach = max(1, max(size) // 6)  # half of the greatest width of a stroke
     small = np.pad(ndimage.gaussian_filter(small, 1), reach, mode="edge")
     footprint = disk(reach, decomposition="sequence")
     if brighter > darker:
-        ink = 1 - (opening(small, footprint) + 0.1) / (small + 0.1)  # or noise on black would be a large share
+        ink = 1 - (opening(small, footprint) + 0.1) / (small + 0.1)  # 0.1, or noise on black would be a large share
     else:
         ink = 1 - (small + 0.02) / (closing(small, footprint) + 0.02)
     ink = ink[reach:-reach, reach:-reach]
@@ -272,13 +252,11 @@ def contrast_in_shadow(grey: np.ndarray, darkest: float, brightest: float) -> np
 
 
 def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
-    """The ink of the digit alone: without the unevenness of the ground, specks and frames; and what is doubtful.
+    """The ink of the digit (H, W) without specks, frames and an uneven background, and a doubt about it.
 
-    Pixels count that are darker than the border's own variation and connected to one above Otsu's threshold (1979).
-
-    Args:
-        pixels: (H, W, 3).
-        sheets: how often what looks like a sheet of paper, or the inside of a frame, is looked at by itself.
+    A pixel of (H, W, 3) counts if its contrast exceeds the border's own variation and it is connected to one above
+    Otsu's threshold (1979). Inside what looks like a sheet of paper or a frame, the search starts again up to `sheets`
+    times.
     """
     ink = contrast(pixels)
     if ink.max() < FAINTEST:
@@ -289,10 +267,10 @@ def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
     numbers = np.arange(1, count + 1)
     amounts = ndimage.sum_labels(ink, labels, numbers)
     sure = ndimage.maximum(ink, labels, numbers) >= surely
-    most = np.argsort(np.where(sure, amounts, 0))[-min(MOST, sure.sum()) :]
-    kept = most[amounts[most] >= SPECK * amounts.max()]
-    kept = kept if kept.size else most  # of noise all may be specks
-    strokes = regionprops(np.where(np.isin(labels, numbers[kept]), labels, 0))
+    largest_ones = np.argsort(np.where(sure, amounts, 0))[-min(MAX_STROKES, sure.sum()) :]
+    chosen = largest_ones[amounts[largest_ones] >= SPECK * amounts.max()]
+    chosen = chosen if chosen.size else largest_ones  # in noise all may be specks
+    strokes = regionprops(np.where(np.isin(labels, numbers[chosen]), labels, 0))
     largest = max(strokes, key=lambda stroke: stroke.area_filled)
     if sheets and is_sheet(largest):
         cut = 1 + round(0.01 * max(ink.shape))  # its blurred edge
@@ -307,29 +285,26 @@ def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
 
 
 def is_sheet(stroke: Any) -> bool:
-    """Whether a region is a nearly full rectangle, and no bar: paper, or the inside of a frame, with a digit on it."""
+    """Whether a region is nearly a full rectangle but not a bar: paper or the inside of a frame, with a digit on it."""
     height, width = stroke.image.shape
     full = stroke.area_filled > 0.93 * stroke.area_bbox and stroke.area > 0.65 * stroke.area_bbox
     return full and 1 / 3 < height / width < 3
 
 
 def without_frames(strokes: list[Any], shape: tuple[int, ...]) -> list[Any]:
-    """Those that neither enclose another one nor run along the edge of the picture from one end to the other."""
+    """Drop strokes that enclose another one or run along the edge of the picture from one end to the other."""
     strokes = [stroke for stroke in strokes if not any(encloses(stroke, other) for other in strokes)]
     margin = max(1, round(0.1 * min(shape)))
 
     def lies_inside(stroke: Any) -> bool:
-        rows, columns = stroke.coords.T
-        within = (np.minimum(rows, shape[0] - 1 - rows) >= margin) & (
-            np.minimum(columns, shape[1] - 1 - columns) >= margin
-        )
-        return bool(within.any()) or (stroke.image.shape[0] < shape[0] and stroke.image.shape[1] < shape[1])
+        to_edge = np.minimum(stroke.coords, np.array(shape) - 1 - stroke.coords)  # (M, 2) pixels
+        return bool((to_edge >= margin).all(axis=1).any() or (np.array(stroke.image.shape) < shape).all())
 
     return list(filter(lies_inside, strokes)) or strokes
 
 
 def encloses(outer: Any, inner: Any) -> bool:
-    """Whether a region that is no speck, as the dot in a 0 is, lies in a hole of another one."""
+    """Whether a region lies in a hole of another one and is not a speck, such as the dot in a 0."""
     (top, left, bottom, right), (first, start, last, end) = outer.bbox, inner.bbox
     if not (top < first and left < start and last < bottom and end < right and side(inner) >= 0.25 * side(outer)):
         return False
@@ -343,7 +318,7 @@ def side(stroke: Any) -> int:
 
 
 def fit_box(digit: np.ndarray) -> np.ndarray:
-    """Scale (H, W) to fit 20 x 20 pixels, the aspect ratio kept, and its darkest ink to 1."""
+    """Scale (H, W) to fit 20 x 20 pixels with the same aspect ratio, and the darkest ink to 1."""
     height, width = digit.shape
     scale = BOX / max(height, width)
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
@@ -352,13 +327,10 @@ def fit_box(digit: np.ndarray) -> np.ndarray:
     return scaled / scaled.max()
 
 
-def place(digit: np.ndarray) -> np.ndarray:
-    """uint8 (28, 28) with the digit's centre of mass in the centre, as near as whole pixels and the frame allow."""
+def centred(digit: np.ndarray) -> np.ndarray:
+    """uint8 (28, 28) with the digit's centre of mass as near the centre as whole pixels and the field allow."""
     field = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    corner = [
-        int(np.clip(round(CENTRE - mean), 0, SIDE - length))
-        for mean, length in zip(ndimage.center_of_mass(digit), digit.shape, strict=True)
-    ]
-    target = tuple(slice(start, start + length) for start, length in zip(corner, digit.shape, strict=True))
-    field[target] = np.round(255 * digit)
+    lengths, means = np.array(digit.shape), np.array(ndimage.center_of_mass(digit))
+    top, left = np.clip(np.round(CENTRE - means).astype(int), 0, SIDE - lengths)
+    field[top : top + lengths[0], left : left + lengths[1]] = np.round(255 * digit)
     return field

@@ -9,19 +9,12 @@ UINT8 = 0x08  # the only IDX element type that the MNIST family uses
 
 
 def read_idx(content: bytes, name: str) -> Tensor:
-    """Decode an uncompressed IDX file of unsigned bytes.
+    """Decode an uncompressed IDX file of unsigned bytes as a uint8 tensor, e.g. (60000, 28, 28) or (60000,).
 
     Layout: two zero bytes, the element type, the number of dimensions n, n big-endian 32-bit sizes, the data.
 
-    Args:
-        content: the whole file.
-        name: what an error calls it.
-
-    Returns:
-        uint8 tensor of the shape the header states, e.g. (60000, 28, 28) or (60000,).
-
     Raises:
-        ValueError: the magic number, the shape or the length is not that of an IDX file of bytes.
+        ValueError: the content is not such a file; begins with `name`.
     """
     if len(content) < 4 or content[:2] != b"\0\0":
         raise ValueError(f"{name} is not an IDX file: it starts with {content[:16]!r}, expected two zero bytes.")
@@ -29,23 +22,18 @@ def read_idx(content: bytes, name: str) -> Tensor:
         raise ValueError(f"{name}: IDX element type 0x{content[2]:02x} is not supported, only 0x08 (unsigned byte).")
     ndim = content[3]
     header = 4 + 4 * ndim
-    if ndim == 0:
-        raise ValueError(f"{name}: the IDX header states 0 dimensions, expected at least 1.")
-    if len(content) < header:
-        raise ValueError(f"{name}: the IDX header states {ndim} dimensions but the file has only {len(content)} bytes.")
+    if ndim == 0 or len(content) < header:
+        raise ValueError(f"{name}: the IDX header states {ndim} dimensions in a file of {len(content)} bytes.")
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     found, stated = len(content) - header, math.prod(shape)
     if found != stated:
         raise ValueError(f"{name}: the IDX header states shape {shape} = {stated} bytes, but {found} bytes follow it.")
-    # The header goes after the copy: frombuffer(offset=header) refuses to be left with no bytes.
+    # The header is cut off after the copy, as frombuffer(offset=header) refuses to return no bytes.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 
 
 def write_idx(tensor: Tensor) -> bytes:
     """Encode a uint8 tensor as an IDX file, the inverse of `read_idx`."""
-    if tensor.dtype != torch.uint8:
-        raise ValueError(f"IDX files here hold uint8, got {tensor.dtype}; convert with .to(torch.uint8).")
-    if tensor.ndim == 0:
-        raise ValueError("IDX files hold at least one dimension; got a scalar, reshape it to (1,).")
+    assert tensor.dtype == torch.uint8 and tensor.ndim > 0, f"got {tensor.dtype} of {tensor.ndim} dimensions"
     sizes = b"".join(size.to_bytes(4, "big") for size in tensor.shape)
     return bytes([0, 0, UINT8, tensor.ndim]) + sizes + tensor.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""From stored digits to what the backbone was trained on; part of the model, so that serving cannot drift."""
+"""From stored images to the backbone's input; part of the model, so that serving cannot drift."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ class Preprocess(nn.Module):
 
     Args:
         image_size: S, pixels.
-        channels: C; the grey digit is repeated.
+        channels: C; the grey image is repeated.
         mean, std: one number, or one for each channel, in the [0, 1] scale.
     """
 

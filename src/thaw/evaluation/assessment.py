@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from thaw.data.sources import Digits, Source
+from thaw.data.images import Images, Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.cost import cost
 from thaw.evaluation.errors import WRONG_IMAGES, write_wrong_images
@@ -43,7 +43,7 @@ class Assessment:
     label: str
     facts: dict[str, Any]
     logits: Tensor
-    digits: Digits
+    digits: Images
     pictures: list[tuple[str, Path]]
 
 
@@ -116,7 +116,7 @@ def number(value: Tensor) -> float | None:
 
 
 def robustness_facts(
-    predictor: Predictor, digits: Digits, robustness: Mapping[str, Any], told: Callable[[int], Any]
+    predictor: Predictor, digits: Images, robustness: Mapping[str, Any], told: Callable[[int], Any]
 ) -> dict[str, Any]:
     """The curve of each corruption, from the weakest number to the highest, with the harmless strength among them."""
     chosen = evenly(len(digits.labels), robustness["digits"])
@@ -154,7 +154,7 @@ def second_facts(
 
 
 def draw(
-    predictor: Predictor, digits: Digits, logits: Tensor, temperature: float, folder: Path
+    predictor: Predictor, digits: Images, logits: Tensor, temperature: float, folder: Path
 ) -> list[tuple[str, Path]]:
     images, labels = digits
     pictures = {

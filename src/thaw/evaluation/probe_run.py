@@ -11,8 +11,8 @@ from torch import nn
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.data.datamodule import change_settings
+from thaw.data.images import dataset_name
 from thaw.data.preprocess import Preprocess
-from thaw.data.sources import dataset_name
 from thaw.evaluation.probes import Choice, Labelled, Score
 from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
 from thaw.freezing.cache import FeatureCache

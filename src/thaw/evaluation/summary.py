@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from thaw.callbacks.run_record import count_parameters, git_commit
 from thaw.callbacks.test_report import TestReport
-from thaw.data.sources import dataset_name
+from thaw.data.images import dataset_name
 from thaw.run.command_line import setting
 from thaw.run.config import backbone_name
 from thaw.run.json_files import write_json

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thaw.data.sources import Source
+from thaw.data.images import Source
 from thaw.export.facts import model_facts
 from thaw.export.measure import check_parity, expected, probabilities_of, tested
 from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from thaw.data.images import Source
 from thaw.data.preprocess import Preprocess
-from thaw.data.sources import Source
 from thaw.export import card_code
 from thaw.export.facts import model_facts
 from thaw.export.measure import check_parity, expected, probabilities_of, tested
@@ -28,8 +28,7 @@ from thaw.export.portable import Portable, portable
 from thaw.export.timm_config import fold_head, timm_config
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
-from thaw.models.batch_norm import FeatureNorm
-from thaw.models.heads import LinearHead, MLPHead
+from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
 from thaw.run.files import atomic_folder, write_bytes, write_text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thaw.data.sources import Digits, Source
+from thaw.data.images import Images, Source
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.export.onnx_model import BATCH
 from thaw.predict.predictor import DigitModel
@@ -27,7 +27,7 @@ class Expected(NamedTuple):
     attention: Tensor | None
 
 
-def expected(model: DigitModel, test: Digits) -> Expected:
+def expected(model: DigitModel, test: Images) -> Expected:
     """Of 1,000 test digits, evenly spread over the split, or of all where there are fewer."""
     count = min(PARITY_DIGITS, len(test.labels))
     images = test.images[torch.linspace(0, len(test.labels) - 1, count).round().long()]

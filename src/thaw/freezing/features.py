@@ -62,7 +62,7 @@ class FrozenFeatures(Callback):
                 dataset = datamodule.split_dataset(split)
                 dataset.features = frozen_features(
                     split,
-                    dataset.digits.images,
+                    dataset.data.images,
                     pl_module.preprocess,
                     pl_module.backbone,
                     pl_module.cut,

@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928).
+"""The patches a vision transformer attends to: attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928).
 
 Shapes: B batch, H heads, T tokens, h x w the grid of patches.
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 def rollout(maps: Sequence[Tensor]) -> Tensor:
-    """How much of each input token is in each output token, (B, T, T); rows sum to 1.
+    """The share of each input token in each output token, (B, T, T); rows sum to 1.
 
-    A block adds what it attends to to what it had, so half of its attention, averaged over heads, is each token's own
-    (section 3 of the paper); one block after the other is a product of matrices.
+    The residual connection gives each token half of itself and half of its attention, averaged over heads (section 3 of
+    the paper). Successive blocks multiply these matrices.
 
     Args:
         maps: attention (B, H, T, T) of each block, the first block's first.
@@ -29,7 +29,7 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
 
 
 def attention_layers(backbone: Any) -> list[nn.Module]:
-    """The attention layer of each block; none where a token does not see all others, as in Swin and in CNNs."""
+    """The attention layer of each block; an empty list where tokens do not see all others, as in Swin and in CNNs."""
     model = backbone.model
     layers = [getattr(block, "attn", None) for block in getattr(model, "blocks", ())]
     has_grid = hasattr(getattr(model, "patch_embed", None), "grid_size") and hasattr(model, "num_prefix_tokens")
@@ -38,9 +38,9 @@ def attention_layers(backbone: Any) -> list[nn.Module]:
 
 @contextmanager
 def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
-    """While this is open, the backbone's attention is computed openly and its maps (B, H, T, T) go into the list.
+    """Collect the attention maps (B, H, T, T) of the backbone's forward passes in a list.
 
-    Only those of this thread; another one may use the backbone meanwhile, but not record.
+    Only passes of this thread are recorded. Other threads may use the backbone meanwhile, but not record.
     """
     thread = get_ident()
     layers: list[Any] = attention_layers(backbone)
@@ -53,7 +53,7 @@ def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
 
     hooks = [layer.attn_drop.register_forward_hook(record) for layer in layers]
     for layer in layers:
-        layer.fused_attn = False  # torch's fused attention never has the map as a whole
+        layer.fused_attn = False  # torch's fused attention never forms the whole map
     try:
         yield maps
     finally:
@@ -63,13 +63,13 @@ def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
 
 
 def share_of_patches(backbone: Any, maps: Sequence[Tensor]) -> Tensor:
-    """How much of each patch is in the pooled features, (B, h, w); each image's shares sum to 1.
+    """The share of each patch in the pooled features, (B, h, w); each image's shares sum to 1.
 
-    The class token's row of the rollout, the mean of the patches' rows, or of both, as the backbone pools.
+    As the backbone pools: the class token's row of the rollout, the mean of the patches' rows, or the mean of both.
 
     Args:
-        backbone: whose attention was recorded.
-        maps: as `recorded_attention` gave them.
+        backbone: the recorded one.
+        maps: from `recorded_attention`.
     """
     model = backbone.model
     flow = rollout([attention.float() for attention in maps])  # (B, T, T)

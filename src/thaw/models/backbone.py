@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import timm
@@ -19,31 +19,32 @@ from torch import Tensor, nn
 
 from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, places
 from thaw.models.pretrained import check_fit, locate, read_weights
+from thaw.run.values import Count
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier, holding weights from a named place.
+    """A timm model without its classifier, with weights from a file.
 
     Args:
         name: a timm model name, e.g. `vit_small_patch14_dinov2`; a tag after a dot, as in
-            `vit_base_patch16_224.augreg_in21k`, says which of its weights `hub` means.
-        weights: `none` (random), `bundled` (this repository's digits ViT), `hub` (what timm names for the model on
-            the Hugging Face hub) or the path of a .safetensors or .pth file of the model's state dict.
+            `vit_base_patch16_224.augreg_in21k`, chooses among its weights on the hub.
+        weights: `none` (random), `bundled` (this repository's digits ViT), `hub` (timm's weights of the model on the
+            Hugging Face hub) or the path of a .safetensors or .pth file of the model's state dict.
         image_size: S, pixels; position embeddings are resampled to it.
-        channels: C, 1 or 3; a first layer of three channels is summed for one.
-        pool: `model` for the pooling that timm defines for it, or `class_and_mean` for the class token next to the
-            mean of the patch tokens, (B, 2 D), the features of DINOv2's linear probes (Oquab et al. 2023).
-        mean, std: of the pixels in [0, 1] that the weights expect; None means what timm states for the model.
+        channels: C; a first layer of three channels is summed for one.
+        pool: `model` for timm's own pooling, or `class_and_mean` for the class token next to the mean of the patch
+            tokens, (B, 2 D), the features of DINOv2's linear probes (Oquab et al. 2023).
+        mean, std: of the pixels in [0, 1] that the weights expect; None stands for timm's values of the model.
         fused_attention: use torch's fused attention; at 16 tokens plain attention trains faster in bf16 on a CPU.
         arguments: passed to the timm model, e.g. `{depth: 6, drop_path_rate: 0.1}`.
 
     Attributes:
-        fresh: names of the parameters that no weights filled.
-        num_features: D of what `forward` returns.
-        layers: what an image passes through, one after the other: stem, each block, and final norm with pooling.
-            Models that are no such chain (ResNet, ...) are a single layer.
+        fresh: names of the parameters with random weights.
+        num_features: D of the output of `forward`.
+        layers: stem, each block, and final norm with pooling, applied one after the other. A model that is not such a
+            chain (ResNet, ...) is a single layer.
         is_chain: whether there are several layers.
-        num_tokens: T after the stem; the places of a stride of 16 where there are no tokens.
+        num_tokens: T after the stem; without tokens, the number of positions at a stride of 16.
 
     Raises:
         ValueError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
@@ -54,8 +55,8 @@ class Backbone(nn.Module):
         self,
         name: str,
         weights: str,
-        image_size: int,
-        channels: int,
+        image_size: Count,
+        channels: Literal[1, 3],
         pool: Literal["model", "class_and_mean"],
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
@@ -63,10 +64,6 @@ class Backbone(nn.Module):
         arguments: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if not isinstance(fused_attention, bool):
-            raise ValueError(
-                f"backbone.fused_attention={fused_attention!r} must be true or false, or auto in a config."
-            )
         self.image_size, self.channels, self.pool = image_size, channels, pool
         arguments = {key: OmegaConf.to_object(x) if OmegaConf.is_config(x) else x for key, x in arguments.items()}
         self.model = create(name, image_size, channels, arguments)
@@ -76,14 +73,12 @@ class Backbone(nn.Module):
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = fused_attention
-        self.num_features: int = self.model.head_hidden_size  # what forward_head gives; num_features comes before it
+        self.num_features: int = self.model.head_hidden_size  # after forward_head; its num_features is before
         if pool == "class_and_mean":
             if getattr(self.model, "cls_token", None) is None:
                 raise ValueError(f"backbone.pool=class_and_mean needs a class token, {name} has none; use pool=model.")
             self.num_features = 2 * self.model.num_features
-        elif pool != "model":
-            raise ValueError(f"backbone.pool={pool!r} is unknown; choose model or class_and_mean.")
-        self.architecture: dict[str, Any] = {  # all that `forward` depends on but for the weights, as values of JSON
+        self.architecture: dict[str, Any] = {  # everything but the weights that shapes the features, as values of JSON
             **{"timm": timm.__version__, "name": name, "arguments": arguments, "image_size": image_size},
             **{"channels": channels, "pool": pool, "mean": self.mean, "std": self.std, "fused": fused_attention},
         }
@@ -102,29 +97,20 @@ class Backbone(nn.Module):
         return self.suffix(images, 0)
 
     def prefix(self, images: Tensor, cut: int) -> Tensor:
-        """Images (B, C, S, S) after the first `cut` layers: tokens (B, T, D) for a ViT, features if that is all."""
+        """Images (B, C, S, S) after the first `cut` layers: tokens (B, T, D) in a ViT, features after the last."""
         for layer in self.layers[:cut]:
             images = layer(images)
         return images
 
     def suffix(self, tokens: Tensor, cut: int) -> Tensor:
-        """What `prefix` returned -> features (B, num_features)."""
+        """The output of `prefix` -> features (B, num_features)."""
         for layer in self.layers[cut:]:
             tokens = layer(tokens)
         return tokens
 
     def compile_layers(self) -> None:
-        """Have torch.compile turn each block into fast code at its first call; names in state dicts stay as they are.
-
-        Raises:
-            ValueError: there is no C++ compiler for the code of a CPU.
-        """
-        if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError(
-                "model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false."
-            )
-        for block in [block[-1] for block in blocks_of(self.model)] if self.is_chain else self.model.children():
-            block.compile()
+        """Compile each block; see `compile_each`."""
+        compile_each([block[-1] for block in blocks_of(self.model)] if self.is_chain else self.model.children())
         self.architecture["compiled"] = True
 
     def new_block(self, width: int, heads: int) -> nn.Module:
@@ -145,7 +131,7 @@ class Backbone(nn.Module):
         return [stem, *blocks, lambda tokens: self.pooled(norm(tokens))]
 
     def layer_of(self, parameter: str) -> int:
-        """Index of the layer that a parameter belongs to; what lies neither in a block nor after them is the stem's."""
+        """Index of a parameter's layer; those neither in a block nor after the blocks belong to the stem."""
         return next((layer for place, layer in self.places.items() if parameter.startswith(place)), 0)
 
     def pooled(self, tokens: Tensor) -> Tensor:
@@ -156,17 +142,17 @@ class Backbone(nn.Module):
         return self.model.forward_head(tokens, pre_logits=True)  # (B, D)
 
     def depths(self) -> dict[str, int]:
-        """Depth of every parameter: 0 for the stem, 1 for the first block, ..., as the layers are cut.
+        """Depth of every parameter: 0 for the stem, 1 for the first block, and so on, as the layers are cut.
 
-        What follows the blocks (a final norm, an attention pool) belongs to the last of them. Models that are no chain
-        have the depths of timm's `group_matcher`.
+        A final norm or attention pool after the blocks has the depth of the last block. For models that are not a
+        chain, depths are those of timm's `group_matcher`.
         """
         if self.is_chain:
             last = max(self.places.values()) - 1
             return {name: min(self.layer_of(name), last) for name, _ in self.named_parameters()}
         matcher = self.model.group_matcher(coarse=False)
         if isinstance(matcher, dict):
-            matcher["rest"] = [("", (99999,))]  # its mark for "joins the layer before", which few say of a head
+            matcher["rest"] = [("", (99999,))]  # timm's mark for "joins the layer before", missing for most heads
         depths = timm.models.group_parameters(self.model, matcher, reverse=True)
         return {f"model.{name}": depth for name, depth in depths.items()}
 
@@ -176,10 +162,6 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.4)
         raise ValueError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
-    if channels not in (1, 3):
-        raise ValueError(f"backbone.channels={channels} must be 1 or 3.")
-    if image_size < 1:
-        raise ValueError(f"backbone.image_size={image_size} must be positive.")
     taken: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
         try:
@@ -187,7 +169,7 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
         except TypeError as error:
             if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
-            model = timm.create_model(name, **taken, **arguments)  # convolutional nets take any size
+            model = timm.create_model(name, **taken, **arguments)  # a convolutional network takes any size
         unit, meaning = size_unit(model)
         if image_size % unit:  # timm would fail, or ignore the rest of the image
             nearest = max(unit, round(image_size / unit) * unit)
@@ -208,15 +190,27 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any])
 
 
 def size_unit(model: TimmModel) -> tuple[int, str]:
-    """What the image side must be a multiple of, and what that number is."""
+    """The number of which the image side must be a multiple, and its meaning."""
     has_patches, is_convnext = isinstance(getattr(model, "patch_embed", None), PatchEmbed), isinstance(model, ConvNeXt)
     if is_convnext:  # its strided convolutions have no padding
         return model.feature_info[-1]["reduction"], "the stride of its last stage,"
     return (model.patch_embed.patch_size[0], "the patch size") if has_patches else (1, "")
 
 
+def compile_each(modules: Iterable[nn.Module]) -> None:
+    """Have torch.compile turn each module into fast code at its first call; state dicts keep their names.
+
+    Raises:
+        ValueError: code for a CPU needs a C++ compiler, and there is none.
+    """
+    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false.")
+    for module in modules:
+        module.compile()
+
+
 def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Mean or std with one number for all channels or for each; three are averaged for one grey channel."""
+    """Mean or std as one number for all channels or one each; three are averaged for one grey channel."""
     if len(values) not in (1, 3):
         raise ValueError(f"backbone.{key}={list(values)} must hold 1 number or 3.")
     return tuple(values) if len(values) <= channels else (sum(values) / 3,)
@@ -225,17 +219,16 @@ def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[fl
 def load_weights(model: TimmModel, name: str, weights: str) -> None:
     """Fill a timm model from a file, strictly.
 
-    Every parameter must be in the file with its shape, after timm's own conversion of the model's published
-    checkpoints (which resamples position embeddings and patch kernels). The one exception: classifier tensors of the
-    file are left out, as the model has no classifier.
+    After timm's own conversion of published checkpoints, which resamples position embeddings and patch kernels, the
+    file must hold every parameter in its shape and nothing else, except for tensors of a classifier.
     """
     path = locate(weights, model.pretrained_cfg)
     state = read_weights(path)
     wanted = model.state_dict()
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    stated = {key: as_tuple(model.pretrained_cfg.get(key)) for key in ("first_conv", "classifier")}
-    stems = {f"{name}.weight" for name in stated["first_conv"]}
-    classifiers = tuple(f"{name}." for name in stated["classifier"])
+    first_conv, classifier = (model.pretrained_cfg.get(key) or () for key in ("first_conv", "classifier"))
+    stems = {f"{layer}.weight" for layer in ([first_conv] if isinstance(first_conv, str) else first_conv)}
+    classifiers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
     try:
         if convert is not None:
             state = convert(state, model)
@@ -243,14 +236,10 @@ def load_weights(model: TimmModel, name: str, weights: str) -> None:
             if wanted[stem].shape[1] == 1 and state[stem].shape[1] == 3:
                 state[stem] = timm.models.adapt_input_conv(1, state[stem])
         state = {key: value for key, value in state.items() if key in wanted or not key.startswith(classifiers)}
-    except Exception as error:  # a conversion fails in any way on weights of another model
+    except Exception as error:  # conversions raise nearly anything for weights of another model
         raise ValueError(
             f"backbone.weights={path} cannot be converted for backbone.name={name} ({error}). "
             "Choose the backbone that the weights were made for, or other weights."
         ) from error
     check_fit(path, name, state, wanted)
     model.load_state_dict(state)
-
-
-def as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names or ())

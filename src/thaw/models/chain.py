@@ -1,6 +1,6 @@
-"""A timm model as a chain of layers: its stem, its blocks, its final norm, one after the other.
+"""A timm model as a chain of layers: its stem, its blocks and its final norm.
 
-ViT, EVA (with DINOv3), Swin and ConvNeXt are such chains; whether a model is one is found by trying (`count_tokens`).
+ViT, EVA (with DINOv3), Swin and ConvNeXt are such chains; `count_tokens` tries whether a model is one.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Layer: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
-    """The stem, the blocks and the final norm: `forward_features` is one after the other."""
+    """The stem, the blocks and the final norm, which `forward_features` applies one after the other."""
     if hasattr(model, "stages"):  # ConvNeXt
         return model.stem, [in_turn(block) for block in blocks_of(model)], model.norm_pre
     rope = getattr(model, "rope", None)
@@ -23,7 +23,7 @@ def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
         names = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
         stem = in_turn([step for name in names if (step := getattr(model, name, None)) is not None])
         return stem, [in_turn(block) for block in blocks_of(model)], model.norm
-    # EVA: each block turns its queries and keys by the rotary embedding of the grid (Fang et al. 2023, section 2.1)
+    # EVA: each block rotates its queries and keys by the rotary embedding of the grid (Fang et al. 2023, section 2.1)
     if model.patch_drop is not None or getattr(rope, "aug_active", False):
         raise ValueError("this rotary embedding is drawn anew for every batch")
     angles = rope.get_embed(model.patch_embed.grid_size if model.dynamic_img_size else None)
@@ -32,7 +32,7 @@ def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
 
 
 def in_turn(steps: Sequence[Layer]) -> Layer:
-    """One layer that applies several, the first to the input."""
+    """One layer that applies several in order."""
 
     def run(tokens: Tensor) -> Tensor:
         for step in steps:
@@ -43,9 +43,9 @@ def in_turn(steps: Sequence[Layer]) -> Layer:
 
 
 def blocks_of(model: TimmModel) -> list[list[nn.Module]]:
-    """Each block, after what an image passes on the way to it.
+    """The modules of each block, in the order in which an image passes them.
 
-    The downsampling at the start of a stage belongs to the first block of the stage, as timm's `group_matcher` has it.
+    The downsampling at the start of a stage belongs to the stage's first block, as in timm's `group_matcher`.
     """
     if hasattr(model, "blocks"):
         return [[block] for block in model.blocks]
@@ -58,7 +58,7 @@ def blocks_of(model: TimmModel) -> list[list[nn.Module]]:
 
 
 def places(model: TimmModel) -> dict[str, int]:
-    """The layer of everything above the stem, by how its names begin: what begins with `blocks.0.` is in layer 1."""
+    """The layer of every parameter above the stem, by the beginning of its name: `blocks.0.` is layer 1."""
     blocks = blocks_of(model)
     layers = {module: 1 + number for number, block in enumerate(blocks) for module in block}
     after = ("norm_pre" if hasattr(model, "stages") else "norm", "fc_norm", "attn_pool", "head")
@@ -67,7 +67,7 @@ def places(model: TimmModel) -> dict[str, int]:
 
 
 def count_tokens(model: TimmModel, images: Tensor) -> int:
-    """How many places the stem makes of an image; 0 if the chain is not exactly the model's `forward_features`."""
+    """The tokens that the stem makes of an image; 0 if the chain does not give exactly `forward_features`."""
     mode = model.training
     model.eval()
     try:
@@ -79,7 +79,7 @@ def count_tokens(model: TimmModel, images: Tensor) -> int:
             same = torch.equal(norm(tokens), model.forward_features(images))
             width = embedded.shape[1 if hasattr(model, "stages") else -1]  # (1, D, H, W) in a ConvNeXt
             return embedded.numel() // width if same else 0
-    except Exception:  # other architectures fail here in any way
+    except Exception:  # other architectures raise nearly anything here
         return 0
     finally:
         model.train(mode)

@@ -1,4 +1,4 @@
-"""Files of pretrained weights: where they are, how they are read, and whether they fit. Nothing here knows timm."""
+"""Files of pretrained weights: finding, reading and checking them. Nothing here knows timm."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -13,23 +13,22 @@ HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
 
 
 def locate(weights: str, stated: Mapping[str, Any]) -> Path:
-    """The local file that a `weights` setting means, fetched from the hub if need be.
+    """The local file of a `weights` setting, fetched from the hub if need be.
 
     Args:
         weights: `bundled`, `hub` or a path.
-        stated: timm's `pretrained_cfg` of the model: `architecture`, `hf_hub_id` and, if it is not the usual one,
-            `hf_hub_filename`.
+        stated: timm's `pretrained_cfg` of the model.
 
     Raises:
-        ValueError: no such file, or a model without hub weights.
-        ConnectionError: hub weights that cannot be fetched.
+        ValueError: there is no such file, or the model has no hub weights.
+        ConnectionError: the hub weights cannot be fetched.
     """
     if weights == "bundled":
         return BUNDLED
     if weights != "hub":
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise ValueError(f"backbone.weights={weights!r} is no file; choose none, bundled, hub or an existing file.")
+            raise ValueError(f"backbone.weights={weights!r} is not a file; choose none, bundled, hub or a path.")
         return path
     name, repository = stated["architecture"], stated.get("hf_hub_id")
     if not repository:
@@ -42,10 +41,10 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
         try:
             return Path(hf_hub_download(repository, file, local_files_only=True))
         except LocalEntryNotFoundError:
-            # Asked once first, as the download itself retries for minutes where there is no network.
+            # Ask once first, as the download itself retries for minutes without a network.
             get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
             return Path(hf_hub_download(repository, file))
-    except Exception as error:  # the hub client raises a dozen unrelated classes
+    except Exception as error:  # the hub's client raises a dozen unrelated classes
         raise ConnectionError(
             f"The weights of {name} could not be fetched: {file} of https://huggingface.co/{repository} "
             f"({type(error).__name__}). Download that file elsewhere and set backbone.weights=<path>, "
@@ -54,28 +53,32 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without executing code; ValueError says why a file is not one."""
+    """Read a state dict without executing code.
+
+    Raises:
+        ValueError: the file is not one.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own exceptions for a file that is not of it
+    except Exception as error:  # each format has its own exceptions for other files
         raise ValueError(
             f"backbone.weights={path} is not a readable weights file ({type(error).__name__}); allowed are "
-            ".safetensors, and .pth of tensors alone (pickled code is not run). Save the state dict as .safetensors."
+            ".safetensors, and .pth of tensors only (pickled code is not run). Save the state dict as .safetensors."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"backbone.weights={path} holds no state dict (names to tensors), but {type(state).__name__}.")
+        raise ValueError(f"backbone.weights={path} holds {type(state).__name__}; save a state dict of tensors there.")
     return state
 
 
 def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """ValueError unless a file's tensors have exactly the names and shapes that the model `name` wants."""
+    """Raise ValueError unless a file's tensors have exactly the names and shapes of the model `name`."""
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
         *(f"unexpected {key}" for key in state.keys() - wanted.keys()),

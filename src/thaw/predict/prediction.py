@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thaw.data.digit_image import FORMATS, Digit, read_digits
+from thaw.data.digit_image import PICTURE_FORMATS, Digit, read_digits
 from thaw.predict.predictor import DigitModel
 from thaw.run.console import ESCAPES, results
 from thaw.run.files import atomic
@@ -73,8 +73,8 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
             files.append(path)
         else:
             raise ValueError(
-                f"{printable(name)!r} is neither a file nor a folder; give {', '.join(FORMATS)} or IDX files, or "
-                "folders of them."
+                f"{printable(name)!r} is neither a file nor a folder; give {', '.join(PICTURE_FORMATS)} or IDX files, "
+                "or folders of them."
             )
     if not files:
         raise ValueError("Nothing to predict: name pictures, IDX files, or folders of them, after ckpt=...")
@@ -103,7 +103,7 @@ def begins_as_picture(file: Path) -> bool:
             if opened.read(4) == b"\0\0\x08\x03":
                 return True
             opened.seek(0)
-            Image.open(opened, formats=FORMATS)
+            Image.open(opened, formats=PICTURE_FORMATS)
     except Exception:  # what Pillow raises for a damaged head has no end
         return False
     return True

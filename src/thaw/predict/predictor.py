@@ -11,7 +11,8 @@ from torch import Tensor
 
 from thaw.callbacks.progress import quiet
 from thaw.classifier import Classifier
-from thaw.data.sources import DATASETS, class_names, dataset_name, with_numbers
+from thaw.data.images import dataset_name, with_numbers
+from thaw.data.mnist import DATASETS, class_names
 from thaw.freezing.cache import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints

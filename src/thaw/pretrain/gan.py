@@ -150,7 +150,7 @@ class GAN(Objective):
         (measured_by,) = self.measured_by
         if not self.real_features:
             splits = [self.trainer.datamodule.split_dataset(split) for split in ("train", "val")]  # type: ignore
-            self.real_features = [digit_features(measured_by, spread(s.digits.images, self.samples)) for s in splits]
+            self.real_features = [digit_features(measured_by, spread(s.data.images, self.samples)) for s in splits]
         train, val = self.real_features
         latents = fixed_latents(len(train), self.latent).to(self.device)
         drawn = digit_features(measured_by, self.draw(latents))

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, St
 from starlette.requests import ClientDisconnect, Request
 
 from thaw.data.digit_image import (
-    FORMATS,
+    PICTURE_FORMATS,
     SIDE,
     Digit,
     are_like_mnist,
@@ -25,7 +25,7 @@ from thaw.data.digit_image import (
 )
 from thaw.serve.limits import Limits, RefusedError
 
-FILE_TYPES = (*(f"image/{kind.lower()}" for kind in FORMATS), "image/jpg", "application/octet-stream")
+FILE_TYPES = (*(f"image/{kind.lower()}" for kind in PICTURE_FORMATS), "image/jpg", "application/octet-stream")
 QUICK = 50_000  # bytes of JSON that are parsed on the event loop, in less than a millisecond
 
 Pixel = Annotated[StrictInt, Field(ge=0, le=255)]
@@ -37,7 +37,7 @@ Rows = Annotated[
 Picture = Annotated[
     str,
     Field(
-        description=f"a picture ({', '.join(FORMATS)}) in base64, also wrapped, without padding or URL-safe; "
+        description=f"a picture ({', '.join(PICTURE_FORMATS)}) in base64, also wrapped, without padding or URL-safe; "
         "`data:image/png;base64,` may stand before it"
     ),
 ]

@@ -1,0 +1,290 @@
+"""MNIST and the datasets that share its four files: read from disk, downloaded, or the bundled sample."""
+
+import gzip
+import hashlib
+import logging
+import socket
+import ssl
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import lru_cache
+from http.client import HTTPException
+from importlib.resources import files
+from itertools import chain
+from pathlib import Path
+from urllib.error import URLError
+
+import torchvision.datasets
+from filelock import FileLock
+from torch import Tensor
+from torchvision.datasets.utils import download_url
+
+from thaw.data.idx import read_idx
+from thaw.data.images import Images, Source
+from thaw.run.files import atomic
+
+log = logging.getLogger(__name__)
+
+MIRROR_TIMEOUT = 5.0  # seconds without an answer before a mirror counts as out of reach
+NAMES_SHOWN = 8  # of a folder's content, in an error
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision classes that share the four file names and the format
+
+# MD5 of the unpacked files, in the order of torchvision's `resources`, which has those of the .gz files as published.
+# FashionMNIST's agree with mindspore's model zoo. Nobody states KMNIST's, so only its published files are recognised.
+UNPACKED_MD5 = {
+    "MNIST": (
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    ),
+    "FashionMNIST": (
+        "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9",
+        "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965",
+    ),
+}
+
+
+def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str] | None) -> Source:
+    """Load one dataset and split it.
+
+    Args:
+        dataset: one of `DATASETS`.
+        directory: where the official files lie, packed or not: there, in `raw`, in `<dataset>/raw` or at most two
+            folders below. Missing files are downloaded to `<dataset>/raw`, the layout of torchvision.
+        source: `official` reads the files and downloads what is missing; `sample` reads the 5,000 bundled images;
+            `auto` is `official`, or `sample` with a warning where no mirror answers and the folder is empty or absent.
+        mirrors: base URLs tried in order; None stands for torchvision's, an empty list for no download.
+
+    Raises:
+        ValueError: a file is not the official one, or there is no such sample or folder.
+        OSError: the folder cannot be written.
+        ConnectionError: official files are missing and no mirror gives them; names what lies in the folder.
+    """
+    if source == "sample":
+        return load_sample(dataset)
+    try:
+        folder = Path(directory).expanduser()
+    except RuntimeError as error:  # ~name of a user that this machine does not have
+        raise ValueError(f"data.dir={directory}: {error} Give the whole path.") from error
+    try:
+        return load_official(dataset, folder, mirrors)
+    except ConnectionError as error:
+        if source == "official" or dataset != "MNIST" or contents(folder, dataset):
+            raise
+        log.warning(
+            "USING THE BUNDLED SAMPLE of 5,000 digits, not the official 70,000: %s "
+            "Set data.source=official to insist on them, data.source=sample to silence this.",
+            error,
+        )
+        return load_sample(dataset)
+
+
+def class_names(dataset: str) -> list[str]:
+    """The ten classes of a dataset, in the order of its labels."""
+    if dataset == "MNIST":  # torchvision says "0 - zero"
+        return [str(digit) for digit in range(10)]
+    return list(getattr(torchvision.datasets, dataset).classes)
+
+
+def load_sample(dataset: str) -> Source:
+    """The bundled 5,000 MNIST digits (500 a class), split 4,000 / 500 / 500 with 400 / 50 / 50 of each class."""
+    if dataset != "MNIST":
+        raise ValueError(f"There is no bundled sample of {dataset}, only of MNIST; set data.source=official.")
+    folder = files("thaw.data") / "sample"
+    images, labels = (
+        read_idx(gzip.decompress((folder / name).read_bytes()), f"bundled {name}")
+        for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
+    )
+    whole = Images(images, labels.long())
+    one_hot = whole.labels[:, None] == whole.labels.unique()  # (N, 10)
+    number = (one_hot.cumsum(0) * one_hot).sum(1) - 1  # (N,) within its class: 0 for the first image of each
+    return Source(
+        train=whole.take(number < 400),
+        val=whole.take((number >= 400) & (number < 450)),
+        test=whole.take(number >= 450),
+        name="sample",
+        title="the bundled sample of 5,000 digits",
+        classes=class_names(dataset),
+    )
+
+
+def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) -> Source:
+    """The official files, split by position: validation is the first 6,000 training images, in every run."""
+    names = [name for name, _ in getattr(torchvision.datasets, dataset).resources]
+    found = {name: find_official(dataset, name, directory) for name in names}
+    if missing := [name for name in names if found[name] is None]:
+        download(dataset, missing, directory, mirrors)
+        found |= {name: find_official(dataset, name, directory) for name in missing}
+    train_images, train_labels, test_images, test_labels = (tensor for tensor in found.values() if tensor is not None)
+    train = Images(train_images, train_labels.long())
+    return Source(
+        train=train.take(slice(6000, None)),
+        val=train.take(slice(6000)),
+        test=Images(test_images, test_labels.long()),
+        name="official",
+        title="the official files",
+        classes=class_names(dataset),
+    )
+
+
+def find_official(dataset: str, name: str, directory: Path) -> Tensor | None:
+    """The content of an official file, under any usual name in any usual place; None where there is none.
+
+    Raises:
+        ValueError: another file of that name lies where the official one belongs, and the official one lies nowhere.
+    """
+    own = [directory / dataset / "raw", directory / dataset, directory / "raw", directory]
+    wrong = None
+    for folder in chain(own, directory.glob("*/"), directory.glob("*/*/")):
+        # train-images-idx3-ubyte.gz, train-images-idx3-ubyte, train-images.idx3-ubyte, ...: the content decides
+        for path in sorted(folder.glob(name.removesuffix(".gz").replace("-idx", "[-.]idx") + "*")):
+            if path.is_file() and path.suffix != ".part":
+                found = read_official(dataset, name, path, path.stat().st_mtime_ns)
+                if isinstance(found, Tensor):
+                    return found
+                wrong = wrong or (found if folder in own else None)  # elsewhere it may be another dataset
+    if wrong:
+        raise ValueError(wrong)
+    return None
+
+
+@lru_cache(maxsize=8)
+def read_official(dataset: str, name: str, path: Path, modified: int) -> Tensor | str:
+    """The content of the official file `name` at `path`, or an error that says what else the file is.
+
+    Cached for all jobs of a sweep, until the time at which the file was `modified` changes.
+    """
+    content = path.read_bytes()
+    if official_name(content) == (dataset, name):
+        return read_idx(unpacked(content), str(path))
+    wanted = dict(getattr(torchvision.datasets, dataset).resources)[name]
+    return (
+        f"{path} is not the official file ({describe_wrong_file(content)}): MD5 {hashlib.md5(content).hexdigest()}, "
+        f"expected {wanted}{' packed, or the same content' if dataset in UNPACKED_MD5 else ', as published'}. Move it "
+        f"away and run again to download {name}, point data.dir at intact files, or, for images of your own, give a "
+        "data module of your own (data._target_; see thaw.data.datamodule)."
+    )
+
+
+def official_name(content: bytes) -> tuple[str, str] | None:
+    """Dataset and name of an official file, as published, unpacked or compressed anew; None for another file."""
+    known: dict[str, tuple[str, str]] = {}
+    for dataset in DATASETS:
+        resources = getattr(torchvision.datasets, dataset).resources
+        hashes = [*(md5 for _, md5 in resources), *UNPACKED_MD5.get(dataset, ())]
+        known |= {md5: (dataset, resources[number % 4][0]) for number, md5 in enumerate(hashes)}
+    with suppress(OSError, EOFError, zlib.error):
+        for form in (lambda: content, lambda: unpacked(content)):
+            if found := known.get(hashlib.md5(form()).hexdigest()):
+                return found
+    return None
+
+
+def unpacked(content: bytes) -> bytes:
+    """Decompress gzip content; return other content unchanged, whatever the file's name says."""
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+
+
+def describe_wrong_file(content: bytes) -> str:
+    """Say in a few words what a file is that should be another."""
+    if known := official_name(content):
+        return f"it holds {known[1]} of {known[0]}"
+    if content[:256].lstrip()[:1] == b"<":
+        return "it is an HTML page, not data"
+    try:
+        shape = tuple(read_idx(unpacked(content), "it").shape)
+    except EOFError:
+        return f"it is truncated at {len(content):,} bytes"
+    except (OSError, zlib.error):
+        return "its content is corrupt"
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return f"it holds other data, of shape {shape}"
+
+
+def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Sequence[str] | None) -> None:
+    """Fetch official files to `<directory>/<dataset>/raw`, each from the first mirror that has it.
+
+    Raises:
+        ConnectionError: no mirror gave a file; says what each answered, and what lies in the folder instead.
+        OSError: the folder cannot be written.
+    """
+    official, folder = getattr(torchvision.datasets, dataset), directory / dataset / "raw"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".download.lock"), ExitStack() as stack:  # runs that start together download once
+            stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+            socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none, and would hang where packets are dropped
+            for name, md5 in official.resources:
+                if name in names and not (folder / name).exists():
+                    fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
+    except ConnectionError as error:
+        if contents(directory, dataset):  # leave a user's folder of other data as it was
+            with suppress(OSError):  # of folders that hold files
+                (folder / ".download.lock").unlink()
+                folder.rmdir()
+                folder.parent.rmdir()
+        raise ConnectionError(f"{error} {next_step(directory, dataset, names)}") from error
+    except OSError as error:
+        reason = getattr(error.__cause__ or error, "strerror", error)
+        raise OSError(
+            f"data.dir: cannot write to {folder} ({reason}). Free some space, or point data.dir at another folder."
+        ) from error
+
+
+def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
+    """Download one file, which appears under its name once it is whole and has the right MD5."""
+    answers = []
+    for mirror in mirrors:
+        url = f"{mirror.rstrip('/')}/{name}"
+        log.info("downloading %s to %s", url, folder)
+        try:
+            with atomic(folder / name) as part:
+                try:
+                    download_url(url, part.parent, part.name, md5)
+                except RuntimeError as error:  # another MD5
+                    raise ConnectionError(describe_wrong_file(part.read_bytes())) from error
+                except (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+                    raise ConnectionError(error.reason if type(error) is URLError else error) from error
+            return
+        except ConnectionError as error:
+            answers.append(f"{url}: {error}")
+    raise ConnectionError(
+        f"{name} could not be downloaded to {folder} ({'; '.join(answers) or 'data.mirrors is empty'})."
+    )
+
+
+def contents(directory: Path, dataset: str) -> list[str]:
+    """Names of what lies in a folder that the user gave, except for what thaw itself puts there.
+
+    Left out are hidden files, unfinished downloads, folders without a file, and the folders of the other datasets.
+    """
+
+    def counts(path: Path) -> bool:
+        if path.name.startswith(".") or path.suffix == ".part":
+            return False
+        return path.is_file() or (path.is_dir() and any(map(counts, path.iterdir())))
+
+    if not directory.is_dir():
+        return []
+    others = {other for other in DATASETS if other != dataset}
+    return sorted(
+        path.name + "/" * path.is_dir() for path in directory.iterdir() if path.name not in others and counts(path)
+    )
+
+
+def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
+    """For a message: where missing files are looked for, and what lies there instead."""
+    expected = f"{', '.join(missing)} (packed or not, there, in raw/ or in {dataset}/raw/)"
+    if not (held := contents(directory, dataset)):
+        return f"Set data.dir to a folder that holds {expected}, or data.mirrors to a reachable one."
+    more = f" and {len(held) - NAMES_SHOWN} more" if len(held) > NAMES_SHOWN else ""
+    return (
+        f"data.dir={directory} holds {', '.join(held[:NAMES_SHOWN])}{more}, but not {expected}. Add them, set "
+        "data.mirrors to a reachable one, or data.source=sample to take the bundled sample instead. Data of another "
+        "form need a data module of your own (data._target_; see thaw.data.datamodule)."
+    )
