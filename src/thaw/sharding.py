@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD, Optimizer
 
-from thaw.callbacks.weight_averaging import WeightAveraging
+from thaw.callbacks.weight_averaging import EMA
 from thaw.classifier import Classifier
 from thaw.freezing.slim import fill_frozen
 from thaw.models.backbone import Backbone
@@ -127,7 +127,7 @@ def check(model: nn.Module, trainer: Trainer) -> None:
             f"trainer=fsdp cannot thaw on the way, and the freezing policy thaws after {min(thaws)} epochs; use "
             "trainer=ddp, or a policy without a schedule (freeze=full, last_blocks, lora, ...)."
         )
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, EMA) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError("trainer=fsdp cannot average weights; set average=none, or use trainer=ddp.")
 
 

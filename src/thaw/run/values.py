@@ -3,6 +3,7 @@
 import json
 import types
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -41,10 +42,13 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
         raise ValueError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
     problems = []
     for key in map(str, node):
-        value = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
+        value: Any = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):
             if not OmegaConf.is_interpolation(node, key):  # checked where it is written
                 problems += find_problems(value, f"{place}{key}.")
+        elif OmegaConf.is_list(value) and any(isinstance(item, DictConfig) for item in value):
+            blocks = [(number, item) for number, item in enumerate(value) if isinstance(item, DictConfig)]
+            problems += [line for number, item in blocks for line in find_problems(item, f"{place}{key}.{number}.")]
         elif key in annotations:
             given = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
             if not is_allowed(given, annotations[key]):
@@ -65,18 +69,19 @@ def annotated_arguments(target: Any) -> dict[str, Any]:
 def is_allowed(value: Any, annotation: Any) -> bool:
     """Whether a value is of a type and in its range, as strictly as YAML can tell: an int is a float, too.
 
-    `auto` is of every type, as `thaw.run.config.settle` replaces it, and a list of blocks is checked when it is built.
+    `auto` is of every type, as `thaw.run.config.settle` replaces it.
     """
-    if value == "auto" or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+    if value == "auto":
         return True
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-        adapter.validate_python(value, strict=not isinstance(value, list))  # a list may stand for a tuple
-    except ValidationError:
-        return False
     except PydanticUserError:  # a type that pydantic cannot check
         return True
-    return True
+    for given in [value, tuple(value)] if isinstance(value, list) else [value]:  # a list may stand for a tuple
+        with suppress(ValidationError):
+            adapter.validate_python(given, strict=True)
+            return True
+    return False
 
 
 def in_words(annotation: Any) -> str:
@@ -90,6 +95,8 @@ def in_words(annotation: Any) -> str:
         else:
             limits = " and ".join(words.format(bounds[name]) for name, words in BOUNDS.items() if name in bounds)
         hints = "".join(f"; {field.description}" for field in fields if field.description)
+        if "min_length" in bounds:
+            return in_words(arguments[0]).replace("a list", f"a list {limits}", 1) + hints
         comma = ", " if limits[:1].isdigit() else " " if limits else ""
         return f"{in_words(arguments[0])}{comma}{limits}{hints}"
     if origin is Literal:
