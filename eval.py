@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
 
     from thaw.data.datamodule import load_source
     from thaw.data.sources import dataset_name
-    from thaw.evaluation.assessment import assess, count_images
+    from thaw.evaluation.assessment import assess, images_to_predict
     from thaw.evaluation.assessment_files import log_assessment, write_assessments
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
         if chosen and predictor.cfg.data.get("source") == "sample":
             own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
         source = load_source(predictor.cfg.data, own)
-        total = count_images(source, second, robustness)
+        total = images_to_predict(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:
             assessment = assess(label, predictor, source, second, robustness, pictures, bar.update)

@@ -160,7 +160,7 @@ class BankClassifier(Classifier):
         """Tell the loggers which head the best checkpoint has chosen, and draw how all of them did."""
         if not self.trainer.is_global_zero:
             return
-        from thaw.evaluation.pictures import save_lr_curve  # matplotlib, only for pictures
+        from thaw.pages.lr_curve import save_lr_curve  # matplotlib, only for pictures
 
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         state = self.trainer.strategy.load_checkpoint(best)["state_dict"] if best else self.state_dict()

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from thaw.data import sources
 from thaw.evaluation import assessment
-from thaw.evaluation.assessment import assess, count_images, second_facts
+from thaw.evaluation.assessment import assess, images_to_predict, second_facts
 from thaw.evaluation.assessment_files import write_assessments
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.predict.predictor import load_predictor
@@ -126,7 +126,7 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     second = ("<KMNIST>", source._replace(test=sources.Digits(*(part[:40] for part in source.test))))
     done: list[int] = []
     found = assess("one", predictor, source._replace(test=test), second, nothing, tmp_path, done.append)
-    assert sum(done) == count_images(source._replace(test=test), second, nothing)
+    assert sum(done) == images_to_predict(source._replace(test=test), second, nothing)
     (images,) = shown
     firsts = [test.images[test.labels == c][0] for c in (0, 1, 2, 4, 5, 6, 7, 9)]
     assert torch.equal(images, torch.stack(firsts))

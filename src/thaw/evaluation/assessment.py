@@ -14,27 +14,19 @@ from thaw.data.sources import Digits, Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
-from thaw.evaluation.pictures import EXAMPLES, draw_errors, save_attention, save_images, save_reliability
+from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """A checkpoint on its test images.
+    """A checkpoint on its test images."""
 
-    Attributes:
-        label: tells it from other checkpoints.
-        facts: all numbers, as values of JSON.
-        logits: (N, K) of the test images.
-        test: these images and their labels.
-        pictures: title and file of each figure.
-    """
-
-    label: str
-    facts: dict[str, Any]
-    logits: Tensor
+    label: str  # tells it from other checkpoints
+    facts: dict[str, Any]  # all numbers, as values of JSON
+    logits: Tensor  # (N, K)
     test: Digits
-    pictures: list[tuple[str, Path]]
+    pictures: list[tuple[str, Path]]  # titles and files
 
 
 def assess(
@@ -51,11 +43,11 @@ def assess(
     Args:
         label: tells it from other checkpoints.
         predictor: of the checkpoint.
-        source: of its images; the temperature is chosen on the validation split, all else is of the test split.
+        source: of its images; the temperature is chosen on the validation split, all else uses the test split.
         second: name and images of another dataset, to whose test split the checkpoint is applied too.
         robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.
         folder: where the figures go.
-        told: is called with the number of images done; `count_images` says how many there will be.
+        told: is called with the number of images done; `images_to_predict` says how many there will be.
     """
     logits, labels = predictor.logits(source.test.images, told), source.test.labels
     temperature = fit_temperature(predictor.logits(source.val.images, told), source.val.labels)
@@ -78,7 +70,7 @@ def assess(
     return Assessment(label, facts, logits, source.test, pictures)
 
 
-def count_images(source: Source, second: tuple[str, Source] | None, robustness: Mapping[str, Any]) -> int:
+def images_to_predict(source: Source, second: tuple[str, Source] | None, robustness: Mapping[str, Any]) -> int:
     """How many images `assess` will predict."""
     points = sum(len(robustness[name]) + 1 for name in CORRUPTIONS)
     corrupted = points * len(evenly_spread(len(source.test.labels), robustness["digits"]))
@@ -133,7 +125,7 @@ def draw_pictures(
     images, labels = test
     draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, folder)
     save_reliability(logits, labels, temperature, folder / "reliability.png")
-    unsure = least_certain(logits, EXAMPLES)
+    unsure = least_certain(logits, MOST_EXAMPLES)
     order, path = "Least certain first", folder / "least_certain.png"
     save_images(images[unsure], logits[unsure], labels[unsure], order, path)
     pictures = {
@@ -144,7 +136,7 @@ def draw_pictures(
     }
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
-        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:EXAMPLES]])  # of each class
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
         answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
         save_attention(images[first], predictor.attention(images[first]), answers, folder / "attention.png")
     return [(title, folder / f"{name}.png") for title, name in pictures.items()]

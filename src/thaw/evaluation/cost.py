@@ -15,13 +15,9 @@ TIMING_SECONDS = 1.0  # spent on each timing
 
 
 def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
-    """Parameters, FLOPs of one image, time and size, as values of JSON.
+    """Parameters, FLOPs of one image, time of one and of a batch (B, 28, 28), and size, as values of JSON.
 
     Times are medians in the predictor's precision, on its device, on a machine that may do other things besides.
-
-    Args:
-        predictor: of the model.
-        images: uint8 (B, 28, 28), a batch.
     """
     model, device = predictor.model, predictor.fabric.device
     seconds_of_one, seconds_of_all = median_seconds(predictor, images[:1]), median_seconds(predictor, images)

@@ -21,13 +21,11 @@ ACCURACY_TOLERANCE = 0.001  # between cached features and pixels: bf16 sums diff
 def evaluate_checkpoint(
     checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers: list[Any]
 ) -> dict[str, Any]:
-    """Rebuild a model, validate and test it on one device in the precision of its training.
+    """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
     Args:
         checkpoint: from `thaw.run.checkpoint.read`.
         cfg: its configuration, perhaps with another `data.dir`.
-        run_dir: where the figures go.
-        loggers: get the accuracy too.
 
     Returns:
         `val/acc` if the run validates, `test/acc`, its interval, `n_test` and `data_source`.
@@ -55,14 +53,10 @@ def evaluate_checkpoint(
 def best_weights(
     trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, again: bool
 ) -> tuple[float | None, str | None]:
-    """The best checkpoint of a run, or its last weights where validation has chosen none.
+    """Validation accuracy and file of a run's best weights, None where there is none.
 
-    Args:
-        trainer: that has fitted the model.
-        again: validate the best checkpoint once more, from pixels; warns if cached features gave another accuracy.
-
-    Returns:
-        validation accuracy and file of these weights; None where there is none.
+    Where validation has chosen none, these are the last weights. `again` validates the best ones once more, from
+    pixels, and warns if cached features gave another accuracy.
     """
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -93,9 +87,7 @@ def best_weights(
 def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
     """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run.
 
-    Args:
-        run_dir: the run's folder.
-        allow: as for `thaw.run.checkpoint.read`.
+    `allow` is as for `thaw.run.checkpoint.read`.
     """
     from thaw.run.loggers import finish
 

@@ -28,10 +28,7 @@ def spread(images: Tensor, number: int) -> Tensor:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Squared Fréchet distance of two normal distributions with the moments of the features (Heusel et al. 2017).
 
-    0 is best; few images raise it, so that only sets of equal sizes compare.
-
-    Args:
-        real, fake: (N, D) and (M, D), at least 2 each.
+    0 is best; few images raise it, so that only sets of equal sizes compare. Both sets need two images or more.
     """
     features = nn.Identity()
     features.num_features = real.shape[1]  # type: ignore[assignment]
@@ -46,10 +43,7 @@ def precision_and_recall(real: Tensor, fake: Tensor, neighbours: int) -> tuple[f
 
     Precision is the share of `fake` in the manifold of `real`: within the distance of any real image to its k-th
     nearest other real image (equations 1 and 2 there). Recall is the same with the sets exchanged.
-
-    Args:
-        real, fake: features (N, D) and (M, D).
-        neighbours: k, 3 in the paper.
+    The paper takes 3 neighbours.
     """
     return inside(real, fake, neighbours), inside(fake, real, neighbours)
 

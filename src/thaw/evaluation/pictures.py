@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, accuracy_interval, calibration_error, highest_losses, reliability
-from thaw.pages.figures import BLUE, INK, RED, accuracy_axis, new_figure, plain_axes, save_figure
+from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
 from thaw.run.files import atomic
 
-EXAMPLES = 32  # images or classes in a figure
+MOST_EXAMPLES = 32  # images or classes in a figure
 WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
@@ -31,13 +30,10 @@ def draw_errors(
 ) -> None:
     """Write `confusion_matrix.png`, `worst_digits.png` and `wrong_images.csv` into a folder.
 
-    Args:
-        images, logits, labels: of tested images.
-        indices: (N,), the images' places in their split.
-        classes: names of the K classes.
+    `indices` (N,) are the images' places in their split, `classes` the names of the K classes.
     """
     save_confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1], folder / "confusion_matrix.png")
-    worst = highest_losses(logits, labels, EXAMPLES)
+    worst = highest_losses(logits, labels, MOST_EXAMPLES)
     save_images(images[worst], logits[worst], labels[worst], "Highest loss first", folder / "worst_digits.png")
     write_wrong_images(indices, logits, labels, classes, folder / WRONG_IMAGES)
 
@@ -95,7 +91,7 @@ def save_images(images: Tensor, logits: Tensor, labels: Tensor, order: str, path
         prediction = int(chance.argmax())
         show_image(panel, image)
         title = f"{label} {ARROW} {prediction} ({chance[prediction]:.0%})"
-        panel.set_title(title, fontsize=9, color=RED if label != prediction else INK)
+        panel.set_title(title, fontsize=9, color=ACCENT if label != prediction else INK)
     figure.suptitle(f"{order}: true {ARROW} predicted (confidence)", fontsize=11)
     save_figure(figure, path)
 
@@ -124,9 +120,9 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
         confidence, accuracy, counts = (values.numpy() for values in reliability(scaled, labels))
         edges = np.arange(BINS) / BINS
         filled = counts > 0
-        axes.bar(edges[filled], accuracy[filled], 1 / BINS, align="edge", color=BLUE, edgecolor="white")
+        axes.bar(edges[filled], accuracy[filled], 1 / BINS, align="edge", color=FILL, edgecolor="white")
         axes.plot([0, 1], [0, 1], color="#888888", linestyle="--", linewidth=1)
-        axes.scatter(confidence[filled], accuracy[filled], s=14, color=RED, zorder=3)
+        axes.scatter(confidence[filled], accuracy[filled], s=14, color=ACCENT, zorder=3)
         for edge, height, count in zip(edges[filled], accuracy[filled], counts[filled], strict=True):
             inside = height > 0.12
             y, colour, side = (height - 0.01, "white", "top") if inside else (height + 0.01, INK, "bottom")
@@ -157,9 +153,7 @@ def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path
 def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], number: int, path: Path) -> None:
     """Accuracy against the strength of each corruption, a line for each model with its 95 % interval.
 
-    Args:
-        curves: of each model, by corruption: pairs of strength and accuracy.
-        number: of images behind each accuracy.
+    `curves` has for each model and corruption pairs of strength and accuracy, the latter of so many images.
     """
     figure = new_figure(11, 6)
     for axes, (name, corruption) in zip(figure.subplots(2, 3).flat, CORRUPTIONS.items(), strict=True):
@@ -191,31 +185,4 @@ def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], pat
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#888888", "alpha": 0.85}
             axes.text(x, y, name, ha="center", va="center", weight="bold", bbox=box)
     axes.axis("off")
-    save_figure(figure, path)
-
-
-def save_lr_curve(
-    settings: Sequence[tuple[float, float]], accuracies: Sequence[float], chosen: int, path: Path
-) -> None:
-    """Best validation accuracy of each head of a bank against its learning rate, a line for each weight decay.
-
-    Args:
-        settings: learning rate and weight decay of each head.
-        accuracies: of each head, from 0 to 1.
-        chosen: index of the head that gets a ring.
-    """
-    figure = new_figure(7, 4.5)
-    axes = figure.add_subplot()
-    decays = sorted({weight_decay for _, weight_decay in settings})
-    for place, decay in enumerate(decays):
-        points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)
-        color = (0.13, 0.4, 0.67) if len(decays) == 1 else colormaps["viridis"](0.85 * place / (len(decays) - 1))
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
-    accuracy_axis(axes, min(accuracies), max(accuracies))
-    lr, decay = settings[chosen]
-    axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=RED)
-    axes.set_title(f"Chosen of {len(settings)} heads: lr {lr:g}, weight decay {decay:g}", fontsize=12)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation accuracy")
-    if len(decays) > 1:
-        axes.legend(title="weight decay", frameon=False)
     save_figure(figure, path)

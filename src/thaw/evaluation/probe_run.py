@@ -18,15 +18,13 @@ from thaw.run.targets import targets
 
 
 def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
-    """The backbone of the checkpoint `cfg.ckpt`.
+    """The backbone of the checkpoint `cfg.ckpt`; `cfg` gets the run's settings of backbone and data.
 
-    Args:
-        cfg: gets the run's settings of the backbone and of the data; overrides of the data stay.
-        overrides: the command line's, e.g. `["ckpt=last", "data.source=official"]`.
+    Overrides of the data stay in force. Of the backbone only `backbone.weights` may be overridden, to say where frozen
+    weights lie that the checkpoint refers to.
 
     Raises:
-        ValueError: no such checkpoint, one of a model without a backbone, or overrides of the backbone. (Only
-            `backbone.weights` may say where frozen weights lie that the checkpoint refers to.)
+        ValueError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
     """
     typed = [override_key(override) for override in overrides]
     path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")

@@ -29,21 +29,13 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What validation chose.
+    """The value that validation chose for a probe's one setting."""
 
-    Attributes:
-        setting: name of what was chosen, `k` or `C`.
-        candidates: validation accuracy of each value, the values in ascending order.
-        chosen: the value with the highest; the smallest of equals.
-        predict: features (Q, D) -> labels (Q,), with the chosen value.
-        num_parameters: how many numbers were fitted.
-    """
-
-    setting: str
-    candidates: dict[float, float]
-    chosen: float
-    predict: Callable[[Tensor], Tensor]
-    num_parameters: int
+    setting: str  # its name, `k` or `C`
+    candidates: dict[float, float]  # validation accuracy of each value, the values in ascending order
+    chosen: float  # the value with the highest; the smallest of equals
+    predict: Callable[[Tensor], Tensor]  # features (Q, D) -> labels (Q,), with the chosen value
+    num_parameters: int  # fitted
 
 
 def score(choice: Choice, test: Labelled) -> dict[str, Any]:
@@ -68,7 +60,7 @@ def knn(
         train, val: features and labels.
         k: candidates; validation chooses.
         metric: of the distance.
-        vote: `weighted`: each vote counts exp(s / temperature) of the cosine similarity s.
+        vote: where `weighted`, each vote counts exp(s / temperature) of the cosine similarity s.
         temperature: of the weighted vote.
 
     Raises:
@@ -166,12 +158,11 @@ def fit_logistic(
 ) -> tuple[Tensor, Tensor, float]:
     """Minimise C sum_i cross-entropy_i + |weight|^2 / 2, as scikit-learn does, by L-BFGS from a given start.
 
-    The sum is divided by C N where that is above 1: so neither term has a weight above 1 on the mean cross-entropy or
-    on the penalty, and one tolerance serves all C.
+    The sum is divided by max(1, C N), so that neither mean cross-entropy nor penalty has a weight above 1 and one
+    tolerance serves all C.
 
     Args:
-        features: (N, D), in the precision to compute in; losses are added in float64 where the device has it, without
-            which the line search ends early.
+        features: (N, D), in the precision to compute in.
         targets: (N,) from 0 to K - 1.
         c, max_iterations, tolerance: as in `logistic_regression`.
         weight, bias: (K, D) and (K,) to start from.
@@ -179,6 +170,7 @@ def fit_logistic(
     Returns:
         weight (K, D), bias (K,), and the largest entry of their gradient.
     """
+    # losses are added in float64 where the device has it, without which the line search ends early
     exact = torch.float32 if features.device.type == "mps" else torch.float64
     parameters = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     optimizer = torch.optim.LBFGS(

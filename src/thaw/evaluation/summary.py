@@ -27,11 +27,11 @@ LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "
 
 
 def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds: float) -> None:
-    """Write `summary.json` of a finished run and print it.
+    """Write `summary.json` of a run and print it.
 
     Args:
         cfg: of the run.
-        trainer: that fitted, and tested if that was wanted.
+        trainer: has fitted the model, and tested it if that was wanted.
         val_acc: best validation accuracy, None if none was measured.
         seconds: since the run started.
     """
@@ -56,15 +56,9 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
 def report_probe(
     cfg: DictConfig, trainer: Trainer, backbone: nn.Module, choice: Choice, tested: Mapping[str, Any], seconds: float
 ) -> None:
-    """Write `summary.json`, with the keys of a training run's and what validation chose, and print it.
+    """Write `summary.json` of a probe, with the keys of a training run's, and print it.
 
-    Args:
-        cfg: of the probe.
-        trainer: for its device; has the data module.
-        backbone: frozen.
-        choice: of validation.
-        tested: accuracy on the test split; empty if that was not wanted.
-        seconds: since the probe started.
+    `tested` is the accuracy on the test split, empty if that was not wanted.
     """
     results = {
         **tested,
@@ -108,12 +102,7 @@ def write_summary(cfg: DictConfig, trainer: Trainer, results: Mapping[str, Any],
 
 
 def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:
-    """How many numbers train, and how many there are.
-
-    Args:
-        module: a model.
-        epochs: of the run: what would thaw later does not train. None or -1 for a run without such an end.
-    """
+    """How many numbers of a model train within so many epochs (None or -1: a run without end), and how many it has."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     if isinstance(module, Classifier):
         end = NEVER if epochs is None or epochs < 0 else epochs
@@ -153,12 +142,7 @@ def checkpoint_mb(trainer: Trainer) -> float | None:
 
 
 def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
-    """The summary as aligned lines.
-
-    Args:
-        facts: of a run or a probe, as in `summary.json`.
-        wandb: how to see the run there, if it is logged there.
-    """
+    """The `summary.json` of a run or a probe as aligned lines; `wandb` says how to see the run there."""
     lines = {}
     if is_probe := "probe" in facts:
         ((name, chosen),) = facts["chosen"].items()

@@ -12,7 +12,7 @@ from thaw.run.files import atomic
 
 NEARLY_1 = 1.001  # keeps 100 % at a finite height
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
-INK, RED, BLUE = "#333333", "#b2182b", "#4878a8"
+INK, ACCENT, FILL = "#333333", "#b2182b", "#4878a8"
 
 
 def new_figure(width: float, height: float) -> Figure:
