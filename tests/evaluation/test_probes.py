@@ -6,17 +6,16 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, compose_config
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -29,6 +28,7 @@ from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic
 from thaw.run.checkpoint import load_model, read
 from thaw.run.values import check_types
 
+PROBES: dict[str, Callable[..., Choice]] = {"knn": knn, "logistic_regression": logistic_regression}
 KNN = {"metric": "cosine", "vote": "majority", "temperature": 0.07}
 FIT = {"max_iterations": 2000, "tolerance": 1e-7}
 FEW = ["data.source=sample", "data.train_size=300", "trainer.precision=32-true"]
@@ -232,25 +232,15 @@ def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
 
 def probe(run_dir: Path, *overrides: str) -> dict[str, Any]:
     """Run probe.py with overrides, as the command line would; returns its summary."""
-    import probe as script
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("probe", [*overrides, f"run_dir={run_dir}"], return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
-        HydraConfig.instance().set_config(cfg)
-        cfg.overrides = " ".join(overrides)
-        del cfg["hydra"]
-    script.main(cfg)
+    import_module("probe").main(compose_config("probe", *overrides, f"run_dir={run_dir}", "overrides=''"))
     return json.loads((run_dir / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("option", ["knn", "logistic_regression"])
+@pytest.mark.parametrize("option", PROBES)
 def test_settings_equal_the_signature(option: str) -> None:
     """No default hides in Python."""
     block = OmegaConf.load(ROOT / "configs" / "probe" / f"{option}.yaml")
-    parameters = inspect.signature({"knn": knn, "logistic_regression": logistic_regression}[option]).parameters
+    parameters = inspect.signature(PROBES[option]).parameters
     assert {key for key in block if not str(key).startswith("_")} == set(parameters) - {"train", "val"}
     assert all(parameter.default is parameter.empty for parameter in parameters.values())
 
@@ -316,22 +306,13 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
 
 def test_sweep_of_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each job of a multirun writes a summary into its own folder."""
-    import probe as script
-
     GlobalHydra.instance().clear()
-    jobs = [
-        "--config-path",
-        str(ROOT / "configs"),
-        "-m",
-        "probe=knn,logistic_regression",
-        "backbone=pixels",
-        f"hydra.sweep.dir={tmp_path}",
-    ]
-    monkeypatch.setattr("sys.argv", ["probe.py", *jobs, *FEW])
-    script.main()
+    where = ["--config-path", str(ROOT / "configs"), f"hydra.sweep.dir={tmp_path}"]
+    jobs = ["-m", "probe=knn,logistic_regression", "backbone=pixels", *FEW]
+    monkeypatch.setattr("sys.argv", ["probe.py", *where, *jobs])
+    import_module("probe").main()
     summaries = [json.loads((tmp_path / job / "summary.json").read_text()) for job in ("0", "1")]
-    assert [summary["probe"] for summary in summaries] == ["knn", "logistic_regression"]
-    assert [summary["name"] for summary in summaries] == ["knn", "logistic_regression"]
+    assert [(summary["probe"], summary["name"]) for summary in summaries] == [(name, name) for name in PROBES]
     assert all(summary["test/acc"] > 0.7 for summary in summaries)
     assert capsys.readouterr().out.count("95 % interval") == 2
     assert "probe=knn" in summaries[0]["overrides"]

@@ -22,7 +22,7 @@ from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # a later one counts for more where several came
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # of several that came, the last of these counts
 CLOSING_SECONDS = 20.0  # for loggers: a cluster does not wait long
 
 
@@ -41,7 +41,7 @@ class Preemption(Checkpoint):
 
     def __init__(self, run_dir: str) -> None:
         self.last = Path(run_dir) / "checkpoints" / "last.ckpt"
-        self.received = 0  # by this process
+        self.received = 0  # by this process: place of a signal in SIGNALS from 1, 0 for none
         self.agreed = 0  # by any rank; the same on all
         self.training = False
         self.step = 0
@@ -69,7 +69,7 @@ class Preemption(Checkpoint):
             self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
 
         def remember(number: int, frame: FrameType | None) -> None:
-            self.received = max(self.received, number, key=urgency)
+            self.received = max(self.received, 1 + SIGNALS.index(number))
             if not self.training:
                 self.end(trainer, self.received)
 
@@ -81,10 +81,13 @@ class Preemption(Checkpoint):
         self.step = trainer.global_step
         self.agreed = self.received
         if trainer.world_size > 1:
-            place = torch.tensor(urgency(self.received), device=trainer.strategy.root_device)
+            place = torch.tensor(self.received, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
-            self.agreed = (0, *SIGNALS)[int(place)]
-        if not trainer.is_last_batch and not validates_next(trainer):
+            self.agreed = int(place)
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        validates_next = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if not trainer.is_last_batch and not validates_next:
             self.save(trainer)
 
     # Lightning can resume only from a checkpoint that is saved after the validation of a step or the end of an epoch,
@@ -111,16 +114,17 @@ class Preemption(Checkpoint):
         trainer.strategy.barrier()
         self.end(trainer, self.agreed)
 
-    def end(self, trainer: Trainer, number: int) -> NoReturn:
-        """Put the job back into the queue, unless the signal is SIGTERM, and exit at once.
+    def end(self, trainer: Trainer, place: int) -> NoReturn:
+        """Put the job back into the queue, unless the signal at this place is SIGTERM, and exit at once.
 
         After an exception, loggers and process groups would tidy up while the cluster ends their processes.
         """
+        number = SIGNALS[place - 1]
         for each in SIGNALS:  # from now on they are the cluster's answer
             signal.signal(each, signal.SIG_IGN)
         status = 128 + number  # as a shell says that a signal ended a program
         if trainer.is_global_zero:
-            print(f"{signal.Signals(number).name}: step {trainer.global_step} is in {self.last}", flush=True)
+            print(f"{number.name}: step {trainer.global_step} is in {self.last}", flush=True)
             closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
@@ -135,18 +139,6 @@ class Preemption(Checkpoint):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if trainer.is_global_zero else 0)  # an error would have the others killed
-
-
-def urgency(number: int) -> int:
-    """Place of a signal in `SIGNALS` from 1; 0 for none."""
-    return (0, *SIGNALS).index(number)
-
-
-def validates_next(trainer: Trainer) -> bool:
-    """Whether a validation follows this step."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def close_loggers(loggers: list[Logger], status: int) -> None:

@@ -20,7 +20,7 @@ from thaw.freezing.table import format_table
 from thaw.run.checkpoint import run_folder
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
-from thaw.run.record import git_commit, software_facts
+from thaw.run.record import software_facts
 
 
 class RunRecord(Callback):
@@ -39,7 +39,7 @@ class RunRecord(Callback):
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.run_dir, self.config = Path(run_dir), config
-        self.git_commit = git_commit()
+        self.software = software_facts()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_same_config(self.config)
@@ -47,11 +47,8 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        record = {
-            **software_facts(),
-            "device": str(trainer.strategy.root_device),
-            "threads": torch.get_num_threads(),
-        }
+        computer = {"device": str(trainer.strategy.root_device), "threads": torch.get_num_threads()}
+        record = self.software | computer
         if isinstance(pl_module, Classifier):
             pl_module.thaw()  # a resumed run goes on in a later epoch
         table = format_table(pl_module, pl_module.depths(), trainer.optimizers[0].param_groups)  # type: ignore[operator]
@@ -68,7 +65,7 @@ class RunRecord(Callback):
         portable = portable_paths(self.run_dir)
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
         checkpoint["config"] = replaced(self.config, portable) | {"run_dir": ".", "resume": None}
-        checkpoint["git_commit"] = self.git_commit
+        checkpoint["git_commit"] = self.software["git_commit"]
         if hasattr(trainer.datamodule, "load"):  # type: ignore[attr-defined]  # Lightning sets it at run time
             checkpoint["classes"] = list(trainer.datamodule.load().classes)  # type: ignore[attr-defined]
         run = wandb_run(trainer.loggers)
@@ -90,7 +87,7 @@ def portable_paths(run_dir: Path) -> dict[str, str]:
 
 
 def replaced(value: Any, paths: Mapping[str, str]) -> Any:
-    """Nested plain values with other beginnings of the paths in them, keys included."""
+    """Nested plain values whose paths, keys included, get other beginnings."""
     if isinstance(value, dict):
         return {replaced(key, paths): replaced(inner, paths) for key, inner in value.items()}
     if isinstance(value, list):
