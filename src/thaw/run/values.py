@@ -3,19 +3,18 @@
 import json
 import types
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
-Count: TypeAlias = Annotated[int, Field(ge=1)]
-Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Probability: TypeAlias = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}", "min_length": "of {} or more"}
+BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
 
 
 def check_types(node: DictConfig, place: str = "") -> None:
@@ -75,13 +74,12 @@ def is_allowed(value: Any, annotation: Any) -> bool:
         return True
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter.validate_python(value, strict=None if isinstance(value, list) else True)  # a list may stand for a tuple
+    except ValidationError:
+        return False
     except PydanticUserError:  # a type that pydantic cannot check
         return True
-    for given in [value, tuple(value)] if isinstance(value, list) else [value]:  # a list may stand for a tuple
-        with suppress(ValidationError):
-            adapter.validate_python(given, strict=True)
-            return True
-    return False
+    return True
 
 
 def in_words(annotation: Any) -> str:
@@ -95,10 +93,11 @@ def in_words(annotation: Any) -> str:
         else:
             limits = " and ".join(words.format(bounds[name]) for name, words in BOUNDS.items() if name in bounds)
         hints = "".join(f"; {field.description}" for field in fields if field.description)
-        if "min_length" in bounds:
-            return in_words(arguments[0]).replace("a list", f"a list {limits}", 1) + hints
         comma = ", " if limits[:1].isdigit() else " " if limits else ""
-        return f"{in_words(arguments[0])}{comma}{limits}{hints}"
+        words = in_words(arguments[0])
+        if least := [rule.min_length for field in fields for rule in field.metadata if hasattr(rule, "min_length")]:
+            words = words.replace("a list", f"a list of {least[0]} or more", 1)
+        return f"{words}{comma}{limits}{hints}"
     if origin is Literal:
         return one_of([shown(item).strip("'") for item in arguments])
     if origin in (Union, types.UnionType):
