@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall, spread
+from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 
 
@@ -58,12 +58,6 @@ def test_precision_and_recall_of_a_collapsed_and_of_a_perfect_generator() -> Non
     assert precision_and_recall(real, real, 3) == (1, 1)
     precision, recall = precision_and_recall(real, real[:1].repeat(50, 1), 3)  # one good image, always the same
     assert precision == 1 and recall == pytest.approx(1 / 60)
-
-
-def test_spread_takes_images_of_every_class() -> None:
-    images = torch.arange(100)
-    assert spread(images, 5).tolist() == [0, 24, 49, 74, 99]
-    assert torch.equal(spread(images, 1000), images)
 
 
 def test_features_are_the_bundled_backbones_in_eval_mode() -> None:

@@ -20,11 +20,6 @@ def image_features(backbone: Backbone, images: Tensor) -> Tensor:
     return by_batches(lambda batch: backbone(preprocess(batch)).float(), images)
 
 
-def spread(images: Tensor, number: int) -> Tensor:
-    """At most so many of the images (N, 28, 28), evenly spaced: of every class where they are sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, min(number, len(images))).long()]
-
-
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Squared Fréchet distance of two normal distributions with the moments of the features (Heusel et al. 2017).
 
