@@ -17,12 +17,13 @@ def main(cfg: DictConfig) -> None:
 
     from thaw.data.datamodule import load_source
     from thaw.data.images import dataset_name
-    from thaw.evaluation.assessment import assess, count_digits
-    from thaw.evaluation.report import log_report, write_report
+    from thaw.evaluation.assessment import assess, images_to_predict
+    from thaw.evaluation.assessment_files import log_assessment, write_assessments
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
+    from thaw.run.command_line import override_key
 
-    typed = {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+    typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
     changes = {
         key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
@@ -49,7 +50,7 @@ def main(cfg: DictConfig) -> None:
         if chosen and predictor.cfg.data.get("source") == "sample":
             own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
         source = load_source(predictor.cfg.data, own)
-        total = count_digits(source, second, robustness)
+        total = images_to_predict(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:
             assessment = assess(label, predictor, source, second, robustness, pictures, bar.update)
@@ -62,10 +63,10 @@ def main(cfg: DictConfig) -> None:
             flush=True,
         )
         assessments.append(assessment)
-    page = write_report(assessments, folder)
+    page = write_assessments(assessments, folder)
     if cfg.wandb:
         for predictor, assessment in zip(predictors, assessments, strict=True):
-            log_report(assessment, checkpoints.read(predictor.checkpoint, cfg.allow), page)
+            log_assessment(assessment, checkpoints.read(predictor.checkpoint, cfg.allow), page)
     print(f"report: {page}")
 
 

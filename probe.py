@@ -15,28 +15,26 @@ def main(cfg: DictConfig) -> float:
     import lightning as L
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.callbacks.progress import quiet
-    from thaw.evaluation.probe_run import checkpoint_backbone, probe_features, report_probe
+    from thaw.evaluation.probe_run import checkpoint_backbone, probe_features
     from thaw.evaluation.probes import score
+    from thaw.evaluation.summary import report_probe
+    from thaw.run.console import quiet_libraries
 
-    quiet()
+    quiet_libraries()
     backbone = checkpoint_backbone(cfg, HydraConfig.get().overrides.task) if cfg.ckpt else None
     settle(cfg)
     L.seed_everything(cfg.seed, verbose=False)
     trainer = build(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
     if trainer.world_size > 1:
         raise ValueError(f"trainer.devices={cfg.trainer.devices}: a probe runs on one; choose trainer=cpu, gpu or mps.")
-    datamodule, cache = build(cfg.data), build(cfg.cache)
-    datamodule.trainer = trainer
+    trainer.datamodule, cache = build(cfg.data), build(cfg.cache)
     backbone = build(cfg.backbone) if backbone is None else backbone
     backbone.eval().requires_grad_(False).to(trainer.strategy.root_device)
 
-    train, val = (probe_features(split, datamodule, backbone, cache, trainer) for split in ("train", "val"))
+    train, val = (probe_features(split, trainer, backbone, cache) for split in ("train", "val"))
     choice = build(cfg.probe)(train, val)
-    tested = None
-    if cfg.test:
-        tested = score(choice, probe_features("test", datamodule, backbone, cache, trainer))
-    report_probe(cfg, datamodule, backbone, choice, tested, time.monotonic() - started)
+    tested = score(choice, probe_features("test", trainer, backbone, cache)) if cfg.test else {}
+    report_probe(cfg, trainer, backbone, choice, tested, time.monotonic() - started)
     return choice.candidates[choice.chosen]
 
 

@@ -19,18 +19,18 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     started = time.monotonic()
     import lightning as L
 
-    from thaw.callbacks.monitor_check import MonitorCheck
-    from thaw.callbacks.progress import quiet
+    from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.run.checkpoint import start_from
+    from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
     from thaw.run.ranks import ranks
     from thaw.run.targets import targets
     from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
 
-    quiet()
+    quiet_libraries()
     settle(cfg)
     check_trainer(cfg.trainer)
     if cfg.start_from and "self_contained" in cfg.model:

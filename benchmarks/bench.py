@@ -27,16 +27,15 @@ from omegaconf import OmegaConf, open_dict
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
-from thaw.callbacks.progress import quiet
 from thaw.data.augment import Augment
 from thaw.data.datamodule import MNISTDataModule
 from thaw.data.mnist import load_mnist
 from thaw.data.preprocess import Preprocess
 from thaw.freezing import features as feature_cache
 from thaw.models.backbone import Backbone
-from thaw.pages.axes import save
+from thaw.pages.figures import save_figure
 from thaw.run.config import build_list, settle
-from thaw.run.console import lenient
+from thaw.run.console import lenient, quiet_libraries
 from thaw.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -449,7 +448,7 @@ def draw(path: Path, panels: list[tuple[str, list[int], list[list[float]], str]]
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     figure.axes[0].legend(frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def machine() -> str:
@@ -469,7 +468,7 @@ def main() -> None:
         "--only", nargs="*", help="parts to run, e.g. pipeline feature_passes; results.md is not written"
     )
     args = parser.parse_args()
-    quiet()
+    quiet_libraries()
     load_mnist("MNIST", args.data, "official", None)
     bench = Bench(str(Path(args.data).resolve()), args.quick)
     if not torch.cuda.is_available():

@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from thaw.pages.axes import save
+from thaw.pages.figures import save_figure
 from thaw.run.console import lenient
 from thaw.run.files import write_text
 
@@ -177,7 +177,7 @@ def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     times.set_xlim(right=times.get_xlim()[1] * 2)
     handles = [errors.plot([], [], "o", color=color, label=kind)[0] for kind, color in colors.items()]
     errors.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

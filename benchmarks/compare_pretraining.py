@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare import ROOT, run_once
-from thaw.pages.axes import save
+from thaw.pages.figures import save_figure
 from thaw.run.config import settle
 from thaw.run.console import lenient
 from thaw.run.files import write_text
@@ -236,7 +236,7 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
     for axis in (tuned.yaxis, probed.xaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

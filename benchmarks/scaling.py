@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.compare import ROOT, run_once
-from thaw.pages.axes import save
+from thaw.pages.figures import save_figure
 from thaw.run.console import lenient
 from thaw.run.files import write_text
 
@@ -109,7 +109,7 @@ def picture(rows: list[dict[str, Any]]) -> None:
         axes.yaxis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.yaxis.set_ticks([], minor=True)
     panels[0].legend(fontsize=8, frameon=False)
-    save(figure, ROOT / "benchmarks" / "scaling.png")
+    save_figure(figure, ROOT / "benchmarks" / "scaling.png")
 
 
 def main() -> None:

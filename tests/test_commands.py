@@ -41,7 +41,7 @@ KINDS: dict[str, list[str]] = {
         "freeze=first_blocks",
     ],
     "full": ["backbone=rnn", "backbone.hidden_size=8", "freeze=full", "mix=cutmix"],
-    "gradual": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=gradual", "average=swa"],
+    "gradual": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=gradual", "average=ema"],
     "last_blocks": [
         *("backbone=swin_tiny", "+backbone.arguments.embed_dim=16", "+backbone.arguments.num_heads=[1,2,2,2]"),
         *(*STAGES, "freeze=last_blocks", "head.norm=batch"),
@@ -55,7 +55,7 @@ KINDS: dict[str, list[str]] = {
     "lr_bank": [*VIT, "head=lr_bank", "head.lrs=[1e-3,1e-2]"],
     "norm_only": ["backbone=vit_small_dinov3", *TINY, "backbone.image_size=32", "freeze=norm_only", "head.norm=none"],
     "patterns": ["backbone=vit_base_siglip2", *TINY, "backbone.image_size=32", "freeze=patterns", "mix=both"],
-    "convnet": ["backbone=convnet", "backbone.widths=[4,4]", "freeze=full", "average=swa"],
+    "convnet": ["backbone=convnet", "backbone.widths=[4,4]", "freeze=full", "average=ema"],
     "lenet5": ["backbone=lenet5", "freeze=full"],
     "mlp": ["backbone=mlp", "backbone.hidden=[8]", "freeze=full"],
     "pixels": ["backbone=pixels", "head.norm=none"],
@@ -83,8 +83,8 @@ def undrawn() -> Iterator[None]:
                 path.touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thaw.evaluation.cost.SECONDS", 0.0)
-        for module in map(import_module, ("thaw.evaluation.report", "thaw.evaluation.assessment", PICTURES)):
+        patch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
+        for module in map(import_module, ("thaw.evaluation.assessment_files", "thaw.evaluation.assessment", PICTURES)):
             for name in [name for name in vars(module) if name.startswith("save_")]:
                 patch.setattr(module, name, touch)
         yield

@@ -4,14 +4,15 @@ import csv
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from thaw.callbacks.feature_monitor import FeatureMonitor, knn_accuracy
+from thaw.callbacks.feature_monitor import knn_accuracy
+from thaw.run.values import check_types
 
 Train = Callable[..., Path]
 MONITOR = "callbacks.feature_monitor"
@@ -85,7 +86,8 @@ def test_collapse_is_warned_of_once_and_early(pretrain: Callable[..., Path]) -> 
     assert "at step 1 their feature_std is" in told[0] and "of 32" in told[0] and "lower optim.lr" in told[0]
 
 
-@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"digits": 1}])
-def test_settings_out_of_range(settings: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"every_n_steps=.* must be 1 or more"):
-        FeatureMonitor(str(tmp_path), **{"every_n_steps": 1, "digits": 10, "min_std": 0.1} | settings)
+@pytest.mark.parametrize(("name", "value", "least"), [("every_n_steps", 0, 1), ("digits", 1, 2)])
+def test_settings_out_of_range(name: str, value: int, least: int) -> None:
+    block = OmegaConf.create({"_target_": "thaw.callbacks.feature_monitor.FeatureMonitor", name: value})
+    with pytest.raises(ValueError, match=rf"^feature_monitor\.{name}={value} must be a whole number, {least} or more"):
+        check_types(block, "feature_monitor.")

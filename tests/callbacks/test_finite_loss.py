@@ -66,7 +66,7 @@ def test_the_run_stops_before_the_weights_change(bad: float) -> None:
         fit(model)
     message = str(caught.value)
     assert f"The loss is {bad} at step 6 (epoch 1, batch 2, " in message
-    assert "training digits [20, 21, 22, 23, 24, 25, 26, 27] ...)" in message
+    assert "training images [20, 21, 22, 23, 24, 25, 26, 27] ...)" in message
     assert "activations overflow although all weights are finite" in message
     assert len(model.weights) == 7 and not torch.equal(model.weights[5], model.weights[6])  # it was training
     assert torch.equal(model.head.weight, model.weights[6])
@@ -103,7 +103,7 @@ def test_cause_in_diverged_weights() -> None:
 
 def test_a_delayed_look_names_the_first_bad_step() -> None:
     model = Model([1.0] * 5 + [float("nan"), 1.0, 1.0])  # the weights are spoiled, so that steps 6 and 7 are bad too
-    with pytest.raises(ValueError, match=r"The loss is nan at step 5 \(epoch 1, batch 1, training digits \[10, 11, "):
+    with pytest.raises(ValueError, match=r"The loss is nan at step 5 \(epoch 1, batch 1, training images \[10, 11, "):
         fit(model, Delayed())
     assert len(model.weights) == 8  # seen when the epoch ended
 
@@ -128,7 +128,7 @@ def test_a_delayed_look_comes_before_validation_and_checkpoint(tmp_path: Path) -
 def test_delayed_finite_losses_go_on() -> None:
     model, check = Model([1.0] * 8), Delayed()
     fit(model, check, validate=True)
-    assert len(model.weights) == model.validated == 8 and not check.unseen
+    assert len(model.weights) == model.validated == 8 and not check.unchecked
 
 
 # What was saved before

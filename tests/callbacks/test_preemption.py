@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thaw.callbacks.preemption import close, requeue
+from thaw.callbacks.preemption import close_loggers, requeue
 from thaw.classifier import Classifier
 
 TRAINING_STEP = Classifier.training_step
@@ -217,7 +217,7 @@ def test_a_logger_that_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch, ca
     run.mark_preempting.side_effect = ConnectionResetError("Connection lost")
     monkeypatch.setattr("thaw.callbacks.preemption.wandb_run", lambda loggers: run)
     logger = MagicMock()
-    close([logger], 143)
+    close_loggers([logger], 143)
     logger.finalize.assert_called_once_with("preempted")
     assert "The W&B run was not closed (Connection lost)" in caplog.text
 

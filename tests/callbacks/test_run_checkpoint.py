@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
+from thaw.run.values import check_types
 
 LONG = 3600.0
 
@@ -86,8 +87,9 @@ def test_nothing_is_held_back_for_0_seconds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [-1, float("nan")])
 def test_seconds_out_of_range(seconds: float) -> None:
-    with pytest.raises(ValueError, match=rf"trainer\.plugins: seconds={seconds} must be 0 or more"):
-        PacedCheckpointIO(seconds)
+    plugin = {"_target_": "thaw.callbacks.run_checkpoint.PacedCheckpointIO", "seconds": seconds}
+    with pytest.raises(ValueError, match=rf"^trainer\.plugins\.0\.seconds={seconds} must be a number, 0 or more"):
+        check_types(OmegaConf.create({"plugins": [plugin]}), "trainer.")
 
 
 def test_whoever_loads_gets_the_newest(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from thaw.callbacks.weight_averaging import EMA, SWA, WeightAveraging
+from thaw.callbacks.weight_averaging import EMA
+from thaw.run.values import check_types
 
 STEPS = 4  # an epoch
 AVERAGED = {"thawed.0.weight", "thawed.0.bias", "thawed.1.running_mean", "thawed.1.running_var", "last.weight"}
@@ -120,24 +122,10 @@ def test_ema_by_hand(decay: float) -> None:
             assert same_bits(tensor, before[name]), name
 
 
-def test_swa_is_the_mean_of_epochs() -> None:
-    """4 epochs, the last 3 of them count; before that there is no average."""
-    model, watch = Net(), Watch()
-    fit(model, SWA(start=0.25), watch, epochs=4)
-    ends = watch.batches[STEPS - 1 :: STEPS]
-    for name, tensor in model.seen[0].items():
-        assert torch.equal(tensor, ends[0][name])
-    for epoch in (1, 2, 3):
-        mean = {name: torch.stack([end[name] for end in ends[1 : epoch + 1]]).mean(dim=0) for name in AVERAGED}
-        assert_averaged(model.seen[epoch], mean, ends[epoch])
-    assert_averaged(copy(model), mean, ends[-1])
-
-
-@pytest.mark.parametrize("averaging", [EMA(0.9), SWA(0.0)])
-def test_training_does_not_notice(averaging: WeightAveraging) -> None:
+def test_training_does_not_notice() -> None:
     """Every step, in epochs after validations too, is as without averaging."""
     with_it, without = Watch(), Watch()
-    fit(Net(), averaging, with_it, val_check_interval=0.5)
+    fit(Net(), EMA(0.9), with_it, val_check_interval=0.5)
     fit(Net(), without, val_check_interval=0.5)
     for one, other in zip(with_it.batches + with_it.epochs, without.batches + without.epochs, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in other)
@@ -150,12 +138,6 @@ def test_accumulated_gradients_count_once() -> None:
     average = {name: ema_by_hand(watch.batches[1::2], name, 0.999) for name in AVERAGED}
     assert averaging.updates == 4
     assert_averaged(copy(model), average, watch.batches[-1])
-
-
-def test_swa_with_fewer_batches_than_the_loader_has() -> None:
-    averaging = SWA(0.5)
-    fit(Net(), averaging, epochs=4, limit_train_batches=3, accumulate_grad_batches=2)
-    assert averaging.updates == 2
 
 
 def test_checkpoint_holds_the_average_and_the_current_weights(tmp_path: Path) -> None:
@@ -177,14 +159,12 @@ def test_checkpoint_holds_the_average_and_the_current_weights(tmp_path: Path) ->
             assert all(torch.equal(tensor, averaged[name]) for name, tensor in model.seen[-1].items())
 
 
-@pytest.mark.parametrize("averaging", [lambda: EMA(0.9), lambda: SWA(0.25)], ids=["ema", "swa"])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_resumed_equals_uninterrupted(tmp_path: Path, averaging: Any, epoch: int) -> None:
-    """From before the first average of SWA and from after it."""
+def test_resumed_equals_uninterrupted(tmp_path: Path, epoch: int) -> None:
     whole, watch = Net(), Watch()
-    fit(whole, averaging(), watch, saving(tmp_path), epochs=4)
+    fit(whole, EMA(0.9), watch, saving(tmp_path), epochs=4)
     resumed, rest = Net(), Watch()
-    fit(resumed, averaging(), rest, epochs=4, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    fit(resumed, EMA(0.9), rest, epochs=4, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
     pairs = [*zip(whole.seen[epoch + 1 :], resumed.seen, strict=True), (copy(whole), copy(resumed))]
     pairs += zip(watch.batches[STEPS * (epoch + 1) :], rest.batches, strict=True)
     for expected, got in pairs:
@@ -214,18 +194,6 @@ def test_averages_in_full_precision() -> None:
 
 @pytest.mark.parametrize("decay", [0, 1, 1.5, -0.1, float("nan")])
 def test_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"average\.decay={decay} must be above 0 and below 1.*average=none"):
-        EMA(decay)
-
-
-@pytest.mark.parametrize("start", [-0.1, 1, 2, float("nan")])
-def test_start_out_of_range(start: float) -> None:
-    with pytest.raises(ValueError, match=rf"average\.start={start} must be from 0 to below 1"):
-        SWA(start)
-
-
-def test_swa_needs_a_number_of_epochs() -> None:
-    with pytest.raises(
-        ValueError, match=r"trainer\.max_epochs=-1; set it to a number of epochs, or choose average=ema"
-    ):
-        fit(Net(), SWA(0.5), epochs=-1, max_steps=3)
+    settings = OmegaConf.create({"average": {"_target_": "thaw.callbacks.weight_averaging.EMA", "decay": decay}})
+    with pytest.raises(ValueError, match=r"average\.decay=.* must be a number above 0 and below 1; .*average=none"):
+        check_types(settings)

@@ -32,7 +32,7 @@ def command(name: str, folder: Path, *overrides: str) -> None:
 
 @pytest.fixture(autouse=True)
 def no_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.evaluation.cost.SECONDS", 0.0)
+    monkeypatch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
 
 
 def own_data(tmp_path: Path, **settings: object) -> list[str]:

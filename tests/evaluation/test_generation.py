@@ -1,4 +1,4 @@
-"""Numbers for generated digits: the Fréchet distance against scipy, precision and recall against loops."""
+"""Numbers for generated images: the Fréchet distance against scipy, precision and recall against loops."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from thaw.evaluation.generation import digit_features, frechet_distance, precision_and_recall, spread
+from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 
 
@@ -27,7 +27,7 @@ def test_frechet_distance_equals_scipys() -> None:
     assert frechet_distance(fake, real) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("number", "width"), [(60, 6), (20, 192)], ids=["many", "fewer digits than features"])
+@pytest.mark.parametrize(("number", "width"), [(60, 6), (20, 192)], ids=["many", "fewer images than features"])
 def test_frechet_distance_of_equal_sets_is_0(number: int, width: int) -> None:
     real, _ = sets(number, 3, width)
     assert frechet_distance(real, real.flip(0)) == pytest.approx(0, abs=1e-3)
@@ -56,14 +56,8 @@ def test_precision_and_recall_equal_a_naive_version(k: int) -> None:
 def test_precision_and_recall_of_a_collapsed_and_of_a_perfect_generator() -> None:
     real, _ = sets()
     assert precision_and_recall(real, real, 3) == (1, 1)
-    precision, recall = precision_and_recall(real, real[:1].repeat(50, 1), 3)  # one good digit, always the same
+    precision, recall = precision_and_recall(real, real[:1].repeat(50, 1), 3)  # one good image, always the same
     assert precision == 1 and recall == pytest.approx(1 / 60)
-
-
-def test_spread_takes_digits_of_every_class() -> None:
-    images = torch.arange(100)
-    assert spread(images, 5).tolist() == [0, 24, 49, 74, 99]
-    assert torch.equal(spread(images, 1000), images)
 
 
 def test_features_are_the_bundled_backbones_in_eval_mode() -> None:
@@ -71,7 +65,7 @@ def test_features_are_the_bundled_backbones_in_eval_mode() -> None:
     torch.manual_seed(0)
     backbone = Backbone("vit_tiny_patch16_224", "none", 28, 1, "model", [0.1307], [0.3081], True, arguments)
     images = torch.randint(0, 256, (501, 28, 28), dtype=torch.uint8)
-    features = digit_features(backbone, images)
+    features = image_features(backbone, images)
     expected = backbone.eval()((images[:, None] / 255 - 0.1307) / 0.3081)
     assert features.shape == (501, 192) and not features.requires_grad
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)

@@ -1,22 +1,25 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from scipy.stats import binom, binomtest
+from scipy.stats import binom
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from thaw.evaluation.metrics import (
     BINS,
+    accuracy_facts,
     accuracy_interval,
     calibration_error,
     class_scores,
     fit_temperature,
+    highest_losses,
     least_certain,
     mcnemar,
     reliability,
-    worst_digits,
 )
 
 
@@ -30,21 +33,26 @@ def predicted() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (487, 500), (9921, 10_000)])
-def test_interval_equals_scipys(correct: int, total: int) -> None:
-    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    assert accuracy_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-7)
+def test_interval_equals_wilsons_formula(correct: int, total: int) -> None:
+    """Wilson 1927: the proportions whose distance from the one found is 1.96 of their own standard errors."""
+    z, share = 1.9599639845400545, correct / total
+    centre, scale = share + z * z / (2 * total), 1 + z * z / total
+    spread = z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    assert accuracy_interval(correct, total) == pytest.approx(((centre - spread) / scale, (centre + spread) / scale))
 
 
-@pytest.mark.parametrize(("correct", "total"), [(1, 0), (-1, 5), (6, 5)])
-def test_impossible_counts(correct: int, total: int) -> None:
-    with pytest.raises(ValueError, match=f"{correct} correct of {total}"):
-        accuracy_interval(correct, total)
+def test_accuracy_facts() -> None:
+    low, high = accuracy_interval(3, 4)
+    facts = accuracy_facts(torch.tensor([1, 2, 3, 0]), torch.tensor([1, 2, 3, 4]))
+    assert facts == {"test/acc": 0.75, "test/acc_low": low, "test/acc_high": high, "n_test": 4}
+    with pytest.raises(ValueError, match=r"There are no test images.*give a test split"):
+        accuracy_facts(torch.tensor([]), torch.tensor([]))
 
 
-def test_worst_digits() -> None:
+def test_highest_losses() -> None:
     logits = torch.tensor([[5.0, 0.0], [0.0, 5.0], [1.0, 0.0], [0.0, 9.0]])
-    assert worst_digits(logits, torch.tensor([0, 0, 0, 0]), count=2).tolist() == [3, 1]
-    assert len(worst_digits(logits, torch.tensor([0, 0, 0, 0]), count=9)) == 4
+    assert highest_losses(logits, torch.tensor([0, 0, 0, 0]), count=2).tolist() == [3, 1]
+    assert len(highest_losses(logits, torch.tensor([0, 0, 0, 0]), count=9)) == 4
 
 
 def test_least_certain() -> None:

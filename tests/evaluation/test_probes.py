@@ -3,19 +3,19 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
+from conftest import ROOT, compose_config
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -26,7 +26,9 @@ from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic_regression, score, standardisation
 from thaw.run.checkpoint import load_model, read
+from thaw.run.values import check_types
 
+PROBES: dict[str, Callable[..., Choice]] = {"knn": knn, "logistic_regression": logistic_regression}
 KNN = {"metric": "cosine", "vote": "majority", "temperature": 0.07}
 FIT = {"max_iterations": 2000, "tolerance": 1e-7}
 FEW = ["data.source=sample", "data.train_size=300", "trainer.precision=32-true"]
@@ -49,7 +51,7 @@ TRAIN, VAL, TEST = blobs(400, 0), blobs(150, 1), blobs(130, 2)
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_knn_equals_scikit_learn(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "AT_ONCE", 400 * 64)  # three chunks, the last not full
+    monkeypatch.setattr(probes, "SIMILARITIES", 400 * 64)  # three chunks, the last not full
     several = knn(TRAIN, VAL, k=[1, 4, 7, 400], **KNN | {"metric": metric})
     for k in (1, 4, 7, 400):
         reference = KNeighborsClassifier(k, metric=metric, algorithm="brute").fit(*map(np.asarray, TRAIN))
@@ -150,11 +152,11 @@ def test_validation_chooses_where_the_test_split_would_choose_otherwise(probe: C
     (name,) = {"k", "C"} & set(probe.keywords)  # type: ignore[attr-defined]
     other = probe(TRAIN, VAL, **{name: [worst]})
     test = Labelled(TEST.features, other.predict(TEST.features))  # on these labels the worst candidate is perfect
-    assert score(other, test).acc == 1 > score(choice, test).acc
+    assert score(other, test)["test/acc"] == 1 > score(choice, test)["test/acc"]
     assert choice.chosen == max(choice.candidates, key=choice.candidates.__getitem__) != worst
     alone = probe(TRAIN, VAL, **{name: [choice.chosen]})
     assert torch.equal(choice.predict(TEST.features), alone.predict(TEST.features))
-    assert score(choice, mislabelled(TEST)).acc == 0
+    assert score(choice, mislabelled(TEST))["test/acc"] == 0
 
 
 def test_the_smallest_of_equal_candidates_is_chosen() -> None:
@@ -166,26 +168,44 @@ def test_the_smallest_of_equal_candidates_is_chosen() -> None:
 def test_score() -> None:
     choice = Choice("k", {1: 0.5}, 1, lambda features: features[:, 0].long(), 0)
     got = score(choice, Labelled(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([1, 2, 3, 9])))
-    assert (got.acc, (got.low, got.high), got.n) == (0.75, accuracy_interval(3, 4), 4)
+    low, high = accuracy_interval(3, 4)
+    assert got == {"test/acc": 0.75, "test/acc_low": low, "test/acc_high": high, "n_test": 4}
 
 
 # Bad input
 
 
+COUNTS, POSITIVES = (
+    f"a list of 1 or more, each item a {each}" for each in ("whole number, 1 or more", "number above 0")
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("k", [[], 5, [1, 0], [2.5], [True]], COUNTS),
+        ("metric", ["manhattan"], "cosine or euclidean"),
+        ("vote", ["unanimous"], "majority or weighted"),
+        ("temperature", [0, math.nan], "a number above 0; 0.07 is common"),
+        ("C", [[], [1.0, 0.0], None, [-1], [math.inf], [math.nan], ["1"]], POSITIVES),
+        ("max_iterations", [0], "a whole number, 1 or more"),
+        ("tolerance", [0.0], "a number above 0; e.g. 1e-5"),
+    ],
+)
+def test_settings_out_of_range(name: str, values: list[Any], allowed: str) -> None:
+    target = "logistic_regression" if name in ("C", "max_iterations", "tolerance") else "knn"
+    for value in values:
+        block = OmegaConf.create({"_target_": f"thaw.evaluation.probes.{target}", name: value})
+        shown = "null" if value is None else repr(value)
+        with pytest.raises(ValueError, match=re.escape(f"probe.{name}={shown} must be {allowed}.")):
+            check_types(block, "probe.")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": [3, 401]}, "probe.k=401 is more than the 400 training digits"),
-        ({"k": []}, r"probe.k=\[\] holds no candidates"),
-        ({"k": 5}, "probe.k=5 holds no candidates; give a list of whole numbers"),
-        ({"k": [1, 0]}, r"probe.k=\[1, 0\] holds 0; candidates must be whole numbers, 1 or more"),
-        ({"k": [2.5]}, "holds 2.5; candidates"),
-        ({"k": [True]}, "holds True; candidates"),
-        ({"metric": "manhattan"}, "probe.metric='manhattan' is unknown; choose cosine or euclidean"),
-        ({"vote": "unanimous"}, "probe.vote='unanimous' is unknown; choose majority or weighted"),
+        ({"k": [3, 401]}, "probe.k=401 is more than the 400 training images"),
         ({"vote": "weighted", "metric": "euclidean"}, "probe.vote=weighted needs probe.metric=cosine, not euclidean"),
-        ({"temperature": 0}, "probe.temperature=0 must be above 0"),
-        ({"temperature": math.nan}, "probe.temperature=nan must be above 0"),
     ],
 )
 def test_knn_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
@@ -193,36 +213,17 @@ def test_knn_settings_that_cannot_work(changes: dict[str, Any], message: str) ->
         knn(TRAIN, VAL, **{"k": [1], **KNN, **changes})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"C": []}, r"probe.C=\[\] holds no candidates"),
-        ({"C": [1.0, 0.0]}, r"holds 0.0; candidates must be finite numbers above 0"),
-        ({"C": None}, "probe.C=None holds no candidates"),
-        ({"C": [-1]}, "holds -1; candidates"),
-        ({"C": [math.inf]}, "holds inf; candidates"),
-        ({"C": [math.nan]}, "holds nan; candidates"),
-        ({"C": ["1"]}, "holds '1'; candidates"),
-        ({"max_iterations": 0}, "probe.max_iterations=0 must be 1 or more"),
-        ({"tolerance": 0.0}, "probe.tolerance=0.0 must be above 0"),
-    ],
-)
-def test_logistic_settings_that_cannot_work(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        logistic_regression(TRAIN, VAL, **{"C": [1.0], **FIT, **changes})
-
-
 @pytest.mark.parametrize("probe", [partial(knn, k=[1], **KNN), partial(logistic_regression, C=[1.0], **FIT)])
 def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
     broken = TRAIN.features.clone()
     broken[[3, 3, 50], [0, 1, 2]] = torch.tensor([math.nan, math.inf, -math.inf])
-    with pytest.raises(ValueError, match="2 of 400 training digits have features that are not finite"):
+    with pytest.raises(ValueError, match="2 of 400 training images have features that are not finite"):
         probe(Labelled(broken, TRAIN.labels), VAL)
-    with pytest.raises(ValueError, match="2 of 400 validation digits"):
+    with pytest.raises(ValueError, match="2 of 400 validation images"):
         probe(TRAIN, Labelled(broken, TRAIN.labels))
-    with pytest.raises(ValueError, match="2 of 400 test digits"):
+    with pytest.raises(ValueError, match="2 of 400 test images"):
         score(probe(TRAIN, VAL), Labelled(broken, TRAIN.labels))
-    with pytest.raises(ValueError, match="All 400 training digits are of class 5; a probe needs two"):
+    with pytest.raises(ValueError, match="All 400 training images are of class 5; a probe needs two"):
         probe(Labelled(TRAIN.features, torch.full((400,), 5)), VAL)
 
 
@@ -231,25 +232,15 @@ def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
 
 def probe(run_dir: Path, *overrides: str) -> dict[str, Any]:
     """Run probe.py with overrides, as the command line would; returns its summary."""
-    import probe as script
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("probe", [*overrides, f"run_dir={run_dir}"], return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.job.num, cfg.hydra.job.id = 0, "0"
-        HydraConfig.instance().set_config(cfg)
-        cfg.overrides = " ".join(overrides)
-        del cfg["hydra"]
-    script.main(cfg)
+    import_module("probe").main(compose_config("probe", *overrides, f"run_dir={run_dir}", "overrides=''"))
     return json.loads((run_dir / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("option", ["knn", "logistic_regression"])
+@pytest.mark.parametrize("option", PROBES)
 def test_settings_equal_the_signature(option: str) -> None:
     """No default hides in Python."""
     block = OmegaConf.load(ROOT / "configs" / "probe" / f"{option}.yaml")
-    parameters = inspect.signature({"knn": knn, "logistic_regression": logistic_regression}[option]).parameters
+    parameters = inspect.signature(PROBES[option]).parameters
     assert {key for key in block if not str(key).startswith("_")} == set(parameters) - {"train", "val"}
     assert all(parameter.default is parameter.empty for parameter in parameters.values())
 
@@ -315,22 +306,13 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
 
 def test_sweep_of_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each job of a multirun writes a summary into its own folder."""
-    import probe as script
-
     GlobalHydra.instance().clear()
-    jobs = [
-        "--config-path",
-        str(ROOT / "configs"),
-        "-m",
-        "probe=knn,logistic_regression",
-        "backbone=pixels",
-        f"hydra.sweep.dir={tmp_path}",
-    ]
-    monkeypatch.setattr("sys.argv", ["probe.py", *jobs, *FEW])
-    script.main()
+    where = ["--config-path", str(ROOT / "configs"), f"hydra.sweep.dir={tmp_path}"]
+    jobs = ["-m", "probe=knn,logistic_regression", "backbone=pixels", *FEW]
+    monkeypatch.setattr("sys.argv", ["probe.py", *where, *jobs])
+    import_module("probe").main()
     summaries = [json.loads((tmp_path / job / "summary.json").read_text()) for job in ("0", "1")]
-    assert [summary["probe"] for summary in summaries] == ["knn", "logistic_regression"]
-    assert [summary["name"] for summary in summaries] == ["knn", "logistic_regression"]
+    assert [(summary["probe"], summary["name"]) for summary in summaries] == [(name, name) for name in PROBES]
     assert all(summary["test/acc"] > 0.7 for summary in summaries)
     assert capsys.readouterr().out.count("95 % interval") == 2
     assert "probe=knn" in summaries[0]["overrides"]

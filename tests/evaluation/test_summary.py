@@ -1,9 +1,15 @@
+"""The printed summary of runs and probes, and the numbers of parameters in it."""
+
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+from conftest import compose_run
+from hydra.utils import instantiate
 
-from thaw.evaluation.summary import NOT_TESTED, format_summary
+from thaw.evaluation.summary import NOT_TESTED, count_parameters, format_summary
 from thaw.run.json_files import write_json
 
 FACTS = {
@@ -31,6 +37,25 @@ def test_says_what_a_person_wants() -> None:
     ):
         assert part in text
     assert "test" not in format_summary({**FACTS, **NOT_TESTED}, None)
+    assert "validation  98.50% accuracy, best of 3 epochs" in text
+
+
+def test_says_which_weights_were_not_chosen() -> None:
+    text = format_summary({**FACTS, "chosen": False}, None)
+    assert text.count(", of the last step's weights") == 2 and "best of" not in text
+
+
+def test_says_what_a_probe_chose() -> None:
+    probe: dict[str, Any] = {
+        "probe": "knn",
+        "chosen": {"k": 5},
+        "candidates": [{}, {}],
+        "epochs": 0,
+        "checkpoint_mb": None,
+    }
+    text = format_summary({**FACTS, **probe, "trainable_params": 0, "total_params": 0}, None)
+    assert "probe       knn, k = 5, the best of 2 on validation" in text and "0 of 0 parameters\n" in text
+    assert "98.50% accuracy\n" in text and "n = 500\n" in text
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -40,3 +65,19 @@ def test_json_is_whole_or_not_there(tmp_path: Path) -> None:
         write_json({"x": object()}, tmp_path / "summary.json")
     assert json.loads((tmp_path / "summary.json").read_text()) == FACTS
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize(("epochs", "trained"), [(1, ["head."]), (2, ["head.", "blocks.2.", "fc_norm."]), (-1, [""])])
+def test_what_thaws_after_the_last_epoch_does_not_count(
+    tiny_run: list[str], tmp_path: Path, epochs: int, trained: list[str]
+) -> None:
+    """Gradual thawing: the head at first, then a block an epoch from the top."""
+    cfg = compose_run(tmp_path, *tiny_run, "freeze=gradual", "backbone.fused_attention=false")
+    model: L.LightningModule = instantiate(cfg.model)
+    named = dict(model.named_parameters())
+    expected = sum(p.numel() for name, p in named.items() if any(part in name for part in trained))
+    assert count_parameters(model, epochs) == {
+        "trainable_params": expected,
+        "total_params": sum(p.numel() for p in named.values()),
+    }
+    assert count_parameters(model) == count_parameters(model, -1)

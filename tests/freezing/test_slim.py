@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from thaw.evaluation.evaluate import evaluate
+from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.freezing.policy import Thaw
 from thaw.freezing.slim import drop_frozen, fill_frozen, refer_to_frozen
 from thaw.run import checkpoint as checkpoints
@@ -99,7 +99,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     assert torch.equal(logits(states(slim)), logits(states(whole)))
 
     summary = json.loads((slim / "summary.json").read_text())
-    results = evaluate(states(slim), OmegaConf.create(states(slim)["config"]), tmp_path / "eval", loggers=[])
+    results = evaluate_checkpoint(states(slim), OmegaConf.create(states(slim)["config"]), tmp_path / "eval", loggers=[])
     assert results["test/acc"] == summary["test/acc"] and results["n_test"] == summary["n_test"] == 500
 
     resumed = train(f"resume={slim}", "trainer.max_epochs=3", "test=false", name="longer")  # its own policy goes on

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, compose_run
 from omegaconf import OmegaConf
 
 from thaw.data.datamodule import MNISTDataModule
-from thaw.evaluation.evaluate import evaluate
+from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.models.pretrained import BUNDLED
 from thaw.predict.predictor import load_predictor
 from thaw.run import checkpoint as checkpoints
@@ -42,7 +42,7 @@ def test_evaluation_needs_the_file_alone(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("thaw.models.backbone.locate", lambda *_: pytest.fail("loaded weights"))
     checkpoint = checkpoints.read(moved)
-    results = evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
+    results = evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
     for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test", "data_source"):
         assert results[key] == summary[key]
     assert (tmp_path / "out" / "report" / "worst_digits.png").exists()
@@ -61,7 +61,7 @@ def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
     checkpoint = checkpoints.read(run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="SimCLR has no test"):
-        evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
+        evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
 from thaw.export.torch_program import save_program
-from thaw.pages import axes
+from thaw.pages import figures
 from thaw.predict.prediction import open_output
 from thaw.run.config import explain
 from thaw.run.csv_log import RunCSV
@@ -64,7 +64,7 @@ def program(path: Path) -> None:
 def picture(path: Path) -> None:
     figure = Figure()
     figure.add_subplot().imshow(np.random.default_rng(0).random((400, 400)))
-    axes.save(figure, path)
+    figures.save_figure(figure, path)
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {

@@ -110,7 +110,7 @@ def test_a_finished_run_says_what_to_type(
 def test_early_stopping_stays_the_end(
     train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stops = "{_target_:thaw.callbacks.early_stopping.EarlyStopping,monitor:val/acc,mode:max,patience:1,min_delta:1.0}"
+    stops = "{_target_:thaw.callbacks.monitored_metric.EarlyStopping,monitor:val/acc,mode:max,patience:1,min_delta:1.0}"
     run = [*tiny_run, "test=false", "trainer.max_epochs=6", f"callbacks.early_stopping={stops}"]
     first = train(*run, name="first")
     assert epochs_of(first) == 2  # the first is better than none

@@ -11,7 +11,7 @@ from conftest import compose_run
 from omegaconf import OmegaConf
 
 from thaw.classifier import Classifier
-from thaw.evaluation.evaluate import evaluate
+from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.pretrain.mae import MAE
 from thaw.run import checkpoint as checkpoints
 from thaw.run.trainer_settings import RULES, check_trainer
@@ -120,7 +120,7 @@ def test_what_works_leaves_a_tested_run(
     capsys: pytest.CaptureFixture[str],
     settings: str,
 ) -> None:
-    for picture in ("save_confusion_matrix", "save_digits"):
+    for picture in ("save_confusion_matrix", "save_images"):
         monkeypatch.setattr(f"thaw.evaluation.pictures.{picture}", lambda *_: None)
     with_early_stopping = [each for each in tiny_run if each != "callbacks.early_stopping=null"]
     run_dir = train(*with_early_stopping, "trainer.max_epochs=2", *settings.split())
@@ -133,11 +133,11 @@ def test_what_works_leaves_a_tested_run(
     assert facts["chosen"] != (told or "fast_dev_run" in settings)
     if "best" in WORKS[settings] and ("max_steps=1" in settings or "precision" in settings):  # the file was tested
         checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
-        results = evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir, loggers=[])
+        results = evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir, loggers=[])
         assert results["test/acc"] == facts["test/acc"]
 
 
-STOPS = "callbacks.early_stopping={_target_:thaw.callbacks.early_stopping.EarlyStopping,mode:max,patience:3,monitor:"
+STOPS = "callbacks.early_stopping={_target_:thaw.callbacks.monitored_metric.EarlyStopping,mode:max,patience:3,monitor:"
 
 
 @pytest.mark.parametrize(

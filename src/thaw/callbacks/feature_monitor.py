@@ -1,57 +1,52 @@
-"""What a pretraining run learns, while it learns: neighbours, signs of collapse, pictures."""
+"""What a pretraining run learns, while it learns: nearest neighbours, signs of collapse, pictures."""
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
+from pydantic import Field
 from torch import Tensor
 
+from thaw.data.batches import by_batches
 from thaw.evaluation.collapse import effective_rank, feature_std
 from thaw.run.loggers import log_image
-
-BATCH = 500
+from thaw.run.values import Count
 
 
 class FeatureMonitor(Callback):
-    """Logs how good the features of the validation digits are, and draws `<run_dir>/report/epoch_<n>.png`.
+    """Logs how good the features of the validation images are, and draws `<run_dir>/report/epoch_<n>.png`.
 
-    After every validation: `val/knn_acc`, how many digits have the label that most of their 20 nearest neighbours
-    (cosine) among the other validation digits have; a sign of progress that chooses nothing. There, and between
-    validations on a few digits, `feature_std` and `effective_rank`; features that become constant are warned of once.
+    After every validation: `val/knn_acc`, the share of images with the label that most of their 20 nearest neighbours
+    (cosine) among the other validation images have. It shows progress and chooses nothing. After every validation, and
+    every few steps on some images, `feature_std` and `effective_rank`; the first collapse of the features is warned of.
 
     Args:
         run_dir: the run's folder.
-        every_n_steps: between two looks for collapse.
-        digits: how many of the first validation digits these looks and the picture take.
+        every_n_steps: between two checks for collapse.
+        digits: how many of the first validation images these checks and the picture take.
         min_std: below this `feature_std` the features count as constant.
     """
 
-    def __init__(self, run_dir: str, every_n_steps: int, digits: int, min_std: float) -> None:
-        if every_n_steps < 1 or digits < 2:
-            raise ValueError(
-                f"callbacks.feature_monitor: every_n_steps={every_n_steps} must be 1 or more, and digits={digits} 2 or "
-                "more."
-            )
+    def __init__(self, run_dir: str, every_n_steps: Count, digits: Annotated[int, Field(ge=2)], min_std: float) -> None:
         self.folder = Path(run_dir) / "report"
-        self.every_n_steps, self.digits, self.min_std = every_n_steps, digits, min_std
+        self.every_n_steps, self.images, self.min_std = every_n_steps, digits, min_std
         self.warned = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps:
-            return
-        images = validation_digits(trainer).images[: self.digits]
-        self.look(trainer, pl_module, "train", features_of(pl_module, images))
+        if trainer.global_step % self.every_n_steps == 0:
+            images = validation_images(trainer).images[: self.images]
+            self.check_collapse(trainer, pl_module, "train", features_of(pl_module, images))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        digits = validation_digits(trainer)  # every process takes all of them, so that all log the same
-        features = features_of(pl_module, digits.images)
-        pl_module.log("val/knn_acc", knn_accuracy(features, digits.labels), prog_bar=True)
-        self.look(trainer, pl_module, "val", features)
+        images, labels = validation_images(trainer)  # every process takes all of them, so that all log the same
+        features = features_of(pl_module, images)
+        pl_module.log("val/knn_acc", knn_accuracy(features, labels), prog_bar=True)
+        self.check_collapse(trainer, pl_module, "val", features)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -59,35 +54,35 @@ class FeatureMonitor(Callback):
         from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
 
         path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"
-        images = validation_digits(trainer).images[: self.digits]
+        images = validation_images(trainer).images[: self.images]
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             torch.manual_seed(0)  # the same masks each time, and a run that pictures do not change
             rows, titles = pl_module.contact_sheet(images)  # type: ignore[operator]
         save_contact_sheet([row.cpu() for row in rows], titles, path)
         log_image(trainer.loggers, "val/pretraining", path)
 
-    def look(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:
+    def check_collapse(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:
         """Log the two indicators, and warn once if the features have become constant."""
-        std, rank = feature_std(features), effective_rank(features)
+        std, directions = feature_std(features), effective_rank(features)
         if split == "train":
             pl_module.log("train/feature_std", std)
-            pl_module.log("train/effective_rank", rank)
+            pl_module.log("train/effective_rank", directions)
         else:
             pl_module.log("val/feature_std", std)
-            pl_module.log("val/effective_rank", rank)
+            pl_module.log("val/effective_rank", directions)
         if std < self.min_std and not self.warned and trainer.is_global_zero:
             self.warned = True
             warnings.warn(
                 f"The features have collapsed: at step {trainer.global_step} their feature_std is {std:.4f} (0 is "
                 f"constant, 1 is spread evenly; below {self.min_std} counts as collapse) and their effective_rank "
-                f"{rank:.1f} of {features.shape[1]}. Stop the run; lower optim.lr, use a larger data.batch_size or "
-                "another augment.",
+                f"{directions:.1f} of {features.shape[1]}. Stop the run; lower optim.lr, use a larger data.batch_size "
+                "or another augment.",
                 stacklevel=2,
             )
 
 
-def validation_digits(trainer: Trainer) -> Any:
-    """All validation digits on the training device."""
+def validation_images(trainer: Trainer) -> Any:
+    """All validation images and their labels, on the training device."""
     return trainer.datamodule.split_dataset("val").data  # type: ignore[attr-defined]
 
 
@@ -96,13 +91,18 @@ def features_of(pl_module: LightningModule, images: Tensor) -> Tensor:
     mode = pl_module.training
     pl_module.eval()
     with torch.no_grad(), pl_module.trainer.precision_plugin.forward_context():
-        features = [pl_module.features(part).float() for part in images.split(BATCH)]  # type: ignore[operator]
+        features = by_batches(lambda batch: pl_module.features(batch).float(), images)  # type: ignore[operator]
     pl_module.train(mode)
-    return torch.cat(features)
+    return features
 
 
 def knn_accuracy(features: Tensor, labels: Tensor) -> Tensor:
-    """Share of digits whose label most of their 20 nearest others have; of classes with equal votes the lowest wins."""
+    """Share of images with the label of most of their 20 nearest others; of classes with equal votes the lowest wins.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+    """
     z = F.normalize(features, dim=1)
     similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (N, N)
     neighbours = labels[similarity.topk(min(20, len(labels) - 1)).indices]  # (N, 20)

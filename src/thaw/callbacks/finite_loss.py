@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no number, before it can spoil the weights."""
+"""Stops a run whose loss is not finite, before it can spoil the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -10,49 +10,49 @@ from torch import Tensor
 
 from thaw.run.command_line import setting
 
-EVERY = 50  # steps between two looks at the losses on an accelerator
+EVERY = 50  # steps between two checks of the losses on an accelerator
 
 
 class FiniteLoss(Callback):
     """Raises ValueError when a training loss is infinite or NaN, before a checkpoint holds weights that it spoiled.
 
-    On a CPU that is before the loss's gradient is taken. On an accelerator every look would make the host wait for it,
-    so that losses are looked at together, at last before the weights are validated or saved.
+    On a CPU that is before the loss's gradient is taken. On an accelerator each check makes the host wait: losses are
+    checked together every `EVERY` steps, and before weights are validated or saved.
 
-    A gradient may be no number although its loss is one, so that whatever is saved is looked at too: no checkpoint is
-    overwritten by weights that are no numbers.
+    A gradient may not be finite although its loss is. Weights are therefore checked before they are saved, so that no
+    good checkpoint is overwritten.
     """
 
     def __init__(self) -> None:
         self.batch: Any = None
         self.batch_idx = 0
-        self.unseen: list[tuple[Tensor, Tensor, int, int, int]] = []
+        self.unchecked: list[tuple[Tensor, Tensor, int, int, int]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.batch, self.batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         place = (trainer.global_step, trainer.current_epoch, self.batch_idx)
-        self.unseen.append((loss.detach(), self.batch.indices, *place))
-        if loss.device.type == "cpu" or len(self.unseen) == EVERY:
-            self.look(trainer, pl_module)
+        self.unchecked.append((loss.detach(), self.batch.indices, *place))
+        if loss.device.type == "cpu" or len(self.unchecked) == EVERY:
+            self.check_losses(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.look(trainer, pl_module)
+        self.check_losses(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.look(trainer, pl_module)
+        self.check_losses(trainer, pl_module)
 
-    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise for the first loss that is no number among those not looked at yet."""
-        unseen, self.unseen = self.unseen, []
-        finite = torch.stack([loss for loss, *_ in unseen]).isfinite().tolist() if unseen else []
+    def check_losses(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise for the first unchecked loss that is not finite."""
+        unchecked, self.unchecked = self.unchecked, []
+        finite = torch.stack([loss for loss, *_ in unchecked]).isfinite().tolist() if unchecked else []
         if all(finite):
             return
-        loss, digits, step, epoch, batch_idx = unseen[finite.index(False)]
-        indices = digits.tolist()
+        loss, images, step, epoch, batch_idx = unchecked[finite.index(False)]
+        indices = images.tolist()
         raise ValueError(
-            f"The loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}, training digits "
+            f"The loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}, training images "
             f"{indices[:8]}{' ...' if len(indices) > 8 else ''}). "
             f"Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
         )
@@ -67,10 +67,10 @@ class FiniteLoss(Callback):
 
 
 def not_finite(pl_module: LightningModule) -> list[str]:
-    """Names of the parameters that hold anything but numbers."""
+    """Names of the parameters with values that are not finite."""
     from torch.distributed.tensor import DTensor  # takes a while
 
-    own = {  # of a sharded parameter this process's part: the other processes may not be here
+    own = {  # this process's part of a sharded parameter: the other processes may not be here
         name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for name, parameter in pl_module.named_parameters()
     }
@@ -79,8 +79,8 @@ def not_finite(pl_module: LightningModule) -> list[str]:
 
 
 def way_back(trainer: Trainer) -> str:
-    """Where the last good weights are, on disk or about to be written there."""
-    held = getattr(trainer.strategy.checkpoint_io, "held", {})  # of PacedCheckpointIO, which writes it at the end
+    """Where the last good weights are, on disk or held back until the loop ends."""
+    held = getattr(trainer.strategy.checkpoint_io, "held", {})  # by PacedCheckpointIO
     callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     for callback in sorted(callbacks, key=lambda each: each.monitor is not None):  # that of the last epoch first
         for path in (callback.last_model_path, callback.best_model_path):

@@ -22,7 +22,7 @@ class LRCurve(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, BankClassifier) or not trainer.is_global_zero:
             return
-        from thaw.evaluation.lr_curve import save_lr_curve  # matplotlib, only for pictures
+        from thaw.pages.lr_curve import save_lr_curve  # matplotlib, only for pictures
 
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         state: Any = trainer.strategy.load_checkpoint(best)["state_dict"] if best else pl_module.state_dict()

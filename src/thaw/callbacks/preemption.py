@@ -1,4 +1,4 @@
-"""A run that its cluster takes off the machine saves where it is, and goes on from there when it is started again."""
+"""A run that its cluster stops saves its state, and resumes from there when it is started again."""
 
 import logging
 import os
@@ -22,19 +22,18 @@ from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # a later one counts for more where several came
-PATIENCE = 20.0  # seconds that loggers get to be closed: a cluster does not wait long
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # of several that came, the last of these counts
+CLOSING_SECONDS = 20.0  # for loggers: a cluster does not wait long
 
 
 class Preemption(Checkpoint):
     """On a signal, completes the step, writes `checkpoints/last.ckpt` and ends the process; all ranks at the same step.
 
     SIGUSR1 and SIGUSR2 announce the end of the job's time (`#SBATCH --signal=USR1@90`, submitit): the job is put back
-    into the queue. SIGTERM is what preemption, which requeues by itself, `scancel` and `kill` send: the process ends.
-    Whoever starts the same command in the same folder goes on from last.ckpt, to the last bit as if there had been no
-    signal.
+    into the queue. SIGTERM comes from `scancel`, `kill` and preemption, which requeues by itself: the process ends.
+    The same command in the same folder resumes from last.ckpt, with the same weights as a run without a signal.
 
-    Lightning's own handler of SIGUSR1 saves in the middle of a step, another file for each signal.
+    Ours rather than Lightning's handler of SIGUSR1, which saves in the middle of a step, another file for each signal.
 
     Args:
         run_dir: the run's folder.
@@ -42,11 +41,11 @@ class Preemption(Checkpoint):
 
     def __init__(self, run_dir: str) -> None:
         self.last = Path(run_dir) / "checkpoints" / "last.ckpt"
-        self.received = 0  # by this process
+        self.received = 0  # by this process: place of a signal in SIGNALS from 1, 0 for none
         self.agreed = 0  # by any rank; the same on all
         self.training = False
         self.step = 0
-        self.whole = True  # no gradients are accumulated that a checkpoint would lose
+        self.whole = True  # no accumulated gradients that a checkpoint would lose
         self.submitit: Callable[[int, FrameType | None], Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,8 +60,8 @@ class Preemption(Checkpoint):
         self.listen(trainer)
 
     def listen(self, trainer: Trainer) -> None:
-        """Take the signals over from whoever has them; Lightning gives them back when the loop ends."""
-        if threading.current_thread() is not threading.main_thread():  # Python has handlers there alone
+        """Handle the signals from here on; Lightning restores the handlers before when the loop ends."""
+        if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             return
         if "SUBMITIT_EXECUTOR" in os.environ and self.submitit is None:
             name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
@@ -70,7 +69,7 @@ class Preemption(Checkpoint):
             self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
 
         def remember(number: int, frame: FrameType | None) -> None:
-            self.received = max(self.received, number, key=rank_of)
+            self.received = max(self.received, 1 + SIGNALS.index(number))
             if not self.training:
                 self.end(trainer, self.received)
 
@@ -82,14 +81,17 @@ class Preemption(Checkpoint):
         self.step = trainer.global_step
         self.agreed = self.received
         if trainer.world_size > 1:
-            place = torch.tensor(rank_of(self.received), device=trainer.strategy.root_device)
+            place = torch.tensor(self.received, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(place, torch.distributed.ReduceOp.MAX)
-            self.agreed = (0, *SIGNALS)[int(place)]
-        if not trainer.is_last_batch and not validates_next(trainer):
+            self.agreed = int(place)
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        validates_next = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        if not trainer.is_last_batch and not validates_next:
             self.save(trainer)
 
-    # Lightning can only go on from a checkpoint that is saved after the validation of a step or the end of an epoch,
-    # where one of these comes. As a Checkpoint, this callback comes after those which look at the metrics there.
+    # Lightning can resume only from a checkpoint that is saved after the validation of a step or the end of an epoch,
+    # where one of these follows. As a Checkpoint, this callback runs after those which use the metrics there.
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
@@ -104,7 +106,7 @@ class Preemption(Checkpoint):
             self.end(trainer, self.received)
 
     def save(self, trainer: Trainer) -> None:
-        """Save and end, if a signal has come, the step is a whole one and training would go on."""
+        """Save and end, if a signal has come, the step is complete and training would go on."""
         if not self.agreed or not self.whole or trainer.should_stop:  # no checkpoint knows that it should stop
             return
         trainer.save_checkpoint(self.last)
@@ -112,19 +114,20 @@ class Preemption(Checkpoint):
         trainer.strategy.barrier()
         self.end(trainer, self.agreed)
 
-    def end(self, trainer: Trainer, number: int) -> NoReturn:
-        """Put the job back into the queue, unless it is to end, and leave at once.
+    def end(self, trainer: Trainer, place: int) -> NoReturn:
+        """Put the job back into the queue, unless the signal at this place is SIGTERM, and exit at once.
 
-        Leaving by an exception would have loggers and process groups tidy up while the cluster ends their processes.
+        After an exception, loggers and process groups would tidy up while the cluster ends their processes.
         """
-        for each in SIGNALS:  # what comes now is the cluster's answer
+        number = SIGNALS[place - 1]
+        for each in SIGNALS:  # from now on they are the cluster's answer
             signal.signal(each, signal.SIG_IGN)
         status = 128 + number  # as a shell says that a signal ended a program
         if trainer.is_global_zero:
-            print(f"{signal.Signals(number).name}: step {trainer.global_step} is in {self.last}", flush=True)
-            closing = threading.Thread(target=close, args=(trainer.loggers, status), daemon=True)
+            print(f"{number.name}: step {trainer.global_step} is in {self.last}", flush=True)
+            closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
             closing.start()
-            closing.join(PATIENCE)
+            closing.join(CLOSING_SECONDS)
         if number != signal.SIGTERM:
             if self.submitit is not None:
                 try:
@@ -138,19 +141,8 @@ class Preemption(Checkpoint):
         os._exit(status if trainer.is_global_zero else 0)  # an error would have the others killed
 
 
-def rank_of(number: int) -> int:
-    return (0, *SIGNALS).index(number)
-
-
-def validates_next(trainer: Trainer) -> bool:
-    """Whether a validation follows this step."""
-    loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def close(loggers: list[Logger], status: int) -> None:
-    """Write what loggers hold back, and tell W&B that the run is preempted, not failed."""
+def close_loggers(loggers: list[Logger], status: int) -> None:
+    """Flush the loggers, and tell W&B that the run is preempted, not failed."""
     run = wandb_run(loggers)
     for logger in loggers:
         logger.finalize("preempted")

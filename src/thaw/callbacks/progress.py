@@ -1,16 +1,15 @@
-"""Progress that can be read where it goes: a bar on a terminal, a line for each epoch in a log file."""
+"""Progress that can be read where it goes: a bar on a terminal, a line for each epoch in a log file, logged values."""
 
-import logging
+import math
 import sys
 import time
-import warnings
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 
 
-def progress(refresh_rate: int) -> ProgressBar:
+def progress_bar(refresh_rate: int) -> ProgressBar:
     """A tqdm bar if standard output is a terminal, else `EpochLines`.
 
     Args:
@@ -47,20 +46,12 @@ class EpochLines(ProgressBar):
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}  ({seconds:.1f} s)", flush=True)
 
 
-def quiet() -> None:
-    """Silence what libraries say of themselves and of choices that are meant; its warnings of real trouble stay."""
-    logging.getLogger("lightning").handlers.clear()  # Hydra's handlers print what is left, once
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for meant in (
-        "does not have many workers",  # a batch is one indexing operation
-        "in eval mode at the start of training",  # frozen
-        "isinstance\\(treespec, LeafSpec\\)",
-        "The number of training batches .* is smaller than the logging interval",
-        "Checkpoint directory .* exists and is not empty",
-        "The `srun` command is available",
-        "The dirpath has changed",  # a resumed run has its own folder
-        "`trainer.*` .* was configured so ",
-        "could not find the monitored key",  # nothing was validated yet; later it is an error
-    ):
-        warnings.filterwarnings("ignore", f".*{meant}")
+class LogInterval(Callback):
+    """Shortens `trainer.log_every_n_steps` to the optimizer steps of an epoch where these are fewer.
+
+    Loggers then get losses and learning rates at least once an epoch.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches  # infinite for a stream
+        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]  # set at run time

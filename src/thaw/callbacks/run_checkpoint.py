@@ -1,4 +1,4 @@
-"""Checkpoints of a run that may go on in another folder, and how often they are written."""
+"""Checkpoints of a run that may resume in another folder, and how often they are written."""
 
 import io
 import shutil
@@ -6,11 +6,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -18,14 +19,14 @@ from thaw.run.files import atomic, write_bytes
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, except that a resumed run takes the best checkpoint so far into its own folder.
+    """Lightning's ModelCheckpoint, except that a resumed run copies the best checkpoint so far into its own folder.
 
-    Without that, the resumed run would forget the best score and keep a worse model as its best.
+    Otherwise the resumed run would forget the best score and keep a worse model as its best.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         best = Path(state_dict["best_model_path"])
-        if not best.is_file():  # nothing to take along: the best is chosen among the epochs to come
+        if not best.is_file():  # the best is chosen among the epochs to come
             return
         assert self.dirpath is not None
         moved = Path(self.dirpath) / best.name
@@ -48,19 +49,17 @@ class RunCheckpoint(ModelCheckpoint):
 class PacedCheckpointIO(TorchCheckpointIO):
     """Writes each checkpoint file at most once in so many seconds; what is held back is written when the loop ends.
 
-    Writing takes longer than an epoch on kept features. A run that is interrupted, or fails, still writes what is held
-    back; one that is killed loses the work of these seconds. Whoever loads gets the newest.
+    Writing takes longer than an epoch on cached features. A run that is interrupted or fails still writes what is held
+    back; one that is killed loses the work of these seconds. A load gets the newest checkpoint.
 
-    Lightning's own writer puts a file into $TMPDIR first and copies it from there, so that a full $TMPDIR, or an end in
-    the middle of the copy, leaves none.
+    Lightning's own writer puts a file into $TMPDIR first and copies it from there: a full $TMPDIR, or an end in the
+    middle of the copy, leaves no file.
 
     Args:
         seconds: between two writes of a file; 0 writes everything at once.
     """
 
-    def __init__(self, seconds: float) -> None:
-        if not seconds >= 0:
-            raise ValueError(f"trainer.plugins: seconds={seconds} must be 0 or more.")
+    def __init__(self, seconds: Annotated[float, Field(ge=0)]) -> None:
         self.seconds = seconds
         self.started = time.monotonic()
         self.written: dict[str, float] = {}
@@ -71,8 +70,8 @@ class PacedCheckpointIO(TorchCheckpointIO):
         path = str(path)
         if time.monotonic() - self.written.get(path, self.started) >= self.seconds:
             self.held.pop(path, None)
-            self.teardown()  # last.ckpt tells of best.ckpt, which may not be older than that
-            write(checkpoint, path)
+            self.teardown()  # last.ckpt names best.ckpt, which may not be older
+            write_checkpoint(checkpoint, path)
             self.written[path] = time.monotonic()
         else:  # a copy, as training goes on
             self.held[path] = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)
@@ -86,24 +85,20 @@ class PacedCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
 
     def teardown(self) -> None:
-        """Write what is held back; Lightning calls it at the end of every loop, after an exception too."""
+        """Write what is held back; Lightning calls this at the end of every loop, also after an exception."""
         held, self.held = self.held, {}
         for path, checkpoint in held.items():
-            write(checkpoint, path)
+            write_checkpoint(checkpoint, path)
 
 
-def write(checkpoint: dict[str, Any], path: str) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
     content = io.BytesIO()  # a write that fails inside torch's own writer may abort the process
     torch.save(checkpoint, content)
     write_bytes(content.getbuffer(), Path(path))
 
 
 def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Refuse to write what `torch.load(..., weights_only=True)` would not read.
-
-    Raises:
-        ValueError: names the place in the checkpoint and the type.
-    """
+    """Raise ValueError for the first value that `torch.load(..., weights_only=True)` would not read."""
     for place, kind in unreadable(checkpoint, "checkpoint"):
         raise ValueError(
             f"{place} is of type {kind.__module__}.{kind.__qualname__}, with which the checkpoint could not be read "

@@ -1,38 +1,35 @@
 """What a run needs to be understood and rebuilt later: in its folder and in every checkpoint."""
 
+import hashlib
+import json
 import os
 import re
-import subprocess
-import sys
+from collections import defaultdict
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed
 import yaml
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
-from thaw.callbacks.same_config import check_same_config
-from thaw.classifier import Classifier
-from thaw.freezing.policy import NEVER
+from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import format_table
 from thaw.run.checkpoint import run_folder
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
-
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmetrics", "wandb")
+from thaw.run.record import software_facts
 
 
 class RunRecord(Callback):
-    """Keeps configuration, command, commit and versions; prints what is frozen and what trains.
+    """Records configuration, command, commit and versions; prints the table of frozen and trainable parameters.
 
-    Before that it sees to it that all processes of the run have the same configuration.
+    Before that it checks that all processes of the run have the same configuration.
 
-    A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt, and
-    `checkpoint["git_commit"]` names the code, `checkpoint["classes"]` the classes, and `checkpoint["wandb_id"]` lets a
-    resumed run go on in the same W&B run.
+    A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt,
+    `checkpoint["git_commit"]` names the code, `checkpoint["classes"]` the classes, and `checkpoint["wandb_id"]` the W&B
+    run that a resumed run goes on with.
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
@@ -41,7 +38,7 @@ class RunRecord(Callback):
 
     def __init__(self, run_dir: str, config: dict[str, Any]) -> None:
         self.run_dir, self.config = Path(run_dir), config
-        self.git_commit = git_commit()
+        self.software = software_facts()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_same_config(self.config)
@@ -49,14 +46,8 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        record = {
-            "command": " ".join(sys.argv),
-            "git_commit": self.git_commit,
-            "python": sys.version.split()[0],
-            "packages": {name: version(name) for name in PACKAGES},
-            "device": str(trainer.strategy.root_device),
-            "threads": torch.get_num_threads(),
-        }
+        computer = {"device": str(trainer.strategy.root_device), "threads": torch.get_num_threads()}
+        record = self.software | computer
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         table = format_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)  # type: ignore[operator]
         print(table, flush=True)
@@ -72,20 +63,20 @@ class RunRecord(Callback):
         portable = portable_paths(self.run_dir)
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
         checkpoint["config"] = replaced(self.config, portable) | {"run_dir": ".", "resume": None}
-        checkpoint["git_commit"] = self.git_commit
+        checkpoint["git_commit"] = self.software["git_commit"]
         if hasattr(trainer.datamodule, "load"):  # type: ignore[attr-defined]  # Lightning sets it at run time
             checkpoint["classes"] = list(trainer.datamodule.load().classes)  # type: ignore[attr-defined]
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Comes before Lightning gives the callbacks their states."""
+        """Runs before Lightning gives the callbacks their states."""
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
 
 
 def portable_paths(run_dir: Path) -> dict[str, str]:
-    """What stands for the folders of this machine and its user in a checkpoint, which may be moved and shared."""
+    """Replacements for the folders of this machine and its user in a checkpoint, which may be moved and shared."""
     here, home = Path.cwd(), Path.home()
     short = {f"{run_dir}/": "${run_dir}/"}
     if run_dir.is_relative_to(here):
@@ -94,7 +85,7 @@ def portable_paths(run_dir: Path) -> dict[str, str]:
 
 
 def replaced(value: Any, paths: Mapping[str, str]) -> Any:
-    """Nested plain values with other beginnings of the paths in them, keys included."""
+    """Nested plain values whose paths, keys included, get other beginnings."""
     if isinstance(value, dict):
         return {replaced(key, paths): replaced(inner, paths) for key, inner in value.items()}
     if isinstance(value, list):
@@ -105,34 +96,50 @@ def replaced(value: Any, paths: Mapping[str, str]) -> Any:
     return value
 
 
-def count_parameters(module: torch.nn.Module, epochs: int | None = None) -> dict[str, int]:
-    """How many numbers train, and how many there are.
+def check_same_config(config: dict[str, Any]) -> None:
+    """Compare this process's configuration with that of all others; every process calls it, and every process raises.
 
     Args:
-        module: a model.
-        epochs: of the run: what would thaw later does not train. None or -1 for a run without such an end.
+        config: as plain values; interpolations are resolved here.
+
+    Raises:
+        ValueError: they differ; it names each key that does and its value on each rank.
     """
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    if isinstance(module, Classifier):
-        end = NEVER if epochs is None or epochs < 0 else epochs
-        trainable = module.thaw.count(end)
-    else:
-        trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return {"trainable_params": trainable, "total_params": sum(sizes.values())}
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    own = by_dotted_key(OmegaConf.to_container(OmegaConf.create(config), resolve=True))
+    hashes = from_all_ranks(hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest())
+    if len(set(hashes)) == 1:
+        return
+    configs = from_all_ranks(own)
+    problems: dict[str, str] = {}
+    for key in sorted({key for each in configs for key in each}, key=lambda key: (key.count("."), key)):
+        ranks_with: dict[str, list[str]] = defaultdict(list)
+        for rank, each in enumerate(configs):
+            ranks_with[each.get(key, "missing")].append(str(rank))
+        if len(ranks_with) > 1 and not key.endswith(tuple(f".{other}" for other in problems)):  # model.optim.lr
+            values = (
+                f"{value if len(value) <= 80 else f'{value[:77]}...'} on rank {', '.join(ranks)}"
+                for value, ranks in ranks_with.items()
+            )
+            problems[key] = f"{key} is {' and '.join(values)}"
+    raise ValueError(
+        f"The {len(configs)} processes of this run have different configurations, so that none of them trains: "
+        f"{'; '.join(problems.values())}. Start all of them with the same command line and the same code; run_dir too "
+        "must be one folder for all (hydra.run.dir=<folder>)."
+    )
 
 
-def git_commit() -> str:
-    """The commit of the code that runs, `-dirty` where it was changed since; `unknown` outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+def from_all_ranks(value: Any) -> list[Any]:
+    """The values that the ranks give, in their order."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def by_dotted_key(value: Any, key: str = "") -> dict[str, str]:
+    """Nested values by their dotted keys, each as JSON."""
+    if isinstance(value, dict) and value:
+        parts = (by_dotted_key(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items())
+        return {name: leaf for part in parts for name, leaf in part.items()}
+    return {key: json.dumps(value, default=str)}

@@ -1,4 +1,4 @@
-"""What the model gets to see: a picture of training digits under the run's augmentation."""
+"""A picture of training images under the run's augmentation."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from thaw.run.loggers import log_image
+from thaw.run.values import Count
 
 
 class SampleGrid(Callback):
@@ -13,20 +14,20 @@ class SampleGrid(Callback):
 
     Args:
         run_dir: the run's folder.
-        digits: columns: the first so many training digits.
+        digits: columns: the first so many training images.
         draws: rows below the first, each with new random parameters.
     """
 
-    def __init__(self, run_dir: str, digits: int, draws: int) -> None:
+    def __init__(self, run_dir: str, digits: Count, draws: int) -> None:
         self.path = Path(run_dir) / "report" / "augmented_digits.png"
-        self.digits, self.draws = digits, draws
+        self.columns, self.draws = digits, draws
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not pl_module.augment.is_random:  # type: ignore[union-attr]
             return
         from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
 
-        images = trainer.datamodule.load().train.images[: self.digits]  # type: ignore[attr-defined]
+        images = trainer.datamodule.load().train.images[: self.columns]  # type: ignore[attr-defined]
         with torch.random.fork_rng():  # a picture must not change the run
             rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]  # type: ignore[operator]
         save_contact_sheet(rows, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)

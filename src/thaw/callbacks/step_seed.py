@@ -8,13 +8,10 @@ from numpy.random import SeedSequence
 
 
 class StepSeed(Callback):
-    """Seeds torch before every training batch from (seed, epoch, batch, rank).
+    """Seeds torch before every training batch from (the run's seed, epoch, batch, rank).
 
     Augmentation, dropout and drop path of a step then draw the same numbers in a resumed run as in an uninterrupted
-    one, wherever it was interrupted, and different ones on every rank.
-
-    Args:
-        seed: of the run.
+    one, and different ones on every rank.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""All that a report says of one checkpoint: numbers, and the pictures that go with them."""
+"""All facts that eval.py reports about one checkpoint, and the figures that go with them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,42 +9,24 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.cost import cost
-from thaw.evaluation.errors import WRONG_IMAGES, write_wrong_images
-from thaw.evaluation.metrics import (
-    accuracy_interval,
-    calibration_error,
-    class_scores,
-    fit_temperature,
-    least_certain,
-    worst_digits,
-)
-from thaw.evaluation.pictures import save_attention, save_confusion_matrix, save_digits, save_reliability
+from thaw.evaluation.cost import cost_facts
+from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
+from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
-
-SHOWN = 32  # worst and least certain digits, and classes
-Curve = list[tuple[float, float]]  # strength, accuracy
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """A checkpoint on its test digits.
+    """A checkpoint on its test images."""
 
-    Attributes:
-        label: names it among others.
-        facts: every number of the report, as values of JSON.
-        logits: (N, 10) of the test digits.
-        digits: these test digits.
-        pictures: title and file of each.
-    """
-
-    label: str
-    facts: dict[str, Any]
-    logits: Tensor
-    digits: Images
-    pictures: list[tuple[str, Path]]
+    label: str  # tells it from other checkpoints
+    facts: dict[str, Any]  # all numbers, as values of JSON
+    logits: Tensor  # (N, K)
+    test: Images
+    pictures: list[tuple[str, Path]]  # titles and files
 
 
 def assess(
@@ -56,23 +38,23 @@ def assess(
     folder: Path,
     told: Callable[[int], Any],
 ) -> Assessment:
-    """Measure a checkpoint and draw its pictures.
+    """Measure a checkpoint and draw its figures.
 
     Args:
-        label: names it among others.
+        label: tells it from other checkpoints.
         predictor: of the checkpoint.
-        source: of its digits; the temperature is chosen on the validation split, all else is of the test split.
-        second: another dataset and its digits, whose test split is looked at too.
-        robustness: `digits`, how many test digits are corrupted, and the strengths of each corruption.
-        folder: where the pictures go.
-        told: is called with the number of digits done; `count_digits` says how many there will be.
+        source: of its images; the temperature is chosen on the validation split, all else uses the test split.
+        second: name and images of another dataset, to whose test split the checkpoint is applied too.
+        robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.
+        folder: where the figures go.
+        told: is called with the number of images done; `images_to_predict` says how many there will be.
     """
     logits, labels = predictor.logits(source.test.images, told), source.test.labels
     temperature = fit_temperature(predictor.logits(source.val.images, told), source.val.labels)
     facts = {
         **predictor.facts(),
         **source.facts(),
-        **accuracy_facts(logits, labels),
+        **accuracy_facts(logits.argmax(dim=1), labels),
         "classes": class_facts(predictor.classes, logits, labels),
         "calibration": {
             "ece": calibration_error(logits, labels),
@@ -80,48 +62,36 @@ def assess(
             "ece_with_temperature": calibration_error(logits / temperature, labels),
         },
         "robustness": robustness_facts(predictor, source.test, robustness, told),
-        "cost": cost(predictor, source.test.images[: predictor.batch_size]),
+        "cost": cost_facts(predictor, source.test.images[: predictor.batch_size]),
     }
     if second:
         facts["second"] = second_facts(*second, predictor, logits, told)
-    pictures = draw(predictor, source.test, logits, temperature, folder)
+    pictures = draw_pictures(predictor, source.test, logits, temperature, folder)
     return Assessment(label, facts, logits, source.test, pictures)
 
 
-def count_digits(source: Source, second: tuple[str, Source] | None, robustness: Mapping[str, Any]) -> int:
-    """How many digits `assess` will predict."""
+def images_to_predict(source: Source, second: tuple[str, Source] | None, robustness: Mapping[str, Any]) -> int:
+    """How many images `assess` will predict."""
     points = sum(len(robustness[name]) + 1 for name in CORRUPTIONS)
-    corrupted = points * len(evenly(len(source.test.labels), robustness["digits"]))
+    corrupted = points * len(evenly_spread(len(source.test.labels), robustness["digits"]))
     return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second[1].test.labels) if second else 0)
 
 
-def accuracy_facts(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    correct, total = int((logits.argmax(dim=1) == labels).sum()), len(labels)
-    low, high = accuracy_interval(correct, total)
-    return {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high, "n_test": total}
-
-
 def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
-    precision, recall = class_scores(logits, labels)
-    counts = torch.bincount(labels, minlength=len(names))
-    return [
-        {"class": name, "precision": number(precision[c]), "recall": number(recall[c]), "n": int(counts[c])}
-        for c, name in enumerate(names)
-    ]
-
-
-def number(value: Tensor) -> float | None:
-    """A scalar as a value of JSON; None for NaN, which is what 0 of 0 is."""
-    return None if value.isnan() else float(value)
+    """Precision, recall and number of each class; None in place of 0 / 0, as JSON has no NaN."""
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    scores = ([None if one != one else one for one in score.tolist()] for score in class_scores(logits, labels))
+    rows = zip(names, *scores, counts, strict=True)
+    return [dict(zip(("class", "precision", "recall", "n"), row, strict=True)) for row in rows]
 
 
 def robustness_facts(
-    predictor: Predictor, digits: Images, robustness: Mapping[str, Any], told: Callable[[int], Any]
+    predictor: Predictor, test: Images, robustness: Mapping[str, Any], told: Callable[[int], Any]
 ) -> dict[str, Any]:
-    """The curve of each corruption, from the weakest number to the highest, with the harmless strength among them."""
-    chosen = evenly(len(digits.labels), robustness["digits"])
-    images, labels = (part[chosen] for part in digits)
-    curves: dict[str, Curve] = {}
+    """For each corruption pairs of strength and accuracy in ascending order; the harmless strength is one of them."""
+    chosen = evenly_spread(len(test.labels), robustness["digits"])
+    images, labels = (part[chosen] for part in test)
+    curves: dict[str, list[tuple[float, float]]] = {}
     for name, corruption in CORRUPTIONS.items():
         curves[name] = []
         for strength in sorted({corruption.harmless, *map(float, robustness[name])}):
@@ -130,11 +100,6 @@ def robustness_facts(
             curves[name].append((strength, float(right.double().mean())))
     harmed = [acc for name, curve in curves.items() for at, acc in curve if at != CORRUPTIONS[name].harmless]
     return {"digits": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
-
-
-def evenly(total: int, wanted: int | None) -> Tensor:
-    """Indices of at most so many of all digits, evenly spread: the two halves of MNIST's test set differ."""
-    return torch.arange(total) if wanted is None else torch.linspace(0, total - 1, min(wanted, total)).round().long()
 
 
 def second_facts(
@@ -146,34 +111,32 @@ def second_facts(
     is_own = torch.cat([torch.zeros(len(others)), torch.ones(len(logits))]).long()
     return {
         "dataset": dataset,
-        **accuracy_facts(others, source.test.labels),
+        **accuracy_facts(others.argmax(dim=1), source.test.labels),
         "mean_confidence": float(confidence[: len(others)].mean()),
         "mean_confidence_own": float(confidence[len(others) :].mean()),
         "auroc": float(binary_auroc(confidence, is_own)),
     }
 
 
-def draw(
-    predictor: Predictor, digits: Images, logits: Tensor, temperature: float, folder: Path
+def draw_pictures(
+    predictor: Predictor, test: Images, logits: Tensor, temperature: float, folder: Path
 ) -> list[tuple[str, Path]]:
-    images, labels = digits
+    """Draw all figures, and write the list of wrong images; returns title and file of each figure."""
+    images, labels = test
+    draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, folder)
+    save_reliability(logits, labels, temperature, folder / "reliability.png")
+    unsure = least_certain(logits, MOST_EXAMPLES)
+    order, path = "Least certain first", folder / "least_certain.png"
+    save_images(images[unsure], logits[unsure], labels[unsure], order, path)
     pictures = {
         "Where it errs": "confusion_matrix",
         "How sure it is": "reliability",
-        "The worst digits": "worst_digits",
-        "The least certain digits": "least_certain",
+        "The images with the highest loss": "worst_digits",
+        "The images it is least certain about": "least_certain",
     }
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
-    paths = {name: folder / f"{name}.png" for name in pictures.values()}
-    save_confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1], paths["confusion_matrix"])
-    save_reliability(logits, labels, temperature, paths["reliability"])
-    worst, unsure = worst_digits(logits, labels, SHOWN), least_certain(logits, SHOWN)
-    save_digits(images[worst], logits[worst], labels[worst], "Highest loss first", paths["worst_digits"])
-    save_digits(images[unsure], logits[unsure], labels[unsure], "Least certain first", paths["least_certain"])
-    write_wrong_images(torch.arange(len(labels)), logits, labels, predictor.classes, folder / WRONG_IMAGES)
-    if predictor.has_attention:
-        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:SHOWN]])  # of each class there is
-        said = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
-        save_attention(images[first], predictor.attention(images[first]), said, paths["attention"])
-    return [(title, paths[name]) for title, name in pictures.items()]
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
+        answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
+        save_attention(images[first], predictor.attention(images[first]), answers, folder / "attention.png")
+    return [(title, folder / f"{name}.png") for title, name in pictures.items()]

@@ -11,20 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thaw.predict.predictor import Predictor
 
-SECONDS = 1.0  # spent on each timing
+TIMING_SECONDS = 1.0  # spent on each timing
 
 
-def cost(predictor: Predictor, images: Tensor) -> dict[str, Any]:
-    """Parameters, FLOPs of one digit, time and size, as values of JSON.
+def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
+    """Parameters, FLOPs of one image, time of one and of a batch (B, 28, 28), and size, as values of JSON.
 
     Times are medians in the predictor's precision, on its device, on a machine that may do other things besides.
-
-    Args:
-        predictor: of the model.
-        images: uint8 (N, 28, 28), as many as a batch has.
     """
     model, device = predictor.model, predictor.fabric.device
-    seconds_of_one, seconds_of_all = seconds(predictor, images[:1]), seconds(predictor, images)
+    seconds_of_one, seconds_of_all = median_seconds(predictor, images[:1]), median_seconds(predictor, images)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": flops(model, images[:1].to(device)),
@@ -40,7 +36,7 @@ def cost(predictor: Predictor, images: Tensor) -> dict[str, Any]:
 
 
 def flops(model: nn.Module, image: Tensor) -> int | None:
-    """Operations in matrix products, convolutions and attention, a multiplication and an addition counting as two.
+    """Operations in matrix products, convolutions and attention; a multiplication and an addition count as two.
 
     LoRA's updates count as merged. None for a recurrent network, which torch does not count.
     """
@@ -54,11 +50,11 @@ def flops(model: nn.Module, image: Tensor) -> int | None:
     return counter.get_total_flops()
 
 
-def seconds(predictor: Predictor, images: Tensor) -> float:
+def median_seconds(predictor: Predictor, images: Tensor) -> float:
     """Median time of predicting these images, after one call to warm up."""
     predictor(images)
     taken: list[float] = []
-    while not taken or (sum(taken) < SECONDS and len(taken) < 200):
+    while not taken or (sum(taken) < TIMING_SECONDS and len(taken) < 200):
         started = time.perf_counter()
         predictor(images)
         taken.append(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""Test a checkpoint on its own configuration's test split; all it needs is the file."""
+"""Which weights of a run count, and the test of a checkpoint on its own configuration's test split."""
 
 import logging
 from collections.abc import Sequence
@@ -10,68 +10,62 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import build, build_list, settle
+from thaw.run.console import quiet_libraries
 from thaw.run.json_files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 0.001  # in accuracy, between kept features and pixels: bf16 sums differ with the size of a batch
+ACCURACY_TOLERANCE = 0.001  # between cached features and pixels: bf16 sums differ with the size of a batch
 
 
-def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers: list[Any]) -> dict[str, Any]:
-    """Rebuild the model, validate and test it in the precision it was trained in, on one device.
+def evaluate_checkpoint(
+    checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers: list[Any]
+) -> dict[str, Any]:
+    """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
     Args:
         checkpoint: from `thaw.run.checkpoint.read`.
         cfg: its configuration, perhaps with another `data.dir`.
-        run_dir: where the pictures go.
-        loggers: what else is told the accuracy.
 
     Returns:
         `val/acc` if the run validates, `test/acc`, its interval, `n_test` and `data_source`.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
-    from thaw.callbacks.progress import quiet
-    from thaw.callbacks.test_report import TestReport
+    from thaw.evaluation.final_test import FinalTest
 
-    quiet()
+    quiet_libraries()
     settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not is_overridden("test_step", model):
         raise ValueError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
-    datamodule = build(cfg.data)
-    report = TestReport(str(run_dir))
+    datamodule, test = build(cfg.data), FinalTest(str(run_dir))
     settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
-    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[report], logger=loggers)
+    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[test], logger=loggers)
     validated = {}
     if trainer.limit_val_batches != 0:
         (metrics,) = trainer.validate(model, datamodule, verbose=False)
         validated["val/acc"] = round(metrics["val/acc"], 6)
     trainer.test(model, datamodule, verbose=False)
-    return {**validated, **report.results, "data_source": datamodule.load().name}
+    return {**validated, **test.results, "data_source": datamodule.load().name}
 
 
 def best_weights(
     trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, again: bool
 ) -> tuple[float | None, str | None]:
-    """The weights of a run that count: the best checkpoint's, or the last ones where validation has chosen none.
+    """Validation accuracy and file of a run's best weights, None where there is none.
 
-    Args:
-        trainer: that has fitted the model.
-        again: validate the best checkpoint once more, from pixels; warns if kept features had given another accuracy.
-
-    Returns:
-        their validation accuracy and their file; None where there is none.
+    Where validation has chosen none, these are the last weights. `again` validates the best ones once more, from
+    pixels, and warns if cached features gave another accuracy.
     """
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
-    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    best: Any = kept[0] if kept else None
+    best: Any = next((each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)), None)
     path = best.best_model_path if best else ""
-    if best and path and best.monitor is None:  # nothing is to be chosen by validation
+    if path and best.monitor is None:  # nothing is to be chosen by validation
         return None, path
-    if best and path and best.monitor == "val/acc" and not again:
+    if path and best.monitor == "val/acc" and not again:
         return round(float(best.best_model_score), 6), path
     if not path:
         if best and best.monitor and best.save_top_k and trainer.current_epoch:
@@ -85,31 +79,33 @@ def best_weights(
     now = metrics["val/acc"]
     if best and best.monitor == "val/acc" and best.best_model_score is not None:
         before = float(best.best_model_score)
-        if abs(now - before) > TOLERANCE + 1 / len(datamodule.split_dataset("val")):  # type: ignore[attr-defined]
-            log.warning("Validation accuracy is %.4f from pixels, but was %.4f from kept features.", now, before)
+        if abs(now - before) > ACCURACY_TOLERANCE + 1 / len(datamodule.split_dataset("val")):  # type: ignore[attr-defined]
+            log.warning("Validation accuracy is %.4f from pixels, but was %.4f from cached features.", now, before)
     return round(now, 6), path or None
 
 
 def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
     """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run.
 
-    Args:
-        run_dir: the run's folder.
-        allow: as for `thaw.run.checkpoint.read`.
+    `allow` is as for `thaw.run.checkpoint.read`.
     """
     from thaw.run.loggers import finish
 
     checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
-    loggers = []
-    if cfg.logger and "wandb" in cfg.logger:
-        cfg.logger.wandb.id = checkpoint["wandb_id"]
-        cfg.logger = {"wandb": cfg.logger.wandb}
-        loggers = build_list(cfg.logger, "logger")
+    loggers = wandb_logger_of(checkpoint, cfg)
     try:
-        results = evaluate(checkpoint, cfg, run_dir, loggers)
+        results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
     finally:
         finish(loggers)
-    summary = read_json(run_dir / "summary.json") | results
-    write_json(summary, run_dir / "summary.json")
+    write_json(read_json(run_dir / "summary.json") | results, run_dir / "summary.json")
     return results
+
+
+def wandb_logger_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
+    """A logger for the W&B run that trained a checkpoint, and `cfg` left with it alone; empty if there is none."""
+    if not checkpoint.get("wandb_id") or "wandb" not in (cfg.logger or {}):
+        return []
+    cfg.logger = {"wandb": cfg.logger.wandb}
+    cfg.logger.wandb.id = checkpoint["wandb_id"]
+    return build_list(cfg.logger, "logger")

@@ -1,38 +1,29 @@
-"""How good generated digits are, as numbers: their distribution against that of real digits, in a backbone's features.
+"""How good generated images are: their distribution against that of real images, in a backbone's features.
 
-Shapes: N digits, D feature width.
+Shapes: N images, D feature width.
 """
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from thaw.data.batches import by_batches
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 
-BATCH = 500
-
 
 @torch.no_grad()
-def digit_features(backbone: Backbone, images: Tensor) -> Tensor:
-    """uint8 (N, 28, 28) -> float32 (N, D), in eval mode, on the digits' device."""
+def image_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """uint8 (N, 28, 28) -> float32 (N, D), in eval mode, on the images' device."""
     backbone.eval().to(images.device)
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std).to(images.device)
-    return torch.cat([backbone(preprocess(part)).float() for part in images.split(BATCH)])
-
-
-def spread(images: Tensor, number: int) -> Tensor:
-    """At most so many of the digits (N, 28, 28), evenly spaced: of every class where they are sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, min(number, len(images))).long()]
+    return by_batches(lambda batch: backbone(preprocess(batch)).float(), images)
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Squared Fréchet distance of two normal distributions with the moments of the features (Heusel et al. 2017).
 
-    0 is best; few digits raise it, so that only sets of equal sizes compare.
-
-    Args:
-        real, fake: (N, D) and (M, D), at least 2 each.
+    0 is best; few images raise it, so that only sets of equal sizes compare. Both sets need two images or more.
     """
     features = nn.Identity()
     features.num_features = real.shape[1]  # type: ignore[assignment]
@@ -43,14 +34,11 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
 
 def precision_and_recall(real: Tensor, fake: Tensor, neighbours: int) -> tuple[float, float]:
-    """Share of generated digits that look real, and of real digits that could be generated (Kynkäänniemi et al. 2019).
+    """Share of generated images that look real, and of real ones that could be generated (Kynkäänniemi et al. 2019).
 
-    Precision is how many of `fake` lie in the manifold of `real`: within the distance of any real digit to its k-th
-    nearest other real digit (equation 1 and 2 there). Recall is the same with the sets exchanged.
-
-    Args:
-        real, fake: features (N, D) and (M, D).
-        neighbours: k, 3 in the paper.
+    Precision is the share of `fake` in the manifold of `real`: within the distance of any real image to its k-th
+    nearest other real image (equations 1 and 2 there). Recall is the same with the sets exchanged.
+    The paper takes 3 neighbours.
     """
     return inside(real, fake, neighbours), inside(fake, real, neighbours)
 
@@ -64,5 +52,5 @@ def inside(manifold: Tensor, points: Tensor, neighbours: int) -> float:
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean, (M, N); the expansion |a|^2 - 2ab + |b|^2 would lose the digits of small ones."""
+    """Euclidean, (M, N); the expansion |a|^2 - 2ab + |b|^2 would lose the decimals of small ones."""
     return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,6 +1,10 @@
-"""Numbers about predictions; pure functions of tensors."""
+"""Numbers about predictions: pure functions of tensors.
+
+Shapes: N images, C classes; logits (N, C), labels (N,).
+"""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,43 +19,38 @@ from torchmetrics.functional.classification import (
 BINS = 15  # of confidence, as in Guo et al. 2017
 
 
-def accuracy_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), at 95 % for the default z.
+def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion at 95 % (Wilson 1927), which keeps its coverage near 100 % correct."""
+    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
-    It keeps its coverage near 100 % correct, where the normal approximation does not.
+
+def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Accuracy of predicted labels (N,) on test images with its 95 % interval, as values of JSON.
+
+    Raises:
+        ValueError: there are no images.
     """
-    if not 0 <= correct <= total or total == 0:
-        raise ValueError(f"{correct} correct of {total}: expected 0 <= correct <= total and total > 0.")
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    correct, total = int((predictions == labels).sum()), len(labels)
+    if not total:
+        raise ValueError("There are no test images, so there is no accuracy; give a test split, or set test=false.")
+    low, high = accuracy_interval(correct, total)
+    return {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high, "n_test": total}
 
 
-def worst_digits(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the digits with the highest cross-entropy, worst first.
-
-    Args:
-        logits: (N, 10).
-        labels: (N,).
-    """
+def highest_losses(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the images with the highest cross-entropy, worst first."""
     losses = F.cross_entropy(logits, labels, reduction="none")  # (N,)
     return losses.topk(min(count, len(labels))).indices
 
 
 def least_certain(logits: Tensor, count: int) -> Tensor:
-    """Indices (count,) of the digits whose best class has the lowest probability, least certain first."""
+    """Indices (count,) of the images whose best class has the lowest probability, least certain first."""
     return logits.softmax(dim=1).amax(dim=1).topk(min(count, len(logits)), largest=False).indices
 
 
 def class_scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Precision and recall of each class, (C,) both; NaN for a class that is never predicted, or never there.
-
-    Args:
-        logits: (N, C).
-        labels: (N,).
-    """
+    """Precision and recall of each class, (C,) both; NaN for a class that is never predicted, or never there."""
     classes, undefined = logits.shape[1], float("nan")
     precision = multiclass_precision(logits, labels, classes, average="none", zero_division=undefined)
     return precision, multiclass_recall(logits, labels, classes, average="none", zero_division=undefined)
@@ -64,7 +63,7 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean confidence, accuracy and count of the digits in each of `BINS` bins of confidence; NaN in empty ones."""
+    """Mean confidence, accuracy and count of the images in each of `BINS` bins of confidence; NaN in empty ones."""
     confidence, predictions = logits.softmax(dim=1).max(dim=1)
     places = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)  # (0, 1/15], (1/15, 2/15], ...
     counts = torch.bincount(places, minlength=BINS)
@@ -77,11 +76,7 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The number T for which softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017, section 4.2).
-
-    Args:
-        logits, labels: (N, 10) and (N,) of validation digits.
-    """
+    """The T for which softmax(logits / T) has the lowest cross-entropy on validation images (Guo et al. 2017, 4.2)."""
     log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log 1/T
     logits = logits.double()
     optimizer = torch.optim.LBFGS([log_inverse], max_iter=100, line_search_fn="strong_wolfe")
@@ -97,13 +92,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
-    """Whether two models err equally often on the same digits (McNemar 1947), by the exact binomial test.
+    """Whether two models err equally often on the same images (McNemar 1947), by the exact binomial test.
 
     Args:
         first, second: bool (N,), whether each model is right.
 
     Returns:
-        how many digits only the first has right, how many only the second, and the two-sided p-value.
+        how many images only the first has right, how many only the second, and the two-sided p-value.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second

@@ -1,4 +1,4 @@
-"""The few facts of a run that a person wants first, as `summary.json` and as text."""
+"""The few facts of a run or a probe that a person wants first, as `summary.json` and as text."""
 
 import os
 import sys
@@ -9,71 +9,109 @@ from typing import Any
 import torch
 from lightning import Trainer
 from omegaconf import DictConfig
+from torch import nn
 
-from thaw.callbacks.run_record import count_parameters, git_commit
-from thaw.callbacks.test_report import TestReport
+from thaw.classifier import Classifier
 from thaw.data.images import dataset_name
+from thaw.evaluation.final_test import FinalTest
+from thaw.evaluation.probes import Choice
+from thaw.freezing.policy import NEVER
 from thaw.run.command_line import setting
 from thaw.run.config import backbone_name
 from thaw.run.json_files import write_json
 from thaw.run.loggers import add_to_summary, where_to_look
+from thaw.run.record import git_commit
 
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
+LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 
 
 def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds: float) -> None:
-    """Write `summary.json` of a finished run and print it.
+    """Write `summary.json` of a run and print it.
 
     Args:
         cfg: of the run.
-        trainer: that fitted, and tested if that was wanted.
+        trainer: has fitted the model, and tested it if that was wanted.
         val_acc: best validation accuracy, None if none was measured.
         seconds: since the run started.
     """
     if not trainer.is_global_zero:
         return
-    tested = next(
-        (
-            callback.results
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, TestReport)
-        ),
-        {},
-    )
-    source = trainer.datamodule.load()  # type: ignore[attr-defined]
+    tests = [each for each in trainer.callbacks if isinstance(each, FinalTest)]  # type: ignore[attr-defined]
+    results = {
+        **(tests[0].results if tests else {}),
+        "val/acc": val_acc,
+        **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
+        **pretraining_facts(trainer),
+        "weights": cfg.backbone.get("weights", "none"),
+        **count_parameters(trainer.lightning_module, trainer.max_epochs),
+        "epochs": trainer.current_epoch,
+        "checkpoint_mb": checkpoint_mb(trainer),
+        "chosen": getattr(trainer.checkpoint_callback, "best_model_score", None) is not None,  # else the last weights
+        "resumed_from": cfg.resume,
+    }
+    write_summary(cfg, trainer, results, seconds)
+
+
+def report_probe(
+    cfg: DictConfig, trainer: Trainer, backbone: nn.Module, choice: Choice, tested: Mapping[str, Any], seconds: float
+) -> None:
+    """Write `summary.json` of a probe, with the keys of a training run's, and print it.
+
+    `tested` is the accuracy on the test split, empty if that was not wanted.
+    """
+    results = {
+        **tested,
+        "val/acc": round(choice.candidates[choice.chosen], 6),
+        "probe": cfg.probe._target_.rpartition(".")[2],
+        "chosen": {choice.setting: choice.chosen},
+        "candidates": [{choice.setting: value, "val/acc": acc} for value, acc in choice.candidates.items()],
+        "weights": cfg.ckpt or cfg.backbone.get("weights", "none"),
+        "trainable_params": choice.num_parameters,
+        "total_params": count_parameters(backbone)["total_params"] + choice.num_parameters,
+        "epochs": 0,
+        "checkpoint_mb": None,
+        "resumed_from": None,
+        "checkpoint": cfg.ckpt,
+    }
+    write_summary(cfg, trainer, results, seconds)
+
+
+def write_summary(cfg: DictConfig, trainer: Trainer, results: Mapping[str, Any], seconds: float) -> None:
+    """Add to the results what runs and probes share, and write, log and print that."""
+    source = trainer.datamodule.load()  # type: ignore[attr-defined]  # set at run time
     facts = {
         "name": cfg.name,
         "overrides": cfg.overrides,
         **NOT_TESTED,
-        **tested,
-        "val/acc": val_acc,
-        **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
-        **pretrained_facts(trainer),
+        **results,
         **source.facts(),
         "dataset": dataset_name(cfg.data),
         "n_train": len(source.train.labels),
         "n_val": len(source.val.labels),
         "backbone": backbone_name(cfg.backbone),
-        "weights": cfg.backbone.get("weights", "none"),
-        **count_parameters(trainer.lightning_module, trainer.max_epochs),
-        "epochs": trainer.current_epoch,
         "peak_memory_gb": peak_memory_gb(trainer),
-        "checkpoint_mb": checkpoint_mb(trainer),
-        "chosen": getattr(trainer.checkpoint_callback, "best_model_score", None) is not None,  # else the last weights
         "seconds": round(seconds, 2),
         "seed": cfg.seed,
         "git_commit": git_commit(),
-        "resumed_from": cfg.resume,
         "run_dir": cfg.run_dir,
     }
-    told = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
-    add_to_summary(trainer.loggers, {key: facts[key] for key in told if key in facts})
+    add_to_summary(trainer.loggers, {key: facts[key] for key in LOGGED if key in facts})
     write_json(facts, Path(cfg.run_dir) / "summary.json")
     print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
 
 
-def pretrained_facts(trainer: Trainer) -> dict[str, Any]:
-    """Of a pretraining run: the file that it wrote, and how good its features were at the last look."""
+def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:
+    """How many numbers of a model train within so many epochs (None or -1: a run without end), and how many it has."""
+    if isinstance(module, Classifier):
+        trainable = module.thaw.count(NEVER if epochs is None or epochs < 0 else epochs)
+    else:
+        trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return {"trainable_params": trainable, "total_params": sum(p.numel() for p in module.parameters())}
+
+
+def pretraining_facts(trainer: Trainer) -> dict[str, Any]:
+    """Of a pretraining run: the file that it wrote, and the last validation's metrics of its features."""
     output = getattr(trainer.lightning_module, "output", None)
     if output is None:
         return {}
@@ -101,24 +139,22 @@ def checkpoint_mb(trainer: Trainer) -> float | None:
 
 
 def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
-    """The summary as aligned lines.
-
-    Args:
-        facts: what `summary.json` holds.
-        wandb: how to see the run there, if it is logged there.
-    """
-    share = facts["trainable_params"] / facts["total_params"]
+    """The `summary.json` of a run or a probe as aligned lines; `wandb` says how to see the run there."""
+    lines = {}
+    if is_probe := "probe" in facts:
+        ((name, chosen),) = facts["chosen"].items()
+        lines["probe"] = f"{facts['probe']}, {name} = {chosen:g}, the best of {len(facts['candidates'])} on validation"
     sizes = f"{facts['n_train']:,} to train, {facts['n_val']:,} to validate"
-    lines = {
-        "data": f"{facts['dataset']}, {facts['data_title']}: {sizes}",
-        "backbone": f"{facts['backbone']}, weights: {facts['weights']}",
-        "trainable": f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters ({share:.2%})",
-    }
+    lines["data"] = f"{facts['dataset']}, {facts['data_title']}: {sizes}"
+    lines["backbone"] = f"{facts['backbone']}, weights: {facts['weights']}"
+    share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
+    lines["trainable"] = f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters{share}"
+    of_last = "" if facts.get("chosen", True) else ", of the last step's weights"
     if facts["val/acc"] is not None:
-        which = f"best of {facts['epochs']} epochs" if facts.get("chosen", True) else "of the last step's weights"
-        lines["validation"] = f"{facts['val/acc']:.2%} accuracy, {which}"
+        which = "" if is_probe else of_last or f", best of {facts['epochs']} epochs"
+        lines["validation"] = f"{facts['val/acc']:.2%} accuracy{which}"
     if facts.get("val/knn_acc") is not None:
-        lines["neighbours"] = f"{facts['val/knn_acc']:.2%} of validation digits have the label of their 20 nearest"
+        lines["neighbours"] = f"{facts['val/knn_acc']:.2%} of validation images have the label of their 20 nearest"
     if "backbone_file" in facts:
         lines["for later"] = setting("backbone.weights", os.path.relpath(facts["backbone_file"]))
     if "heads" in facts:
@@ -126,8 +162,7 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
         lines["head"] = f"{best}, best of {facts['heads']} on validation"
     if facts["test/acc"] is not None:
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
-        which = "" if facts.get("chosen", True) else ", of the last step's weights"
-        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{which}"
+        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{of_last}"
     lines["cost"] = f"{facts['seconds']:.1f} s"
     if facts["peak_memory_gb"] is not None:
         lines["cost"] += f", at most {facts['peak_memory_gb']:.1f} GB of memory"
@@ -136,6 +171,5 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
     lines["run"] = os.path.relpath(facts["run_dir"])
     if wandb:
         lines["W&B"] = wandb
-    body = "\n".join(f"  {name:<12}{value}" for name, value in lines.items())
     rule = "-" * 88
-    return f"\n{rule}\n{body}\n{rule}"
+    return "\n".join(["", rule, *(f"  {name:<12}{value}" for name, value in lines.items()), rule])

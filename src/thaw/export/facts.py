@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from thaw.callbacks.run_record import git_commit
 from thaw.predict.predictor import Predictor
+from thaw.run.record import git_commit
 
 INPUT = (
     "uint8 (N, 28, 28), N of 1 or more: one grey digit each, 0 the paper and 255 the ink, prepared as MNIST's were: "

@@ -28,7 +28,11 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"data_uri": data_uri, "percent": lambda share: "-" if share is None else f"{share:.2%}"}
+    pages.filters |= {
+        "data_uri": data_uri,
+        "count": lambda number: f"{number:,}",
+        "percent": lambda share: "-" if share is None else f"{share:.2%}",
+    }
     return pages.get_template(template).render(values)
 
 

@@ -9,7 +9,6 @@ from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from thaw.callbacks.progress import quiet
 from thaw.classifier import Classifier
 from thaw.data.images import dataset_name, with_numbers
 from thaw.data.mnist import DATASETS, class_names
@@ -17,6 +16,7 @@ from thaw.freezing.cache import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
+from thaw.run.console import quiet_libraries
 
 BATCH = 500  # digits predicted together where the data module does not say
 
@@ -145,7 +145,7 @@ def load_predictor(
     Raises:
         ValueError: no such checkpoint, or one of a model that does not classify.
     """
-    quiet()
+    quiet_libraries()
     path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")
     checkpoint = checkpoints.read(path, allow)
     if weights:

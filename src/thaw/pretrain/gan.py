@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from thaw.data.augment import Augment
+from thaw.data.batches import evenly_spread
 from thaw.data.datamodule import Batch
-from thaw.evaluation.generation import digit_features, frechet_distance, precision_and_recall, spread
+from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
@@ -149,11 +150,12 @@ class GAN(Objective):
         """
         (measured_by,) = self.measured_by
         if not self.real_features:
-            splits = [self.trainer.datamodule.split_dataset(split) for split in ("train", "val")]  # type: ignore
-            self.real_features = [digit_features(measured_by, spread(s.data.images, self.samples)) for s in splits]
+            splits = [self.trainer.datamodule.split_dataset(split).data for split in ("train", "val")]  # type: ignore
+            chosen = [images[evenly_spread(len(images), self.samples)] for images, _ in splits]
+            self.real_features = [image_features(measured_by, images) for images in chosen]
         train, val = self.real_features
         latents = fixed_latents(len(train), self.latent).to(self.device)
-        drawn = digit_features(measured_by, self.draw(latents))
+        drawn = image_features(measured_by, self.draw(latents))
         precision, recall = precision_and_recall(val, drawn, NEIGHBOURS)
         self.log("val/fid", frechet_distance(val, drawn), prog_bar=True)
         self.log("val/fid_floor", frechet_distance(val, train))

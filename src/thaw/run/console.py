@@ -1,9 +1,11 @@
 """What a program prints does not end it: neither characters that the console lacks nor a reader who has left."""
 
 import io
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,17 @@ from typing import Any, TextIO
 from thaw.run.files import named
 
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
+EXPECTED_WARNINGS = (
+    "does not have many workers",  # a batch is one indexing operation
+    "in eval mode at the start of training",  # frozen
+    "isinstance\\(treespec, LeafSpec\\)",
+    "The number of training batches .* is smaller than the logging interval",
+    "Checkpoint directory .* exists and is not empty",
+    "The `srun` command is available",
+    "The dirpath has changed",  # a resumed run has its own folder
+    "`trainer.*` .* was configured so ",
+    "could not find the monitored key",  # nothing was validated yet; later it is an error
+)
 
 
 class Stream(io.FileIO):
@@ -85,3 +98,12 @@ def results() -> Iterator[TextIO]:
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def quiet_libraries() -> None:
+    """Silence libraries' progress messages and warnings about deliberate choices; other warnings stay."""
+    logging.getLogger("lightning").handlers.clear()  # Hydra's handlers print what is left, once
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}")

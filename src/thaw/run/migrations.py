@@ -15,7 +15,11 @@ from omegaconf import OmegaConf
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 RENAMED = {  # class -> its name today
-    "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.early_stopping.EarlyStopping",
+    "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
+    "thaw.callbacks.early_stopping.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
+    "thaw.callbacks.log_interval.LogInterval": "thaw.callbacks.progress.LogInterval",
+    "thaw.callbacks.progress.progress": "thaw.callbacks.progress.progress_bar",
+    "thaw.callbacks.test_report.TestReport": "thaw.evaluation.final_test.FinalTest",
     "thaw.csv_log.RunCSV": "thaw.run.csv_log.RunCSV",
     "thaw.loggers.wandb_logger": "thaw.run.loggers.wandb_logger",
     "thaw.models.bank_classifier.BankClassifier": "thaw.lr_bank.BankClassifier",
@@ -27,6 +31,7 @@ RENAMED = {  # class -> its name today
     "thaw.models.optim.OptimizerRecipe": "thaw.optim.OptimizerRecipe",
     "thaw.models.sharding.FullyShard": "thaw.sharding.FullyShard",
 }
+REMOVED = {"thaw.callbacks.weight_averaging.SWA"}  # classes whose blocks become null; their weights load as before
 RENAMED_KEYS: dict[tuple[str, str], str] = {}  # (class, key) -> the key's name today
 REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None
@@ -69,7 +74,10 @@ def migrate_blocks(value: Any, place: str, changed: list[str], cannot: str) -> N
     if isinstance(value.get("_target_"), str):  # anything else is refused later
         migrate_block(value, place, changed, cannot)
     for key, inner in value.items():
-        migrate_blocks(inner, f"{place}{key}.", changed, cannot)
+        if isinstance(inner, dict) and inner.get("_target_") in REMOVED:
+            value[key] = None
+            changed.append(f"{place}{key}=null, as {inner['_target_']} is gone")
+        migrate_blocks(value[key], f"{place}{key}.", changed, cannot)
 
 
 def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot: str) -> None:

@@ -20,7 +20,7 @@ LIGHTNING = {
     "lightning.pytorch.profilers.SimpleProfiler",
 }
 FUNCTIONS = {
-    "thaw.callbacks.progress.progress",
+    "thaw.callbacks.progress.progress_bar",
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",

@@ -41,10 +41,13 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
         raise ValueError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
     problems = []
     for key in map(str, node):
-        value = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
+        value: Any = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):
             if not OmegaConf.is_interpolation(node, key):  # checked where it is written
                 problems += find_problems(value, f"{place}{key}.")
+        elif OmegaConf.is_list(value) and any(isinstance(item, DictConfig) for item in value):
+            blocks = [(number, item) for number, item in enumerate(value) if isinstance(item, DictConfig)]
+            problems += [line for number, item in blocks for line in find_problems(item, f"{place}{key}.{number}.")]
         elif key in annotations:
             given = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
             if not is_allowed(given, annotations[key]):
@@ -65,9 +68,9 @@ def annotated_arguments(target: Any) -> dict[str, Any]:
 def is_allowed(value: Any, annotation: Any) -> bool:
     """Whether a value is of a type and in its range, as strictly as YAML can tell: an int is a float, too.
 
-    `auto` is of every type, as `thaw.run.config.settle` replaces it, and a list of blocks is checked when it is built.
+    `auto` is of every type, as `thaw.run.config.settle` replaces it.
     """
-    if value == "auto" or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+    if value == "auto":
         return True
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from thaw.pages.axes import accuracy_axis, save
+from thaw.pages.figures import accuracy_axis, save_figure
 from thaw.sweeps.groups import Group
 from thaw.sweeps.runs import DONE, Run
 
@@ -154,7 +154,7 @@ def save_swept(curves: Sequence[Curve], key: str, path: Path) -> None:
         handles.append(Line2D([], [], color=OTHERS, marker="."))
         labels.append(f"{len(curves) - len(COLORS)} others")
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def scale_x(axes: Any, values: list[float], key: str) -> None:
@@ -212,5 +212,5 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     axes.set_ylabel("validation accuracy")
     labels = [textwrap.shorten(kind, 90, placeholder=" ...") for kind in kinds]
     figure.legend([*kinds.values()][::-1], labels[::-1], loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
     return True

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
 
-from thaw.pages.axes import accuracy_axis, save
+from thaw.pages.figures import accuracy_axis, save_figure
 from thaw.run.jobs import SUMMARY
 from thaw.run.json_files import read_json
 from thaw.sweeps.space import as_overrides
@@ -131,7 +131,7 @@ def save_history(
     axes.set_xlabel("trial")
     axes.set_ylabel(metric)
     figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def save_importance(study: optuna.Study, place: int, direction: str, path: Path) -> None:
@@ -147,7 +147,7 @@ def save_importance(study: optuna.Study, place: int, direction: str, path: Path)
     axes.set_xlim(0, 1.08 * max(shares.values()))
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def save_front(
@@ -167,7 +167,7 @@ def save_front(
     axes.set_xlabel(metrics[place])
     axes.set_ylabel(metrics[0])
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def chosen(trial: FrozenTrial) -> str:

@@ -6,17 +6,19 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import compose_config
 from sklearn.metrics import roc_auc_score
 
+from thaw.data.images import Images
 from thaw.data.mnist import load_mnist
 from thaw.evaluation import assessment
-from thaw.evaluation.assessment import assess, evenly, second_facts
+from thaw.evaluation.assessment import Assessment, assess, images_to_predict, second_facts
+from thaw.evaluation.assessment_files import write_assessments
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.report_page import classes_table, second_text
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read
 
@@ -26,7 +28,7 @@ FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["r
 
 @pytest.fixture(autouse=True)
 def no_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.evaluation.cost.SECONDS", 0.0)
+    monkeypatch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
 
 
 def evaluate(folder: Path, *overrides: str) -> Path:
@@ -37,7 +39,7 @@ def evaluate(folder: Path, *overrides: str) -> Path:
 
 @pytest.fixture
 def run(train: Callable[..., Path]) -> Path:
-    return train("experiment=vit_linear_probe", "data.source=sample", "logger=csv", "trainer.max_epochs=4")
+    return train("experiment=vit_linear_probe", "data.source=sample", "data.train_size=1500", "logger=csv")
 
 
 @pytest.mark.slow
@@ -84,10 +86,20 @@ def test_two_models_are_compared(linear_probe: Path, train: Callable[..., Path],
 
 
 @pytest.mark.slow
-def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_report_goes_to_the_runs_wandb_run(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Assessment] = []
+
+    def assess_once(*arguments: Any) -> Assessment:
+        if not made:
+            made.append(assess(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(assessment, "assess", assess_once)
     run = train(
         *("experiment=vit_linear_probe", "data.source=sample", "data.train_size=512", "data.batch_size=256"),
-        *("logger=wandb", "logger.wandb.mode=offline", "trainer.max_epochs=1"),
+        *("logger=wandb", "logger.wandb.mode=offline", "trainer.max_epochs=1", "validate=false", "test=false"),
     )
     wandb_id = read(run / "checkpoints" / "best.ckpt")["wandb_id"]
     before = set(run.glob("wandb/offline-run-*"))
@@ -96,7 +108,7 @@ def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path:
     assert added.name.endswith(wandb_id)
     media = {path.name.rsplit("_", 2)[0] for path in added.glob("files/media/**/*") if path.is_file()}
     assert {"reliability", "robustness", "attention", "page"} <= media
-    evaluate(tmp_path / "again", f"ckpt={run}", "wandb=false")
+    evaluate(tmp_path / "eval", f"ckpt={run}", "wandb=false")
     assert len(set(run.glob("wandb/offline-run-*")) - before) == 1
 
 
@@ -113,8 +125,6 @@ def test_second_dataset(linear_probe: Path) -> None:
     assert facts["mean_confidence_own"] == pytest.approx(float(own.mean()))
     is_own = torch.cat([torch.ones(500), torch.zeros(500)])
     assert facts["auroc"] == pytest.approx(roc_auc_score(is_own, torch.cat([own, others])), abs=1e-4)
-    text = second_text(facts, "MNIST", classes=5)
-    assert f"{facts['test/acc']:.2%}" in text and "20% is chance" in text
 
 
 def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,14 +135,21 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     kept = (source.test.labels != 3) & (source.test.labels != 8)
     test = source.test.take(kept)
     nothing = {"digits": 20} | {name: [] for name in CORRUPTIONS}
-    found = assess("one", predictor, source._replace(test=test), None, nothing, tmp_path, lambda done: None)
+    second = ("<KMNIST>", source._replace(test=Images(*(part[:40] for part in source.test))))
+    done: list[int] = []
+    found = assess("one", predictor, source._replace(test=test), second, nothing, tmp_path, done.append)
+    assert sum(done) == images_to_predict(source._replace(test=test), second, nothing)
     (images,) = shown
     firsts = [test.images[test.labels == c][0] for c in (0, 1, 2, 4, 5, 6, 7, 9)]
     assert torch.equal(images, torch.stack(firsts))
     rows = {row["class"]: row for row in found.facts["classes"]}
     assert rows["3"]["n"] == 0 and rows["3"]["recall"] is None and rows["4"]["recall"] > 0.8
     json.dumps(found.facts, allow_nan=False)
-    assert ">-</td>" in classes_table(found.facts["classes"])
+    (tmp_path / "attention.png").touch()
+    page = write_assessments([found], tmp_path).read_text()
+    assert re.search(r'<td class="text wide" data-key="3">3</td>.*>-</td>', page)
+    assert "<h2>On &lt;KMNIST&gt;</h2>" in page and f"{found.facts['second']['test/acc']:.2%} of 40 test images" in page
+    assert "10% is chance" in page
     with (tmp_path / "wrong_images.csv").open(newline="") as file:
         wrong = list(csv.DictReader(file))
     assert len(wrong) == round(len(test.labels) * (1 - found.facts["test/acc"]))
@@ -144,11 +161,3 @@ def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) ->
     with pytest.raises(ConnectionError, match="FashionMNIST"):
         evaluate(tmp_path / "eval", f"ckpt={linear_probe}", "data=fashion_mnist", *settings)
     assert not (tmp_path / "eval" / "report").exists()
-
-
-def test_evenly() -> None:
-    assert evenly(500, None).tolist() == evenly(500, 900).tolist() == list(range(500))
-    chosen = evenly(10_000, 1000)
-    assert len(chosen.unique()) == 1000
-    assert chosen[0] == 0
-    assert chosen[-1] == 9999

@@ -1,25 +1,24 @@
-"""Accuracy against the learning rate, one line for each weight decay, as a PNG."""
+"""Accuracy against the learning rate, as head=lr_bank measures it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 
-from thaw.pages.axes import accuracy_axis, save
+from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, save_figure
 
 
 def save_lr_curve(
     settings: Sequence[tuple[float, float]], accuracies: Sequence[float], chosen: int, path: Path
 ) -> None:
-    """Best validation accuracy of each head of a bank; a ring marks the chosen one.
+    """Best validation accuracy of each head of a bank against its learning rate, a line for each weight decay.
 
     Args:
         settings: learning rate and weight decay of each head.
-        accuracies: of each, from 0 to 1.
-        chosen: index of one head.
+        accuracies: of each head, from 0 to 1.
+        chosen: index of the head that gets a ring.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained", dpi=110)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     decays = sorted({weight_decay for _, weight_decay in settings})
     for place, decay in enumerate(decays):
@@ -28,11 +27,9 @@ def save_lr_curve(
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
     accuracy_axis(axes, min(accuracies), max(accuracies))
     lr, decay = settings[chosen]
-    axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color="#b2182b")
+    axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=ACCENT)
     axes.set_title(f"Chosen of {len(settings)} heads: lr {lr:g}, weight decay {decay:g}", fontsize=12)
-    axes.set_xscale("log")
-    axes.set_xlabel("peak learning rate")
-    axes.set_ylabel("best validation accuracy")
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation accuracy")
     if len(decays) > 1:
         axes.legend(title="weight decay", frameon=False)
-    save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,95 @@
+"""What eval.py leaves behind: `report.html`, `report.json` and the figures, on disk and in W&B."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from thaw.evaluation.assessment import Assessment
+from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.evaluate import wandb_logger_of
+from thaw.evaluation.metrics import mcnemar
+from thaw.evaluation.pictures import WRONG_IMAGES, save_robustness
+from thaw.pages.html import write_page
+from thaw.run.json_files import write_json
+from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
+
+
+def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
+    """McNemar's test between each two checkpoints.
+
+    Raises:
+        ValueError: they were not tested on the same images.
+    """
+    pairs = []
+    for first, second in combinations(assessments, 2):
+        if not torch.equal(first.test.images, second.test.images):
+            raise ValueError(
+                f"{first.label} and {second.label} have other test images ({first.facts['dataset']}, "
+                f"{first.facts['data_source']}, and {second.facts['dataset']}, {second.facts['data_source']}), so that "
+                "they cannot be compared; set data.source=official or data.source=sample for both."
+            )
+        right = [model.logits.argmax(dim=1) == model.test.labels for model in (first, second)]
+        only_first, only_second, p_value = mcnemar(*right)
+        found = {"only_first_right": only_first, "only_second_right": only_second, "p_value": p_value}
+        pairs.append({"models": [first.label, second.label], **found})
+    return pairs
+
+
+def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
+    """Write everything into a folder; returns the page."""
+    pairs = compare_pairs(assessments)
+    robustness = {model.label: model.facts["robustness"] for model in assessments}
+    curves = {label: facts["curves"] for label, facts in robustness.items()}
+    save_robustness(curves, min(facts["digits"] for facts in robustness.values()), folder / "robustness.png")
+    facts = {"models": {model.label: model.facts for model in assessments}, "comparison": pairs}
+    write_json(facts, folder / "report.json")
+    page = folder / "report.html"
+    write_page(
+        page,
+        "evaluation.html",
+        title=f"{len(assessments)} models compared" if len(assessments) > 1 else assessments[0].label,
+        models=assessments,
+        pairs=pairs,
+        corruption_means=corruption_means(assessments[0]),
+        robustness=folder / "robustness.png",
+        wrong_images=[(model.pictures[0][1].parent / WRONG_IMAGES).relative_to(folder) for model in assessments],
+    )
+    return page
+
+
+def corruption_means(model: Assessment) -> dict[str, float]:
+    """Mean accuracy over the strengths of each corruption that has any."""
+    means = {}
+    for name, curve in model.facts["robustness"]["curves"].items():
+        if harmed := [accuracy for strength, accuracy in curve if strength != CORRUPTIONS[name].harmless]:
+            means[name] = sum(harmed) / len(harmed)
+    return means
+
+
+def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -> None:
+    """Add numbers, figures and page to the W&B run that trained the checkpoint, if there is one."""
+    cfg = OmegaConf.create(checkpoint["config"])
+    if not (Path(cfg.run_dir) / "config.yaml").is_file():  # the checkpoint was taken out of its run
+        cfg.run_dir = str(page.parent)
+    loggers = wandb_logger_of(checkpoint, cfg)
+    run = wandb_run(loggers)
+    if run is None:
+        return
+    import wandb
+
+    try:
+        facts = assessment.facts
+        numbers = {name: facts[name] for name in ("test/acc", "test/acc_low", "test/acc_high")}
+        numbers |= {f"report/{name}": value for name, value in facts["calibration"].items()}
+        numbers |= {"report/robustness": facts["robustness"]["mean"]}
+        numbers |= {f"report/{name}": facts["cost"][name] for name in ("flops", "latency_ms", "images_per_second")}
+        add_to_summary(loggers, numbers)
+        for path in [*(path for _, path in assessment.pictures), page.parent / "robustness.png"]:
+            log_image(loggers, f"report/{path.stem}", path)
+        run.log({"report/page": wandb.Html(str(page), inject=False)})
+    finally:
+        finish(loggers)

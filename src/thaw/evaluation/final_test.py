@@ -1,0 +1,53 @@
+"""A callback for the test after training: accuracy with its interval, and where the model errs."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from thaw.data.datamodule import Batch
+from thaw.data.images import with_numbers
+from thaw.evaluation.metrics import accuracy_facts
+from thaw.run.loggers import log_image
+
+
+class FinalTest(Callback):
+    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.folder = Path(run_dir) / "report"
+        self.results: dict[str, Any] = {}
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.parts.clear()
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        parts = (outputs.float(), batch.labels, batch.images, batch.indices)
+        self.parts.append(tuple(part.cpu() for part in parts))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        parts = [tuple(torch.cat(part) for part in zip(*self.parts, strict=True))]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, parts[0])
+            parts = gathered
+        logits, labels, images, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.results = accuracy_facts(logits.argmax(dim=1), labels)
+        if not trainer.is_global_zero:
+            return
+        from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
+
+        names = trainer.datamodule.load().classes  # type: ignore[attr-defined]  # Lightning sets it at run time
+        draw_errors(images, logits, labels, indices, with_numbers(names, logits.shape[1]), self.folder)
+        for picture in ("confusion_matrix", "worst_digits"):
+            log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")
