@@ -293,11 +293,15 @@ def test_metrics_info_and_docs(stand_in, serving) -> None:
     assert set(body["application/json"]["schema"]["properties"]) == {"images", "explain"}
     example = body["application/json"]["examples"]["pixels"]["value"]
     assert post(address, example).status_code == 200, "the example works"
-    docs = httpx.get(f"{address}/docs").text
-    for part in ("POST /predict", "image/png", "413", "Retry-After"):
-        assert part in docs
-    for page in (docs, httpx.get(address).text):
-        assert not re.search(r"(src|href)=.?https?:", page), "nothing from the net"
-    policy = httpx.get(address).headers["Content-Security-Policy"]
-    assert "unsafe" not in policy
-    assert "default-src 'none'" in policy
+    described = schema["paths"]["/predict"]["post"]
+    assert "image/png" in body and "413" in described["responses"]
+    assert "Retry-After" in described["responses"]["503"]["description"]
+    assert set(schema["components"]["schemas"]["Prediction"]["properties"]) >= {"class", "warning", "attention"}
+    for path in ("/", "/docs"):
+        page = httpx.get(address + path)
+        assert not re.search(r"(src|href)=.?https?:", page.text), "nothing from the net"
+        for file in re.findall(r'(?:src|href)="(docs-files/[^"]+)"', page.text):
+            assert httpx.get(f"{address}/{file}").status_code == 200
+        policy = page.headers["Content-Security-Policy"]
+        assert "unsafe" not in policy and "default-src 'none'" in policy
+    assert httpx.get(f"{address}/docs-files/none.js").status_code == 404

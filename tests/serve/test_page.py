@@ -217,6 +217,19 @@ def test_what_is_shown(opened, digits) -> None:
     assert (page.inner_text("#name"), ink(page, "input"), ink(page, "attention"), ink(page, "pad")) == ("?", 0, 0, 0)
 
 
+def test_docs_need_no_network(browser, stand_in, serving) -> None:
+    """Swagger's page shows the API; all its files come from this server, and its policy blocks none of them."""
+    page, address, wrong = browser.new_page(), serving(stand_in, request_seconds=10.0), []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda sent: None if sent.url.startswith((address, "data:")) else wrong.append(sent.url))
+    page.goto(f"{address}/docs")
+    page.click("text=/predict")
+    page.wait_for_selector("text=the request took longer than 10 s to come")
+    assert page.locator(".opblock").count() == 4
+    page.close()
+    assert wrong == []
+
+
 def test_class_names_are_text(browser, stand_in, serving) -> None:
     """A class may be called anything; and without attention its panel is not there."""
     stand_in.has_attention = False

@@ -17,9 +17,10 @@ import httpx
 import pytest
 import torch
 from conftest import ROOT
+from omegaconf import OmegaConf
 
 from thaw.data.idx import write_idx
-from thaw.serve.limits import Limits
+from thaw.serve.limits import limits_of
 from thaw.serve.server import open_port
 
 
@@ -150,7 +151,7 @@ def test_limits_that_make_no_sense() -> None:
         "max_connections": 9,
         "request_seconds": 1.0,
     }
-    assert Limits(**good).max_body == 1_000_000
+    assert limits_of(OmegaConf.create(good)).max_body == 1_000_000
     for name, value in (("max_batch", -1), ("max_queue", 19), ("max_images", 2.5), ("request_seconds", float("inf"))):
         with pytest.raises(ValueError, match=f"^{name}={value}"):
-            Limits(**{**good, name: value})
+            limits_of(OmegaConf.create({**good, name: value}))
