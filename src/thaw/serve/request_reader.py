@@ -122,7 +122,7 @@ class RequestReader:
         for place, image in enumerate(parsed.images):
             name = f"images[{place}]"
             if isinstance(image, str):
-                digits.append(found(await self.in_thread(read_base64, image, name)))
+                digits.append(digit_or_refusal(await self.in_thread(read_base64, image, name)))
             else:
                 digits.append(await self.read_array(from_rows(image), name))
         return gathered(digits, parsed.explain)
@@ -131,7 +131,7 @@ class RequestReader:
         """The digits of a picture or an IDX file, one by one, so that the work ends when the client gives up."""
         content = await self.in_thread(unpack, content, "the body")
         if not is_idx(content):
-            return gathered([found(await self.in_thread(read_picture, content, "the body"))], False)
+            return gathered([digit_or_refusal(await self.in_thread(read_picture, content, "the body"))], False)
         images = await self.in_thread(read_images, content, "the body")
         self.check_count(len(images))
         if are_like_mnist(images).all():
@@ -142,7 +142,7 @@ class RequestReader:
     async def read_array(self, image: np.ndarray, name: str) -> Digit:
         if are_like_mnist(image[None])[0]:
             return Digit(image)
-        return found(await self.in_thread(read_array, image, name))
+        return digit_or_refusal(await self.in_thread(read_array, image, name))
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
@@ -158,7 +158,7 @@ class RequestReader:
             raise RefusedError(422, str(error)) from error
 
 
-def found(digit: Digit) -> Digit:
+def digit_or_refusal(digit: Digit) -> Digit:
     """The digit, or a refusal that says why there is none."""
     if digit.image is None:
         raise RefusedError(422, digit.error)
