@@ -47,7 +47,7 @@ def source() -> Source:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
-    """Builds what a command line means, with random weights in every tensor, and saves it as a checkpoint."""
+    """Builds the model of a command line, with random weights in every tensor, and saves it as a checkpoint."""
 
     def predictor(*overrides: str) -> Predictor:
         folder = tmp_path_factory.mktemp("model")
@@ -87,7 +87,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 class Exported(NamedTuple):
-    """A written file. wanted: what the predictor gave for 501 training digits before it was changed by the export."""
+    """A written file. wanted: the predictor's probabilities for 501 training digits, before the export changes it."""
 
     predictor: Predictor
     wanted: Tensor

@@ -144,7 +144,7 @@ def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path
 def test_card_of_a_checkpoint_that_holds_all_weights(
     train: Callable[..., Path], source: Source, tmp_path: Path
 ) -> None:
-    """The weights that it started from are named all the same."""
+    """The card names the weights at the start of training also for such a checkpoint."""
     few = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "logger=none", "trainer.max_epochs=1"]
     run = train("model.self_contained=true", "validate=false", "test=false", *few)
     export_folder(load_predictor(str(run), None, "cpu", "32-true"), source, None, tmp_path / "hub")

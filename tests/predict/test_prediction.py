@@ -33,7 +33,7 @@ from thaw.predict.predictor import load_predictor
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Thirty digits, their class in the file name, half of them inverted; an IDX file, and two that are no digits."""
+    """Thirty digits, their class in the file name, half of them inverted; an IDX file, and two pictures without a digit."""
     folder = tmp_path / "digits"
     (folder / "below").mkdir(parents=True)
     test = sources.load("MNIST", "nowhere", "sample", None).test
@@ -81,7 +81,7 @@ def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) 
 
 
 def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
-    """Of an IDX file with a blank image, and of a name in another encoding, all the rest is read and written."""
+    """A blank image in an IDX file costs its row alone, and file names of any encoding are written."""
     images = sources.load("MNIST", "nowhere", "sample", None).test.images[:4].clone()
     images[2] = 0
     (tmp_path / "four-ubyte").write_bytes(write_idx(images))

@@ -94,7 +94,7 @@ def address(linear_probe, serving) -> str:
 
 @pytest.fixture
 def opened(browser, address) -> Iterator[Callable]:
-    """Open the page in a window of its own; afterwards nothing must have gone wrong in it, or come from elsewhere."""
+    """Open the page in its own window; it must log no error and load nothing from elsewhere."""
     contexts, wrong = [], []
 
     def go(**window):
@@ -231,7 +231,7 @@ def test_docs_need_no_network(browser, stand_in, serving) -> None:
 
 
 def test_class_names_are_text(browser, stand_in, serving) -> None:
-    """A class may be called anything; and without attention its panel is not there."""
+    """Class names are escaped, and a model without attention has no panel for it."""
     stand_in.has_attention = False
     page = browser.new_page()
     page.goto(serving(stand_in, request_seconds=10.0))

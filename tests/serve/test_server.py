@@ -59,7 +59,7 @@ def is_open(address: str) -> bool:
 
 @pytest.mark.slow
 def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
-    """A request that is being computed gets its whole answer; then the process is gone, status 0, and left nothing."""
+    """A running request gets its whole answer; then the process ends with status 0 and leaves nothing."""
     images = write_idx(torch.randint(0, 64, (400, 28, 28), dtype=torch.uint8))
     with started(tmp_path, f"ckpt={linear_probe}", "max_batch=1", "request_seconds=60.0") as (process, address):
         assert httpx.get(f"{address}/healthz").status_code == 200
@@ -110,7 +110,7 @@ def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
 
 @pytest.mark.parametrize("cause", ["fastapi", "port"])
 def test_refusals_to_start(cause: str, tmp_path, monkeypatch) -> None:
-    """Before the model is loaded, of which there is none; and no folder is left."""
+    """The error comes before the checkpoint is looked for, and no folder is left."""
     monkeypatch.chdir(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -23,12 +23,7 @@ INPUT = (
 
 
 def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
-    """Facts of a predictor whose model `thaw.export.portable.portable` has prepared; without folders of this machine.
-
-    Args:
-        predictor: whose model is exported.
-        format: as export.py calls it.
-    """
+    """Facts of a predictor after `thaw.export.portable.portable`, without folders of this machine."""
     facts = predictor.facts()
     return {
         "thaw": version("thaw-vit"),
@@ -52,7 +47,6 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
     """The largest difference between an exported model and the trained one, as facts.
 
     Args:
-        model: the exported one.
         images, wanted: see `parity_sample`.
 
     Raises:

@@ -25,7 +25,6 @@ def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> s
     """The lines of a card that turn digits into probabilities.
 
     Args:
-        backbone: the model's.
         head: the arguments that built the model's head.
         has_classifier: whether the head has become timm's classifier.
     """
@@ -51,11 +50,9 @@ def model_card(
     """The whole text.
 
     Args:
-        facts: about the model, see `thaw.export.facts`.
-        checkpoint: of the exported model.
-        backbone: the model's.
+        facts: see `thaw.export.facts`.
         code: see `card_code`.
-        license: of the weights, or None.
+        license: of the weights.
     """
     config = OmegaConf.create(checkpoint["config"])
     dataset, is_timm = facts["dataset"], isinstance(backbone, Backbone)
@@ -106,7 +103,6 @@ def weights_origin(backbone: Any, weights: str) -> tuple[str, str | None]:
     """Where a backbone's weights came from, and their id if they came from the hub.
 
     Args:
-        backbone: the model's.
         weights: `backbone.weights` of the training; a checkpoint that holds all weights is loaded without it.
     """
     if weights == "none":

@@ -29,11 +29,7 @@ def check_onnx_installed() -> None:
 
 
 def to_onnx(program: ExportedProgram, name: str) -> Any:
-    """Convert a traced program to an ONNX model.
-
-    Args:
-        program: images -> (probabilities,).
-        name: of the architecture, for an error.
+    """Convert a traced program, images -> (probabilities,), to an ONNX model.
 
     Raises:
         ValueError: it has an operator that ONNX lacks, or is too large for one file.

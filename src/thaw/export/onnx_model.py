@@ -16,8 +16,8 @@ class OnnxModel:
     """Satisfies `thaw.predict.predictor.DigitModel`; may be called by several threads at once.
 
     Args:
-        session: onnxruntime's, of a file that `export.py` wrote.
-        metadata: of that file.
+        session: onnxruntime's.
+        metadata: the facts in its file.
     """
 
     has_attention = False

@@ -16,11 +16,7 @@ from thaw.predict.predictor import Predictor
 
 
 class Portable(nn.Module):
-    """uint8 (B, 28, 28) -> probabilities (B, 10), in a tuple of one, as earlier files and cards have them.
-
-    Args:
-        preprocess, backbone, head: of a classifier in eval mode.
-    """
+    """uint8 (B, 28, 28) -> probabilities (B, 10), in a tuple of one, as earlier files and cards have them."""
 
     def __init__(self, preprocess: Preprocess, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -46,14 +42,11 @@ def portable(predictor: Predictor) -> Portable:
 
 
 def trace(model: Portable, name: str) -> ExportedProgram:
-    """The computation as a graph, for any number of digits.
+    """The computation as a graph, for any number of digits; a ValueError names a model that cannot be traced.
 
     Args:
         model: in fp32 on the CPU.
         name: of the architecture, for an error.
-
-    Raises:
-        ValueError: torch.export cannot follow the model.
     """
     images = torch.zeros(2, 28, 28, dtype=torch.uint8)
     for layer in attention_layers(model.backbone):

@@ -17,12 +17,7 @@ FACTS_FILE = "thaw.json"  # among the extra files of the archive
 
 
 class TorchProgram:
-    """A traced program that predicts.
-
-    Args:
-        program: of a file that `export.py` wrote.
-        metadata: of that file.
-    """
+    """A traced program that predicts; `metadata` are the facts in its file."""
 
     def __init__(self, program: ExportedProgram, metadata: dict[str, Any]) -> None:
         self.module, self.metadata = program.module(), metadata

@@ -131,13 +131,7 @@ def predictions(model: DigitModel, read: Sequence[Read], classes: Sequence[str])
 
 
 class RowWriter:
-    """Writes rows as CSV, with a column for each class, or as JSON lines.
-
-    Args:
-        file: open for text.
-        format: `csv` or `jsonl`.
-        classes: names of the classes.
-    """
+    """Writes rows as CSV, with a column for each class, or as JSON lines (`jsonl`)."""
 
     def __init__(self, file: TextIO, format: str, classes: Sequence[str]) -> None:
         self.file, self.is_csv, self.classes = file, format == "csv", classes
@@ -155,11 +149,7 @@ class RowWriter:
 
 @contextmanager
 def open_output(output: str | None, format: str) -> Iterator[tuple[TextIO, str]]:
-    """Open standard output, or a file that appears under its name once it is complete; also gives the format.
-
-    Raises:
-        ValueError: an unknown format.
-    """
+    """Open standard output, or a file that appears under its name once it is complete; also gives the format."""
     wanted = format if output is None else Path(output).suffix.removeprefix(".")
     if wanted not in ("csv", "jsonl"):
         key = f"format={format!r}" if output is None else f"output={output!r}"

@@ -118,7 +118,7 @@ class Predictor:
 
     @property
     def name(self) -> str:
-        """The architecture: timm's name, or a baseline's."""
+        """The architecture, by timm's name or a baseline's."""
         return backbone_name(self.cfg.backbone)
 
     @property
@@ -133,7 +133,7 @@ def load_predictor(
     precision: str | None = None,
     allow: Sequence[str] = (),
 ) -> Predictor:
-    """The classifier of a run's best checkpoint, or of a checkpoint file.
+    """Load the classifier of a run's best checkpoint, or of a checkpoint file.
 
     Args:
         ckpt: `last`, a run's folder or a checkpoint file.

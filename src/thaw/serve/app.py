@@ -60,8 +60,7 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         description=f"Which digit it is: {facts.get('name', 'a model')} as an API.",
         lifespan=lifespan,
     )
-    app.state.stopping = False
-    app.state.limits = limits
+    app.state.stopping, app.state.limits = False, limits
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, not_here)
@@ -74,20 +73,15 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         deadline = asyncio.get_running_loop().time() + limits.request_seconds
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and kind not in FILE_TYPES:
-            raise RefusedError(
-                415,
-                f"Content-Type {kind!r} is not read; send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}.",
-            )
+            allowed = f"send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}"
+            raise RefusedError(415, f"Content-Type {kind!r} is not read; {allowed}.")
         try:
             received = await reader.read(request, kind, deadline)
             async with asyncio.timeout_at(deadline):
                 answer = await batcher.predict(received.images, received.explain)
         except TimeoutError:
-            raise RefusedError(
-                503,
-                f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images.",
-                batcher.retry_after(),
-            ) from None
+            reason = f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images."
+            raise RefusedError(503, reason, batcher.retry_after()) from None
         return Response(to_json(answer, received, names), media_type=JSON)
 
     @app.get("/healthz", summary="200 if the server can serve, else 503")
@@ -95,9 +89,8 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         if app.state.stopping:
             raise RefusedError(503, "the server is stopping; ask another one.", retry_after=1)
         if not batcher.is_alive or batcher.stuck > limits.request_seconds:
-            raise RefusedError(
-                503, f"the model has not answered for {batcher.stuck:.0f} s; restart the server.", retry_after=1
-            )
+            reason = f"the model has not answered for {batcher.stuck:.0f} s; restart the server."
+            raise RefusedError(503, reason, retry_after=1)
         return Response('{"status":"ok"}', media_type=JSON)
 
     @app.get("/info", summary="Facts about the model, and the limits")

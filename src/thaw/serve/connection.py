@@ -1,7 +1,7 @@
 """A client's connection: uvicorn's, with limits on how long and how much it may hold.
 
-uvicorn itself cannot bound slow clients: `timeout_keep_alive` counts only between two requests, `limit_concurrency` only
-requests whose headers have come, and nothing limits the time of headers, of a body or of an answer that is not read.
+uvicorn itself cannot bound slow clients: `timeout_keep_alive` counts only between two requests, `limit_concurrency`
+only requests whose headers have come, and nothing limits the time of headers, a body or an answer that is not read.
 """
 
 import asyncio

@@ -52,7 +52,7 @@ class RefusedError(Exception):
 
     Args:
         status: of HTTP.
-        detail: for the client: the value, what is allowed and what to do.
+        detail: for the client: the value, the allowed ones and the next step.
         retry_after: seconds after which it may work, for a 503.
     """
 

@@ -72,15 +72,11 @@ class RequestReader:
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
 
     async def read(self, request: Request, kind: str, deadline: float) -> ReceivedImages:
-        """The digits of a request.
+        """The digits of a request; raises TimeoutError if it is complete, but takes too long to decode.
 
         Args:
             kind: its Content-Type.
             deadline: in seconds of the event loop's clock.
-
-        Raises:
-            RefusedError: it is too large, too slow or wrong.
-            TimeoutError: it is complete, but takes too long to decode.
         """
         body = bytearray()
         try:
@@ -122,16 +118,17 @@ class RequestReader:
         for place, image in enumerate(parsed.images):
             name = f"images[{place}]"
             if isinstance(image, str):
-                digits.append(digit_or_refusal(await self.in_thread(read_base64, image, name)))
+                digits.append(await self.in_thread(read_base64, image, name))
             else:
-                digits.append(await self.read_array(from_rows(image), name))
+                pixels = np.frombuffer(bytes(chain.from_iterable(image)), dtype=np.uint8)
+                digits.append(await self.read_array(pixels.reshape(SIDE, SIDE), name))
         return gathered(digits, parsed.explain)
 
     async def read_file(self, content: bytes) -> ReceivedImages:
         """The digits of a picture or an IDX file, one by one, so that the work ends when the client gives up."""
         content = await self.in_thread(unpack, content, "the body")
         if not is_idx(content):
-            return gathered([digit_or_refusal(await self.in_thread(read_picture, content, "the body"))], False)
+            return gathered([await self.in_thread(read_picture, content, "the body")], False)
         images = await self.in_thread(read_images, content, "the body")
         self.check_count(len(images))
         if are_like_mnist(images).all():
@@ -142,7 +139,7 @@ class RequestReader:
     async def read_array(self, image: np.ndarray, name: str) -> Digit:
         if are_like_mnist(image[None])[0]:
             return Digit(image)
-        return digit_or_refusal(await self.in_thread(read_array, image, name))
+        return await self.in_thread(read_array, image, name)
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
@@ -152,17 +149,14 @@ class RequestReader:
             )
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's result, computed by a decoder; a refusal gives the client thaw.data's reason for no digit."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
-        except ValueError as error:  # thaw.data's message, for the client
+            result = await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
+        except ValueError as error:
             raise RefusedError(422, str(error)) from error
-
-
-def digit_or_refusal(digit: Digit) -> Digit:
-    """The digit, or a refusal that says why there is none."""
-    if digit.image is None:
-        raise RefusedError(422, digit.error)
-    return digit
+        if isinstance(result, Digit) and result.image is None:
+            raise RefusedError(422, result.error)
+        return result
 
 
 def gathered(digits: list[Digit], explain: bool) -> ReceivedImages:
@@ -184,11 +178,6 @@ def parse(body: bytes) -> PredictRequest:
         raise RefusedError(
             422, f"{place.lstrip('.') or 'the body'}: {wrong[0]['msg']}{value}; see /docs for what is allowed."
         ) from None
-
-
-def from_rows(rows: list[list[int]]) -> np.ndarray:
-    """28 rows of 28 valid pixels -> uint8 (28, 28)."""
-    return np.frombuffer(bytes(chain.from_iterable(rows)), dtype=np.uint8).reshape(SIDE, SIDE)
 
 
 def read_base64(text: str, name: str) -> Digit:
