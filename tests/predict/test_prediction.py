@@ -33,7 +33,7 @@ from thaw.predict.predictor import load_predictor
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Thirty digits, their class in the file name, half of them inverted; an IDX file, and two pictures without a digit."""
+    """Thirty digits, named by their class, half of them inverted; an IDX file, and two pictures without a digit."""
     folder = tmp_path / "digits"
     (folder / "below").mkdir(parents=True)
     test = sources.load("MNIST", "nowhere", "sample", None).test

@@ -238,7 +238,7 @@ def test_overload_is_told_and_passes(stand_in, serving) -> None:
 
 
 def test_a_slow_model_is_given_up_on(stand_in, serving) -> None:
-    """503 after the time limit; digits of requests that timed out are not computed; /healthz tells of the stuck model."""
+    """503 after the time limit; digits of requests that timed out are not computed; /healthz says it is stuck."""
     address = serving(stand_in, request_seconds=0.3)
     stand_in.open.clear()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
