@@ -91,7 +91,7 @@ def model_card(
         title=title,
         is_timm=is_timm,
         origin=origin,
-        code=code,
+        code=code.strip(),
         data_licence=data_licence,
         license=license,
         epochs=checkpoint["epoch"] + 1 if "epoch" in checkpoint else None,

@@ -57,7 +57,7 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         static_url=DOCS_FILES,
         title="thaw",
         version=str(facts.get("git_commit", ""))[:12] or "unknown",
-        description=f"Which digit it is: {facts.get('name', 'a model')} as an API.",
+        description=f"Says which digit an image shows, by the model {facts.get('name', 'without a name')}.",
         lifespan=lifespan,
     )
     app.state.stopping, app.state.limits = False, limits
