@@ -2,7 +2,7 @@
 
 import os
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +13,7 @@ TAKE_A_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn",
 
 
 def take_inputs(arguments: list[str]) -> list[str]:
-    """Remove from the command line what is neither a setting nor an option, and return it: files and folders."""
+    """Remove files and folders, all that is neither a setting nor an option, from the command line and return them."""
     inputs: list[str] = []
     others = arguments[:1]
     for before, word in pairwise(arguments):
@@ -31,7 +31,8 @@ inputs: list[str] = []
 def main(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
-    from thaw.predict.prediction import Writer, find_files, in_batches, open_output, predictions, read_file
+    from thaw.data.batches import EVAL_BATCH
+    from thaw.predict.prediction import RowWriter, find_files, open_output, predictions, read_file
     from thaw.predict.predictor import load_predictor
 
     files, left_out = find_files([*cfg.inputs, *inputs])
@@ -40,10 +41,11 @@ def main(cfg: DictConfig) -> None:
     with open_output(cfg.output, cfg.format) as (file, format):
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         print(f"model: {model.checkpoint}", file=sys.stderr)
-        writer = Writer(file, format, model.classes)
+        writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
         with tqdm(files, desc="files", unit="file", disable=None, leave=False) as bar:
-            for batch in in_batches(one for path in bar for one in read_file(path)):
+            digits = (digit for path in bar for digit in read_file(path))
+            while batch := list(islice(digits, EVAL_BATCH)):
                 for row in predictions(model, batch, model.classes):
                     writer.write(row)
                     read, failed = read + (row["error"] is None), failed + (row["error"] is not None)

@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from thaw.predict.predictor import DigitModel, Predictor, load_predictor
-    from thaw.serve.limits import Limits
+    from thaw.serve.limits import limits_of
     from thaw.serve.process import keep_memory, spared_collector
 
     try:
@@ -22,8 +22,7 @@ def main(cfg: DictConfig) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 
-    sizes = ("max_batch", "max_queue", "max_images", "max_body_mb", "max_connections", "request_seconds")
-    limits = Limits(**{name: cfg[name] for name in sizes})
+    limits = limits_of(cfg)
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     keep_memory()
     cores = torch.get_num_threads()

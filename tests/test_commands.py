@@ -27,7 +27,7 @@ from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
-from thaw.serve.requests import FILE_TYPES
+from thaw.serve.request_reader import FILE_TYPES
 
 TINY = ["+backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"]
 VIT = ["backbone=digits_vit", "backbone.arguments.depth=2", *TINY[1:]]

@@ -1,21 +1,40 @@
 """Classifiers with random weights, as predictors, for the tests of this folder."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from conftest import compose_run
 from hydra.utils import instantiate
-from torch import nn
+from torch import Tensor, nn
 
 from thaw.data.images import Source
 from thaw.data.mnist import class_names, load_mnist
+from thaw.export.export_file import export_file
 from thaw.predict.predictor import Predictor
 from thaw.run.config import plain, settle
 
 TINY = ["backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"]
+
+KINDS: dict[str, list[str]] = {
+    "vit": [],
+    "vit_56px_rgb": ["backbone.image_size=56", "backbone.arguments.patch_size=14", "backbone.channels=3"],
+    "lora_class_and_mean": [
+        *("freeze=lora", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"),
+        *("backbone.pool=class_and_mean", "head.norm=batch"),
+    ],
+    "mlp_head": ["head=mlp"],
+    "bank": ["head=lr_bank", "freeze=full", "head.lrs=[1e-3,1e-2]"],
+    "convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]"],
+    "lenet5": ["experiment=baseline/lenet5"],
+    "mlp": ["experiment=baseline/mlp", "backbone.hidden=[32]"],
+    "lstm": ["experiment=baseline/rnn", "backbone.hidden_size=16"],
+    "gru": ["experiment=baseline/rnn", "backbone.hidden_size=16", "backbone.cell=gru", "backbone.num_layers=2"],
+    "pixels": ["experiment=baseline/logistic_regression"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -26,13 +45,14 @@ def source() -> Source:
     return sample._replace(val=val, test=test)
 
 
-@pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Predictor]:
-    """Builds what a command line means, with random weights in every tensor, and keeps it as a checkpoint."""
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
+    """Builds the model of a command line, with random weights in every tensor, and saves it as a checkpoint."""
 
     def predictor(*overrides: str) -> Predictor:
+        folder = tmp_path_factory.mktemp("model")
         fixed = ["data.source=sample", "logger=none", "trainer.precision=32-true"]
-        cfg = compose_run(tmp_path, *fixed, *overrides)
+        cfg = compose_run(folder, *fixed, *overrides)
         settle(cfg)
         torch.manual_seed(0)
         model: Any = instantiate(cfg.model).eval()
@@ -47,15 +67,48 @@ def build(tmp_path: Path) -> Callable[..., Predictor]:
                 nn.init.normal_(parameter, std=0.3)  # probabilities that differ
         if hasattr(model.head, "chosen"):
             model.head.chosen.fill_(1)
-        path = tmp_path / "checkpoints" / "best.ckpt"
-        path.parent.mkdir(exist_ok=True)
+        path = folder / "checkpoints" / "best.ckpt"
+        path.parent.mkdir()
         torch.save({"config": plain(cfg), "state_dict": model.state_dict(), "epoch": 1, "git_commit": "c0ffee"}, path)
         return Predictor(model, cfg, path, "c0ffee", class_names(cfg.data.dataset))
 
     return predictor
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_vit(build: Callable[..., Predictor]) -> Callable[..., Predictor]:
     """Builds a classifier on a ViT of two narrow blocks."""
     return lambda *overrides: build("experiment=vit_from_scratch", "augment=none", *TINY, *overrides)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Exported(NamedTuple):
+    """A written file. wanted: the predictor's probabilities for 501 training digits, before the export changes it."""
+
+    predictor: Predictor
+    wanted: Tensor
+    facts: dict[str, Any]
+    path: Path
+
+
+@pytest.fixture(scope="session")
+def exported(
+    build: Callable[..., Predictor],
+    tiny_vit: Callable[..., Predictor],
+    source: Source,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Exported]:
+    """Exports one of `KINDS`, once in a session for each format."""
+
+    @cache
+    def write(name: str, format: str, quantize: str | None = None) -> Exported:
+        predictor = (build if "experiment=" in "".join(KINDS[name]) else tiny_vit)(*KINDS[name])
+        wanted = predictor(source.train.images[:501])
+        path = tmp_path_factory.mktemp("export") / ("model.onnx" if format == "onnx" else "model.pt2")
+        return Exported(predictor, wanted, export_file(predictor, source, format, quantize, path), path)
+
+    return write

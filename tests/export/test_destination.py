@@ -1,13 +1,12 @@
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, compose_config
 from omegaconf import DictConfig, OmegaConf
 
+import export
 from thaw.export.destination import check_request, destination, summary
 
 
@@ -57,24 +56,18 @@ def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
     facts |= {"largest_difference_to_fp32": 0.2, "fp32_test_accuracy": 0.975, "fp32_bytes": 10**6}
     assert "WARNING" not in summary(facts, tmp_path)
     (tmp_path / "weights").write_bytes(bytes(800))
-    assert "float32 still" in summary(facts | {"fp32_bytes": 1000}, tmp_path)
+    assert "stays float32" in summary(facts | {"fp32_bytes": 1000}, tmp_path)
     assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path)
 
 
-@pytest.mark.slow
-def test_command(train: Callable[..., Path], tiny_run: list[str]) -> None:
-    """Commands on one run, each leaving what it says and nothing else."""
+def test_command(train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Commands on one run; each leaves what it says and nothing else."""
     run_dir = train(*tiny_run, "trainer.max_epochs=1", "freeze=lora")
     before = {path for path in ROOT.iterdir()}
-
-    def export(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "export.py", f"ckpt={run_dir}", *overrides]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    done = export("quantize=int8")
-    assert done.returncode == 0, done.stderr
-    assert "same classes on 500 test digits" in done.stdout and "fp32" in done.stdout
-    done = export("format=hub_folder", "license=mit")
-    assert done.returncode == 0, done.stderr
+    capsys.readouterr()
+    export.main(compose_config("export", f"ckpt={run_dir}", "quantize=int8"))
+    said = capsys.readouterr().out
+    assert "same classes on 500 test digits" in said and "fp32" in said
+    export.main(compose_config("export", f"ckpt={run_dir}", "format=hub_folder", "license=mit"))
     assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["hub", "model.int8.onnx"]
     assert {path for path in ROOT.iterdir() if path.name not in ("outputs", "__pycache__")} <= before

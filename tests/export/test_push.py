@@ -1,4 +1,4 @@
-"""Against a stand-in for the Hugging Face hub on this machine."""
+"""Uploads to a stand-in for the Hugging Face hub on this machine."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from thaw.export.push import check_push, push
 
 
 class Hub(ThreadingHTTPServer):
-    """Answers as the hub does to a small upload, and keeps what it was sent."""
+    """Answers a small upload as the hub does, and records the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)

@@ -18,13 +18,22 @@ import predict
 from thaw.data.digit_image import Digit
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
-from thaw.predict.prediction import FIRST, LAST, Read, Writer, find_files, open_output, predictions, read_file
+from thaw.predict.prediction import (
+    COLUMNS,
+    LAST_COLUMNS,
+    Read,
+    RowWriter,
+    find_files,
+    open_output,
+    predictions,
+    read_file,
+)
 from thaw.predict.predictor import load_predictor
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Thirty digits, their class in the file name, half of them inverted; an IDX file, and two that are no digits."""
+    """Thirty digits, named by their class, half of them inverted; an IDX file, and two pictures without a digit."""
     folder = tmp_path / "digits"
     (folder / "below").mkdir(parents=True)
     test = load_mnist("MNIST", "nowhere", "sample", None).test
@@ -72,7 +81,7 @@ def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) 
 
 
 def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
-    """Of an IDX file with a blank image, and of a name in another encoding, all the rest is read and written."""
+    """A blank image in an IDX file costs its row alone, and file names of any encoding are written."""
     images = load_mnist("MNIST", "nowhere", "sample", None).test.images[:4].clone()
     images[2] = 0
     (tmp_path / "four-ubyte").write_bytes(write_idx(images))
@@ -106,7 +115,9 @@ def test_standard_output_of_another_encoding(tmp_path: Path, monkeypatch: pytest
     with (tmp_path / "out").open("w", encoding="cp1252") as console:
         monkeypatch.setattr(sys, "stdout", console)
         with open_output(None, "csv") as (file, format):
-            Writer(file, format, ["0"]).write(dict.fromkeys((*FIRST, "probabilities", *LAST), None) | {"file": "ü数"})
+            RowWriter(file, format, ["0"]).write(
+                dict.fromkeys((*COLUMNS, "probabilities", *LAST_COLUMNS), None) | {"file": "ü数"}
+            )
     assert (tmp_path / "out").read_text(encoding="cp1252").splitlines()[1].startswith("ü\\u6570,")
 
 
@@ -130,7 +141,7 @@ def test_what_is_taken_from_a_folder_and_what_is_left_out(tmp_path: Path) -> Non
         Image.new("L", (9, 9)).save(tmp_path / name, format)
     files, left_out = find_files([str(tmp_path)])
     assert {file.name for file in files} == {"a.heic", "b.JFIF", "c.svg", "no suffix", "e.bmp", "f.webp"}
-    assert left_out == [f"files of {tmp_path} left out: 3 hidden and 2 that are no pictures (labels.csv, notes.txt)"]
+    assert left_out == [f"files of {tmp_path} left out: 3 hidden and 2 that are not pictures (labels.csv, notes.txt)"]
     [read] = read_file(tmp_path / "a.heic")
     assert "a.heic is not a PNG" in read.digit.error
 
@@ -153,7 +164,7 @@ def test_unknown_formats(output: str) -> None:
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"holds no picture.* 1 that are no pictures \(notes\.txt\)"):
+    with pytest.raises(ValueError, match=r"holds no picture.* 1 that are not pictures \(notes\.txt\)"):
         find_files([str(tmp_path)])
     with pytest.raises(ValueError, match="is neither a file nor a folder"):
         find_files(["x" * 300])

@@ -1,4 +1,4 @@
-"""The API through a real server: what it answers, and what bad input gets."""
+"""The API through a real server: answers, and errors for bad input."""
 
 import base64
 import concurrent.futures
@@ -55,7 +55,7 @@ def post(address: str, content: Any, kind: str = "application/json") -> httpx.Re
 
 
 def test_answers_equal_the_predictors(linear_probe, serving) -> None:
-    """Pixels, a PNG, an IDX file and many at once, in batches that split them, next to the model's own answer."""
+    """Rows of pixels and an IDX file, split over several batches, get the model's own answers."""
     predictor = load_predictor(str(linear_probe), precision="32-true")
     address = serving(predictor, request_seconds=20.0)
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
@@ -80,7 +80,7 @@ def probabilities_of(answer: dict[str, Any]) -> list[list[float]]:
 
 
 def test_pictures(stand_in, serving) -> None:
-    """A PNG is the same digit as a body, in base64 and as a data URL."""
+    """A picture may come as a body, in base64 of any kind or as a data URL."""
     address, content = serving(stand_in), png()
     text = base64.b64encode(content).decode()
     safe, wrapped = base64.urlsafe_b64encode(content).decode(), base64.encodebytes(content).decode()
@@ -139,7 +139,7 @@ BAD = {
 
 
 def test_one_bad_image_is_named(stand_in, serving) -> None:
-    """Whatever is wrong with one of many images: 422, and which it is."""
+    """Whatever is wrong with one of many images, the 422 says which image it is."""
     address, good = serving(stand_in), base64.b64encode(png()).decode()
     blank = [[0] * 28] * 28
     images = np.zeros((5, 28, 28), np.uint8)
@@ -157,8 +157,8 @@ def test_one_bad_image_is_named(stand_in, serving) -> None:
     assert not stand_in.batches
 
 
-def test_what_is_doubtful_is_said(stand_in, serving) -> None:
-    """Of two digits in one picture, and of rows scaled to 0 and 1 or dark on bright; and no word of others."""
+def test_warnings(stand_in, serving) -> None:
+    """Warnings name two digits in one picture, and rows scaled to 0 and 1 or dark on bright; others get none."""
     stroke = np.zeros((28, 28), np.uint8)
     stroke[4:24, 13:16] = 255
     file = io.BytesIO()
@@ -193,7 +193,7 @@ def test_bad_input_gets_a_reason(stand_in, serving) -> None:
 
 
 def test_many_errors_are_one(stand_in, serving) -> None:
-    """Of a body full of wrong values only the first is kept, or the errors would need far more memory than it."""
+    """From a body full of wrong values only the first error is kept: all would need far more memory than the body."""
     address = serving(stand_in, max_body_mb=10.0)
     response = post(address, b'{"images":[' + b"[[1]]," * 1_000_000 + b"[[1]]]}")
     assert response.status_code == 422
@@ -214,7 +214,7 @@ def test_body_is_counted_where_no_length_is_given(stand_in, serving) -> None:
 
 
 def test_overload_is_told_and_passes(stand_in, serving) -> None:
-    """With a model that is not done, 50 images wait, others get 503 with Retry-After, and all is well afterwards."""
+    """While the model is busy 50 images wait and others get 503 with Retry-After; later requests are answered."""
     address = serving(stand_in, request_seconds=10.0)
     stand_in.open.clear()
     body = {"images": [ROWS] * 10}
@@ -238,7 +238,7 @@ def test_overload_is_told_and_passes(stand_in, serving) -> None:
 
 
 def test_a_slow_model_is_given_up_on(stand_in, serving) -> None:
-    """503 after the time limit; the digits of those who gave up are never computed; then /healthz says it is stuck."""
+    """503 after the time limit; digits of requests that timed out are not computed; /healthz says it is stuck."""
     address = serving(stand_in, request_seconds=0.3)
     stand_in.open.clear()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -293,11 +293,15 @@ def test_metrics_info_and_docs(stand_in, serving) -> None:
     assert set(body["application/json"]["schema"]["properties"]) == {"images", "explain"}
     example = body["application/json"]["examples"]["pixels"]["value"]
     assert post(address, example).status_code == 200, "the example works"
-    docs = httpx.get(f"{address}/docs").text
-    for part in ("POST /predict", "image/png", "413", "Retry-After"):
-        assert part in docs
-    for page in (docs, httpx.get(address).text):
-        assert not re.search(r"(src|href)=.?https?:", page), "nothing from the net"
-    policy = httpx.get(address).headers["Content-Security-Policy"]
-    assert "unsafe" not in policy
-    assert "default-src 'none'" in policy
+    described = schema["paths"]["/predict"]["post"]
+    assert "image/png" in body and "413" in described["responses"]
+    assert "Retry-After" in described["responses"]["503"]["description"]
+    assert set(schema["components"]["schemas"]["Prediction"]["properties"]) >= {"class", "warning", "attention"}
+    for path in ("/", "/docs"):
+        page = httpx.get(address + path)
+        assert not re.search(r"(src|href)=.?https?:", page.text), "nothing from the net"
+        for file in re.findall(r'(?:src|href)="(docs-files/[^"]+)"', page.text):
+            assert httpx.get(f"{address}/{file}").status_code == 200
+        policy = page.headers["Content-Security-Policy"]
+        assert "unsafe" not in policy and "default-src 'none'" in policy
+    assert httpx.get(f"{address}/docs-files/none.js").status_code == 404

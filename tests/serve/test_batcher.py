@@ -143,7 +143,7 @@ def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monke
 
 
 def test_workers_share_a_request_and_keep_its_order(stand_in) -> None:
-    """Two at once: neither waits for the other, and what ends out of order is put together in order."""
+    """Two workers at once: neither waits for the other, and parts that end out of order are put in order."""
     first, second = threading.Event(), threading.Event()
 
     class Slow(type(stand_in)):

@@ -1,4 +1,4 @@
-"""Clients that keep a connection and give nothing: each is ended in bounded time, and others are served meanwhile."""
+"""Slow and silent clients: each connection ends in bounded time, and others are served meanwhile."""
 
 import json
 import socket
@@ -49,14 +49,14 @@ HALVES = {
     "no body": (HEAD + b"Content-Length: 100\r\n\r\n", 408, "only 0 bytes came in 0.6 s"),
     "half a body": (WHOLE[:-100], 408, f"only {len(BODY) - 100:,} bytes came in 0.6 s"),
     "half a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n50\r\nabc", 408, "only 3 bytes came"),
-    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "no HTTP request"),
+    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "not an HTTP request"),
     "endless header": (HEAD + b"X: " + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
     "endless line": (b"GET /" + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
 }
 
 
 def test_half_a_request(address: str) -> None:
-    """A client that stops half way is told so and let go; and the next request is served."""
+    """A client that stops half way gets the reason and is disconnected; the next request is served."""
     for name, (sent, status, reason) in HALVES.items():
         started = time.monotonic()
         with connect(address) as client:
@@ -98,7 +98,7 @@ def test_a_client_that_says_nothing(address: str) -> None:
 
 
 def test_a_refused_body_is_not_read_for_ever(address: str) -> None:
-    """The 413 comes at once; who then dribbles on is cut off, who sends on can read it."""
+    """The 413 comes at once; a client that dribbles on afterwards is disconnected."""
     with connect(address) as client:
         client.sendall(HEAD + b"Content-Length: 100000000\r\n\r\n")
         assert b" 413 " in client.recv(65536)
@@ -111,7 +111,7 @@ def test_a_refused_body_is_not_read_for_ever(address: str) -> None:
 
 
 def test_a_client_that_does_not_read(stand_in, serving) -> None:
-    """Answers that are not fetched are given up, and so is their connection."""
+    """A client that does not read its answers is disconnected."""
     address = serving(stand_in, request_seconds=SECONDS, max_images=1000, max_queue=1000, max_body_mb=10.0)
     body = json.dumps({"images": [ROWS] * 500, "explain": True}).encode()
     request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
@@ -152,7 +152,7 @@ def test_too_many_connections(stand_in, serving) -> None:
 
 
 def test_unfinished_bodies_are_bounded_together(stand_in, serving) -> None:
-    """Eight times one body's limit is held for all clients; who comes later is told to wait, and may come back."""
+    """All clients together may send eight times one body's limit; later ones get a 503 until there is room."""
     address = serving(stand_in, request_seconds=2.0)
     held = []
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""What export.py was asked for, where it goes, and what is said of it in the end."""
+"""Checks the settings of export.py, finds the place of its output and sums up the result."""
 
 import os
 from collections.abc import Mapping
@@ -7,19 +7,15 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "hub_folder": "hub"}
-DROP = 0.01  # of accuracy by quantising, from which on it is a warning
-MOST = 0.7  # of the size in float32, likewise
+FILE_NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "hub_folder": "hub"}
+ACCURACY_LOSS = 0.01  # by int8, above which there is a warning
+SIZE_LEFT = 0.7  # of the float32 file, above which there is a warning
 
 
 def check_request(cfg: DictConfig) -> None:
-    """Refuse settings that do not go together, before anything is loaded.
-
-    Raises:
-        ValueError: says what was allowed.
-    """
-    if cfg.format not in NAMES:
-        raise ValueError(f"format={cfg.format!r} is unknown; choose one of {', '.join(NAMES)}.")
+    """Raise a ValueError for settings that do not go together, before anything is loaded."""
+    if cfg.format not in FILE_NAMES:
+        raise ValueError(f"format={cfg.format!r} is unknown; choose one of {', '.join(FILE_NAMES)}.")
     if cfg.quantize not in (None, "int8"):
         raise ValueError(f"quantize={cfg.quantize!r} is unknown; choose int8, or null for float32.")
     if cfg.quantize and cfg.format != "onnx":
@@ -34,12 +30,12 @@ def check_request(cfg: DictConfig) -> None:
 
 
 def destination(cfg: DictConfig, checkpoint: Path) -> Path:
-    """The file or folder that is written: `output`, or in the run's folder, or beside a checkpoint without a run.
+    """The file or folder to write: `output`, else in the run's folder, else beside a checkpoint without a run.
 
     Raises:
-        ValueError: `output` has another ending than the format, or something of another kind is there.
+        ValueError: `output` does not end as the format does, or is a folder where a file is wanted.
     """
-    name = Path(NAMES[cfg.format])
+    name = Path(FILE_NAMES[cfg.format])
     if cfg.quantize:
         name = name.with_suffix(f".{cfg.quantize}{name.suffix}")
     if cfg.output is not None:
@@ -57,7 +53,7 @@ def destination(cfg: DictConfig, checkpoint: Path) -> Path:
 
 
 def summary(facts: Mapping[str, Any], path: Path) -> str:
-    """What was measured, in a few lines."""
+    """The measured facts in a few lines."""
     low, high = facts["test_accuracy_interval"]
     lines = [
         f"parity     same classes on {facts['parity_digits']:,} test digits, probabilities differ by at most "
@@ -74,10 +70,11 @@ def summary(facts: Mapping[str, Any], path: Path) -> str:
             f"differ by at most {facts['largest_difference_to_fp32']:.2g}",
             f"fp32       {facts['fp32_test_accuracy']:.2%} accuracy, {facts['fp32_bytes'] / 1e6:.1f} MB",
         ]
-        if size > MOST * facts["fp32_bytes"]:
+        if size > SIZE_LEFT * facts["fp32_bytes"]:
             lines.append(
-                "WARNING    int8 is for matrices; most of this model is convolution or recurrence: float32 still."
+                "WARNING    int8 is for matrices; most of this model is convolution or recurrence and stays float32: "
+                "leave quantize out."
             )
-        if facts["fp32_test_accuracy"] - facts["test_accuracy"] > DROP:
-            lines.append(f"WARNING    int8 loses more than {DROP:.0%} of accuracy here; use the float32 file.")
+        if facts["fp32_test_accuracy"] - facts["test_accuracy"] > ACCURACY_LOSS:
+            lines.append(f"WARNING    int8 loses more than {ACCURACY_LOSS:.0%} of accuracy here; use the float32 file.")
     return "\n".join([*lines, f"written    {os.path.relpath(path)}, {size / 1e6:.1f} MB"])

@@ -1,75 +1,74 @@
-"""From a predictor to one checked file, ONNX or torch.export's."""
+"""Exports a predictor to one checked file, ONNX or torch.export's."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from thaw.data.images import Source
-from thaw.export.facts import model_facts
-from thaw.export.measure import check_parity, expected, probabilities_of, tested
+from thaw.export.facts import check_parity, model_facts, parity_sample, probabilities_of, tested_facts
 from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
-from thaw.predict.predictor import DigitModel, Predictor
+from thaw.predict.predictor import Predictor
 from thaw.run.files import atomic
 
 
-class Format(NamedTuple):
-    """How a traced model is written with its facts, and read again."""
+class FileFormat(NamedTuple):
+    """The functions that write a traced model with its facts and load it."""
 
     save: Callable[[Any, Mapping[str, Any], Path], None]
     load: Callable[[Path], Any]
 
 
-FORMATS = {"onnx": Format(save_onnx, load_onnx), "torch_export": Format(save_program, load_program)}
+FILE_FORMATS = {"onnx": FileFormat(save_onnx, load_onnx), "torch_export": FileFormat(save_program, load_program)}
 
 
 def export_file(predictor: Predictor, source: Source, format: str, quantize: str | None, path: Path) -> dict[str, Any]:
-    """Write a file and check it; what was at `path` is replaced only by one that has passed.
+    """Write a file and check it; it replaces an earlier file at `path` only if it passes.
 
     Args:
         predictor: in fp32 on the CPU; LoRA is merged into its model.
-        source: of the digits that it is compared and tested on.
+        source: of the digits for comparison and test.
         format: `onnx` or `torch_export`.
         quantize: `int8`, for `onnx`, or None.
         path: of the file.
 
     Returns:
-        the facts that the file holds.
+        the facts in the file.
 
     Raises:
         ValueError: the model cannot be exported, or the file does not compute what the model does.
     """
     if format == "onnx":
         check_onnx_installed()
-    wanted = expected(predictor, source.test)
+    sample = parity_sample(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, format)
     exported: Any = trace(model, predictor.name)
     if format == "onnx":
-        exported = to_onnx(exported, model.outputs, predictor.name)
+        exported = to_onnx(exported, predictor.name)
         facts["opset"] = OPSET
-    save, load = FORMATS[format]
+    save, load = FILE_FORMATS[format]
     with atomic(path) as part:
         save(exported, facts, part)
-        written: DigitModel = load(part)
-        facts |= check_parity(written, wanted)
+        written = load(part)
+        facts |= check_parity(written, *sample)
         probabilities = probabilities_of(written, source.test.images, f"test of {path.name}")
-        facts |= tested(probabilities, source)
+        facts |= tested_facts(probabilities, source)
         if quantize:
             fp32 = {"fp32_test_accuracy": facts["test_accuracy"], "fp32_bytes": part.stat().st_size}
             exported, operators = to_int8(exported)
             save(exported, facts, part)
             rounded = probabilities_of(load(part), source.test.images, f"test of {path.name}")
             same = (rounded.argmax(dim=1) == probabilities.argmax(dim=1)).float().mean()
-            facts |= tested(rounded, source) | fp32
+            facts |= tested_facts(rounded, source) | fp32
             facts |= {
                 "quantized": "int8",
                 "quantized_operators": operators,
                 "agreement_with_fp32": round(float(same), 6),
                 "largest_difference_to_fp32": float((rounded - probabilities).abs().max()),
             }
-        save(exported, facts, part)  # once more, now with what was measured
+        save(exported, facts, part)  # once more, now with the measured facts
         assert load(part).facts().keys() >= facts.keys()
     return facts

@@ -1,13 +1,21 @@
-"""What an exported file says of itself, as values of JSON."""
+"""Facts about an exported model, as values of JSON: its origin, its agreement with the trained one, its accuracy."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
+from thaw.data.batches import by_batches, evenly_spread
+from thaw.data.images import Images, Source
+from thaw.evaluation.metrics import accuracy_interval
 from thaw.predict.predictor import Predictor
 from thaw.run.record import git_commit
 
+PARITY_DIGITS = 1000
+PARITY_TOLERANCE = 1e-3  # of a probability
 INPUT = (
     "uint8 (N, 28, 28), N of 1 or more: one grey digit each, 0 the paper and 255 the ink, prepared as MNIST's were: "
     "scaled into 20 x 20 pixels and centred by its mass in 28 x 28"
@@ -15,21 +23,65 @@ INPUT = (
 
 
 def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
-    """Of a predictor whose model is as it will be exported; nothing of this machine's folders.
-
-    Args:
-        predictor: after `thaw.export.portable.portable`.
-        format: as export.py calls it.
-    """
+    """Facts of a predictor after `thaw.export.portable.portable`, without folders of this machine."""
     facts = predictor.facts()
-    trained = {"checkpoint": None, "git_commit": None}
     return {
         "thaw": version("thaw-vit"),
         "format": format,
-        **{key: value for key, value in facts.items() if key not in trained},
+        **{key: value for key, value in facts.items() if key not in ("checkpoint", "git_commit")},
         "trained_commit": facts["git_commit"],
         "exported_commit": git_commit(),
         "torch": torch.__version__,
         "input": INPUT,
         "output": "probabilities (N, 10), in the order of classes",
+    }
+
+
+def parity_sample(predictor: Predictor, test: Images) -> tuple[Tensor, Tensor]:
+    """At most 1,000 test digits (N, 28, 28), evenly spread, and the trained model's probabilities (N, 10) for them."""
+    images = test.images[evenly_spread(len(test.labels), PARITY_DIGITS)]
+    return images, predictor(images)
+
+
+def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor) -> dict[str, Any]:
+    """The largest difference between an exported model and the trained one, as facts.
+
+    Args:
+        images, wanted: see `parity_sample`.
+
+    Raises:
+        ValueError: another class for any digit, or a difference above the tolerance.
+    """
+    given = model(images)
+    others = int((given.argmax(dim=1) != wanted.argmax(dim=1)).sum())
+    difference = float((given - wanted).abs().max())
+    if others or not difference <= PARITY_TOLERANCE:  # `not`, so that NaN fails, too
+        raise ValueError(
+            f"The exported model is not the trained one: on {len(given):,} test digits {others} classes differ, "
+            f"and a probability by up to {difference:.2g}; allowed are none and {PARITY_TOLERANCE:g}. Nothing was "
+            "written. Try another format=, or another version of torch."
+        )
+    return {"parity_digits": len(given), "parity_largest_difference": difference}
+
+
+def probabilities_of(model: Callable[[Tensor], Tensor], images: Tensor, title: str) -> Tensor:
+    """(N, 28, 28) -> probabilities (N, 10), with a progress bar on a terminal."""
+    with tqdm(total=len(images), desc=title, unit="digit", disable=None, leave=False) as bar:
+
+        def counted(batch: Tensor) -> Tensor:
+            bar.update(len(batch))
+            return model(batch)
+
+        return by_batches(counted, images)
+
+
+def tested_facts(probabilities: Tensor, source: Source) -> dict[str, Any]:
+    """Accuracy on the test split and its 95 % interval, as facts."""
+    labels = source.test.labels
+    correct = int((probabilities.argmax(dim=1) == labels).sum())
+    return {
+        "test_accuracy": round(correct / len(labels), 6),
+        "test_accuracy_interval": [round(end, 6) for end in accuracy_interval(correct, len(labels))],
+        "test_digits": len(labels),
+        **source.facts(),
     }

@@ -1,37 +1,32 @@
 """A folder to share: weights as safetensors, config, and a model card whose code has been run.
 
-A timm model is laid out as timm's own folders are, so that `timm.create_model("local-dir:<folder>")` loads it; what
-timm does not know (the baselines) `load_folder` loads.
-
-Shapes: N digits, D feature width.
+A timm model is laid out as timm's own folders are, so that `timm.create_model("local-dir:<folder>")` loads it;
+`load_folder` loads the baselines, which timm does not know.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from thaw.data.batches import by_batches
 from thaw.data.images import Source
 from thaw.data.preprocess import Preprocess
-from thaw.export import card_code
-from thaw.export.facts import model_facts
-from thaw.export.measure import check_parity, expected, probabilities_of, tested
-from thaw.export.model_card import model_card
-from thaw.export.onnx_model import BATCH
+from thaw.export.facts import check_parity, model_facts, parity_sample, probabilities_of, tested_facts
+from thaw.export.model_card import card_code, model_card
 from thaw.export.portable import Portable, portable
-from thaw.export.timm_config import fold_head, timm_config
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
-from thaw.run.files import atomic_folder, write_bytes, write_text
+from thaw.run.files import atomic_folder, write_text
 from thaw.run.json_files import read_json, write_json
 
 HEADS: dict[str, type[nn.Module]] = {head.__name__: head for head in (LinearHead, MLPHead)}
@@ -39,39 +34,31 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 
 
 class CardModel:
-    """What the code of a card computes, batch by batch, as a `thaw.predict.predictor.DigitModel` without attention.
+    """The model that a card's code loads: uint8 (N, 28, 28) -> probabilities (N, 10), in batches.
 
     Args:
-        code: defines `probabilities`, and is run with `folder` as the current one.
+        code: defines `probabilities`; it runs with `folder` as the current folder.
     """
-
-    has_attention = False
 
     def __init__(self, code: str, folder: Path) -> None:
         names: dict[str, Any] = {}
         with contextlib.chdir(folder):
-            exec(code, names)  # our own text; whoever reads the card runs the same
+            exec(code, names)  # our own text; readers of the card run the same
         self.probabilities: Callable[[Tensor], Tensor] = names["probabilities"]
 
     def __call__(self, images: Tensor) -> Tensor:
-        return torch.cat([self.probabilities(batch) for batch in images.split(BATCH)])
-
-    def attention(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def facts(self) -> dict[str, Any]:
-        return {}
+        return by_batches(self.probabilities, images)
 
 
 def export_folder(
     predictor: Predictor, source: Source, license: str | None, path: Path, allow: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Write a folder and check it by its card's own code; an earlier one is replaced only by one that has passed.
+    """Write a folder and check it with its card's code; it replaces an earlier folder only if it passes.
 
     Args:
         predictor: in fp32 on the CPU; LoRA is merged into its model.
-        source: of the digits that it is compared and tested on.
-        license: of the weights, as the hub spells it; None says so only of the bundled ones.
+        source: of the digits for comparison and test.
+        license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
         path: of the folder.
         allow: as for `thaw.run.checkpoint.read`.
 
@@ -81,33 +68,32 @@ def export_folder(
     Raises:
         ValueError: something else lies at `path`, or the folder does not compute what the model does.
     """
-    if path.exists() and not replaceable(path):
-        raise ValueError(f"{path} is there and no folder that export.py wrote; give another output=, or remove it.")
+    if path.exists() and not (
+        path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
+    ):
+        raise ValueError(f"{path} exists and export.py did not write it; give another output=, or remove it.")
     checkpoint = checkpoints.read(predictor.checkpoint, allow)
-    wanted = expected(predictor, source.test)
+    sample = parity_sample(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, "hub_folder")
     with atomic_folder(path) as part:
-        code = fill(part, model, predictor, license)
+        try:
+            code = write_model(part, model, predictor)
+        except SafetensorError as error:  # its class for a full disk, too
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else None, str(error), str(part / WEIGHTS)) from error
         written = CardModel(code, part)
-        facts |= check_parity(written, wanted)
-        validated = probabilities_of(written, source.val.images, "validation")
-        right = validated.argmax(dim=1) == source.val.labels
+        facts |= check_parity(written, *sample)
+        right = probabilities_of(written, source.val.images, "validation").argmax(dim=1) == source.val.labels
         facts |= {"val_accuracy": round(right.float().mean().item(), 6), "val_digits": len(right)}
-        facts |= tested(probabilities_of(written, source.test.images, "test"), source)
+        facts |= tested_facts(probabilities_of(written, source.test.images, "test"), source)
         facts["bytes"] = sum(file.stat().st_size for file in part.glob("*.safetensors"))
-        config = read_json(part / CONFIG)
-        write_json({**config, "thaw": facts}, part / CONFIG)
+        write_json({**read_json(part / CONFIG), "thaw": facts}, part / CONFIG)
         write_text(model_card(facts, checkpoint, predictor.model.backbone, code, license), part / CARD)
     return facts
 
 
-def replaceable(path: Path) -> bool:
-    """Whether a folder is empty or holds what `fill` writes and nothing else."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
-
-
-def fill(folder: Path, model: Portable, predictor: Predictor, license: str | None) -> str:
+def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
     """Write weights and config; returns the code that computes probabilities with them.
 
     Raises:
@@ -118,36 +104,48 @@ def fill(folder: Path, model: Portable, predictor: Predictor, license: str | Non
         raise ValueError(
             f"format=hub_folder knows {', '.join(HEADS)} and the lr_bank, not {type(head).__name__}; use format=onnx."
         )
+    classifier = None
     if isinstance(backbone, Backbone):
-        state = backbone.model.state_dict()
-        classifier = fold_head(backbone, head)
-        config = timm_config(backbone, predictor.classes if classifier else None)
-        state |= classifier or {}
+        if backbone.pool == "model" and isinstance(backbone.model.pretrained_cfg["classifier"], str):
+            classifier = folded(head)
+        backbone.save_folder(folder, classifier, predictor.classes)
         if not classifier:
-            save(head.state_dict(), folder / HEAD)
-        code = card_code.timm_code(backbone, head, folded=bool(classifier))
+            save_file(head.state_dict(), folder / HEAD)
     else:
-        state = model.state_dict()
         config = {
             "architecture": predictor.name,
             "library": "thaw",
             "num_classes": len(predictor.classes),
             "label_names": predictor.classes,
-            "backbone": settings(predictor.cfg.backbone, type(backbone)),
+            "backbone": baseline_settings(predictor.cfg.backbone, type(backbone)),
             "head": {"class": type(head).__name__, **head_settings(head)},
         }
-        code = card_code.BASELINE
-    save(state, folder / WEIGHTS)
-    write_json(config, folder / CONFIG)
-    return code
+        write_json(config, folder / CONFIG)
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # convnet is channels_last
+        save_file(state, folder / WEIGHTS)
+    return card_code(backbone, head_settings(head), has_classifier=classifier is not None)
 
 
-def save(state: dict[str, Tensor], path: Path) -> None:
-    """Write tensors, whatever their layout in memory: a safetensors file knows one."""
-    write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"}), path)
+def folded(head: nn.Module) -> nn.Linear | None:
+    """The head as the one linear layer that timm has after its pooling; None where that cannot compute the same.
+
+    Standardised features are linear in the features: W (x - mean) / std + b = (W / std) x + (b - W mean / std).
+    Features normalised for each digit by itself are not.
+    """
+    if not isinstance(head, LinearHead) or isinstance(head.norm, nn.LayerNorm):
+        return None
+    weight, bias = head.linear.weight.double(), head.linear.bias.double()  # (K, D), (K,)
+    if isinstance(head.norm, nn.BatchNorm1d):
+        mean, variance = head.norm.running_mean, head.norm.running_var  # (D,)
+        assert mean is not None and variance is not None
+        weight = weight / (variance.double() + head.norm.eps).sqrt()
+        bias = bias - weight @ mean.double()
+    linear = nn.Linear(head.linear.in_features, head.linear.out_features)
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
 
 
-def settings(block: Any, kind: type) -> dict[str, Any]:
+def baseline_settings(block: Any, kind: type) -> dict[str, Any]:
     """A baseline's configuration with the name of its class."""
     values = OmegaConf.to_container(block, resolve=True)
     assert isinstance(values, dict)
@@ -155,7 +153,7 @@ def settings(block: Any, kind: type) -> dict[str, Any]:
 
 
 def head_settings(head: nn.Module) -> dict[str, Any]:
-    """The arguments that build a head, but for its width and classes."""
+    """The arguments that build a head, except its width and classes."""
     if isinstance(head, MLPHead):
         return {"hidden_features": head.hidden.out_features, "dropout": head.dropout.p}
     kinds = {nn.LayerNorm: "layer", FeatureNorm: "batch", nn.Identity: "none"}
@@ -163,7 +161,7 @@ def head_settings(head: nn.Module) -> dict[str, Any]:
 
 
 def load_folder(folder: str | Path) -> Portable:
-    """The model of a folder with a baseline in it; of timm's folders `timm.create_model` makes one.
+    """Load a folder that holds a baseline; `timm.create_model` loads the others.
 
     Nothing that the folder says is run: only thaw's own classes are built.
 
@@ -178,7 +176,6 @@ def load_folder(folder: str | Path) -> Portable:
         raise ValueError(f"{folder} holds no baseline of thaw's; its README.md says how its model is loaded.")
     backbone = baselines[given.pop("class")](**given)
     head = HEADS[wanted.pop("class")](backbone.num_features, config["num_classes"], **wanted)
-    preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
-    model = Portable(preprocess, backbone, head)
+    model = Portable(Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std), backbone, head)
     model.load_state_dict(load_file(folder / WEIGHTS))
     return model.eval()

@@ -1,16 +1,18 @@
-"""The README.md of a shared folder: what the model is, how good, for what, from what."""
+"""The README.md of a shared folder and the code in it, from the templates model_card.md and model_card_code.py.txt."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from torch import nn
 
 from thaw.models.backbone import Backbone
+from thaw.pages.html import render
 
-DATASETS = {  # their id on the hub, and what their authors say
+LICENCES = {  # a dataset's id on the hub, and the licence that its authors state
     "MNIST": ("ylecun/mnist", "MNIST, by Yann LeCun, Corinna Cortes and Christopher Burges, CC BY-SA 3.0"),
     "FashionMNIST": ("zalando-datasets/fashion_mnist", "Fashion-MNIST, by Zalando Research, MIT"),
     "KMNIST": (None, "KMNIST, by the ROIS-DS Center for Open Data in the Humanities, CC BY-SA 4.0"),
@@ -18,56 +20,28 @@ DATASETS = {  # their id on the hub, and what their authors say
 RECIPE = ("seed", "data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "trainer")
 LOCAL = ("dir", "mirrors", "default_root_dir", "plugins", "profiler", "num_workers", "enable_progress_bar")
 
-CARD = """\
----
-{front}---
 
-# {title}
+def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> str:
+    """The lines of a card that turn digits into probabilities.
 
-{what}
-
-| | |
-|---|---|
-| **test accuracy** | **{test:.2%}**, 95 % interval {low:.2%} to {high:.2%}, n = {test_digits:,} ({which}) |
-| validation accuracy | {val:.2%}, n = {val_digits:,} |
-| parameters | {parameters:,} |
-| size | {megabytes:.1f} MB, float32 |
-| backbone's weights | {origin} |
-
-The accuracies were measured with the code below and the files of this folder. On {parity_digits:,} test digits it
-gives the classes of the trained model, and probabilities that differ by at most {difference:.2g}.
-
-## Use it
-
-```python
-{code}```
-
-The classes, in the order of the probabilities: {classes}.
-
-## For what it is, and for what not
-
-It is meant for research and teaching: for pictures of one {thing} at a time that were prepared as {dataset}'s, 28 x 28
-pixels, bright on black, centred. It does not find or cut out anything, reads no lines of text and is no document OCR.
-It gives one of its {number} classes to every picture, whatever is in it. The accuracy above is on {dataset} alone:
-expect it to be worse on other handwriting, pens, scans and noise.
-
-## How it was trained
-
-On {data_licence}.
-{epochs}thaw, commit `{trained}`; exported by commit `{exported}`, torch {torch}.
-SHA-256 of the weights, as thaw counts it: `{sha}`.
-
-<details><summary>The configuration</summary>
-
-```yaml
-{recipe}```
-
-</details>
-
-## Licence
-
-{licence_text} The data: {data_licence}.
-"""
+    Args:
+        head: the arguments that built the model's head.
+        has_classifier: whether the head has become timm's classifier.
+    """
+    if not isinstance(backbone, Backbone):
+        return render("model_card_code.py.txt", is_timm=False)
+    return render(
+        "model_card_code.py.txt",
+        is_timm=True,
+        has_classifier=has_classifier,
+        size=backbone.image_size,
+        mean=[[[[float(f"{value:.10g}")]] for value in backbone.mean]],  # (1, C, 1, 1)
+        std=[[[[float(f"{value:.10g}")]] for value in backbone.std]],
+        repeats_grey=backbone.channels > len(backbone.mean),
+        pool=backbone.pool,
+        norm=head.get("norm", "layer"),
+        is_mlp="hidden_features" in head,
+    )
 
 
 def model_card(
@@ -76,86 +50,60 @@ def model_card(
     """The whole text.
 
     Args:
-        facts: what is known of the model, and what was measured.
-        checkpoint: that it came from.
-        backbone: the model's.
-        code: defines `probabilities`, see `thaw.export.card_code`.
-        license: of the weights, or None.
+        facts: see `thaw.export.facts`.
+        code: see `card_code`.
+        license: of the weights.
     """
     config = OmegaConf.create(checkpoint["config"])
     dataset, is_timm = facts["dataset"], isinstance(backbone, Backbone)
-    hub_id, data_licence = DATASETS.get(dataset, (None, f"{dataset}, whose licence is not stated here"))
+    hub_id, data_licence = LICENCES.get(dataset, (None, f"{dataset}, whose licence is not stated here"))
     weights = config.backbone.get("weights", "none")
-    origin, base = weights_origin(backbone, weights)
+    origin, base_model = weights_origin(backbone, weights)
     license = license or ("mit" if weights == "bundled" else None)
-    low, high = facts["test_accuracy_interval"]
-    official = facts["data_source"] == "official"
     title = f"{facts['backbone']}, {facts['name']}, on {dataset}"
-    front = {
-        "library_name": "timm" if is_timm else "thaw",
-        "license": license or "other",
-        **({} if license else {"license_name": "not-stated"}),
-        "tags": ["image-classification", "thaw", dataset.lower(), *(["timm"] if is_timm else [])],
-        "pipeline_tag": "image-classification",
-        **({"datasets": [hub_id]} if hub_id else {}),
-        **({"base_model": base} if base else {}),
-        "metrics": ["accuracy"],
-        "model-index": [
-            {
-                "name": title,
-                "results": [
-                    {
-                        "task": {"type": "image-classification"},
-                        "dataset": {"name": dataset, "type": hub_id or dataset.lower(), "split": "test"},
-                        "metrics": [{"type": "accuracy", "value": facts["test_accuracy"]}],
-                    }
-                ]
-                if official  # the sample's digits are no test set that others know
-                else [],
-            }
-        ],
-    }
-    return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+    result = EvalResult(
+        task_type="image-classification",
+        dataset_name=dataset,
+        dataset_type=hub_id or dataset.lower(),
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_value=facts["test_accuracy"],
+    )
+    metadata = ModelCardData(
+        library_name="timm" if is_timm else "thaw",
+        license=license or "other",
+        license_name=None if license else "not-stated",
+        tags=["image-classification", "thaw", dataset.lower(), *(["timm"] if is_timm else [])],
+        pipeline_tag="image-classification",
+        datasets=[hub_id] if hub_id else None,
+        base_model=base_model,
+        metrics=["accuracy"],
+        model_name=title,
+        eval_results=[result] if facts["data_source"] == "official" else None,  # others do not know the sample's test
+    )
+    whole = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(whole, dict)
+    recipe = {key: without_places(whole[key]) for key in RECIPE if whole.get(key) is not None}
+    return render(
+        "model_card.md",
+        **facts,
+        metadata=metadata.to_yaml(),
         title=title,
-        what=f"A classifier of {dataset}'s {len(facts['classes'])} classes: `{facts['backbone']}`"
-        + ("." if is_timm else ", a baseline of thaw's that timm does not know."),
-        test=facts["test_accuracy"],
-        low=low,
-        high=high,
-        test_digits=facts["test_digits"],
-        which="the official test split" if official else f"of {facts['data_title']}, **not the official test split**",
-        val=facts["val_accuracy"],
-        val_digits=facts["val_digits"],
-        parameters=facts["parameters"],
-        megabytes=facts["bytes"] / 1e6,
+        is_timm=is_timm,
         origin=origin,
-        parity_digits=facts["parity_digits"],
-        difference=facts["parity_largest_difference"],
-        code=code,
-        classes=", ".join(facts["classes"]),
-        number=len(facts["classes"]),
-        thing="handwritten digit" if dataset == "MNIST" else "item",
-        dataset=dataset,
+        code=code.strip(),
         data_licence=data_licence,
-        epochs=f"{checkpoint['epoch'] + 1} epochs with " if "epoch" in checkpoint else "With ",
-        trained=facts["trained_commit"],
-        exported=facts["exported_commit"],
-        torch=facts["torch"],
-        sha=facts["weights_sha256"],
-        recipe=yaml.safe_dump(recipe(config), sort_keys=False),
-        licence_text=f"The weights of this folder: {license}."
-        if license
-        else f"None is stated for the weights of this folder. They derive from {origin}, whose licence holds for them.",
+        license=license,
+        epochs=checkpoint["epoch"] + 1 if "epoch" in checkpoint else None,
+        recipe=yaml.safe_dump(recipe, sort_keys=False).rstrip(),
     )
 
 
 def weights_origin(backbone: Any, weights: str) -> tuple[str, str | None]:
-    """Where a backbone's weights came from, and its id on the hub if they came from there.
+    """Where a backbone's weights came from, and their id if they came from the hub.
 
     Args:
-        backbone: the model's.
-        weights: as `backbone.weights` said in training; a checkpoint that holds all of them is loaded without it.
+        weights: `backbone.weights` of the training; a checkpoint that holds all weights is loaded without it.
     """
     if weights == "none":
         return "random at the start", None
@@ -168,14 +116,8 @@ def weights_origin(backbone: Any, weights: str) -> tuple[str, str | None]:
     return f"a file called {Path(weights).name}, of timm's {architecture}", None
 
 
-def recipe(config: Any) -> dict[str, Any]:
-    """The configuration, as far as it shapes the model, without what only the machine of its training knows."""
-    whole = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(whole, dict)
-    return {key: without_places(whole[key]) for key in RECIPE if whole.get(key) is not None}
-
-
 def without_places(value: Any) -> Any:
+    """A part of the configuration without the folders and settings of the machine that trained."""
     if isinstance(value, dict):
         return {key: without_places(item) for key, item in value.items() if key not in LOCAL}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""ONNX files: written from a traced program, and with int8 weights."""
+"""Writes ONNX files from a traced program, in float32 or with int8 weights."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from torch.export import ExportedProgram
 from thaw.export.onnx_model import MISSING
 
 OPSET = 20  # onnxruntime reads it since 1.17
-LIMIT = 2**31  # bytes, of the format in one file
 
 
 def check_onnx_installed() -> None:
-    """ValueError names what to install."""
+    """Raise a ValueError that names what to install."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -29,13 +28,8 @@ def check_onnx_installed() -> None:
         raise ValueError(f"{MISSING} ({error})") from error
 
 
-def to_onnx(program: ExportedProgram, outputs: Sequence[str], name: str) -> Any:
-    """A traced program as an ONNX model.
-
-    Args:
-        program: of one input, the images.
-        outputs: what its outputs are to be called.
-        name: of the architecture, for an error.
+def to_onnx(program: ExportedProgram, name: str) -> Any:
+    """Convert a traced program, images -> (probabilities,), to an ONNX model.
 
     Raises:
         ValueError: it has an operator that ONNX lacks, or is too large for one file.
@@ -43,23 +37,17 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str], name: str) -> Any:
     import torch
 
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
-    if size > 0.95 * LIMIT:
+    if size > 0.95 * 2**31:  # bytes, the limit of one file
         raise ValueError(
             f"{name} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; use format=torch_export."
         )
     try:
         with silence():
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=list(outputs),
-                verbose=False,
-            )
+            names: Any = {"input_names": ["images"], "output_names": ["probabilities"]}
+            converted = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, **names)
             assert converted is not None
             model = converted.model_proto
-    except Exception as error:  # torch.onnx wraps what went wrong in classes of its own
+    except Exception as error:  # torch.onnx has classes of its own, around the cause
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no message")
         raise ValueError(
             f"torch.onnx cannot convert {name} ({type(error).__name__}: {reason}); "
@@ -71,13 +59,13 @@ def to_onnx(program: ExportedProgram, outputs: Sequence[str], name: str) -> Any:
             if dim.dim_param:  # a dimension has either a name or a number
                 dim.dim_param = re.sub(rf"\b{batch}\b", "batch", dim.dim_param)
     del model.metadata_props[:]
-    for node in model.graph.node:  # where in thaw's files each operator came from
+    for node in model.graph.node:  # the lines in thaw's files that made each operator
         del node.metadata_props[:]
     return model
 
 
 def save_onnx(model: Any, facts: Mapping[str, Any], path: Path) -> None:
-    """One file, with facts of the model as its metadata, each a value in JSON."""
+    """Write one file, with the facts as its metadata, each value in JSON."""
     import onnx
 
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
@@ -85,10 +73,10 @@ def save_onnx(model: Any, facts: Mapping[str, Any], path: Path) -> None:
 
 
 def to_int8(model: Any) -> tuple[Any, dict[str, int]]:
-    """A copy that multiplies by int8 weights, and how many operators of each kind do.
+    """A copy that multiplies by int8 weights, and the number of its integer operators of each kind.
 
-    Weights are rounded once, for each output by its own scale; what they are multiplied by is rounded when the model
-    runs, by the range of each batch. The rest computes in float32.
+    Weights are rounded once, with a scale for each output; their inputs are rounded when the model runs, by the range
+    of each batch. The rest computes in float32.
 
     Raises:
         ValueError: there is no matrix to quantise.
@@ -98,16 +86,10 @@ def to_int8(model: Any) -> tuple[Any, dict[str, int]]:
 
     with silence(), tempfile.TemporaryDirectory() as folder:
         plain, prepared, quantised = (Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantised"))
-        onnx.save(model, plain)  # of a model in memory it would lose the weights
+        onnx.save(model, plain)  # given a model in memory, quant_pre_process would lose the weights
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        quantize_dynamic(
-            prepared,
-            quantised,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=beside_probabilities(onnx.load(prepared)),
-        )
+        how: Any = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "weight_type": QuantType.QInt8}
+        quantize_dynamic(prepared, quantised, **how)
         result = onnx.load(quantised)
     counts = Counter(node.op_type for node in result.graph.node if node.op_type.endswith("Integer"))
     if not counts:
@@ -115,21 +97,9 @@ def to_int8(model: Any) -> tuple[Any, dict[str, int]]:
     return result, dict(counts)
 
 
-def beside_probabilities(model: Any) -> list[str]:
-    """The names of the nodes that the probabilities do not depend on: those that make a map of the attention."""
-    nodes, needed = list(model.graph.node), {"probabilities"}
-    beside = []
-    for node in reversed(nodes):  # ONNX keeps them in the order of computation
-        if needed & set(node.output):
-            needed |= set(node.input)
-        else:
-            beside.append(node.name)
-    return beside
-
-
 @contextmanager
 def silence() -> Iterator[None]:
-    """Nothing below an error from the converters, which report each step of theirs."""
+    """Silence the converters, which log each of their steps, below the level of an error."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

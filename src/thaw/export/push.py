@@ -1,4 +1,4 @@
-"""A folder to the Hugging Face hub, when that is asked for."""
+"""Uploads an exported folder to the Hugging Face hub, on request."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,7 @@ MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface
 
 
 def check_push(repository: str) -> None:
-    """Refuse what cannot be pushed to, as far as can be told without a network.
-
-    Raises:
-        ValueError: no name of a repository, or no token.
-    """
+    """Raise a ValueError for a name that no repository can have, or without a token; needs no network."""
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -21,7 +17,7 @@ def check_push(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload all files of a folder in one commit; returns where they are.
+    """Upload all files of a folder, those that were checked, in one commit; returns the line that says where they are.
 
     Args:
         folder: stays as it is, whatever happens.
@@ -45,7 +41,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         raise ValueError(
             f"push={repository}: the hub refuses ({reason}). {later}, with a token that may write there: {MAKE_TOKEN}."
         ) from error
-    except Exception as error:  # the hub client raises a dozen unrelated classes for a connection that fails
+    except Exception as error:  # the client raises a dozen unrelated classes for a failed connection
         reason = next(iter(str(error).strip().splitlines()), "no message")
         raise ConnectionError(
             f"push={repository}: {api.endpoint} cannot be reached ({type(error).__name__}: {reason}). {later}."

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -113,6 +114,25 @@ class Backbone(nn.Module):
         compile_each([block[-1] for block in blocks_of(self.model)] if self.is_chain else self.model.children())
         self.architecture["compiled"] = True
 
+    def save_folder(self, folder: Path, classifier: nn.Linear | None, classes: Sequence[str]) -> None:
+        """Write weights and config for `timm.create_model("local-dir:<folder>")`.
+
+        Args:
+            folder: for `model.safetensors` and `config.json`.
+            classifier: becomes timm's own; None for a model that gives features.
+            classes: names of the classes.
+        """
+        model, labels = self.model, dict[str, Any]()
+        if classifier:
+            made, name = self.architecture, self.model.pretrained_cfg["classifier"]
+            model = create(made["name"], self.image_size, self.channels, made["arguments"], len(classes))
+            weights = {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
+            model.load_state_dict(self.model.state_dict() | weights)
+            labels = {"label_names": list(classes)}
+        image = {"input_size": (self.channels, self.image_size, self.image_size), "mean": self.mean, "std": self.std}
+        crop = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+        timm.models.save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=image | crop)
+
     def new_block(self, width: int, heads: int) -> nn.Module:
         """A transformer block of timm's with random weights and this backbone's kind of attention, (B, T, width)."""
         block = Block(width, heads, qkv_bias=True)
@@ -157,12 +177,12 @@ class Backbone(nn.Module):
         return {f"model.{name}": depth for name, depth in depths.items()}
 
 
-def create(name: str, image_size: int, channels: int, arguments: dict[str, Any]) -> TimmModel:
-    """Build a timm model without classifier and with random weights."""
+def create(name: str, image_size: int, channels: int, arguments: dict[str, Any], num_classes: int = 0) -> TimmModel:
+    """Build a timm model with random weights; without classifier for 0 classes."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.4)
         raise ValueError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
-    taken: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": channels}
+    taken: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
     try:
         try:
             model: TimmModel = timm.create_model(name, img_size=image_size, **taken, **arguments)

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from thaw.run.files import write_text
 
@@ -23,7 +23,7 @@ def render(template: str, **values: Any) -> str:
     """
     pages = Environment(
         loader=PackageLoader("thaw.pages"),
-        autoescape=True,
+        autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,4 +1,4 @@
-"""From files of digits to lines of CSV or JSON: what predict.py does."""
+"""Reads the digits in files and writes a line of CSV or JSON for each; used by predict.py."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from thaw.predict.predictor import DigitModel
 from thaw.run.console import ESCAPES, results
 from thaw.run.files import atomic
 
-# Of the files that are taken from a folder. Each of the second line gets a row that says that it is not read.
+# Files with these endings are taken from a folder. Formats that Pillow does not read here get a row with an error.
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".webp"),
     *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".ico", ".tga", ".pcx", ".pdf", ".eps"),
@@ -26,48 +26,49 @@ SUFFIXES = (
     *(".idx", "-ubyte", ".gz"),
 )
 LARGEST = 100_000_000  # bytes of a file
-AT_ONCE = 500  # digits that are predicted together
-FIRST, LAST = ("file", "index", "class", "confidence"), ("error", "warning")  # columns before the probabilities, after
+COLUMNS, LAST_COLUMNS = ("file", "index", "class", "confidence"), ("error", "warning")  # the probabilities lie between
 NOT_FINITE = "The model's probabilities are not finite: its weights are damaged; use another checkpoint."
 
 
 class Read(NamedTuple):
-    """One digit of a file, or why there is none."""
+    """One digit of a file, or the error that says why it has none."""
 
     file: str
-    number: int  # of the digit in the file
+    number: int  # place of the digit in the file
     digit: Digit
 
 
 def printable(name: object) -> str:
-    """A file's name as text of any encoding can hold it: a byte that is not UTF-8 becomes \\xff."""
+    """A file's name as valid text: a byte that is not UTF-8 becomes \\xff."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
-    """The files that are meant, and what was left out.
+    """The files to read, and a line for each folder in which files were left out.
 
-    Of a folder, at any depth, those with one of `SUFFIXES` and those that begin as a picture or an IDX file does;
-    hidden ones and all others are left out and counted. A file that is named is always taken.
+    From a folder, at any depth, files are taken that end in one of `SUFFIXES` or begin as a picture or an IDX file.
+    Hidden and other files are left out and counted. A file that is named is always taken.
 
     Raises:
-        ValueError: nothing of that name, or nothing in a folder.
+        ValueError: a name does not exist, or a folder holds nothing to read.
     """
     files, left_out = [], []
     for name in inputs:
         path = Path(name).expanduser()
         if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises an error for what is too long to be a name
-            hidden, inside, others = sort_folder(path)
-            counts = [f"{len(hidden):,} hidden"] if hidden else []
-            if others:
-                counts.append(f"{len(others):,} that are no pictures ({named(others)})")
+            below = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
+            seen = [file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts)]
+            inside = [file for file in seen if file.name.lower().endswith(SUFFIXES) or begins_as_picture(file)]
+            others = sorted({*seen} - {*inside})
+            counts = [f"{len(below) - len(seen):,} hidden"] if len(below) > len(seen) else []
+            counts += [f"{len(others):,} that are not pictures ({first_names(others)})"] if others else []
+            rest = " and ".join(counts)
             if not inside:
                 raise ValueError(
-                    f"{printable(path)} holds no picture and no IDX file"
-                    f"{', but files ' + ' and '.join(counts) if counts else ''}; name files, or another folder."
+                    f"{printable(path)} holds no picture and no IDX file{', but files ' + rest if rest else ''}; "
+                    "name files, or another folder."
                 )
-            if counts:
-                left_out.append(f"files of {printable(path)} left out: {' and '.join(counts)}")
+            left_out += [f"files of {printable(path)} left out: {rest}"] if rest else []
             files += inside
         elif os.path.exists(path):  # noqa: PTH110, as above
             files.append(path)
@@ -81,46 +82,30 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
     return list(dict.fromkeys(files)), left_out
 
 
-def sort_folder(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """The files below a folder: the hidden ones, those that are pictures or IDX files, the others."""
-    hidden, inside, others = list[Path](), list[Path](), list[Path]()
-    for file in sorted(folder.rglob("*")):
-        if file.is_dir():
-            continue
-        if any(part.startswith(".") for part in file.relative_to(folder).parts):
-            hidden.append(file)
-        elif file.name.lower().endswith(SUFFIXES) or begins_as_picture(file):
-            inside.append(file)
-        else:
-            others.append(file)
-    return hidden, inside, others
-
-
 def begins_as_picture(file: Path) -> bool:
-    """Whether the first bytes are those of a picture or of an IDX file of images."""
+    """Whether the first bytes are those of a picture or of an IDX file with images."""
     try:
         with file.open("rb") as opened:
-            if opened.read(4) == b"\0\0\x08\x03":
-                return True
-            opened.seek(0)
-            Image.open(opened, formats=PICTURE_FORMATS)
-    except Exception:  # what Pillow raises for a damaged head has no end
+            if opened.read(4) != b"\0\0\x08\x03":
+                opened.seek(0)
+                Image.open(opened, formats=PICTURE_FORMATS)
+    except Exception:  # Pillow raises many kinds of exception for a damaged head
         return False
     return True
 
 
-def named(files: Sequence[Path]) -> str:
-    """The first names, and how many more there are."""
+def first_names(files: Sequence[Path]) -> str:
+    """The first five names, and how many more there are."""
     names = ", ".join(printable(file.name) for file in files[:5])
     return names if len(files) <= 5 else f"{names} and {len(files) - 5:,} more"
 
 
 def read_file(path: Path) -> Iterator[Read]:
-    """The digits of one file; of one that cannot be read, what is wrong with it."""
+    """The digits of one file, or an error in their place where it cannot be read."""
     name = printable(path)
     try:
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read.")
+            raise ValueError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read: split it.")
         for index, digit in enumerate(read_digits(path.read_bytes(), name)):
             yield Read(name, index, digit)
     except (ValueError, OSError) as error:
@@ -128,7 +113,7 @@ def read_file(path: Path) -> Iterator[Read]:
 
 
 def predictions(model: DigitModel, read: Sequence[Read], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each digit, in their order: file, index in it, class, confidence, probabilities; or the error."""
+    """A row for each digit, in their order: file, index, class, confidence and probabilities, or an error."""
     images = [one.digit.image for one in read if one.digit.image is not None]
     chances = iter(model(torch.from_numpy(np.stack(images))).tolist() if images else [])
     for file, number, digit in read:
@@ -136,45 +121,35 @@ def predictions(model: DigitModel, read: Sequence[Read], classes: Sequence[str])
         row |= {"error": digit.error or None, "warning": digit.warning or None}
         if digit.image is not None:
             probabilities = [round(chance, 6) for chance in next(chances)]
-            if not all(map(math.isfinite, probabilities)):
-                yield {**row, "error": NOT_FINITE}
-                continue
-            confidence = max(probabilities)
-            row |= {"class": classes[probabilities.index(confidence)], "confidence": confidence}
-            row["probabilities"] = probabilities
+            if all(map(math.isfinite, probabilities)):
+                confidence = max(probabilities)
+                row |= {"class": classes[probabilities.index(confidence)], "confidence": confidence}
+                row["probabilities"] = probabilities
+            else:
+                row["error"] = NOT_FINITE
         yield row
 
 
-class Writer:
-    """Writes rows as CSV, with a column for each class, or as JSON lines.
-
-    Args:
-        file: open for text.
-        format: `csv` or `jsonl`.
-        classes: names of the classes.
-    """
+class RowWriter:
+    """Writes rows as CSV, with a column for each class, or as JSON lines (`jsonl`)."""
 
     def __init__(self, file: TextIO, format: str, classes: Sequence[str]) -> None:
         self.file, self.is_csv, self.classes = file, format == "csv", classes
         if self.is_csv:
             self.table = csv.writer(file, lineterminator="\n")
-            self.table.writerow([*FIRST, *(f"p({c})" for c in classes), *LAST])
+            self.table.writerow([*COLUMNS, *(f"p({c})" for c in classes), *LAST_COLUMNS])
 
     def write(self, row: dict[str, Any]) -> None:
         if not self.is_csv:
             self.file.write(json.dumps(row) + "\n")
             return
         chances = row["probabilities"] or [None] * len(self.classes)
-        self.table.writerow([*(row[key] for key in FIRST), *chances, *(row[key] for key in LAST)])
+        self.table.writerow([*(row[key] for key in COLUMNS), *chances, *(row[key] for key in LAST_COLUMNS)])
 
 
 @contextmanager
 def open_output(output: str | None, format: str) -> Iterator[tuple[TextIO, str]]:
-    """Standard output, or a file that gets its name when all is written; with the format that its name asks for.
-
-    Raises:
-        ValueError: an unknown format.
-    """
+    """Open standard output, or a file that appears under its name once it is complete; also gives the format."""
     wanted = format if output is None else Path(output).suffix.removeprefix(".")
     if wanted not in ("csv", "jsonl"):
         key = f"format={format!r}" if output is None else f"output={output!r}"
@@ -188,15 +163,3 @@ def open_output(output: str | None, format: str) -> Iterator[tuple[TextIO, str]]
         part.open("w", encoding="utf-8", errors=ESCAPES, newline="") as file,
     ):
         yield file, wanted
-
-
-def in_batches(read: Iterable[Read]) -> Iterator[list[Read]]:
-    """Lists of at most `AT_ONCE`."""
-    batch = []
-    for one in read:
-        batch.append(one)
-        if len(batch) == AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -1,4 +1,4 @@
-"""A trained classifier, ready for digits: what eval.py, predict.py, export.py, serve.py and notebooks share."""
+"""A trained classifier that predicts; eval.py, predict.py, export.py, serve.py and the notebooks share it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from thaw.classifier import Classifier
+from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.data.images import dataset_name, with_numbers
 from thaw.data.mnist import DATASETS, class_names
 from thaw.freezing.cache import tensors_sha256
@@ -18,11 +19,9 @@ from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries
 
-BATCH = 500  # digits predicted together where the data module does not say
-
 
 class DigitModel(Protocol):
-    """What predicts: a `Predictor`, or an exported file's `thaw.export.onnx_model.OnnxModel`."""
+    """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
 
     has_attention: bool
 
@@ -41,11 +40,11 @@ class Predictor:
 
     Args:
         model: a classifier in eval mode.
-        cfg: its configuration, settled; `trainer` says on which accelerator and in which precision it computes,
-            `data.eval_batch_size` for how many digits at a time, if the data module has that setting.
-        checkpoint: the file that it came from.
+        cfg: its configuration, settled. `trainer` sets accelerator and precision, `data.eval_batch_size`, where there
+            is one, the digits in a batch.
+        checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
-        classes: their names; those without one are called by their number.
+        classes: their names; a class without a name is called by its number.
 
     Attributes:
         has_attention: whether `attention` works.
@@ -62,7 +61,7 @@ class Predictor:
 
     def logits(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
         """(N, 28, 28) -> (N, 10); `told` is called with the number of digits after each batch."""
-        return self.by_batches(images, self.model, told)
+        return self.compute(self.model, images, told)
 
     def __call__(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
         """(N, 28, 28) -> probabilities (N, 10)."""
@@ -70,7 +69,7 @@ class Predictor:
 
     def features(self, images: Tensor) -> Tensor:
         """(N, 28, 28) -> the backbone's features (N, D)."""
-        return self.by_batches(images, lambda batch: self.model.backbone(self.model.preprocess(batch)), None)
+        return self.compute(lambda batch: self.model.backbone(self.model.preprocess(batch)), images)
 
     def attention(self, images: Tensor) -> Tensor:
         """(N, 28, 28) -> (N, h, w): each patch's share in what the head sees.
@@ -88,19 +87,22 @@ class Predictor:
                 self.model(batch)
             return share_of_patches(self.model.backbone, recorded)
 
-        return self.by_batches(images, maps, None)
+        return self.compute(maps, images)
 
     @torch.inference_mode()
-    def by_batches(
-        self, images: Tensor, compute: Callable[[Tensor], Tensor], told: Callable[[int], Any] | None
+    def compute(
+        self, function: Callable[[Tensor], Tensor], images: Tensor, told: Callable[[int], Any] | None = None
     ) -> Tensor:
-        parts = []
-        for batch in images.split(self.batch_size):
+        """A function's results for all images, computed in batches on the device and in the precision of `cfg`."""
+
+        def on_device(batch: Tensor) -> Tensor:
             with self.fabric.autocast():
-                parts.append(compute(batch.to(self.fabric.device)).float().cpu())
+                result = function(batch.to(self.fabric.device)).float().cpu()
             if told:
                 told(len(batch))
-        return torch.cat(parts)
+            return result
+
+        return by_batches(on_device, images, self.batch_size)
 
     def facts(self) -> dict[str, Any]:
         """What identifies the model, as values of JSON."""
@@ -117,13 +119,12 @@ class Predictor:
 
     @property
     def name(self) -> str:
-        """The architecture: timm's name, or a baseline's."""
+        """The architecture, by timm's name or a baseline's."""
         return backbone_name(self.cfg.backbone)
 
     @property
     def batch_size(self) -> int:
-        """How many digits are predicted together."""
-        return self.cfg.data.get("eval_batch_size") or BATCH
+        return self.cfg.data.get("eval_batch_size") or EVAL_BATCH
 
 
 def load_predictor(
@@ -133,17 +134,17 @@ def load_predictor(
     precision: str | None = None,
     allow: Sequence[str] = (),
 ) -> Predictor:
-    """The classifier of a run's best checkpoint, or of a checkpoint file.
+    """Load the classifier of a run's best checkpoint, or of a checkpoint file.
 
     Args:
         ckpt: `last`, a run's folder or a checkpoint file.
-        weights: where the frozen weights lie, if not where they lay in training.
-        accelerator: where it computes; None means the best device of this machine.
-        precision: how it computes; None means as in training on a device of the same kind, else what suits the device.
+        weights: file of the frozen weights, if it has moved since training.
+        accelerator: of Lightning; None means the best device of this machine.
+        precision: of Lightning; None means as in training on a device of the same kind, else the device's best.
         allow: as for `thaw.run.checkpoint.read`.
 
     Raises:
-        ValueError: no such checkpoint, or one of a model that does not classify.
+        ValueError: no such checkpoint, or its model does not classify.
     """
     quiet_libraries()
     path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")

@@ -1,4 +1,4 @@
-"""The API and the page of one model, as a FastAPI application."""
+"""The API and the drawing page of one model, as a FastAPI application."""
 
 import asyncio
 import base64
@@ -9,31 +9,35 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
+from thaw.pages.html import render
 from thaw.predict.predictor import DigitModel
 from thaw.serve.answers import to_json
 from thaw.serve.batcher import Batcher, ModelFailedError
-from thaw.serve.docs import docs_page, predict_docs
+from thaw.serve.docs import predict_docs
 from thaw.serve.limits import Limits, RefusedError
 from thaw.serve.metrics import CountedRequests, Metrics
-from thaw.serve.requests import FILE_TYPES, RequestReader
+from thaw.serve.request_reader import FILE_TYPES, RequestReader
 
 log = logging.getLogger(__name__)
 
 PATHS = frozenset({"/", "/predict", "/healthz", "/info", "/metrics", "/docs", "/openapi.json"})
 JSON = "application/json"
+DOCS_FILES = "/docs-files"  # the address of the files of /docs
+DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
 def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
-    """What uvicorn serves: so many threads run the model.
+    """The application that uvicorn serves; `workers` threads run the model.
 
-    `app.state.stopping` is set when the server is about to end.
+    The server sets `app.state.stopping` before it ends.
     """
     metrics, reader = Metrics(limits.max_batch), RequestReader(limits)
     batcher = Batcher(model, limits.max_batch, limits.max_queue, workers, metrics.batch)
@@ -47,55 +51,49 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         await asyncio.to_thread(batcher.close, limits.request_seconds)
         reader.decoders.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its /docs loads nothing from the network
+        docs_url=None,  # below, with security headers
+        redoc_url=None,
+        static_url=DOCS_FILES,
         title="thaw",
         version=str(facts.get("git_commit", ""))[:12] or "unknown",
-        description=f"Which digit it is: {facts.get('name', 'a model')} as an API.",
-        docs_url=None,  # FastAPI's own loads its parts from the net
-        redoc_url=None,
+        description=f"Says which digit an image shows, by the model {facts.get('name', 'without a name')}.",
         lifespan=lifespan,
     )
-    app.state.stopping = False
-    app.state.limits = limits
+    app.state.stopping, app.state.limits = False, limits
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, not_here)
     app.add_exception_handler(ModelFailedError, failed)  # the batcher has logged it
     app.add_exception_handler(Exception, failed)
 
-    @app.post("/predict", summary="Which class each image is", openapi_extra=predict_docs(limits))
+    @app.post("/predict", summary="Classify images", **predict_docs(limits))
     async def predict(request: Request) -> Response:
         """One or many images, as JSON or as one picture or IDX file."""
         deadline = asyncio.get_running_loop().time() + limits.request_seconds
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and kind not in FILE_TYPES:
-            raise RefusedError(
-                415,
-                f"Content-Type {kind!r} is not read; send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}.",
-            )
+            allowed = f"send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}"
+            raise RefusedError(415, f"Content-Type {kind!r} is not read; {allowed}.")
         try:
-            digits = await reader.read(request, kind, deadline)
+            received = await reader.read(request, kind, deadline)
             async with asyncio.timeout_at(deadline):
-                answer = await batcher.predict(digits.images, digits.explain)
+                answer = await batcher.predict(received.images, received.explain)
         except TimeoutError:
-            raise RefusedError(
-                503,
-                f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images.",
-                batcher.retry_after(),
-            ) from None
-        return Response(to_json(answer, digits, names), media_type=JSON)
+            reason = f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images."
+            raise RefusedError(503, reason, batcher.retry_after()) from None
+        return Response(to_json(answer, received, names), media_type=JSON)
 
-    @app.get("/healthz", summary="Whether it can serve: 200, else 503")
+    @app.get("/healthz", summary="200 if the server can serve, else 503")
     async def healthz() -> Response:
         if app.state.stopping:
             raise RefusedError(503, "the server is stopping; ask another one.", retry_after=1)
         if not batcher.is_alive or batcher.stuck > limits.request_seconds:
-            raise RefusedError(
-                503, f"the model has not answered for {batcher.stuck:.0f} s; restart the server.", retry_after=1
-            )
+            reason = f"the model has not answered for {batcher.stuck:.0f} s; restart the server."
+            raise RefusedError(503, reason, retry_after=1)
         return Response('{"status":"ok"}', media_type=JSON)
 
-    @app.get("/info", summary="Which model this is, and what it takes")
+    @app.get("/info", summary="Facts about the model, and the limits")
     async def info() -> dict[str, Any]:
         return {**facts, "has_attention": model.has_attention, "limits": dataclasses.asdict(limits)}
 
@@ -103,53 +101,56 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
     async def text_of_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    page = (files("thaw.serve") / "page.html").read_text(encoding="utf-8")
-    policy = content_policy(page)
+    page = html(render("draw.html"), "")
+    files: Any = {f"swagger_{kind}_url": f"{DOCS_FILES[1:]}/{name}" for kind, name in DOCS_PARTS.items()}
+    shown = get_swagger_ui_html(openapi_url="openapi.json", title="thaw API", **files)
+    docs = html(bytes(shown.body).decode(), "'self'")
 
     @app.get("/", include_in_schema=False)
     async def draw() -> Response:
-        return html(page, policy)
+        return page
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        content = docs_page(app.openapi())
-        return html(content, content_policy(content))
+    async def docs_page() -> Response:
+        return docs
 
     return app
 
 
-def html(content: str, policy: str) -> Response:
+def html(page: str, files: str) -> Response:
+    """A page that may use its own inline style and script, `files`, requests to this server, and nothing else.
+
+    Args:
+        page: as HTML.
+        files: where its other scripts, styles and pictures may come from, as a source of a content security policy.
+    """
+
+    def allowed(tag: str) -> str:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+        return " ".join([*filter(None, [files]), *(f"'sha256-{digest}'" for digest in digests)])
+
+    policy = (
+        f"default-src 'none'; script-src {allowed('script')}; style-src {allowed('style')}; connect-src 'self'; "
+        f"img-src data: {files}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     headers = {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    return Response(content, headers=headers, media_type="text/html")
-
-
-def content_policy(page: str) -> str:
-    """Allows the page its own style and script, by their hashes, requests to this server, and nothing else."""
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
-        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    return Response(page, headers=headers, media_type="text/html")
 
 
 def public(facts: dict[str, Any]) -> dict[str, Any]:
-    """A model's facts for anyone: of its checkpoint's path the end, which names the run."""
+    """A model's facts for clients: only the end of the checkpoint's path, which names the run."""
     return {key: "/".join(Path(value).parts[-3:]) if key == "checkpoint" else value for key, value in facts.items()}
 
 
 def refused(request: Request, error: Any) -> Response:
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status in (400, 408):  # the rest of the body is not waited for
+    if error.status in (400, 408):  # so that the server does not wait for the rest of the body
         headers["Connection"] = "close"
     return error_response(error.status, error.detail, headers)
 

@@ -1,9 +1,10 @@
-"""Dynamic batching: a few threads run the model, and what arrives while all are busy is their next batch.
+"""Dynamic batching: threads run the model, and requests that arrive while all are busy are the next batch.
 
-Nothing waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves. On a
-CPU a thread for each core, with a batch of its own, does more than all cores on one batch: no core waits for another.
-Digits are numpy's until they are a batch: a call into torch gives Python's lock away, and on the event loop's thread it
-would wait for the model's to get it back.
+No request waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves.
+On a CPU one thread for each core, each with its own batch, does more than all cores on one batch: no core waits for
+another. Requests are numpy arrays until they are a batch: a call into torch releases Python's lock, and the event loop
+would then wait for the model's thread to get it back. The batcher is our own: those of Triton, BentoML and Ray Serve
+come with a server of their own.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,47 +28,34 @@ log = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """Of N digits: probabilities (N, C), and where the model looked (N, h, w) if that was asked for."""
+    """For N digits: probabilities (N, C), and if asked for each patch's share (N, h, w) in what the head sees."""
 
     probabilities: list[list[float]]
     attention: list[list[list[float]]] | None
 
 
-class Job:
+class QueuedRequest:
     """The digits of one request.
 
     Attributes:
-        taken: how many of them went into batches so far.
-        parts: the answers to these, as far as they are known, by the place of their first digit.
+        taken: how many of them are in batches so far.
+        missing: how many of them have no answer yet.
     """
 
     def __init__(self, images: np.ndarray, explain: bool, answer: asyncio.Future[Answer]) -> None:
         self.images, self.explain, self.answer = images, explain, answer
-        self.taken, self.parts = 0, dict[int, Answer]()
-
-    @property
-    def is_answered(self) -> bool:
-        return sum(len(part.probabilities) for part in self.parts.values()) == len(self.images)
-
-    def whole(self) -> Answer:
-        """The parts as one, in the order of the images."""
-        parts = [self.parts[start] for start in sorted(self.parts)]
-        if len(parts) == 1:
-            return parts[0]
-        attention = None
-        if parts[0].attention is not None:
-            attention = [image for part in parts for image in part.attention or ()]
-        return Answer([row for part in parts for row in part.probabilities], attention)
+        self.taken, self.missing = 0, len(images)
+        self.parts = Answer([[]] * len(images), [[]] * len(images) if explain else None)
 
 
-Piece = tuple[Job, slice]
+Piece = tuple[QueuedRequest, slice]
 
 
 class Batcher:
     """Answers requests of any size with batches of at most `max_batch` digits.
 
-    A request that does not fit one batch goes to the end of the queue after each: a big one delays a small one by one
-    batch. Workers that are idle share what waits.
+    A request that does not fit into a batch goes back to the end of the queue, so that a big one delays a small one by
+    one batch. Idle workers share the waiting digits.
 
     Args:
         model: may be called by several threads at once.
@@ -81,14 +69,14 @@ class Batcher:
     ) -> None:
         self.model, self.max_batch, self.max_queue = model, max_batch, max_queue
         self.told = told
-        self.queue: deque[Job] = deque()
+        self.queue: deque[QueuedRequest] = deque()
         self.waiting = 0  # digits in the queue
         self.changed = threading.Condition()
         self.closing = False
         self.idle = 0  # workers that wait for a batch
-        self.batches_started: dict[int, float] = {}  # of each worker that runs one
+        self.batches_started: dict[int, float] = {}  # by busy worker
         self.seconds_per_image = 0.0  # of one worker
-        self.attending = threading.Lock()  # recording attention changes the model for as long as it lasts
+        self.attending = threading.Lock()  # recording attention changes the model while it lasts
         self.workers = [
             threading.Thread(target=self.work, args=(n,), name=f"model {n}", daemon=True) for n in range(workers)
         ]
@@ -100,12 +88,13 @@ class Batcher:
         return all(worker.is_alive() for worker in self.workers)
 
     async def predict(self, images: np.ndarray, explain: bool) -> Answer:
-        """uint8 (N, 28, 28) -> the answer; a cancelled caller's digits leave the queue.
+        """uint8 (N, 28, 28) -> the answer; if the caller is cancelled, its digits leave the queue.
 
         Raises:
             RefusedError: the queue has no room.
         """
-        job = Job(images, explain, asyncio.get_running_loop().create_future())
+        explain = explain and self.model.has_attention
+        job = QueuedRequest(images, explain, asyncio.get_running_loop().create_future())
         with self.changed:
             if self.waiting + len(images) > self.max_queue:
                 raise RefusedError(
@@ -124,7 +113,7 @@ class Batcher:
             raise
 
     def retry_after(self) -> int:
-        """Seconds until what waits now will be done, at the recent speed."""
+        """Seconds until the waiting digits will be done, at the recent speed."""
         return max(1, math.ceil(self.waiting * self.seconds_per_image / len(self.workers)))
 
     @property
@@ -133,14 +122,14 @@ class Batcher:
         now = time.monotonic()
         return max((now - started for started in list(self.batches_started.values())), default=0.0)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: QueuedRequest) -> None:
         with self.changed:
             if job in self.queue:
                 self.queue.remove(job)
                 self.waiting -= len(job.images) - job.taken
 
     def take(self) -> list[Piece]:
-        """The next batch, waited for; nothing when closing and all is answered."""
+        """Wait for the next batch; it is empty when the batcher closes and the queue is empty."""
         with self.changed:
             self.idle += 1
             self.changed.wait_for(lambda: self.queue or self.closing)
@@ -157,11 +146,11 @@ class Batcher:
             if pieces and job.taken < len(job.images):
                 self.queue.append(job)
             if self.queue:
-                self.changed.notify()  # another worker has its share of it
+                self.changed.notify()  # another worker takes its share
             return pieces
 
     def work(self, number: int) -> None:
-        torch.set_num_threads(1)  # counts for this thread: OpenMP has a team for each that calls it
+        torch.set_num_threads(1)  # for this thread: OpenMP has a team of threads for each caller
         while pieces := self.take():
             started = self.batches_started[number] = time.monotonic()
             answers: list[Answer] | Exception
@@ -174,44 +163,40 @@ class Batcher:
             del self.batches_started[number]
             self.seconds_per_image += (seconds / size - self.seconds_per_image) * (0.2 if self.seconds_per_image else 1)
             self.told(size, seconds)
-            with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
                 pieces[0][0].answer.get_loop().call_soon_threadsafe(self.deliver, pieces, answers)
 
     def compute(self, pieces: list[Piece]) -> list[Answer]:
-        """One call of the model for all, and one for the attention of those who want it."""
+        """One call of the model for all pieces, and one for the attention of the requests that ask for it."""
         images = torch.from_numpy(np.concatenate([job.images[piece] for job, piece in pieces]))  # (N, 28, 28)
         probabilities = self.model(images)  # (N, C)
         if not probabilities.isfinite().all():
             raise FloatingPointError("the model's probabilities are not finite")
-        rows = iter(probabilities.tolist())
-        explained = [job.images[piece] for job, piece in pieces if job.explain and self.model.has_attention]
-        shares: list[list[list[float]]] = []
-        if explained:
+        rows, maps = iter(probabilities.tolist()), iter(list[Any]())
+        if explained := [job.images[piece] for job, piece in pieces if job.explain]:
             with self.attending:
-                shares = self.model.attention(torch.from_numpy(np.concatenate(explained))).tolist()  # (N, h, w)
-        maps = iter(shares)
-        answers = []
-        for job, piece in pieces:
-            count = piece.stop - piece.start
-            attention = list(islice(maps, count)) if job.explain and self.model.has_attention else None
-            answers.append(Answer(list(islice(rows, count)), attention))
-        return answers
+                maps = iter(self.model.attention(torch.from_numpy(np.concatenate(explained))).tolist())  # (N, h, w)
+        counts = [(job.explain, piece.stop - piece.start) for job, piece in pieces]
+        return [Answer(list(islice(rows, n)), list(islice(maps, n)) if explain else None) for explain, n in counts]
 
     def deliver(self, pieces: list[Piece], answers: list[Answer] | Exception) -> None:
         """On the event loop: give each request its part, and its answer after the last one."""
-        for place, (job, piece) in enumerate(pieces):  # of a request that failed the other parts go nowhere
-            if job.answer.done():
+        for place, (job, piece) in enumerate(pieces):
+            if job.answer.done():  # cancelled, or failed with an earlier part
                 continue
             if isinstance(answers, Exception):
                 self.drop(job)
                 job.answer.set_exception(ModelFailedError(str(answers)))
                 continue
-            job.parts[piece.start] = answers[place]
-            if job.is_answered:
-                job.answer.set_result(job.whole())
+            job.parts.probabilities[piece] = answers[place].probabilities
+            if job.parts.attention is not None:
+                job.parts.attention[piece] = answers[place].attention or []
+            job.missing -= piece.stop - piece.start
+            if not job.missing:
+                job.answer.set_result(job.parts)
 
     def close(self, seconds: float) -> None:
-        """Answer what waits, then end; at most this long."""
+        """Answer the waiting requests, then end; takes at most so many seconds."""
         with self.changed:
             self.closing = True
             self.changed.notify_all()
@@ -221,4 +206,4 @@ class Batcher:
 
 
 class ModelFailedError(Exception):
-    """The model raised an exception on the batch that a request was in."""
+    """The model raised an exception on the batch with this request."""

@@ -1,4 +1,8 @@
-"""One client's connection: uvicorn's, with limits on how long and how much it may hold."""
+"""A client's connection: uvicorn's, with limits on how long and how much it may hold.
+
+uvicorn itself cannot bound slow clients: `timeout_keep_alive` counts only between two requests, `limit_concurrency`
+only requests whose headers have come, and nothing limits the time of headers, a body or an answer that is not read.
+"""
 
 import asyncio
 import json
@@ -9,30 +13,32 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from thaw.serve.limits import Limits
 
 MAX_HEAD = 32_768  # bytes of a request's line and headers
-LINGER = 3.0  # seconds for the rest of a body that was refused, so that its sender can read why
+LINGER = 3.0  # seconds for the rest of a refused body, so that its sender can read why
 
 
 class Connection(HttpToolsProtocol):
-    """Ends what uvicorn would wait for without end: a request that does not come, and an answer that is not read.
+    """A timer runs from a request's first byte to its last, another one while an answer is not read.
 
-    A timer runs from a request's first byte to its last. The application answers a late body itself (408).
+    The application answers a late body itself (408).
     """
+
+    timer: asyncio.TimerHandle | None = None  # until the request has come
+    stalled: asyncio.TimerHandle | None = None  # until the client reads on
+    head = 0  # bytes of the request before its headers are complete
+    receiving = False  # the headers are complete, the body is not
 
     def __init__(self, *arguments: Any, limits: Limits, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.limits = limits
-        self.timer: asyncio.TimerHandle | None = None  # until the request has come
-        self.stalled: asyncio.TimerHandle | None = None  # until the client reads on
-        self.head = 0  # bytes of the request that came before its headers were complete
-        self.receiving = False  # the headers are complete, the body is not
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # hear of every answer that is not read at once
-        if len(self.connections) > 2 * self.limits.max_connections:
+        transport.set_write_buffer_limits(high=0)  # to hear of every answer that is not read at once
+        most = self.limits.max_connections
+        if len(self.connections) > 2 * most:
             transport.abort()
-        elif len(self.connections) > self.limits.max_connections:
-            self.refuse(503, f"more than {self.limits.max_connections} connections; try again later.", retry=True)
+        elif len(self.connections) > most:
+            self.refuse(503, f"more than {most} connections; try again later.", b"retry-after: 1\r\n")
         else:
             self.start_timer(self.limits.request_seconds)
 
@@ -45,7 +51,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if not self.receiving:
-            if self.timer is None and not self.answering:
+            if self.timer is None and not self.is_answering:
                 self.start_timer(self.limits.request_seconds)
             self.head += len(data)
         super().data_received(data)
@@ -53,7 +59,7 @@ class Connection(HttpToolsProtocol):
             self.refuse(431, f"headers of more than {MAX_HEAD:,} bytes; send fewer.")
 
     @property
-    def answering(self) -> bool:
+    def is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
@@ -67,21 +73,21 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.receiving:  # refused before all of it was here
+        if self.receiving:  # it was refused before all of it had come
             self.start_timer(LINGER)
 
     def start_timer(self, seconds: float) -> None:
         self.stop_timer()
-        self.timer = self.loop.call_later(seconds, self.too_late)
+        self.timer = self.loop.call_later(seconds, self.end_late_request)
 
     def stop_timer(self) -> None:
         if self.timer:
             self.timer.cancel()
         self.timer = None
 
-    def too_late(self) -> None:
+    def end_late_request(self) -> None:
         self.timer = None
-        if self.receiving and self.answering:
+        if self.receiving and self.is_answering:
             self.start_timer(LINGER)  # the application says why
         elif self.receiving or not self.head:
             self.transport.abort()
@@ -99,11 +105,11 @@ class Connection(HttpToolsProtocol):
         self.stalled = None
 
     def send_400_response(self, msg: str) -> None:
-        self.refuse(400, f"this is no HTTP request ({msg.rstrip('.').lower()}); see /docs.")
+        self.refuse(400, f"this is not an HTTP request ({msg.rstrip('.').lower()}); see /docs.")
 
-    def refuse(self, status: int, detail: str, retry: bool = False) -> None:
-        """Answer where no application was asked, and close."""
+    def refuse(self, status: int, detail: str, header: bytes = b"") -> None:
+        """Answer without the application, and close."""
         body = json.dumps({"detail": detail}).encode()
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + b"retry-after: 1\r\n" * retry + b"\r\n" + body)
+        self.transport.write(STATUS_LINE[status] + head + header + b"\r\n" + body)
         self.transport.close()

@@ -1,31 +1,28 @@
-"""What a client may ask for, and how a request is refused."""
+"""Limits on the requests of clients, and the error of a refused request."""
 
 import dataclasses
-import math
+
+from omegaconf import DictConfig, OmegaConf
+
+from thaw.run.values import Count, Positive, check_types
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Bounds on memory and time; `configs/serve.yaml` says what each is.
+    """Bounds on memory and time, explained in `configs/serve.yaml`.
 
     Raises:
-        ValueError: one that lets nothing through.
+        ValueError: the queue is shorter than one request may be.
     """
 
-    max_batch: int
-    max_queue: int
-    max_images: int
-    max_body_mb: float
-    max_connections: int
-    request_seconds: float
+    max_batch: Count
+    max_queue: Count
+    max_images: Count
+    max_body_mb: Positive
+    max_connections: Count
+    request_seconds: Positive
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, (int, field.type)):  # type: ignore[arg-type]
-                raise ValueError(f"{field.name}={value!r} must be of type {field.type.__name__}.")  # type: ignore[union-attr]
-            if not 0 < value < math.inf:
-                raise ValueError(f"{field.name}={value} lets nothing through; give a number above 0.")
         if self.max_queue < self.max_images:
             raise ValueError(
                 f"max_queue={self.max_queue} has no room for the {self.max_images} images that one request may hold; "
@@ -39,16 +36,23 @@ class Limits:
 
     @property
     def max_bodies(self) -> int:
-        """Bytes of all bodies that are held at once."""
+        """Bytes of all bodies in memory together."""
         return 8 * self.max_body
 
 
+def limits_of(cfg: DictConfig) -> Limits:
+    """The limits in a configuration; a ValueError names each value that is out of its range."""
+    values = {field.name: cfg[field.name] for field in dataclasses.fields(Limits)}
+    check_types(OmegaConf.create({"_target_": f"{__name__}.Limits", **values}))
+    return Limits(**values)
+
+
 class RefusedError(Exception):
-    """A request that is answered by an error.
+    """A request that gets an error for an answer.
 
     Args:
         status: of HTTP.
-        detail: for the client: the value, what is allowed and what to do.
+        detail: for the client: the value, the allowed ones and the next step.
         retry_after: seconds after which it may work, for a 503.
     """
 

@@ -1,11 +1,11 @@
-"""What Prometheus reads from `/metrics`."""
+"""Counts of requests and batches, for Prometheus at `/metrics`."""
 
 import time
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+TIME_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
 
 class Metrics:
@@ -16,12 +16,12 @@ class Metrics:
         sizes = [2**power for power in range(max_batch.bit_length())]
         self.requests = Counter("thaw_requests", "Answered requests.", ["path", "status"], registry=registry)
         self.seconds = Histogram(
-            "thaw_request_seconds", "From headers to answer.", ["path"], buckets=SECONDS, registry=registry
+            "thaw_request_seconds", "From headers to answer.", ["path"], buckets=TIME_BUCKETS, registry=registry
         )
         self.rejected = Counter("thaw_rejected", "Requests refused for want of room (503).", registry=registry)
         self.images = Counter("thaw_images", "Classified digits.", registry=registry)
         self.batch_size = Histogram("thaw_batch_size", "Digits in a batch.", buckets=sizes, registry=registry)
-        self.batch_seconds = Histogram("thaw_batch_seconds", "Of a batch.", buckets=SECONDS, registry=registry)
+        self.batch_seconds = Histogram("thaw_batch_seconds", "Of a batch.", buckets=TIME_BUCKETS, registry=registry)
         self.waiting = Gauge("thaw_images_waiting", "Digits in the queue.", registry=registry)
 
     def batch(self, size: int, seconds: float) -> None:
@@ -34,10 +34,10 @@ class Metrics:
 
 
 class CountedRequests:
-    """The ASGI application `app`, its requests counted.
+    """The ASGI application `app` with its requests counted.
 
     Args:
-        paths: that are counted by name; all others are `other`, or clients could make up any number of counters.
+        paths: counted by name; all others count as `other`, or clients could create any number of counters.
     """
 
     def __init__(self, app: Any, metrics: Metrics, paths: frozenset[str]) -> None:

@@ -1,4 +1,4 @@
-"""Running the application: the port, the stop on SIGTERM or Ctrl-C, and what is logged."""
+"""Runs the application: opens the port, and stops on SIGTERM or Ctrl-C."""
 
 import errno
 import functools
@@ -6,6 +6,7 @@ import math
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,31 +29,22 @@ def open_port(host: str, port: int) -> socket.socket:
                 f"port={port} on host={host} is taken; choose another, or port=0 for any free one."
             ) from error
         if error.errno == errno.EACCES:
-            raise ValueError(f"port={port} is not yours to open; choose one of 1024 or above.") from error
+            raise ValueError(f"port={port} is reserved for the system; choose one of 1024 or above.") from error
         raise ValueError(
             f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
         ) from error
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, telling the application at once that it is about to stop."""
+    """uvicorn's, which also tells the application at once that it will stop."""
 
     def __init__(self, app: FastAPI) -> None:
         self.fastapi = app
         limits = app.state.limits
-        connection = functools.partial(Connection, limits=limits)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=connection,  # type: ignore[arg-type]
-                ws="none",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=math.ceil(limits.request_seconds) + 1,
-            )
-        )
+        options: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "proxy_headers": False}
+        options["http"] = functools.partial(Connection, limits=limits)
+        options["timeout_graceful_shutdown"] = math.ceil(limits.request_seconds) + 1
+        super().__init__(uvicorn.Config(app, server_header=False, **options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.fastapi.state.stopping = True
@@ -60,13 +52,13 @@ class Server(uvicorn.Server):
 
 
 def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
-    """Print `ready` and serve until SIGTERM or Ctrl-C; then answer what was asked already, and return."""
+    """Print `ready` and serve until SIGTERM or Ctrl-C; then answer the requests that have come, and return."""
     server = Server(app)
 
-    def stop(number: int, frame: FrameType | None) -> None:  # uvicorn raises the signal again once it has stopped
+    def stop(number: int, frame: FrameType | None) -> None:  # uvicorn raises the signal again after its stop
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    print(ready, flush=True)  # from now on a signal ends it well
+    print(ready, flush=True)  # from now on a signal ends it in order
     server.run(sockets=[opened])

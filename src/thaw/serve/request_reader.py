@@ -1,4 +1,4 @@
-"""From the body of a request to digits, uint8 (N, 28, 28), in bounded memory and time."""
+"""Reads the digits, uint8 (N, 28, 28), in the body of a request, in bounded memory and time."""
 
 import asyncio
 import base64
@@ -29,9 +29,9 @@ FILE_TYPES = (*(f"image/{kind.lower()}" for kind in PICTURE_FORMATS), "image/jpg
 QUICK = 50_000  # bytes of JSON that are parsed on the event loop, in less than a millisecond
 
 Pixel = Annotated[StrictInt, Field(ge=0, le=255)]
-Row = Annotated[list[Pixel], Field(min_length=SIDE, max_length=SIDE, fail_fast=True)]
-Rows = Annotated[
-    list[Row],
+PixelRow = Annotated[list[Pixel], Field(min_length=SIDE, max_length=SIDE, fail_fast=True)]
+PixelRows = Annotated[
+    list[PixelRow],
     Field(min_length=SIDE, max_length=SIDE, fail_fast=True, description="28 rows of 28 pixels, ink bright"),
 ]
 Picture = Annotated[
@@ -42,21 +42,21 @@ Picture = Annotated[
     ),
 ]
 Sent = Annotated[
-    Annotated[Picture, Tag("picture")] | Annotated[Rows, Tag("pixels")],
+    Annotated[Picture, Tag("picture")] | Annotated[PixelRows, Tag("pixels")],
     Discriminator(lambda value: "picture" if isinstance(value, str) else "pixels"),
 ]
 
 
 class PredictRequest(BaseModel):
-    """What `POST /predict` takes as JSON."""
+    """The JSON of `POST /predict`."""
 
     model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[Sent], Field(min_length=1, fail_fast=True)]  # one error is told, and only one is kept
-    explain: Annotated[StrictBool, Field(description="answer with what the model saw and where it looked, too")] = False
+    images: Annotated[list[Sent], Field(min_length=1, fail_fast=True)]  # at most one error is kept
+    explain: Annotated[StrictBool, Field(description="answer also with the model's input and attention")] = False
 
 
-class Digits(NamedTuple):
-    """The content of a request: uint8 (N, 28, 28), what is doubtful about each, and whether to explain the answer."""
+class ReceivedImages(NamedTuple):
+    """The content of a request: uint8 (N, 28, 28), a doubt or "" for each, and whether to explain the answer."""
 
     images: np.ndarray
     warnings: list[str]
@@ -64,23 +64,19 @@ class Digits(NamedTuple):
 
 
 class RequestReader:
-    """Reads bodies, and decodes pictures on two threads, so that at most two large ones are open at once."""
+    """Reads bodies and decodes pictures, on two threads, so that at most two large ones are open at once."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held = 0  # bytes of all bodies in memory
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
 
-    async def read(self, request: Request, kind: str, deadline: float) -> Digits:
-        """The digits of a request.
+    async def read(self, request: Request, kind: str, deadline: float) -> ReceivedImages:
+        """The digits of a request; raises TimeoutError if it is complete, but takes too long to decode.
 
         Args:
             kind: its Content-Type.
             deadline: in seconds of the event loop's clock.
-
-        Raises:
-            RefusedError: it is not what it must be.
-            TimeoutError: it is complete, but takes too long to decode.
         """
         body = bytearray()
         try:
@@ -113,39 +109,37 @@ class RequestReader:
         if self.held > self.limits.max_bodies:
             raise RefusedError(503, f"{self.held:,} bytes of requests are being read; try again later.", retry_after=1)
 
-    async def decode(self, body: bytes, kind: str) -> Digits:
+    async def decode(self, body: bytes, kind: str) -> ReceivedImages:
         if kind != "application/json":
             return await self.read_file(body)
-        if len(body) <= QUICK:
-            parsed = parse(body)
-        else:
-            parsed = await self.in_thread(parse, body)
+        parsed = parse(body) if len(body) <= QUICK else await self.in_thread(parse, body)
         self.check_count(len(parsed.images))
         digits = []
         for place, image in enumerate(parsed.images):
             name = f"images[{place}]"
             if isinstance(image, str):
-                digits.append(told(await self.in_thread(read_base64, image, name)))
+                digits.append(await self.in_thread(read_base64, image, name))
             else:
-                digits.append(await self.read_array(from_rows(image), name))
-        return together(digits, parsed.explain)
+                pixels = np.frombuffer(bytes(chain.from_iterable(image)), dtype=np.uint8)
+                digits.append(await self.read_array(pixels.reshape(SIDE, SIDE), name))
+        return gathered(digits, parsed.explain)
 
-    async def read_file(self, content: bytes) -> Digits:
-        """The digits of a picture or an IDX file; one by one, so that a client that gave up stops it."""
+    async def read_file(self, content: bytes) -> ReceivedImages:
+        """The digits of a picture or an IDX file, one by one, so that the work ends when the client gives up."""
         content = await self.in_thread(unpack, content, "the body")
         if not is_idx(content):
-            return together([told(await self.in_thread(read_picture, content, "the body"))], False)
+            return gathered([await self.in_thread(read_picture, content, "the body")], False)
         images = await self.in_thread(read_images, content, "the body")
         self.check_count(len(images))
         if are_like_mnist(images).all():
-            return Digits(images, [""] * len(images), False)
+            return ReceivedImages(images, [""] * len(images), False)
         digits = [await self.read_array(image, f"the body, image {place},") for place, image in enumerate(images)]
-        return together(digits, False)
+        return gathered(digits, False)
 
     async def read_array(self, image: np.ndarray, name: str) -> Digit:
         if are_like_mnist(image[None])[0]:
             return Digit(image)
-        return told(await self.in_thread(read_array, image, name))
+        return await self.in_thread(read_array, image, name)
 
     def check_count(self, count: int) -> None:
         if count > self.limits.max_images:
@@ -155,61 +149,39 @@ class RequestReader:
             )
 
     async def in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A function's result, computed by a decoder; a refusal gives the client thaw.data's reason for no digit."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
-        except ValueError as error:  # of thaw's data, for the client
+            result = await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
+        except ValueError as error:
             raise RefusedError(422, str(error)) from error
+        if isinstance(result, Digit) and result.image is None:
+            raise RefusedError(422, result.error)
+        return result
 
 
-def told(digit: Digit) -> Digit:
-    """A digit that was found; the client is told why there is none."""
-    if digit.image is None:
-        raise RefusedError(422, digit.error)
-    return digit
-
-
-def together(digits: list[Digit], explain: bool) -> Digits:
-    return Digits(
-        np.stack([digit.image for digit in digits if digit.image is not None]),
-        [digit.warning for digit in digits],
-        explain,
-    )
+def gathered(digits: list[Digit], explain: bool) -> ReceivedImages:
+    images = np.stack([digit.image for digit in digits if digit.image is not None])
+    return ReceivedImages(images, [digit.warning for digit in digits], explain)
 
 
 def parse(body: bytes) -> PredictRequest:
-    """JSON as a request.
-
-    Raises:
-        RefusedError: names the first value that is wrong.
-    """
+    """Read a request's JSON; a RefusedError names the first value that is wrong."""
     try:
         return PredictRequest.model_validate_json(body)
     except ValidationError as error:
         wrong = error.errors(include_url=False)
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place_of(wrong[0]["loc"]))
-        value = "" if wrong[0]["type"] in ("json_invalid", "missing") else f", got {shortened(wrong[0]['input'])}"
+        parts = [part for part in wrong[0]["loc"] if part not in ("picture", "pixels")]  # without our union's tags
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+        given = repr(wrong[0]["input"])
+        given = given if len(given) <= 60 else f"{given[:57]}..."
+        value = "" if wrong[0]["type"] in ("json_invalid", "missing") else f", got {given}"
         raise RefusedError(
             422, f"{place.lstrip('.') or 'the body'}: {wrong[0]['msg']}{value}; see /docs for what is allowed."
         ) from None
 
 
-def place_of(location: tuple[int | str, ...]) -> list[int | str]:
-    """Where in the client's JSON an error is: without the names of our union."""
-    return [part for part in location if part not in ("picture", "pixels")]
-
-
-def shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def from_rows(rows: list[list[int]]) -> np.ndarray:
-    """28 rows of 28 valid pixels -> uint8 (28, 28)."""
-    return np.frombuffer(bytes(chain.from_iterable(rows)), dtype=np.uint8).reshape(SIDE, SIDE)
-
-
 def read_base64(text: str, name: str) -> Digit:
-    """The digit of a picture in base64 of any kind: wrapped lines, the URL-safe alphabet, with or without padding."""
+    """The digit of a picture in base64, also with wrapped lines, in the URL-safe alphabet or without padding."""
     head, comma, rest = text.partition(",")
     if comma and not (head.lower().startswith("data:image/") and head.lower().endswith(";base64")):
         raise ValueError(
@@ -221,5 +193,5 @@ def read_base64(text: str, name: str) -> Digit:
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{name} is not base64 ({error}); send a picture in base64, or rows of pixels.") from error
     if is_idx(content) or content[:2] == b"\x1f\x8b":
-        raise ValueError(f"{name} is no picture; send an IDX file as the whole body, as application/octet-stream.")
+        raise ValueError(f"{name} is not a picture; send an IDX file as the whole body, as application/octet-stream.")
     return read_picture(content, name)
