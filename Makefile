@@ -10,10 +10,10 @@ help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests but test-slurm"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
-	@echo "make bench                                   measure speed next to the textbook way (40 minutes)"
+	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
-	@echo "make clean-cache                             remove the kept features in logs/cache"
+	@echo "make clean-cache                             remove the cached features in logs/cache"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -1,11 +1,10 @@
 """What each pretraining objective buys at equal compute: `make compare-pretraining`.
 
-Each objective pretrains the same ViT on the 54,000 training images for as many steps as fit in a budget of CPU time, by
-the time of a step, which is measured first. Then each backbone is probed (nearest neighbours, logistic regression on
-all labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch; with 1 %
-also from scratch for 40 times as long. Each run is a process of its own below logs/compare_pretraining; what is
-there is not run again. Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and
-compare_pretraining.png.
+Each objective pretrains the same ViT on the 54,000 training images for as many steps as fit in a budget of CPU time;
+the time of a step is measured first. Then each backbone is probed (nearest neighbours, logistic regression on all
+labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch; with 1 % also
+from scratch for 40 times as long. Each run is a process of its own below logs/compare_pretraining; finished ones are
+not repeated. Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and .png.
 """
 
 import argparse
@@ -25,12 +24,10 @@ from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.compare import ROOT, run_once
-from thaw.pages.figures import save_figure
+from benchmarks.compare import ROOT, mean_and_spread, run_once
 from thaw.run.config import settle
 from thaw.run.console import lenient
 from thaw.run.files import write_text
-from thaw.run.json_files import write_json
 
 RUNS = ROOT / "logs" / "compare_pretraining"
 OBJECTIVES = {
@@ -40,12 +37,8 @@ OBJECTIVES = {
     "gan": "GAN discriminator",
 }
 LONGER = 40  # times the epochs of "from scratch"; with 1 % of the labels and one seed
-STARTS = {
-    "scratch": "from scratch",
-    "longer": f"from scratch, {LONGER} times as long",
-    **OBJECTIVES,
-    "bundled": "bundled weights",
-}
+SCRATCH = {"scratch": "from scratch", "longer": f"from scratch, {LONGER} times as long"}
+STARTS = {**SCRATCH, **OBJECTIVES, "bundled": "bundled weights"}
 LABELS = {"1": (540, 30), "10": (5400, 4), "100": (54_000, 1)}  # % -> digits, epochs
 COLORS = dict(zip(STARTS, ("#6b6b6b", "#b0b0b0", "#b5432e", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
 
@@ -65,10 +58,10 @@ class StepTime(Callback):
             self.taken.append(time.process_time() - self.start)
 
 
-def plan(seconds: float, overrides: list[str]) -> dict[str, dict[str, float]]:
+def steps_in(seconds: float, overrides: list[str]) -> dict[str, dict[str, float]]:
     """How many steps of each objective take so much CPU time on one thread.
 
-    Of two rounds of 16 steps, in which the objectives take turns, the faster one counts: other work only slows.
+    The objectives take turns in two rounds of 16 steps; the faster round counts, as other programs can only slow it.
 
     Returns:
         of each: `seconds` and `digits` of a step, and `steps`.
@@ -83,7 +76,7 @@ def plan(seconds: float, overrides: list[str]) -> dict[str, dict[str, float]]:
 
 
 def time_of_step(name: str, overrides: list[str]) -> tuple[float, int]:
-    """Mean CPU time of a step of an objective as its experiment configures it, and the digits that it takes."""
+    """Mean CPU time of a step of an objective as its experiment configures it, and the size of its batch."""
     composed = [f"experiment=pretrain_{name}", "run_dir=unused", "overrides=unused", *overrides]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", composed)
@@ -97,50 +90,35 @@ def time_of_step(name: str, overrides: list[str]) -> tuple[float, int]:
 
 
 def pretraining(name: str, steps: int) -> list[str]:
-    """The command; validation, with its pictures, half way and at the end."""
-    return [
-        *("train.py", f"experiment=pretrain_{name}", "logger=csv", f"+trainer.max_steps={steps}"),
-        *(
-            "trainer.max_epochs=1000",
-            "trainer.check_val_every_n_epoch=null",
-            f"trainer.val_check_interval={steps // 2}",
-        ),
-    ]
+    """The command, with validation and its pictures half way and at the end."""
+    often = ["trainer.check_val_every_n_epoch=null", f"trainer.val_check_interval={steps // 2}"]
+    ends = [f"+trainer.max_steps={steps}", "trainer.max_epochs=1000"]
+    return ["train.py", f"experiment=pretrain_{name}", "logger=csv", *ends, *often]
 
 
-def weights_of(start: str) -> str:
-    """What `backbone.weights` is for a start."""
-    named = {"scratch": "none", "longer": "none", "bundled": "bundled"}
-    return named.get(start) or str(RUNS / start / "pretraining" / "backbone.safetensors")
-
-
-def jobs_after(start: str, seeds: int) -> dict[str, list[str]]:
-    """Folder -> command of the probes and the fine-tuning."""
-    weights = f"backbone.weights={weights_of(start)}"
-    jobs = {f"{start}/{probe}": ["probe.py", f"probe={probe}", weights] for probe in ("knn", "logistic_regression")}
-    decay = ["optim.layer_decay=1.0"] if weights_of(start) == "none" else []  # nothing below is trained already
-
-    def tuning(percent: str, seed: int, times: int = 1) -> dict[str, list[str]]:
-        digits, epochs = LABELS[percent]
-        command = [
-            *("train.py", "experiment=few_labels", "logger=csv", "test=true", "validate=false", weights, *decay),
-            *(f"data.train_size={digits}", f"trainer.max_epochs={epochs * times}", f"seed={seed}"),
+def measurements(start: str, seeds: int) -> dict[str, list[str]]:
+    """Folder -> command of the probes and the fine-tuning after a start."""
+    from_file = RUNS / start / "pretraining" / "backbone.safetensors"
+    weights = "none" if start in SCRATCH else "bundled" if start == "bundled" else from_file
+    tuning = [*("train.py", "experiment=few_labels", "logger=csv", "test=true", "validate=false")]
+    tuning += [f"backbone.weights={weights}", *(["optim.layer_decay=1.0"] if weights == "none" else [])]
+    times, seeds = (LONGER, 1) if start == "longer" else (1, seeds)
+    jobs = {
+        f"{start}/labels{percent}/seed{seed}": [
+            *(*tuning, f"data.train_size={digits}", f"trainer.max_epochs={epochs * times}", f"seed={seed}"),
         ]
-        return {f"{start}/labels{percent}/seed{seed}": command}
-
-    if start == "longer":
-        return tuning("1", 0, LONGER)
-    for percent in LABELS:
-        for seed in range(seeds):
-            jobs |= tuning(percent, seed)
+        for percent, (digits, epochs) in LABELS.items()
+        for seed in range(seeds)
+        if start != "longer" or percent == "1"
+    }
+    if start != "longer":
+        for probe in ("knn", "logistic_regression"):
+            jobs[f"{start}/{probe}"] = ["probe.py", f"probe={probe}", f"backbone.weights={weights}"]
     return jobs
 
 
 def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: int, overrides: list[str]) -> None:
-    """Run what is not done, so many at once; a failure is told and ends no other.
-
-    Pretraining comes first in the queue, so that what waits for it holds no slot that it needs.
-    """
+    """Run what is not finished, so many runs at once; a failure is printed and ends no other run."""
     threads = max(1, (os.cpu_count() or 1) // parallel)
 
     def run(name: str, command: list[str], before: Future[str | None] | None = None) -> str | None:
@@ -149,14 +127,14 @@ def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: i
         return run_once([*command, "data.source=official", *overrides], RUNS / name, threads)
 
     with ThreadPoolExecutor(parallel) as pool:
-        pretrained = {
+        pretrained = {  # first, so that no run that waits for one holds a slot that it needs
             start: pool.submit(run, f"{start}/pretraining", pretraining(start, steps[start]))
             for start in starts
             if start in OBJECTIVES
         }
         running = {job: f"{start}/pretraining" for start, job in pretrained.items()}
         for start in sorted(starts, key=lambda start: start in pretrained):  # first those that wait for nothing
-            for name, command in jobs_after(start, seeds).items():
+            for name, command in measurements(start, seeds).items():
                 running[pool.submit(run, name, command, pretrained.get(start))] = name
         for job in tqdm(as_completed(running), total=len(running)):
             if failed := job.result():
@@ -169,32 +147,24 @@ def finished() -> dict[str, dict[str, list[float]]]:
     for start in STARTS:
         for path in sorted((RUNS / start).glob("**/summary.json")):
             measured = path.relative_to(RUNS / start).parts[0]
-            accuracy = json.loads(path.read_text())["test/acc"]
-            if accuracy is not None:
+            if (accuracy := json.loads(path.read_text())["test/acc"]) is not None:
                 found.setdefault(start, {}).setdefault(measured, []).append(100 * accuracy)
     return found
 
 
-def spread(values: list[float] | None) -> str:
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation} %"
-
-
-def table(found: Mapping[str, Mapping[str, list[float]]], budget: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a line for each start."""
+def markdown(found: Mapping[str, Mapping[str, list[float]]], budget: Mapping[str, Mapping[str, float]]) -> str:
+    """A table with a line for each start."""
     lines = [
         "| | pretraining | kNN | linear probe | 1 % of the labels | 10 % | 100 % |",
         "|---|---|---|---|---|---|---|",
     ]
     for start, measured in found.items():
-        cost = "-"
+        cells = [STARTS[start], "-"]
         if start in budget:
             steps, digits = budget[start]["steps"], budget[start]["digits"]
-            cost = f"{steps:,} steps of {digits}: {steps * digits / 54_000:.1f} epochs"
-        columns = ("knn", "logistic_regression", "labels1", "labels10", "labels100")
-        cells = [STARTS[start], cost, *(spread(measured.get(column)) for column in columns)]
+            cells[1] = f"{steps:,} steps of {digits}: {steps * digits / 54_000:.1f} epochs"
+        for column in ("knn", "logistic_regression", "labels1", "labels10", "labels100"):
+            cells.append(mean_and_spread(measured[column]) if column in measured else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -211,13 +181,13 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
         for x, values in points:
             tuned.plot([x] * len(values), [100 - v for v in values], "o", color=COLORS[start], alpha=0.5, markersize=4)
     names = [start for start in found if "knn" in found[start]][::-1]
-    for row, start in enumerate(names):
-        for column, marker in (("knn", "s"), ("logistic_regression", "D")):
+    markers = {"knn": ("s", "nearest neighbours"), "logistic_regression": ("D", "logistic regression")}
+    for column, (marker, label) in markers.items():
+        for row, start in enumerate(names):
             if column in found[start]:
                 probed.plot(100 - found[start][column][0], row, marker, color=COLORS[start], markersize=7)
-    probed.set_yticks(range(len(names)), [STARTS[start] for start in names], fontsize=9)
-    for marker, label in (("s", "nearest neighbours"), ("D", "logistic regression")):
         probed.plot([], [], marker, color="#555555", label=label)
+    probed.set_yticks(range(len(names)), [STARTS[start] for start in names], fontsize=9)
     for axes, title in (
         (tuned, "test error in % after fine-tuning, by number of labels"),
         (probed, "test error in % of frozen features"),
@@ -227,16 +197,15 @@ def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=8, frameon=False)
-    tuned.set_xscale("log")
+        axes.set_xscale("log")
     tuned.set_yscale("log")
-    probed.set_xscale("log")
     tuned.set_xticks(list(map(int, LABELS)), [f"{p} %: {digits:,}" for p, (digits, _) in LABELS.items()])
     tuned.set_xticks([], minor=True)
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     for axis in (tuned.yaxis, probed.xaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    save_figure(figure, path)
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -250,22 +219,22 @@ def main() -> None:
     path = RUNS / "budget.json"
     if not path.is_file():
         RUNS.mkdir(parents=True, exist_ok=True)
-        write_json(plan(arguments.seconds, ["data.source=official", *arguments.overrides]), path)
+        budget = steps_in(arguments.seconds, ["data.source=official", *arguments.overrides])
+        write_text(json.dumps(budget, indent=2) + "\n", path)
     budget = json.loads(path.read_text())
     planned = max(cost["seconds"] * cost["steps"] for cost in budget.values())
     if not 0.95 < planned / arguments.seconds < 1.05:
         raise SystemExit(
-            f"--seconds={arguments.seconds:g}, but what lies in {RUNS} is for {planned:.0f}: give that, or move the "
-            "folder away."
+            f"--seconds={arguments.seconds:g}, but the runs in {RUNS} had {planned:.0f}: give that, or move the folder "
+            "away."
         )
     steps = {name: int(cost["steps"]) for name, cost in budget.items()}
     run_all(arguments.only, steps, arguments.seeds, arguments.jobs, arguments.overrides)
-    found = finished()
-    if not found:
+    if not (found := finished()):
         raise SystemExit(f"No run below {RUNS} has been tested.")
-    write_text(table(found, budget) + "\n", ROOT / "benchmarks" / "compare_pretraining.md")
+    write_text(markdown(found, budget) + "\n", ROOT / "benchmarks" / "compare_pretraining.md")
     picture(found, ROOT / "benchmarks" / "compare_pretraining.png")
-    print(table(found, budget))
+    print(markdown(found, budget))
 
 
 if __name__ == "__main__":

@@ -19,21 +19,17 @@ from thaw.run.console import lenient
 COUNT = 2000  # test digits, evenly spread
 
 
-def draw(
-    digit: np.ndarray,
-    random: np.random.Generator,
-    coloured: bool,
-    shaded: bool,
-    hard: bool = False,
-    framed: bool = False,
-) -> bytes:
-    """A digit enlarged 4 to 12 times somewhere in a larger picture: white on black as PNG, else in colours as JPEG.
+KINDS = {
+    "enlarged and moved, PNG": "plain",
+    "in any two colours besides, JPEG": "coloured",
+    "with a shadow and noise besides": "shaded",  # it grows from one corner to the other
+    "dark on bright with a hard shadow, JPEG": "hard",  # whose edge runs through the middle
+    "in any two colours with a frame, JPEG": "framed",  # of the ink's colour, 1 to 4 % of the side, near the edge
+}
 
-    Args:
-        shaded: a shadow grows slowly from one corner to the other, and there is noise.
-        hard: the edge of a shadow runs through the middle; ink is dark, paper bright.
-        framed: the frame has the colour of the ink, 1 to 4 % of the side, and starts up to 10 % from the edge.
-    """
+
+def draw_picture(digit: np.ndarray, random: np.random.Generator, kind: str) -> bytes:
+    """A digit enlarged 4 to 12 times somewhere in a larger picture: white on black as PNG, else in colours as JPEG."""
     side = int(28 * random.uniform(4, 12))
     height, width = (int(side * random.uniform(1, 2)) for _ in range(2))
     large = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)) / 255
@@ -41,30 +37,30 @@ def draw(
     top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
     ink[top : top + side, left : left + side] = large
     paper, pen = np.zeros(3), np.ones(3)
-    if hard:
+    if kind == "hard":
         paper, pen = random.uniform(0.7, 1, 3), random.uniform(0, 0.3, 3)
-    elif framed:  # by Pillow's ImageDraw, outside of the digit's own field
+    elif kind == "framed":  # outside of the digit's own field
         ink = np.pad(ink, side // 7)
         height, width = ink.shape
         inset, thick = int(random.uniform(0, 0.1) * side), 1 + int(random.uniform(0.01, 0.04) * side)
         frame = Image.new("L", (width, height))
         ImageDraw.Draw(frame).rectangle((inset, inset, width - 1 - inset, height - 1 - inset), outline=255, width=thick)
         ink = np.maximum(ink, np.asarray(frame) / 255)
-    while coloured and not hard and (not paper.any() or abs(paper - pen).max() < 0.35):
+    while kind not in ("plain", "hard") and (not paper.any() or abs(paper - pen).max() < 0.35):
         paper, pen = random.uniform(0, 1, 3), random.uniform(0, 1, 3)
     pixels = paper + ink[..., None] * (pen - paper)
-    if shaded:  # a quarter darker in one corner than in the other, and noise
+    if kind == "shaded":  # a quarter darker in one corner than in the other, and noise
         down, right = np.mgrid[0:height, 0:width]
         pixels *= 1 - 0.25 * ((right / width + down / height) / 2)[..., None]
         pixels += random.normal(0, 0.03, pixels.shape)
-    if hard:
+    if kind == "hard":
         down, right = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
         angle = random.uniform(0, 2 * np.pi)
         in_shadow = np.cos(angle) * right + np.sin(angle) * down > 0
         pixels *= np.where(in_shadow, random.uniform(0.4, 0.7), 1)[..., None]
     file = io.BytesIO()
     picture = Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))
-    picture.save(file, "JPEG" if coloured else "PNG", quality=80)
+    picture.save(file, "PNG" if kind == "plain" else "JPEG", quality=80)
     return file.getvalue()
 
 
@@ -82,16 +78,9 @@ def main() -> None:
         return f"{(predictor(digits).argmax(dim=1) == labels).double().mean():.2%}"
 
     print(f"{'as they are':42} {accuracy(images)}")
-    kinds = {
-        "enlarged and moved, PNG": (False, False),
-        "in any two colours besides, JPEG": (True, False),
-        "with a shadow and noise besides": (True, True),
-        "dark on bright with a hard shadow, JPEG": (True, False, True),
-        "in any two colours with a frame, JPEG": (True, False, False, True),
-    }
-    for name, kind in kinds.items():
+    for name, kind in KINDS.items():
         random = np.random.default_rng(0)
-        files = (draw(image.numpy(), random, *kind) for image in images)
+        files = (draw_picture(image.numpy(), random, kind) for image in images)
         digits = [next(read_digits(file, "picture")) for file in files]
         found = np.stack([np.zeros((28, 28), np.uint8) if digit.image is None else digit.image for digit in digits])
         doubtful = np.mean([bool(digit.warning or digit.error) for digit in digits])

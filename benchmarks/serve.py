@@ -1,4 +1,4 @@
-"""What a server makes of its model: throughput next to the plain call, latency at half load.
+"""Throughput of a server next to the plain call of its model, and latency at half load.
 
     python -m benchmarks.serve --ckpt <run folder>
 
@@ -38,7 +38,7 @@ CONNECTIONS = {"JSON, 1 image": 128, "IDX, 16 images": 16, "IDX, 64 images": 4}
 
 
 class Load(NamedTuple):
-    """A kind of request: its body, and how many digits it holds."""
+    """A kind of request: its body, and how many images it holds."""
 
     body: bytes
     kind: str
@@ -55,18 +55,9 @@ def loads() -> dict[str, Load]:
 
 def plain(ckpt: str, precision: str, seconds: float) -> float:
     """Images a second of the model alone, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.serve",
-        "--ckpt",
-        ckpt,
-        "--plain",
-        precision,
-        "--seconds",
-        str(seconds),
-    ]
-    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    command = ["-m", "benchmarks.serve", "--ckpt", ckpt, "--plain", precision, "--seconds", str(seconds)]
+    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(ended.stdout)
 
 
 def call_plainly(ckpt: str, precision: str, seconds: float) -> float:

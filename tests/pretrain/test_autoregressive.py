@@ -1,35 +1,25 @@
 """Next-patch prediction: what each prediction depends on, its loss against loops, its completions, its gradients."""
 
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from pretrain.tiny import VIT, backbone, losses_of_training, recipe, refused
 from torch import Tensor, nn
 
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
-from thaw.optim import OptimizerRecipe
 from thaw.pretrain.autoregressive import Autoregressive
-from thaw.pretrain.patches import embed, patchify, target, unpatchify
+from thaw.pretrain.patches import patch_targets, patchify, unpatchify
 
-VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
-CLASSES = [NO_CLASS, {"class_token": True, "reg_tokens": 2}]
+REGISTERS = VIT | {"class_token": True, "global_pool": "token", "reg_tokens": 2}
 
 
-def autoregressive(*, fused: bool = False, tokens: dict | None = None, **settings: Any) -> Autoregressive:
+def autoregressive(vit: dict = VIT, *, fused: bool = False, **settings: Any) -> Autoregressive:
     torch.manual_seed(0)
-    named: dict[str, Any] = {"pool": "model", "mean": None, "std": None, "fused_attention": fused}
-    arguments = VIT | (NO_CLASS if tokens is None else tokens)
-    backbone = Backbone("vit_tiny_patch16_224", "none", image_size=28, channels=1, arguments=arguments, **named)
-    recipe: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
-    recipe |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
-    optim = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **recipe)
     settings = {"order": "random", "prefix": 0.0, "head_width": 32, "normalize_pixels": False} | settings
-    model = Autoregressive(backbone, nn.Identity(), optim, "w.safetensors", **settings)  # type: ignore[arg-type]
-    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return model
+    encoder = backbone(vit, fused_attention=fused)
+    return Autoregressive(encoder, nn.Identity(), recipe(), "w.safetensors", **settings)  # type: ignore[arg-type]
 
 
 def digits(number: int) -> Tensor:
@@ -42,14 +32,14 @@ def digits(number: int) -> Tensor:
 # What a prediction depends on
 
 
-@pytest.mark.parametrize("tokens", CLASSES)
+@pytest.mark.parametrize("vit", [VIT, REGISTERS])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("given", [1, 5])
 @pytest.mark.parametrize("order", ["raster", "random"])
 def test_a_prediction_depends_on_all_earlier_patches_and_on_no_other(
-    order: str, given: int, fused: bool, tokens: dict
+    order: str, given: int, fused: bool, vit: dict
 ) -> None:
-    model = autoregressive(order=order, prefix=0.5, fused=fused, tokens=tokens).eval()
+    model = autoregressive(vit, order=order, prefix=0.5, fused=fused).eval()
     pixels = model.preprocess(digits(3))
     sequence = model.draw_order(3, pixels.device)
     assert torch.equal(sequence.sort(dim=1).values, torch.arange(16).expand(3, -1))
@@ -96,12 +86,12 @@ def naive_states(backbone: Backbone, tokens: Tensor, given: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("order", "prefix", "normalize_pixels", "tokens"),
-    [("raster", 0.0, False, NO_CLASS), ("random", 0.6, True, NO_CLASS), ("random", 0.6, False, CLASSES[1])],
+    ("order", "prefix", "normalize_pixels", "vit"),
+    [("raster", 0.0, False, VIT), ("random", 0.6, True, VIT), ("random", 0.6, False, REGISTERS)],
 )
 @torch.no_grad()
-def test_loss_equals_a_naive_loop(order: str, prefix: float, normalize_pixels: bool, tokens: dict) -> None:
-    model = autoregressive(order=order, prefix=prefix, normalize_pixels=normalize_pixels, tokens=tokens)
+def test_loss_equals_a_naive_loop(order: str, prefix: float, normalize_pixels: bool, vit: dict) -> None:
+    model = autoregressive(vit, order=order, prefix=prefix, normalize_pixels=normalize_pixels)
     for parameter in model.backbone.model.blocks.parameters():
         parameter.mul_(5)  # attention that counts
     images = digits(3)
@@ -112,7 +102,8 @@ def test_loss_equals_a_naive_loop(order: str, prefix: float, normalize_pixels: b
     sequences = model.draw_order(3, images.device)
     assert (given > 1) == (prefix > 0)
     pixels, errors = model.preprocess(images), []
-    for embedded, patches, sequence in zip(embed(model.backbone, pixels), patchify(pixels, 7), sequences, strict=True):
+    tokens = model.backbone.prefix(pixels, 1)
+    for embedded, patches, sequence in zip(tokens, patchify(pixels, 7), sequences, strict=True):
         extra = len(embedded) - 16
         ordered = torch.cat([embedded[:extra], embedded[extra:][sequence]])
         states = naive_states(model.backbone, ordered, extra + given)
@@ -156,7 +147,7 @@ def test_a_completion_is_made_of_its_own_patches(normalize_pixels: bool) -> None
         if normalize_pixels:
             drawn = drawn * (true[:, n].var(dim=1, keepdim=True) + 1e-6).sqrt() + true[:, n].mean(dim=1, keepdim=True)
         expected[:, n] = drawn
-    completed = patchify(model.complete(pixels, 8), 7)
+    completed = model.complete(pixels, 8)
     torch.testing.assert_close(completed, expected)
     assert torch.equal(completed[:, :8], true[:, :8])
     assert torch.equal(pixels, model.preprocess(digits(2)))
@@ -177,21 +168,11 @@ def test_contact_sheet() -> None:
 # Training
 
 
-@pytest.mark.parametrize("tokens", CLASSES)
+@pytest.mark.parametrize("vit", [VIT, REGISTERS])
 @pytest.mark.parametrize(("order", "prefix"), [("raster", 0.0), ("random", 0.9)])
-def test_gradient_reaches_every_parameter_and_the_loss_falls(order: str, prefix: float, tokens: dict) -> None:
-    model = autoregressive(order=order, prefix=prefix, tokens=tokens)
+def test_gradient_reaches_every_parameter_and_the_loss_falls(order: str, prefix: float, vit: dict) -> None:
     batch = Batch(digits(12), torch.arange(12), torch.arange(12))
-    optimizer = torch.optim.AdamW(model.optim.groups(model.named_parameters(), model.depths(), {}))
-    losses = []
-    for step in range(20):
-        optimizer.zero_grad()
-        loss = model.training_step(batch, step)
-        loss.backward()
-        without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not without
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(autoregressive(vit, order=order, prefix=prefix), batch, 20)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -210,21 +191,24 @@ def test_a_step_in_bf16(fused: bool) -> None:
 
 
 def test_targets_in_their_own_scale() -> None:
-    patches = target(autoregressive().preprocess(digits(2)), 7, True)
+    patches = patch_targets(autoregressive().preprocess(digits(2)), 7, True)
     torch.testing.assert_close(patches.mean(dim=2), torch.zeros(2, 16), rtol=0, atol=1e-5)
     torch.testing.assert_close(patches.std(dim=2), torch.ones(2, 16), rtol=0, atol=1e-4)
 
 
+def test_a_single_patch_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs several patches"):
+        autoregressive(VIT | {"patch_size": 28})
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("key", "value", "allowed"),
     [
-        ({"order": "spiral"}, r"model\.order='spiral' is unknown; choose raster or random"),
-        ({"prefix": 1.0}, r"model\.prefix=1\.0 must be from 0 to below 1"),
-        ({"prefix": -0.1}, r"model\.prefix=-0\.1 must be"),
-        ({"head_width": 0}, r"model\.head_width=0 must be 1 or more"),
-        ({"tokens": NO_CLASS | {"patch_size": 28}}, r"needs several patches"),
+        ("order", "spiral", "raster or random"),
+        ("prefix", 1.0, "a number, 0 or more and below 1; 0 predicts all patches but the first"),
+        ("prefix", -0.1, "a number, 0 or more and below 1; 0 predicts all patches but the first"),
+        ("head_width", 0, "a whole number, 1 or more"),
     ],
 )
-def test_what_it_cannot_learn_from_is_named(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        autoregressive(**settings)
+def test_settings_out_of_range(key: str, value: Any, allowed: str) -> None:
+    refused(Autoregressive, key, value, allowed)

@@ -1,7 +1,6 @@
 """The GAN: its losses against loops and separate computations, its one step a batch, and what it measures."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,15 +9,15 @@ import pytest
 import torch
 from conftest import compose_run
 from hydra.utils import instantiate
+from pretrain.tiny import STILL, VIT, recipe, refused
+from pretrain.tiny import backbone as tiny_backbone
 from torch import Tensor, nn
 
 from thaw.data.augment import Augment
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
-from thaw.optim import OptimizerRecipe
 from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
 
-VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
 RUN = [
     *("experiment=pretrain_gan", "data.source=sample", "data.train_size=64", "data.batch_size=16", "logger=csv"),
     *("trainer.precision=32-true", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "model.width=32"),
@@ -28,19 +27,15 @@ RUN = [
 
 
 def backbone(size: int = 28, channels: int = 1, fused: bool = False) -> Backbone:
-    return Backbone("vit_tiny_patch16_224", "none", size, channels, "model", [0.1307], [0.3081], fused, VIT)
+    return tiny_backbone(VIT, image_size=size, channels=channels, fused_attention=fused)
 
 
 def gan(trained: Backbone | None = None, **changes: Any) -> GAN:
     torch.manual_seed(0)
-    off = {"shear": 0.0, "elastic": 0.0, "elastic_sigma": 4.0, "thickness": 0.5, "erase": 0.0}
-    augment = Augment(degrees=10.0, translate=0.1, scale=0.1, **off)
-    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
-    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
-    optim = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
+    augment = Augment(**STILL | {"degrees": 10.0, "translate": 0.1, "scale": 0.1, "thickness": 0.5})
     own: dict[str, Any] = {"latent": 8, "width": 32, "generator_lr": 1.0, "r1": 10.0, "r1_every": 2}
     own |= {"average_decay": 0.9, "samples": 50, "measured_by": backbone()} | changes
-    model = GAN(trained or backbone(), augment, optim, "w.safetensors", **own)
+    model = GAN(trained or backbone(), augment, recipe(), "w.safetensors", **own)
     model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return model
 
@@ -166,11 +161,19 @@ def test_a_penalty_needs_plain_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("latent", 0), ("width", 48), ("generator_lr", 0), ("r1", -1), ("r1_every", 0), ("samples", 1)]
+    ("key", "value", "allowed"),
+    [
+        ("latent", 0, "a whole number, 1 or more"),
+        ("width", 48, "a whole number, 32 or more; a multiple of 32, e.g. 128"),
+        ("generator_lr", 0, "a number above 0"),
+        ("r1", -1, "a number, 0 or more"),
+        ("r1_every", 0, "a whole number, 1 or more"),
+        ("average_decay", 1.0, "a number, 0 or more and below 1"),
+        ("samples", 1, "a whole number, 2 or more"),
+    ],
 )
-def test_numbers_out_of_range(key: str, value: int) -> None:
-    with pytest.raises(ValueError, match=rf"model\.{key}={value} must be "):
-        gan(**{key: value})
+def test_settings_out_of_range(key: str, value: float, allowed: str) -> None:
+    refused(GAN, key, value, allowed)
 
 
 # Runs

@@ -1,21 +1,29 @@
-"""A small ViT, an optimizer and a few digits for the tests of every pretraining objective."""
+"""A small ViT, an optimizer and a few images for the tests of every pretraining objective."""
 
+import re
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from omegaconf import OmegaConf
 
 from thaw.data.datamodule import Batch
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
+from thaw.pretrain.objective import Objective
+from thaw.run.values import check_types
 
 VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+CLASS_TOKEN = VIT | {"class_token": True, "global_pool": "token"}
+STILL = dict.fromkeys(("degrees", "translate", "scale", "shear", "elastic", "thickness", "erase"), 0.0)  # of Augment
+STILL["elastic_sigma"] = 4.0
 
 
-def backbone(name: str = "vit_tiny_patch16_224", arguments: dict | None = None, weights: str = "none") -> Backbone:
-    arguments = VIT if arguments is None else arguments
-    settings: dict[str, Any] = {"pool": "model", "mean": None, "std": None, "fused_attention": False}
-    return Backbone(name, weights, image_size=28, channels=1, arguments=arguments, **settings)
+def backbone(arguments: dict | None = None, name: str = "vit_tiny_patch16_224", **changes: Any) -> Backbone:
+    settings: dict[str, Any] = {"weights": "none", "image_size": 28, "channels": 1, "pool": "model"}
+    settings |= {"mean": [0.1307], "std": [0.3081], "fused_attention": False} | changes
+    return Backbone(name, arguments=VIT if arguments is None else arguments, **settings)
 
 
 def recipe() -> OptimizerRecipe:
@@ -30,3 +38,26 @@ def digits(number: int) -> Batch:
     labels = torch.arange(number) % 3
     images[:, :14] += (25 * labels).to(torch.uint8)[:, None, None]
     return Batch(images, labels, torch.arange(number))
+
+
+def losses_of_training(model: Objective, batch: Batch, steps: int) -> list[float]:
+    """Train on one batch; at each step the gradient reaches every parameter."""
+    model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    model.gather = lambda rows: rows  # type: ignore[method-assign]  # there is one process
+    optimizer = torch.optim.AdamW(model.optim.groups(model.named_parameters(), model.depths(), {}))
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model.training_step(batch, step)
+        loss.backward()
+        assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def refused(objective: type[Objective], key: str, value: Any, allowed: str) -> None:
+    """A setting is refused before anything is built, with a message that says what is allowed."""
+    block = OmegaConf.create({"_target_": f"{objective.__module__}.{objective.__name__}", key: value})
+    with pytest.raises(ValueError, match=re.escape(f"model.{key}={value!r} must be {allowed}.")):
+        check_types(block, "model.")

@@ -16,7 +16,7 @@ class Augment(nn.Module):
 
     Affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
     interpolated once. A setting of 0 switches its transform off. The affine map alone runs about 2.4 times as fast as
-    kornia's RandomAffine on two CPU threads (benchmarks/augment.py).
+    kornia's RandomAffine on two CPU threads (benchmarks/once.md).
 
     Args:
         degrees: rotation up to so many degrees either way.

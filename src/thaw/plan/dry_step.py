@@ -1,6 +1,6 @@
-"""One training step on tensors without numbers: what it keeps in memory and what it computes, for models of any size.
+"""A training step on tensors without numbers: its memory and its FLOPs, for models of any size.
 
-torch's fake tensors are meta tensors that say which device they are on, so that the project's own model, policy and
+torch's fake tensors are meta tensors that claim to be on a device, so that the project's own model, policy and
 optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
@@ -30,57 +30,40 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one device, on its batch.
-
-    Attributes:
-        parameters, trained: of the model, and how many of them train at last.
-        cut: how many of the backbone's layers are frozen below all that trains.
-        num_tokens: T.
-        weights: bytes, with buffers.
-        gradients: bytes.
-        optimizer: bytes of its state.
-        activations: bytes that the step needs on top of these at its peak: what autograd saves, and what is in passing.
-        filling: bytes on top of the weights while the cache is filled.
-        kept: bytes of one image in the cache; 0 where nothing is frozen below all that trains.
-        units: bytes of weights and of gradients of each layer of the backbone and of the head.
-        frozen_flops: of one image through the layers below the cut, forward.
-        forward_flops, backward_flops: of one image through all above it.
-    """
+    """A training step of one device, on its batch. Memory is in bytes; FLOPs are those of one image."""
 
     parameters: int
-    trained: int
-    cut: int
+    trained: int  # parameters that train in the end
+    cut: int  # how many of the backbone's layers are frozen below all that trains
     num_tokens: int
-    weights: int
+    weights: int  # with buffers
     gradients: int
-    optimizer: int
-    activations: int
-    filling: int
-    kept: int
-    units: list[tuple[int, int]]
-    frozen_flops: float
-    forward_flops: float
+    optimizer: int  # its state
+    activations: int  # beside these at the step's peak: tensors that autograd saves, and temporary ones
+    filling: int  # beside the weights while the cache is filled
+    kept: int  # of one image in the cache; 0 where no layer is frozen below all that trains
+    units: list[tuple[int, int]]  # weights and gradients of each layer of the backbone and of the head
+    frozen_flops: float  # of the layers below the cut, forward
+    forward_flops: float  # of everything above it
     backward_flops: float
 
 
 def dry_step(cfg: DictConfig, device: str) -> Step:
     """Run the second training step of a configuration on fake tensors.
 
-    A policy with a schedule is taken in the epoch from which all trains that ever will.
+    A policy with a schedule is taken in the epoch in which its last layer thaws.
 
     Args:
-        cfg: as train.py gets it; `data.batch_size` counts, `cache.mode=off` runs the frozen layers in every step.
-        device: `cpu`, `cuda` or `mps`: how many tokens at once fill the cache.
+        cfg: as train.py gets it; `cache.mode=off` runs the frozen layers in every step.
+        device: `cpu`, `cuda` or `mps`, which decides how many tokens at once fill the cache.
 
     Raises:
-        ValueError: a policy, precision or batch size that cannot be.
-        InstantiationException: because of a ValueError: a model that cannot be.
+        ValueError: a policy or precision that is not allowed.
+        InstantiationException: caused by a ValueError: a model that cannot be built.
     """
-    precision, batch_size = cfg.trainer.precision, cfg.data.batch_size
+    precision = cfg.trainer.precision
     if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be a whole number, 1 or more.")
+        raise ValueError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     with cleared_up_here():
         return step_on_fake_tensors(cfg.copy(), device)
 
@@ -105,12 +88,12 @@ def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
         last = int(max(model.thaw.after(0)))
         model.thaw.apply(last)
         model.cut = model.thaw.cut(last)
-        return Dry(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
 
 
 @contextmanager
 def cleared_up_here() -> Iterator[None]:
-    """Collect garbage at the end, and in this thread: torch crashes where another one comes to free fake tensors."""
+    """Collect garbage at the end, in this thread: torch crashes where another thread frees fake tensors."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -121,8 +104,8 @@ def cleared_up_here() -> Iterator[None]:
             gc.enable()
 
 
-class Dry:
-    """A model of fake tensors, thawed as far as it will be."""
+class DryRun:
+    """A model of fake tensors, thawed as far as it ever will be, with its optimizer."""
 
     def __init__(self, model: Any, batch_size: int, precision: str, device: str) -> None:
         self.model, self.batch_size, self.precision, self.device = model, batch_size, precision, device
@@ -136,15 +119,13 @@ class Dry:
     def step(self, cached: bool) -> Step:
         frozen_flops, filling, features = self.frozen() if self.cut else (0, 0, None)
         labels = torch.zeros(self.batch_size, dtype=torch.long)
-        batch = Batch(digits(self.batch_size), labels, labels, features=features if cached else None)
-        self.train_on(batch)  # makes gradients and the optimizer's state, which the next step finds
+        batch = Batch(blank_images(self.batch_size), labels, labels, features=features if cached else None)
+        self.train_on(batch)  # makes gradients and the optimizer's state, as a later step finds them
         given = [part for part in (batch.images, batch.features) if part is not None]
         memory = Memory([*given, *(tensor for part in self.parts() for tensor in part)])
-        counts: list[int] = []
         with memory:
-            self.train_on(batch, counts)
-        forward, backward = counts
-        weights, gradients, state = (size(part) for part in self.parts())
+            forward, backward = self.train_on(batch)
+        weights, gradients, state = (nbytes(part) for part in self.parts())
         return Step(
             parameters=sum(p.numel() for p in self.model.parameters()),
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -162,24 +143,23 @@ class Dry:
             backward_flops=backward / self.batch_size,
         )
 
-    def train_on(self, batch: Batch, counts: list[int] | None = None) -> None:
-        """In Lightning's order: the last gradients go after the forward pass."""
+    def train_on(self, batch: Batch) -> tuple[int, int]:
+        """FLOPs of the forward and backward pass. In Lightning's order: old gradients are dropped after the forward."""
         with FlopCounterMode(display=False) as forward, self.context():
             loss = self.model.training_step(batch, 0)
         self.optimizer.zero_grad()
         with FlopCounterMode(display=False) as backward:
             loss.backward()
         self.optimizer.step()
-        if counts is not None:
-            counts += [forward.get_total_flops(), backward.get_total_flops()]
+        return forward.get_total_flops(), backward.get_total_flops()
 
     def frozen(self) -> tuple[int, int, Tensor]:
-        """FLOPs of the frozen layers on a batch, bytes while they fill the cache, and what they give for a batch."""
+        """Of the frozen layers: FLOPs on a batch, peak memory while the cache is filled, and the output for a batch."""
 
         @torch.no_grad()
         def compute(number: int) -> Tensor:
             with self.context():
-                images = self.model.preprocess(digits(number))
+                images = self.model.preprocess(blank_images(number))
                 features = self.backbone.prefix(images.to(self.model.dtype), self.cut)
             tokens = self.cut < len(self.backbone.layers)
             return features.bfloat16() if tokens and "bf16" in self.precision else features
@@ -201,7 +181,7 @@ class Dry:
         return [*parameters, *self.model.buffers()], gradients, state
 
     def units(self) -> list[tuple[int, int]]:
-        """Bytes of weights and of gradients of each layer, and of the head: what FSDP would gather at once."""
+        """Bytes of weights and gradients of each layer and of the head, which FSDP gathers one after the other."""
         units = [[0, 0] for _ in range(len(self.backbone.layers) + 1)]
         for name, parameter in self.model.named_parameters():
             inside = name.removeprefix("backbone.")
@@ -212,15 +192,11 @@ class Dry:
 
 
 class Memory(TorchDispatchMode):
-    """Counts bytes of the tensors that are alive, each storage once, from those that it is given on.
-
-    Attributes:
-        peak: the most that were alive at once.
-    """
+    """Counts the bytes of the given tensors and of all new ones while they are alive, each storage once."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self.known: dict[int, tuple[StorageWeakRef, int]] = {}  # by the storage's address, which the reference keeps
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}  # by address, which the reference keeps from reuse
         self.now = self.peak = 0
         for tensor in tensors:
             self.add(tensor)
@@ -238,14 +214,14 @@ class Memory(TorchDispatchMode):
             return
         self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.now += storage.nbytes()
-        if self.now > self.peak:  # perhaps: not all that is known is still alive
+        if self.now > self.peak:  # an upper bound, as some of the known storages may be gone
             gone = [key for key, (reference, _) in self.known.items() if reference.expired()]
             self.now -= sum(self.known.pop(key)[1] for key in gone)
             self.peak = max(self.peak, self.now)
 
 
 class SameShape(TorchFunctionMode):
-    """Lets `torch.equal` compare the shapes of fake tensors, which hold no numbers."""
+    """Makes `torch.equal` compare shapes, as fake tensors hold no numbers."""
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.equal:
@@ -253,11 +229,10 @@ class SameShape(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def digits(number: int) -> Tensor:
+def blank_images(number: int) -> Tensor:
     return torch.empty(number, 28, 28, dtype=torch.uint8)
 
 
-def size(tensors: Iterable[Tensor]) -> int:
+def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes, each storage once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum({storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}.values())

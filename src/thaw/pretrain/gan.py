@@ -1,54 +1,68 @@
-"""Pretraining by a generative adversarial network (Goodfellow et al. 2014, arXiv:1406.2661): which digits are real?
+"""Pretraining by a generative adversarial network (Goodfellow et al. 2014, arXiv:1406.2661): which images are real?
 
 Shapes: B batch, Z latent width, D feature width; C channels and S side of the backbone's images.
 """
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from thaw.data.augment import Augment
-from thaw.data.batches import evenly_spread
+from thaw.data.batches import by_batches, evenly_spread
 from thaw.data.datamodule import Batch
 from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
+from thaw.run.values import Count, NonNegative, Positive
 
-SIDE = 28
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, section 3
 
 
-class GAN(Objective):
-    """A small generator draws digits, and the backbone with a linear head scores how real they look.
+def hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's loss: scores (B,) should be above 1 for real, below -1 for drawn images (Lim & Ye 2017)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
-    Both are updated at once, by one optimizer from one loss: the sum of the discriminator's loss, which gives the
-    generator no gradient, and the generator's, which gives the discriminator none. That is what two optimizers would
-    do side by side, and converges locally with the R1 or R2 penalty (Mescheder et al. 2018, theorem 4.1). A batch is
-    then a step, as everywhere: schedules, trainer.max_steps, accumulated gradients and resuming mean what they always
-    mean. Under two optimizers Lightning would count each batch twice.
+
+def gradient_penalty(discriminator: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+    """Mean squared norm of the score's gradient at images (B, 1, 28, 28).
+
+    R1 for real images, R2 for drawn ones (Mescheder et al. 2018, equations 9 and 10).
+    """
+    pixels = pixels.detach().requires_grad_()
+    with torch.autocast(pixels.device.type, enabled=False):  # a gradient of a gradient in 16 bits is coarse
+        (gradient,) = torch.autograd.grad(discriminator(pixels).sum(), pixels, create_graph=True)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+class GAN(Objective):
+    """A small generator draws images, and the backbone with a linear head scores how real they look.
+
+    One optimizer updates both from one loss, the sum of the discriminator's loss, which gives the generator no
+    gradient, and the generator's, which gives the discriminator none. Two optimizers side by side would do the same,
+    which converges locally with the R1 or R2 penalty (Mescheder et al. 2018, theorem 4.1). So a batch is a step, as
+    everywhere: schedules, trainer.max_steps, accumulated gradients and resuming keep their meaning. Under two
+    optimizers Lightning would count each batch twice.
 
     Args:
-        backbone, augment, optim, output: as for every objective; real and drawn digits are augmented alike.
-        latent: width Z of the noise that a digit is drawn from.
-        width: channels of the generator where it is 7 x 7, a multiple of 32; half as many at 14 x 14, a quarter at 28.
+        augment: of real and drawn images alike.
+        latent: width Z of the noise that an image is drawn from.
+        width: channels of the generator where it is 7 x 7; half as many at 14 x 14, a quarter at 28.
         generator_lr: the generator's learning rate as a multiple of optim.lr (Heusel et al. 2017: two time scales).
             Under optim.layer_decay it counts as the layer above the score.
-        r1: weight of the penalty on the discriminator's gradient at real digits (R1) and at drawn ones (R2), whose
+        r1: weight of the penalty on the discriminator's gradient at real images (R1) and at drawn ones (R2), whose
             pixels are in [0, 1]; 0 is off.
-        r1_every: every so many digits of a batch have the penalty, which is enough of them to tell its mean.
-        average_decay: of the moving average of the generator's weights, which digits are drawn with; 0 is off.
-        samples: how many drawn digits are measured after a validation, and with how many real ones at most.
-        measured_by: a trained backbone whose features they are compared in; it is no part of the model.
-
-    Raises:
-        ValueError: a number out of its range, or a penalty on a backbone with fused attention.
+        r1_every: every so many images of a batch have the penalty, enough of them to estimate its mean.
+        average_decay: of the moving average of the generator's weights, which images are drawn with; 0 is off.
+        samples: how many drawn images are measured after a validation, and with how many real ones at most.
+        measured_by: a trained backbone in whose features they are compared; it is not a part of the model.
     """
 
     grid: Tensor
@@ -59,28 +73,16 @@ class GAN(Objective):
         augment: Augment,
         optim: OptimizerRecipe,
         output: str,
-        latent: int,
-        width: int,
-        generator_lr: float,
-        r1: float,
-        r1_every: int,
-        average_decay: float,
-        samples: int,
+        latent: Count,
+        width: Annotated[int, Field(ge=32, multiple_of=32, description="a multiple of 32, e.g. 128")],
+        generator_lr: Positive,
+        r1: NonNegative,
+        r1_every: Count,
+        average_decay: Annotated[float, Field(ge=0, lt=1)],
+        samples: Annotated[int, Field(ge=2)],
         measured_by: Backbone,
     ) -> None:
         super().__init__(backbone, augment, optim, output)
-        ranges = {
-            "latent": (latent, latent >= 1, "1 or more"),
-            "width": (width, width >= 32 and width % 32 == 0, "a multiple of 32, e.g. 128"),
-            "generator_lr": (generator_lr, generator_lr > 0, "above 0, e.g. 10"),
-            "r1": (r1, r1 >= 0, "0 or more, e.g. 2"),
-            "r1_every": (r1_every, r1_every >= 1, "1 or more, e.g. 4"),
-            "average_decay": (average_decay, 0 <= average_decay < 1, "from 0 to below 1, e.g. 0.995"),
-            "samples": (samples, samples >= 2, "2 or more, e.g. 2000"),
-        }
-        wrong = [f"model.{name}={value} must be {allowed}" for name, (value, ok, allowed) in ranges.items() if not ok]
-        if wrong:
-            raise ValueError("; ".join(wrong) + ".")
         if r1 > 0 and getattr(backbone, "architecture", {}).get("fused"):
             raise ValueError(
                 f"model.r1={r1} needs the gradient of a gradient, which fused attention lacks, and "
@@ -93,12 +95,8 @@ class GAN(Objective):
         self.r1, self.r1_every = r1, r1_every
         self.samples = samples
         self.measured_by = [measured_by]  # in a list it is no submodule: neither trained nor in checkpoints
-        self.real_features: list[Tensor] = []  # (N, D) of training and validation digits, once known
+        self.real_features: list[Tensor] = []  # (N, D) of training and validation images, once computed
         self.register_buffer("grid", fixed_latents(8 * 16, latent))
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.precision in ("64-true", "bf16-true"):
-            raise ValueError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
@@ -124,29 +122,28 @@ class GAN(Objective):
         return self.score(self.backbone(images))[:, 0].float()
 
     def frozen_discriminator(self, pixels: Tensor) -> Tensor:
-        """The same scores, whose gradient reaches the pixels and no weight."""
+        """The same scores; their gradient reaches the pixels, but no weight of the discriminator."""
         images = self.preprocess(255 * pixels[:, 0])
         features = functional_call(self.backbone, detached(self.backbone), images)
         return functional_call(self.score, detached(self.score), features)[:, 0].float()
 
     def draw(self, latents: Tensor) -> Tensor:
-        """Latents (N, Z) -> digits, uint8 (N, 28, 28), by the averaged generator."""
-        pixels = torch.cat([self.average(part)[:, 0] for part in latents.split(500)])
-        return (255 * pixels).round().to(torch.uint8)
+        """Latents (N, Z) -> images, uint8 (N, 28, 28), by the averaged generator."""
+        return (255 * by_batches(self.average, latents)[:, 0]).round().to(torch.uint8)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
-        """Digits drawn from latents that never change, and a row of real ones."""
+        """Images drawn from latents that never change, and a row of real ones."""
         rows = [*self.draw(self.grid).unflatten(0, (8, 16)), images[:16]]
         return rows, ["generated", *([""] * 7), "real"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """A GAN's losses tell nothing of its digits."""
+        """A GAN's losses say nothing about its images."""
 
     @torch.no_grad()
     def on_validation_epoch_end(self) -> None:
-        """Measure drawn digits against real ones; training digits in their place show what could be reached.
+        """Measure drawn images against real ones; training images in their place show the best possible score.
 
-        Every process does the same, so that all log the same.
+        Every process computes the same, so that all log the same.
         """
         (measured_by,) = self.measured_by
         if not self.real_features:
@@ -175,29 +172,32 @@ class GAN(Objective):
         scheduler, generator = built["lr_scheduler"]["scheduler"], set(self.generator.parameters())
         for place, group in enumerate(built["optimizer"].param_groups):
             if generator & set(group["params"]):
-                scheduler.base_lrs[place] *= self.generator_lr  # what the schedule multiplies from now on
+                scheduler.base_lrs[place] *= self.generator_lr  # the schedule multiplies these from now on
                 group["initial_lr"] *= self.generator_lr
                 group["lr"] *= self.generator_lr
         return built
 
     def depths(self) -> dict[str, int]:
-        """The generator is the deepest, by itself: its parameters have groups of their own."""
+        """The generator alone is the deepest, so that its parameters have groups of their own."""
         depths = super().depths()
         top = max(depths.values()) + 1
         return {name: top if name.startswith("generator.") else depth for name, depth in depths.items()}
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("64-true", "bf16-true"):
+            raise ValueError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
+
 
 class Generator(nn.Sequential):
-    """Latents (B, Z) -> pixels in [0, 1], (B, 1, 28, 28); no digit depends on the others of its batch."""
+    """Latents (B, Z) -> pixels in [0, 1], (B, 1, 28, 28); images of a batch do not depend on one another."""
 
     def __init__(self, latent: int, width: int) -> None:
         def block(before: int, after: int) -> list[nn.Module]:
             return [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
 
-        start, double = SIDE // 4, nn.Upsample(scale_factor=2)
-
+        double = nn.Upsample(scale_factor=2)
         super().__init__(
-            *(nn.Linear(latent, width * start**2), nn.Unflatten(1, (width, start, start))),
+            *(nn.Linear(latent, width * 7 * 7), nn.Unflatten(1, (width, 7, 7))),
             *block(width, width),  # (B, width, 7, 7)
             *(double, *block(width, width // 2)),  # (B, width / 2, 14, 14)
             *(double, *block(width // 2, width // 4)),  # (B, width / 4, 28, 28)
@@ -206,22 +206,6 @@ class Generator(nn.Sequential):
 
     def forward(self, latents: Tensor) -> Tensor:
         return (super().forward(latents).float() - 2).sigmoid()  # dark at first, as most pixels are
-
-
-def hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss of scores (B,) each: above 1 for what is real, below -1 for the rest (Lim & Ye 2017)."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def gradient_penalty(discriminator: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Mean squared norm of the score's gradient at images (B, 1, 28, 28).
-
-    R1 where they are real, R2 where they are drawn (Mescheder et al. 2018, equations 9 and 10).
-    """
-    pixels = pixels.detach().requires_grad_()
-    with torch.autocast(pixels.device.type, enabled=False):  # a gradient of a gradient in 16 bits is coarse
-        (gradient,) = torch.autograd.grad(discriminator(pixels).sum(), pixels, create_graph=True)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 def detached(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Self-supervised pretraining by masked autoencoding (He et al. 2021, arXiv:2111.06377): draw what is hidden.
+"""Self-supervised pretraining by masked autoencoding (He et al. 2021, arXiv:2111.06377): draw the hidden patches.
 
 Shapes: B batch, T patches, K visible patches, D width, p patch side.
 """
@@ -10,20 +10,17 @@ from thaw.data.augment import Augment
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
-from thaw.pretrain.patches import embed, encode, patch_side, patchify, scale, target, to_pixels, unpatchify
+from thaw.pretrain.patches import encode, grey, patch_scale, patch_side, patch_targets, patchify, show_patches
+from thaw.run.values import Count
 
 
 class MAE(Objective):
-    """The encoder sees the patches that are not hidden and nothing else; a light decoder draws those that are.
+    """The encoder sees only the visible patches; a light decoder draws the hidden ones.
 
     Args:
-        backbone, augment, optim, output: as for every objective.
         mask_ratio: share of the patches that are hidden, above 0 and below 1.
         decoder_width, decoder_depth, decoder_heads: of the decoder, which is thrown away after training.
-        normalize_pixels: the decoder draws each patch in its own mean and deviation (He et al. 2021, section 3).
-
-    Raises:
-        ValueError: a ratio that hides no patch or all, or a backbone whose patches cannot be hidden.
+        normalize_pixels: the decoder draws each patch normalized by its own mean and deviation (section 3).
     """
 
     def __init__(
@@ -33,9 +30,9 @@ class MAE(Objective):
         optim: OptimizerRecipe,
         output: str,
         mask_ratio: float,
-        decoder_width: int,
-        decoder_depth: int,
-        decoder_heads: int,
+        decoder_width: Count,
+        decoder_depth: Count,
+        decoder_heads: Count,
         normalize_pixels: bool,
     ) -> None:
         super().__init__(backbone, augment, optim, output)
@@ -47,7 +44,7 @@ class MAE(Objective):
                 f"model.mask_ratio={mask_ratio} hides {self.num_patches - self.num_visible} of {self.num_patches} "
                 "patches, and must hide some and leave some; 0.6 to 0.75 is common."
             )
-        if decoder_heads < 1 or decoder_width % decoder_heads:
+        if decoder_width % decoder_heads:
             raise ValueError(
                 f"model.decoder_width={decoder_width} must be a multiple of model.decoder_heads={decoder_heads}."
             )
@@ -57,50 +54,45 @@ class MAE(Objective):
 
     def loss(self, images: Tensor) -> Tensor:
         images = self.preprocess(self.augment(images))  # (B, C, S, S)
-        kept, hidden = self.choose(len(images), images.device)  # (B, K), (B, T) of which T - K are true
-        drawn = self.draw(images, kept)  # (B, T, p * p * C)
-        error = (drawn.float() - target(images, self.side, self.normalize_pixels)).square().mean(dim=2)  # (B, T)
-        return error[hidden].mean()  # He et al. 2021, section 3: on the hidden patches alone
+        visible, hidden = self.choose(len(images), images.device)  # (B, K), (B, T) of which T - K are true
+        drawn = self.draw(images, visible)  # (B, T, p * p * C)
+        wanted = patch_targets(images, self.side, self.normalize_pixels)
+        error = (drawn.float() - wanted).square().mean(dim=2)  # (B, T)
+        return error[hidden].mean()  # section 3: on the hidden patches alone
 
     def choose(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which patches each image keeps, drawn at random: their places (B, K), and whether each is hidden (B, T)."""
+        """Random places of each image's visible patches, (B, K), and for every patch whether it is hidden, (B, T)."""
         order = torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
-        kept = order[:, : self.num_visible]
-        return kept, torch.ones_like(order, dtype=torch.bool).scatter(1, kept, False)
+        visible = order[:, : self.num_visible]
+        return visible, torch.ones_like(order, dtype=torch.bool).scatter(1, visible, False)
 
-    def draw(self, images: Tensor, kept: Tensor) -> Tensor:
-        """All patches (B, T, p * p * C) from those that are kept."""
-        tokens = embed(self.backbone, images)
+    def draw(self, images: Tensor, visible: Tensor) -> Tensor:
+        """All patches (B, T, p * p * C) from the visible ones."""
+        tokens = self.backbone.prefix(images, 1)  # (B, prefix + T, D), with their positions
         start = tokens.shape[1] - self.num_patches  # class and register tokens are never hidden
-        places = (start + kept)[..., None].expand(-1, -1, tokens.shape[2])
-        visible = torch.cat([tokens[:, :start], tokens.gather(1, places)], dim=1)  # (B, start + K, D)
-        return self.decoder(encode(self.backbone, visible)[:, start:], kept)
+        places = (start + visible)[..., None].expand(-1, -1, tokens.shape[2])
+        seen = torch.cat([tokens[:, :start], tokens.gather(1, places)], dim=1)  # (B, start + K, D)
+        return self.decoder(encode(self.backbone, seen)[:, start:], visible)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
-        """Digits, what the encoder sees of them, and what the decoder draws, in the scale of the true patches."""
+        """Images, the encoder's view of them, and the decoder's drawing in the scale of the true patches."""
         pixels = self.preprocess(images[:16])
-        kept, hidden = self.choose(len(pixels), pixels.device)
-        patches, drawn = patchify(pixels, self.side), self.draw(pixels, kept).float()
+        visible, hidden = self.choose(len(pixels), pixels.device)
+        patches, drawn = patchify(pixels, self.side), self.draw(pixels, visible).float()
         if self.normalize_pixels:
-            mean, std = scale(patches)
+            mean, std = patch_scale(patches)
             drawn = drawn * std + mean
-        grey = (0.5 - self.preprocess.mean.flatten()[0]) / self.preprocess.std.flatten()[0]
-        seen = torch.where(hidden[..., None], grey, patches)
-        rows = [
-            unpatchify(x, self.side, self.backbone.channels)
-            for x in (seen, torch.where(hidden[..., None], drawn, patches))
-        ]
-        return [images[:16], *(to_pixels(row, self.preprocess) for row in rows)], ["digit", "seen", "drawn"]
+        rows = [torch.where(hidden[..., None], filling, patches) for filling in (grey(self.preprocess), drawn)]
+        shown = (show_patches(row, self.side, self.preprocess) for row in rows)
+        return [images[:16], *shown], ["digit", "seen", "drawn"]
 
 
 class Decoder(nn.Module):
     """A narrow, shallow ViT from the encoder's tokens to the pixels of every patch (He et al. 2021, section 3).
 
     Args:
-        encoder: whose kind of block it takes.
-        width, depth, heads: its own.
-        num_patches: T.
-        num_values: of a patch, p * p * C.
+        encoder: the backbone whose kind of block is used.
+        num_patches, num_values: T, and p * p * C of a patch.
     """
 
     def __init__(
@@ -114,9 +106,9 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.pixels = nn.Linear(width, num_values)
 
-    def forward(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """Tokens (B, K, D) of the patches `kept` (B, K) -> all patches' pixels (B, T, p * p * C)."""
+    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Tokens (B, K, D) of the patches at `visible` (B, K) -> all patches' pixels (B, T, p * p * C)."""
         tokens = self.embed(tokens)  # (B, K, width)
         blank = self.mask_token.to(tokens.dtype).expand(len(tokens), self.pos_embed.shape[1], -1)
-        x = blank.scatter(1, kept[..., None].expand_as(tokens), tokens) + self.pos_embed  # (B, T, width)
+        x = blank.scatter(1, visible[..., None].expand_as(tokens), tokens) + self.pos_embed  # (B, T, width)
         return self.pixels(self.norm(self.blocks(x)))

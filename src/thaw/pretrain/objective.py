@@ -23,24 +23,21 @@ from thaw.run.files import write_bytes
 
 
 class Objective(LightningModule):
-    """A backbone under a pretraining loss. A subclass gives `loss`, or steps of its own, and `contact_sheet`.
+    """A backbone under a pretraining loss. A subclass has `loss`, or steps of its own, and `contact_sheet`.
 
-    Labels are never trained on. What the features are worth is measured by `callbacks.feature_monitor`.
+    It never trains on labels; `callbacks.feature_monitor` uses them to measure the features.
 
     Args:
         backbone: images (B, C, S, S) -> features (B, D).
         augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), random.
         optim: groups, optimizer and schedule.
         output: path of the safetensors file that the trained backbone is written to (fp16).
-
-    Raises:
-        ValueError: another file format than safetensors.
     """
 
     def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:
         super().__init__()
         if not output.endswith(".safetensors"):
-            raise ValueError(f"model.output={output} must end in .safetensors, which is the format it is written in.")
+            raise ValueError(f"model.output={output} must end in .safetensors, the only format it is written in.")
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
         self.augment = augment
@@ -48,30 +45,12 @@ class Objective(LightningModule):
         self.output = output
 
     def loss(self, images: Tensor) -> Tensor:
-        """The scalar that training lowers, of uint8 digits (B, 28, 28); random."""
+        """The scalar to minimize, of uint8 images (B, 28, 28); it may draw random numbers."""
         raise NotImplementedError
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
-        """Rows of uint8 pictures (K, S, S) that show what was learned, and the title of each row.
-
-        Args:
-            images: uint8 (N, 28, 28), validation digits, always the same.
-        """
+        """Of validation images, uint8 (N, 28, 28): rows of pictures (K, S, S) that show progress, and their titles."""
         raise NotImplementedError
-
-    def features(self, images: Tensor) -> Tensor:
-        """uint8 (B, 28, 28) -> what a probe sees, (B, D)."""
-        return self.backbone(self.preprocess(images))
-
-    def on_train_start(self) -> None:
-        """Several processes should do what one would at the same number of digits a step."""
-        norms = {name: module for name, module in self.named_modules() if isinstance(module, _BatchNorm)}
-        alone = [name for name, module in norms.items() if not isinstance(module, SyncBatchNorm)]
-        if alone and self.trainer.world_size > 1:
-            raise ValueError(
-                f"{alone[0]} would take its statistics from the digits of one process alone. On GPUs set "
-                "trainer.sync_batchnorm=true; on CPUs, which cannot, trainer.devices=1."
-            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch.images)
@@ -84,15 +63,29 @@ class Objective(LightningModule):
             loss = self.loss(batch.images)
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
 
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (B, 28, 28) -> features for a probe, (B, D)."""
+        return self.backbone(self.preprocess(images))
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
         return self.optim.build(trained, self.depths(), {}, self.trainer)
 
     def depths(self) -> dict[str, int]:
-        """Depth of every parameter; what the objective adds to the backbone is the deepest."""
+        """Depth of every parameter; the objective's own ones are the deepest."""
         depths = {f"backbone.{name}": depth for name, depth in self.backbone.depths().items()}
         top = max(depths.values()) + 1
         return {name: depths.get(name, top) for name, _ in self.named_parameters()}
+
+    def on_train_start(self) -> None:
+        """Refuse batch norms that would make several processes differ from one on the same images."""
+        norms = {name: module for name, module in self.named_modules() if isinstance(module, _BatchNorm)}
+        alone = [name for name, module in norms.items() if not isinstance(module, SyncBatchNorm)]
+        if alone and self.trainer.world_size > 1:
+            raise ValueError(
+                f"{alone[0]} would take its statistics from the images of one process alone. On GPUs set "
+                "trainer.sync_batchnorm=true; on CPUs, which cannot, trainer.devices=1."
+            )
 
     def on_train_end(self) -> None:
         """Write the backbone for `backbone.weights=<file>`."""

@@ -1,6 +1,6 @@
-"""Self-supervised pretraining by SimCLR (Chen et al. 2020, arXiv:2002.05709): two views of a digit should agree.
+"""Self-supervised pretraining by SimCLR (Chen et al. 2020, arXiv:2002.05709): two views of an image should agree.
 
-Shapes: B batch, D feature width, P projection width, N digits.
+Shapes: B batch, D feature width, P projection width, N images.
 """
 
 import torch
@@ -11,20 +11,43 @@ from thaw.data.augment import Augment
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
+from thaw.run.values import Count, Positive
+
+
+def nt_xent(projections: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, equation 1 and algorithm 1).
+
+    Args:
+        projections: (2B, P), rows i and i + B being two views of the same image.
+        temperature: divides the cosine similarities.
+
+    Returns:
+        the mean over all 2B rows of -log(exp(positive) / sum of exp over the other 2B - 1 rows).
+
+    Raises:
+        ValueError: a single image, which leaves nothing to contrast.
+    """
+    if len(projections) < 4:
+        raise ValueError(
+            "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
+            "data.eval_batch_size of 2 or more that leave no single image over."
+        )
+    z = F.normalize(projections.float(), dim=1)
+    with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
+        similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
+    half = len(z) // 2
+    positives = torch.arange(2 * half, device=z.device).roll(half)  # row i pairs with i + B, and i + B with i
+    return F.cross_entropy(similarity, positives)
 
 
 class SimCLR(Objective):
     """A projection head on the backbone, trained with NT-Xent on two augmented views.
 
-    The negatives of a digit are all others of the step, those of other processes too.
+    The negatives of an image are all other images of the step, on every process.
 
     Args:
-        backbone, augment, optim, output: as for every objective.
         projection: width P of the projection head's output; its hidden layer has the backbone's width.
-        temperature: of NT-Xent.
-
-    Raises:
-        ValueError: a temperature that is not above 0, or an augmentation that changes nothing.
+        temperature: of NT-Xent; 0.1 to 0.5 is common.
     """
 
     def __init__(
@@ -33,14 +56,15 @@ class SimCLR(Objective):
         augment: Augment,
         optim: OptimizerRecipe,
         output: str,
-        projection: int,
-        temperature: float,
+        projection: Count,
+        temperature: Positive,
     ) -> None:
         super().__init__(backbone, augment, optim, output)
-        if not temperature > 0:
-            raise ValueError(f"model.temperature={temperature} must be above 0; 0.1 to 0.5 is common.")
         if not augment.is_random:
-            raise ValueError("model=simclr compares two views of a digit, and augment=none makes them equal.")
+            raise ValueError(
+                "model=simclr compares two views of an image, and augment=none makes them equal; "
+                "choose augment=strong or augment=affine."
+            )
         width = backbone.num_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
         self.temperature = temperature
@@ -52,34 +76,8 @@ class SimCLR(Objective):
         return nt_xent(torch.cat([first, second]), self.temperature)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
-        """Digits, and below each its nearest neighbours among the others by the cosine of the features."""
+        """Images, and below each its nearest neighbours among the others by the cosine of the features."""
         z = F.normalize(self.features(images).float(), dim=1)  # (N, D)
         similarity = (z @ z.T).fill_diagonal_(-torch.inf)[:16]  # (16, N)
         nearest = similarity.topk(min(5, len(images) - 1)).indices.T  # (5, 16)
         return [images[:16], *images[nearest]], ["digit", *(f"nearest {n + 1}" for n in range(len(nearest)))]
-
-
-def nt_xent(projections: Tensor, temperature: float) -> Tensor:
-    """Normalised temperature-scaled cross-entropy (Chen et al. 2020, equation 1 and algorithm 1).
-
-    Args:
-        projections: (2B, P), rows i and i + B being two views of the same digit.
-        temperature: divides the cosine similarities.
-
-    Returns:
-        the mean over all 2B rows of -log(exp(positive) / sum of exp over the other 2B - 1 rows).
-
-    Raises:
-        ValueError: a single digit, which has nothing to be told from.
-    """
-    if len(projections) < 4:
-        raise ValueError(
-            "A step on 1 digit has nothing to contrast it with: choose data.batch_size (256 is common) and "
-            "data.eval_batch_size of 2 or more that leave no single digit over."
-        )
-    z = F.normalize(projections.float(), dim=1)
-    with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
-        similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
-    half = len(z) // 2
-    positives = torch.arange(2 * half, device=z.device).roll(half)  # row i pairs with i + B, and i + B with i
-    return F.cross_entropy(similarity, positives)
