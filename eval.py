@@ -20,9 +20,10 @@ def main(cfg: DictConfig) -> None:
     from thaw.evaluation.assessment import assess, count_digits
     from thaw.evaluation.report import log_report, write_report
     from thaw.predict.predictor import load_predictor
-    from thaw.run import checkpoint as checkpoints
+    from thaw.run.checkpoint import read_checkpoint
+    from thaw.run.command_line import override_key
 
-    typed = {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+    typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
     changes = {
         key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
@@ -65,7 +66,7 @@ def main(cfg: DictConfig) -> None:
     page = write_report(assessments, folder)
     if cfg.wandb:
         for predictor, assessment in zip(predictors, assessments, strict=True):
-            log_report(assessment, checkpoints.read(predictor.checkpoint, cfg.allow), page)
+            log_report(assessment, read_checkpoint(predictor.checkpoint, cfg.allow), page)
     print(f"report: {page}")
 
 

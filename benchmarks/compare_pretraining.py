@@ -29,8 +29,7 @@ from benchmarks.compare import ROOT, run_once
 from thaw.pages.axes import save
 from thaw.run.config import settle
 from thaw.run.console import lenient
-from thaw.run.files import write_text
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json, write_text
 
 RUNS = ROOT / "logs" / "compare_pretraining"
 OBJECTIVES = {

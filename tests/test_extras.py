@@ -214,7 +214,7 @@ def accuracy_of(run_dir: Path) -> float:
     from thaw.evaluation.evaluate import evaluate
     from thaw.run import checkpoint as checkpoints
 
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     return evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir / "eval", loggers=[])["test/acc"]
 
 

@@ -18,7 +18,7 @@ from thaw.evaluation.assessment import assess, evenly, second_facts
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.report_page import classes_table, second_text
 from thaw.predict.predictor import load_predictor
-from thaw.run.checkpoint import read
+from thaw.run.checkpoint import read_checkpoint
 
 FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
 FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]
@@ -89,7 +89,7 @@ def test_report_goes_to_the_runs_wandb_run(train: Callable[..., Path], tmp_path:
         *("experiment=vit_linear_probe", "data.source=sample", "data.train_size=512", "data.batch_size=256"),
         *("logger=wandb", "logger.wandb.mode=offline", "trainer.max_epochs=1"),
     )
-    wandb_id = read(run / "checkpoints" / "best.ckpt")["wandb_id"]
+    wandb_id = read_checkpoint(run / "checkpoints" / "best.ckpt")["wandb_id"]
     before = set(run.glob("wandb/offline-run-*"))
     evaluate(tmp_path / "eval", f"ckpt={run}")
     (added,) = set(run.glob("wandb/offline-run-*")) - before

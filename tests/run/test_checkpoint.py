@@ -19,7 +19,7 @@ from thaw.data.datamodule import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate
 from thaw.models.pretrained import BUNDLED
 from thaw.predict.predictor import load_predictor
-from thaw.run import checkpoint as checkpoints
+from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
 from thaw.run.resume import resumed_config
 
 PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
@@ -41,7 +41,7 @@ def test_evaluation_needs_the_file_alone(
     moved.write_bytes((run_dir / "checkpoints" / "best.ckpt").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("thaw.models.backbone.locate", lambda *_: pytest.fail("loaded weights"))
-    checkpoint = checkpoints.read(moved)
+    checkpoint = read_checkpoint(moved)
     results = evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
     for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test", "data_source"):
         assert results[key] == summary[key]
@@ -49,8 +49,8 @@ def test_evaluation_needs_the_file_alone(
 
 
 def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
-    model = checkpoints.load_model(checkpoint)
+    checkpoint = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    model = load_model(checkpoint)
     data = MNISTDataModule("MNIST", "data", "sample", None, None, 32, 100, 0, 0).load()
     with torch.no_grad():
         right = (model(data.test.images).argmax(1) == data.test.labels).sum().item()
@@ -59,7 +59,7 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
 
 def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "last.ckpt")
+    checkpoint = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="SimCLR has no test"):
         evaluate(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
 
@@ -74,20 +74,20 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     evil = tmp_path / "evil.ckpt"
     torch.save({"config": {}, "state_dict": {}, "x": Payload()}, evil)
     with pytest.raises(ValueError, match="pickled code"):
-        checkpoints.read(evil)
+        read_checkpoint(evil)
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="pickled code"):
-        checkpoints.read(tmp_path / "raw.ckpt")
+        read_checkpoint(tmp_path / "raw.ckpt")
     assert not marker.exists()
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("<html>")
     with pytest.raises(ValueError, match="is not a checkpoint: it starts with b'<htm'"):
-        checkpoints.read(tmp_path / "text.ckpt")
+        read_checkpoint(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no config and state_dict"):
-        checkpoints.read(tmp_path / "other.ckpt")
+        read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     for beside in ("Give another checkpoint of the run", r"Beside it last\.ckpt is whole"):
         for name, said in wrong.items():
             with pytest.raises(ValueError, match=said) as raised:
-                checkpoints.read(tmp_path / f"{name}.ckpt")
+                read_checkpoint(tmp_path / f"{name}.ckpt")
             assert "weights_only" not in str(raised.value) and "Errno" not in str(raised.value)
             if name in ("empty", "cut"):
                 assert re.search(beside, str(raised.value))
@@ -171,29 +171,29 @@ def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
         with zipfile.ZipFile(io.BytesIO(raw)) as file:
             assert not any(str(tmp_path).encode() in file.read(part) for part in file.namelist())
     moved = run_dir.rename(tmp_path / "elsewhere")
-    best = checkpoints.read(moved / "checkpoints" / "best.ckpt")
+    best = read_checkpoint(moved / "checkpoints" / "best.ckpt")
     assert best["config"]["run_dir"] == str(moved)
     assert best["config"]["backbone"]["weights"] == "~/weights/bundled.safetensors"
     again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
-    steps = [checkpoints.read(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
+    steps = [read_checkpoint(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
     assert steps == [8, 24]
 
 
 def test_find(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no run below .* has a last\.ckpt"):
-        checkpoints.find("last", tmp_path, "last.ckpt")
+        find_checkpoint("last", tmp_path, "last.ckpt")
     for name in ("old", "new"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "last.ckpt").touch()
         time.sleep(0.02)
     new = tmp_path / "new" / "checkpoints" / "last.ckpt"
-    assert checkpoints.find("last", tmp_path, "last.ckpt") == new
-    assert checkpoints.find(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
-    assert checkpoints.find(str(new), tmp_path, "last.ckpt") == new
+    assert find_checkpoint("last", tmp_path, "last.ckpt") == new
+    assert find_checkpoint(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
+    assert find_checkpoint(str(new), tmp_path, "last.ckpt") == new
     with pytest.raises(ValueError, match=r"holds no checkpoints/best\.ckpt"):
-        checkpoints.find(str(tmp_path / "new"), tmp_path, "best.ckpt")
+        find_checkpoint(str(tmp_path / "new"), tmp_path, "best.ckpt")
     with pytest.raises(ValueError, match="neither `last`, a run folder nor"):
-        checkpoints.find(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
+        find_checkpoint(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
 
 
 def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:

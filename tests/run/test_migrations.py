@@ -82,7 +82,7 @@ def test_what_is_missing_is_said_once(config: dict[str, Any], tmp_path: Path, ca
     torch.save({**checkpoint, "config": without(config, "model", "label_smoothing")}, tmp_path / "old.ckpt")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            checkpoints.load_model(checkpoints.read(tmp_path / "old.ckpt"))
+            checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "old.ckpt"))
     (said,) = [record.getMessage() for record in caplog.records if "old.ckpt" in record.getMessage()]
     assert "model.label_smoothing=0.0" in said and checkpoint["git_commit"] in said
 
@@ -94,7 +94,7 @@ def test_the_tables(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     config["model"]["smoothing"] = config["model"].pop("label_smoothing")
     config["optim"]["nesterov"] = True
     del config["optim"]["lr_scaling"]
-    monkeypatch.setattr(migrations, "RENAMED", {"thaw.models.net.Net": model})
+    monkeypatch.setitem(migrations.RENAMED, "thaw.models.net.Net", model)
     monkeypatch.setattr(migrations, "RENAMED_KEYS", {(model, "smoothing"): "label_smoothing"})
     monkeypatch.setattr(migrations, "REMOVED_KEYS", {(optim, "nesterov"): True})
     monkeypatch.setattr(migrations, "ADDED_KEYS", {(optim, "lr_scaling"): "sqrt"})
@@ -117,5 +117,5 @@ def test_a_later_version_is_named(config: dict[str, Any], tmp_path: Path) -> Non
     ):
         torch.save({**checkpoint, "config": changed}, tmp_path / "new.ckpt")
         with pytest.raises(ValueError, match=said) as raised:
-            checkpoints.load_model(checkpoints.read(tmp_path / "new.ckpt"))
+            checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "new.ckpt"))
         assert "new.ckpt" in str(raised.value) and checkpoint["git_commit"] in str(raised.value)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import plain
-from thaw.run.targets import LIGHTNING, check_targets, leaves
+from thaw.run.targets import LIGHTNING, check_targets, config_leaves
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
 FILE = Path("run.ckpt")
@@ -21,7 +21,7 @@ FILE = Path("run.ckpt")
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
-    return checkpoints.read(CHECKPOINT)["config"]
+    return checkpoints.read_checkpoint(CHECKPOINT)["config"]
 
 
 NAMES = [
@@ -37,7 +37,7 @@ NAMES = [
         "thaw.sources.gzip.open",
     ),
     *(
-        "thaw.run.json_files.write_json",
+        "thaw.run.files.write_json",
         "thaw.data.sources.make_folder",
         "thaw.data.sources.download",
         "thaw.plan.__main__.main",
@@ -114,7 +114,7 @@ def test_what_configurations_name_is_allowed() -> None:
     for path in (ROOT / "configs").rglob("*.yaml"):
         if not {"hydra", "sweep"} & set(path.relative_to(ROOT / "configs").parts):
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            names += [value for place, value in leaves(content, "") if place.endswith("_target_")]
+            names += [value for place, value in config_leaves(content, "") if place.endswith("_target_")]
     assert set(names) >= LIGHTNING
     for name in names:
         check_targets({"head": {"_target_": name}}, FILE, allow=[])
@@ -157,7 +157,7 @@ def test_the_check_comes_with_reading(tmp_path: Path) -> None:
     }.items():
         torch.save({**checkpoint, key.strip(): value}, tmp_path / "evil.ckpt")
         with pytest.raises(ValueError, match=r"is refused|is not the id"):
-            checkpoints.read(tmp_path / "evil.ckpt")
+            checkpoints.read_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "RAN").exists()
     torch.save({**checkpoint, "wandb_id": "my.run of 2026"}, tmp_path / "own_id.ckpt")
-    assert checkpoints.read(tmp_path / "own_id.ckpt")["wandb_id"] == "my.run of 2026"
+    assert checkpoints.read_checkpoint(tmp_path / "own_id.ckpt")["wandb_id"] == "my.run of 2026"

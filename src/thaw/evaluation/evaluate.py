@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import build, build_list, settle
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def evaluate(checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers
     """Rebuild the model, validate and test it in the precision it was trained in, on one device.
 
     Args:
-        checkpoint: from `thaw.run.checkpoint.read`.
+        checkpoint: from `thaw.run.checkpoint.read_checkpoint`.
         cfg: its configuration, perhaps with another `data.dir`.
         run_dir: where the pictures go.
         loggers: what else is told the accuracy.
@@ -95,11 +95,11 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     Args:
         run_dir: the run's folder.
-        allow: as for `thaw.run.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
     """
     from thaw.run.loggers import finish
 
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt", allow)
+    checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
     loggers = []
     if cfg.logger and "wandb" in cfg.logger:

@@ -18,8 +18,9 @@ from thaw.evaluation.summary import NOT_TESTED, peak_memory_gb
 from thaw.freezing.features import FeatureCache
 from thaw.freezing.frozen_features import frozen_features
 from thaw.run import checkpoint as checkpoints
+from thaw.run.command_line import override_key
 from thaw.run.config import backbone_name
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 from thaw.run.targets import targets
 
 
@@ -34,9 +35,9 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         ValueError: no such checkpoint, one of a model without a backbone, or settings of a backbone next to it. (Only
             `backbone.weights` may say where frozen weights lie that the checkpoint refers to.)
     """
-    typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
-    path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path, [*cfg.allow, *targets(cfg)])
+    typed = [override_key(override) for override in overrides]
+    path = checkpoints.find_checkpoint(cfg.ckpt, Path("logs"), "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
     if wrong:

@@ -13,8 +13,7 @@ from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
 from thaw.evaluation.report_page import format_page
 from thaw.run.config import build_list
-from thaw.run.files import write_text
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json, write_text
 from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
 
 

@@ -15,7 +15,7 @@ from thaw.callbacks.test_report import TestReport
 from thaw.data.sources import dataset_name
 from thaw.run.command_line import setting
 from thaw.run.config import backbone_name
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, where_to_look
 
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}

@@ -32,8 +32,7 @@ from thaw.models.batch_norm import FeatureNorm
 from thaw.models.heads import LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
-from thaw.run.files import atomic_folder, write_bytes, write_text
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import atomic_folder, read_json, write_bytes, write_json, write_text
 
 HEADS: dict[str, type[nn.Module]] = {head.__name__: head for head in (LinearHead, MLPHead)}
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
@@ -74,7 +73,7 @@ def export_folder(
         source: of the digits that it is compared and tested on.
         license: of the weights, as the hub spells it; None says so only of the bundled ones.
         path: of the folder.
-        allow: as for `thaw.run.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
     Returns:
         what was measured.
@@ -84,7 +83,7 @@ def export_folder(
     """
     if path.exists() and not replaceable(path):
         raise ValueError(f"{path} is there and no folder that export.py wrote; give another output=, or remove it.")
-    checkpoint = checkpoints.read(predictor.checkpoint, allow)
+    checkpoint = checkpoints.read_checkpoint(predictor.checkpoint, allow)
     wanted = expected(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, "hub_folder")

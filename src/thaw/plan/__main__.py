@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.plan.dry_step import Step, dry_step
 from thaw.run.config import clear_errors
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
+from thaw.run.migrations import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 DATASETS = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # images to train on, classes
 STRATEGIES = ("ddp", "fsdp")
 MARGIN = 0.9  # of a device's memory; the rest is the driver's context, libraries and the allocator's gaps

@@ -139,14 +139,14 @@ def load_predictor(
         weights: where the frozen weights lie, if not where they lay in training.
         accelerator: where it computes; None means the best device of this machine.
         precision: how it computes; None means as in training on a device of the same kind, else what suits the device.
-        allow: as for `thaw.run.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
     Raises:
         ValueError: no such checkpoint, or one of a model that does not classify.
     """
     quiet()
-    path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path, allow)
+    path = checkpoints.find_checkpoint(ckpt, Path("logs"), "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(path, allow)
     if weights:
         checkpoint["config"]["backbone"]["weights"] = weights
     cfg = OmegaConf.create(checkpoint["config"])
