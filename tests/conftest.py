@@ -1,7 +1,7 @@
 """Running experiments inside a test, as `python train.py <overrides>` would."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,14 @@ def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Pictures are empty files: drawing them takes longer than the small runs of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+        yield
 
 
 @pytest.fixture

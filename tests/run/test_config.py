@@ -79,7 +79,7 @@ def test_help_answers_without_heavy_imports() -> None:
 def test_build_list() -> None:
     blocks = OmegaConf.create({"a": {"_target_": "builtins.dict", "x": 1}, "off": None})
     assert build_list(blocks, "callbacks") == [{"x": 1}]
-    with pytest.raises(ValueError, match=r"callbacks\.a has no _target_"):
+    with pytest.raises(ValueError, match=r"callbacks\.a={'x': 1} has no _target_"):
         build_list(OmegaConf.create({"a": {"x": 1}}), "callbacks")
 
 

@@ -30,8 +30,8 @@ def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
     """The checkpoint file that a `resume` or `ckpt` setting means.
 
     Args:
-        wanted: `last` for the newest run with a checkpoint, a run's folder, or a checkpoint file.
-        runs: the folder below which `last` looks.
+        wanted: `last` for the newest run with a checkpoint below `runs`, a run's folder, or a checkpoint file.
+        runs: a folder.
         name: of the file in a run's folder, `last.ckpt` or `best.ckpt`.
 
     Raises:
@@ -77,9 +77,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
         raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), dict) for key in ("config", "state_dict")
-    ):
+    parts = [checkpoint.get(key) for key in ("config", "state_dict")] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(
             f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
             "alone are for backbone.weights=<file>."
@@ -88,11 +87,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Load a checkpoint and check its configuration; the `run_dir` in it becomes the folder where the file lies now.
+    """Load a checkpoint and check its configuration, in which `run_dir` becomes the folder where the file lies now.
 
-    Args:
-        path: of the file.
-        allow: packages, modules or classes beside thaw's that the configuration may name.
+    `allow` holds packages, modules or classes beside thaw's that the configuration may name.
 
     Raises:
         ValueError: as `load_checkpoint`, or it names code that is not allowed.
@@ -142,8 +139,9 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
     damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
-    others = [path.with_name(name) for name in ("best.ckpt", "last.ckpt") if name != path.name]
-    whole = [other.name for other in others if zipfile.is_zipfile(other)]
+    whole = [
+        name for name in ("best.ckpt", "last.ckpt") if name != path.name and zipfile.is_zipfile(path.with_name(name))
+    ]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
     return f"{damage if start else 'is empty'}. {instead}."
 

@@ -34,18 +34,14 @@ def build(block: Any, **arguments: Any) -> Any:
 
 
 def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
-    """Instantiate every block of a group such as `callbacks`; None stands for an empty group.
-
-    Raises:
-        ValueError: a block has no `_target_`; Hydra would leave it as a dict.
-    """
+    """Instantiate every block of a group such as `callbacks`; Hydra would keep one without `_target_` as a dict."""
     built = []
     for name, block in (blocks or {}).items():
         if block is None:  # switched off: callbacks.early_stopping=null
             continue
         if not isinstance(block, DictConfig) or "_target_" not in block:
             raise ValueError(
-                f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it."
+                f"{group}.{name}={block} has no _target_, so it names no class. Set it to null to drop it."
             )
         built.append(build(block))
     return built
@@ -119,9 +115,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def backbone_name(backbone: DictConfig) -> str:
     """What people call a backbone, which depends on its weights.
 
-    Bundled weights have the name of their file, those of the hub timm's name with its tag. Without either, timm's name
-    of the architecture is followed by the sizes that the arguments change and the file of the weights, if there is one:
-    `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`. A baseline has the name of its class.
+    Bundled weights have the name of their file, those of the hub timm's name, a baseline that of its class. Otherwise
+    it is `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`: changed sizes, and a file of weights.
     """
     name, weights = backbone.get("name"), backbone.get("weights", "none")
     if name is None:
@@ -140,11 +135,7 @@ OmegaConf.register_new_resolver("backbone_name", backbone_name, replace=True)
 
 
 def check_devices(trainer: DictConfig) -> None:
-    """Refuse devices that this machine does not have.
-
-    Raises:
-        ValueError: says which there are.
-    """
+    """Refuse devices that this machine does not have."""
     import torch
 
     accelerator, devices = trainer.accelerator, trainer.devices
@@ -168,9 +159,6 @@ def settle(cfg: DictConfig) -> None:
 
     `trainer.precision=auto` is bf16-mixed where the hardware computes in bf16, else 32-true;
     `backbone.fused_attention=auto` is plain attention on a CPU, which trains faster there in bf16.
-
-    Raises:
-        ValueError: says which key, what was allowed and the next step.
     """
     import torch
 

@@ -60,12 +60,7 @@ def lenient_stream(stream: TextIO | None) -> TextIO:
 
 @contextmanager
 def results() -> Iterator[TextIO]:
-    """Standard output for results: a write that fails is an error.
-
-    Raises:
-        OSError: it cannot be written.
-        SystemExit: the reader has left; the status is that of a program which SIGPIPE ended.
-    """
+    """Standard output for results: a failed write is an error. When the reader leaves, it ends as by SIGPIPE."""
     try:
         number = sys.stdout.fileno()
     except OSError:

@@ -36,14 +36,9 @@ LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
-    """Train in `cfg.run_dir` what is still to be trained there; in a sweep a failure ends this job only.
+    """Train in `cfg.run_dir` if that is not done; returns the best validation accuracy, as `train` does.
 
-    Args:
-        cfg: a composed run.
-        train: the whole run; returns its best validation accuracy.
-
-    Returns:
-        the best validation accuracy; None if there is none.
+    In a sweep a failure ends this job only.
 
     Raises:
         ValueError: the folder belongs to another configuration, or another process works there.
@@ -123,11 +118,7 @@ def go_on(cfg: DictConfig) -> None:
 
 
 def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
-    """Refuse Hydra's change of the working folder: all relative paths are meant before it.
-
-    Raises:
-        ValueError: it was asked for.
-    """
+    """Refuse Hydra's change of the working folder: relative paths are meant before it."""
     if hydra.job.chdir:
         raise ValueError(
             "hydra.job.chdir=true is not supported: data.dir, cache.dir and logs are relative to the folder in which "
@@ -150,11 +141,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def claimed(run_dir: Path, key: str) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run.
-
-    Raises:
-        ValueError: as in `run_job`.
-    """
+    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run."""
     if not is_first_rank():
         yield
         return

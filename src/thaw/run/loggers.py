@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
@@ -56,6 +56,18 @@ class RunWandb(WandbLogger):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class NoLogger(Logger):
+    """Takes the place of a logger and drops what it is given: callbacks such as LearningRateMonitor need a logger."""
+
+    name = version = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def wandb_logger(
     project: str,
     entity: str | None,
@@ -72,20 +84,16 @@ def wandb_logger(
     """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
-        project, entity, name, job_type: as in `wandb.init`.
-        tags: likewise, cut to the 64 characters that W&B takes.
+        project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
         mode: `auto` is WANDB_MODE, or without it online if a key is configured and the server answers.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
         save_code: keep the program and a patch with the uncommitted changes of thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
         id: of the W&B run to go on with, or None for a new one.
-
-    Raises:
-        ValueError: `online` without a key.
     """
     if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
-        return DummyLogger()  # callbacks such as LearningRateMonitor need a logger
+        return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     wandb.setup()  # reads both before it prints anything
@@ -99,7 +107,7 @@ def wandb_logger(
         entity=entity,
         group=group or Path(run_dir).parent.name,
         name=name.strip(),  # a run without overrides
-        tags=[tag[:64] for tag in tags],
+        tags=[tag[:64] for tag in tags],  # W&B takes no longer ones
         job_type=job_type,
         save_dir=run_dir,
         mode="offline" if mode == "offline" or (mode == "auto" and reason is not None) else "online",

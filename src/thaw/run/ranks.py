@@ -21,10 +21,7 @@ CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 RANK_GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
 PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
 # What a run of several processes changes in the environment; SLURM_NTASKS would tell Lightning that srun started it.
-RANK_VARIABLES = (
-    *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("OMP_NUM_THREADS", "SLURM_NTASKS"),
-)
+RANK_VARIABLES = "LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS SLURM_NTASKS".split()
 # By which a launcher tells a process its place. Lightning looks at each of them on its own.
 PLACE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 SLURM_PLACE = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
@@ -74,14 +71,10 @@ def num_processes(trainer: DictConfig) -> int:
 
 @contextmanager
 def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
-    """Run the body as rank 0 of as many processes as the trainer asks for; the others run `config`.
+    """Run the body as rank 0 of as many processes as `cfg.trainer` asks for; the others run `config`, its plain values.
 
     One process needs nothing, and ranks that torchrun or srun started are left alone. Afterwards the environment, the
     number of threads and the process group are as before, so that the next job of a sweep starts clean.
-
-    Args:
-        cfg: with `trainer` and `run_dir`.
-        config: the same configuration as plain values.
     """
     count = num_processes(cfg.trainer)
     if PARENT in os.environ:
@@ -121,11 +114,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
 
 
 def check_world(count: int, nodes: int) -> None:
-    """Compare the processes that the trainer asks for with those that were started.
-
-    Raises:
-        ValueError: the numbers differ; the processes would wait for each other, or each train alone.
-    """
+    """Refuse other numbers of processes than were started: they would wait for each other, or each train alone."""
     if not is_launched():
         if nodes > 1:
             raise ValueError(

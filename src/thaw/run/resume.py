@@ -13,11 +13,7 @@ from thaw.run.targets import targets
 
 
 def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
-    """The configuration in a run's `config.yaml`.
-
-    Raises:
-        ValueError: it cannot be read, is not of a run, or names code that is not allowed.
-    """
+    """The configuration in a run's `config.yaml`, if it names only code that is allowed."""
     try:
         config = OmegaConf.load(path)
     except (OSError, YAMLError) as error:
@@ -50,15 +46,9 @@ def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfi
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of the run to go on with, changed only where the command line says so.
+    """The configuration of the run that `cfg.resume` means, changed only where the command line says so.
 
-    Args:
-        cfg: as composed from the command line, with `resume` set.
-        overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
-
-    Returns:
-        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
-        null for a run that starts from the beginning.
+    It has a folder of its own, and `resume` is the checkpoint's path, or null for a run that starts from the beginning.
 
     Raises:
         ValueError: no such run, or another experiment or freezing policy than the saved one.

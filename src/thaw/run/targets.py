@@ -39,17 +39,11 @@ INTERPOLATION = re.compile(  # of another key
 
 
 def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], commit: str = "unknown") -> None:
-    """Refuse a configuration that could run more than the classes it is meant for; imports nothing else.
+    """Refuse a configuration of plain values that could run more than the classes it is meant for; imports no others.
 
     Allowed are thaw's models, callbacks, loggers and data modules, the optimizers of torch and timm, the classes of
-    Lightning that the shipped configurations use, and `allow`. An object counts by the module that defines it, so that
-    `thaw.run.config.os.makedirs` is not thaw's.
-
-    Args:
-        config: plain values, not resolved.
-        file: that it comes from.
-        allow: packages, modules or classes of the user's, e.g. `["mypackage"]`.
-        commit: of the code that wrote the file.
+    Lightning that the shipped configurations use, and `allow`: packages, modules or classes of the user's. An object
+    counts by the module that defines it, so that `thaw.run.config.os.makedirs` is not thaw's.
 
     Raises:
         ValueError: names the first key that is refused.
@@ -97,11 +91,7 @@ def is_in(name: str, package: str) -> bool:
 
 
 def import_target(name: str) -> Any:
-    """The object that a dotted name means; imports packages and modules on the way to it.
-
-    Raises:
-        ImportError: it does not exist.
-    """
+    """The object that a dotted name means; imports packages and modules on the way to it."""
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for number, part in enumerate(parts[1:], start=2):

@@ -68,14 +68,7 @@ RULES: dict[str, Any] = {  # the values of each argument; null is Lightning's de
 
 
 def check_trainer(trainer: DictConfig) -> None:
-    """Compare every argument with what it may be, and those that depend on each other.
-
-    Args:
-        trainer: of a run, of the right types (`thaw.run.values.check_types`).
-
-    Raises:
-        ValueError: names each wrong key, its value and what was allowed.
-    """
+    """Refuse wrong arguments of the right types: each wrong key is named with its value and what is allowed."""
     given: Any = OmegaConf.to_container(trainer, resolve=True)
     wrong = []
     for key, value in given.items():
@@ -119,11 +112,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
 
 
 def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") -> None:
-    """Refuse before training a share of the test split that holds no batch; Lightning would only see it after.
-
-    Raises:
-        ValueError: names the smallest share that works.
-    """
+    """Refuse a share of the test split that holds no batch; Lightning would see it only after training."""
     share = trainer.limit_test_batches
     if isinstance(share, float) and share < 1:
         datamodule.prepare_data()
@@ -137,11 +126,7 @@ def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") ->
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turn what Lightning says of settings into a user's error.
-
-    Raises:
-        ValueError: with Lightning's own message.
-    """
+    """Raise what Lightning says of settings as a user's error."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:

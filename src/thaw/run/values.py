@@ -26,9 +26,7 @@ RANGE_WORDS["min_length"] = "of {} or more"
 def check_types(node: DictConfig, place: str = "") -> None:
     """Compare every value of every block with the annotation in the signature of its `_target_`.
 
-    Args:
-        node: a configuration.
-        place: where it lies in the whole, with a dot at its end.
+    `place` is where the configuration lies in the whole, with a dot at its end.
 
     Raises:
         ValueError: names every key whose value is not allowed, the value and what is allowed.
