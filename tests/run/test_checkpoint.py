@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, compose_run
+from conftest import ROOT, SMALL, compose_run, train_once
 from omegaconf import OmegaConf
 
 from thaw.data.datamodule import MNISTDataModule
@@ -23,19 +23,17 @@ from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
 from thaw.run.resume import resumed_config
 
 PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
-RUN = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true"]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture
-def run_dir(train: Callable[..., Path]) -> Path:
-    return train(*RUN)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, undrawn: None) -> Path:
+    run = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true", "model.self_contained=true"]
+    return train_once(tmp_path_factory.mktemp("trained"), *run)
 
 
-def test_evaluation_needs_the_file_alone(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_needs_the_file_alone(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same accuracy to the last digit, from another folder, without the configs or the backbone's own weights."""
-    run_dir = train(*RUN, "model.self_contained=true")
     summary = json.loads((run_dir / "summary.json").read_text())
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes((run_dir / "checkpoints" / "best.ckpt").read_bytes())
@@ -158,14 +156,11 @@ def test_a_pretraining_run_points_to_its_backbone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the user's home nor the run's folder is in the file; after a move it goes on with its best so far."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    weights = tmp_path / "weights" / "bundled.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(BUNDLED.read_bytes())
-    run_dir = train(*RUN, "optim.lr=1e-12", f"backbone.weights={weights}", f"+note='x={tmp_path}/y'")
+    run_dir = train(*tiny_run, "trainer.max_epochs=2", "optim.lr=1e-12", f"+note='x={tmp_path}/y'")
     for name in ("best", "last"):
         raw = (run_dir / "checkpoints" / f"{name}.ckpt").read_bytes()
         with zipfile.ZipFile(io.BytesIO(raw)) as file:
@@ -173,10 +168,10 @@ def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
     moved = run_dir.rename(tmp_path / "elsewhere")
     best = read_checkpoint(moved / "checkpoints" / "best.ckpt")
     assert best["config"]["run_dir"] == str(moved)
-    assert best["config"]["backbone"]["weights"] == "~/weights/bundled.safetensors"
+    assert best["config"]["backbone"]["weights"] == "~/tiny.safetensors"
     again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
     steps = [read_checkpoint(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
-    assert steps == [8, 24]
+    assert steps == [4, 12]
 
 
 def test_find(tmp_path: Path) -> None:

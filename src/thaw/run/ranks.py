@@ -21,7 +21,10 @@ CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 RANK_GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
 PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
 # What a run of several processes changes in the environment; SLURM_NTASKS would tell Lightning that srun started it.
-RANK_VARIABLES = "LOCAL_RANK NODE_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS SLURM_NTASKS".split()
+RANK_VARIABLES = (
+    *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("OMP_NUM_THREADS", "SLURM_NTASKS"),
+)
 # By which a launcher tells a process its place. Lightning looks at each of them on its own.
 PLACE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 SLURM_PLACE = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")

@@ -16,12 +16,11 @@ def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
     """The configuration in a run's `config.yaml`, if it names only code that is allowed."""
     try:
         config = OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a configuration ({error}); give the folder of a run of train.py."
-        ) from error
-    if not isinstance(config, DictConfig) or "trainer" not in config:
-        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
+        if "trainer" not in config:
+            raise ValueError("it has no trainer")
+    except (OSError, YAMLError, ValueError) as error:
+        hint = "give the folder of a run of train.py"
+        raise ValueError(f"{path} cannot be read as a configuration of a run ({error}); {hint}.") from error
     values: Any = OmegaConf.to_container(config, resolve=False)
     return OmegaConf.create(checked_config(values, path, allow, "unknown"))
 

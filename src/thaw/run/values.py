@@ -17,6 +17,7 @@ Probability: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 TYPE_WORDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
+    list: "a list",
     timedelta: "a duration as DD:HH:MM:SS or {minutes: 10}",
 }
 RANGE_WORDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
@@ -100,8 +101,8 @@ def in_words(annotation: Any) -> str:
         return alternatives([as_yaml(item).strip("'") for item in arguments])
     if origin in (Union, types.UnionType):
         return alternatives([in_words(item) for item in arguments])
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list, each item {in_words(arguments[0])}" if arguments else "a list"
+    if arguments and isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list, each item {in_words(arguments[0])}"
     return TYPE_WORDS.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
