@@ -26,35 +26,21 @@ def config() -> dict[str, Any]:
 
 NAMES = [
     *("os.system", "os.makedirs", "posix.system", "subprocess.getoutput", "builtins.exec", "builtins.list"),
-    *("shutil.copy", "urllib.request.urlretrieve", "pathlib.Path.write_text", "logging.FileHandler", "runpy.run_path"),
-    *("torch.load", "torch.save", "torch.hub.load", "numpy.save", "numpy.load", "torch.optim.os.makedirs"),
-    *("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.call", "hydra.utils.instantiate"),
-    *("omegaconf.OmegaConf.save", "functools.partial", "importlib.import_module", "torch.nn.Linear"),
-    *(
-        "thaw.run.config.os.makedirs",
-        "thaw.freezing.lora.re.compile",
-        "thaw.run.checkpoint.torch.load",
-        "thaw.sources.gzip.open",
-    ),
-    *(
-        "thaw.run.files.write_json",
-        "thaw.data.sources.make_folder",
-        "thaw.data.sources.download",
-        "thaw.plan.__main__.main",
-    ),
+    *("shutil.copy", "urllib.request.urlretrieve", "pathlib.Path.write_text", "logging.FileHandler"),
+    *("runpy.run_path", "torch.load", "torch.save", "torch.hub.load", "numpy.save", "numpy.load"),
+    *("torch.optim.os.makedirs", "hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.call"),
+    *("hydra.utils.instantiate", "omegaconf.OmegaConf.save", "functools.partial", "importlib.import_module"),
+    *("torch.nn.Linear", "thaw.run.config.os.makedirs", "thaw.freezing.lora.re.compile"),
+    *("thaw.run.checkpoint.torch.load", "thaw.sources.gzip.open", "thaw.run.files.write_json"),
+    *("thaw.data.sources.make_folder", "thaw.data.sources.download", "thaw.plan.__main__.main"),
     *("thaw.export.hub_folder.CardModel", "thaw.run.ranks.end_with", "thaw.run.checkpoint.load_model"),
-    *(
-        "thaw.run.config.build",
-        "thaw.models.backbone.nn.Linear",
-        "thaw",
-        "thaw.models",
-        "timm.optim.create_optimizer_v2",
-    ),
-    *("timm.create_model", "lightning.pytorch.loggers.CSVLogger", "thaw_evil.Model", "payload_module.anything", ""),
+    *("thaw.run.config.build", "thaw.models.backbone.nn.Linear", "thaw", "thaw.models"),
+    *("timm.optim.create_optimizer_v2", "timm.create_model", "lightning.pytorch.loggers.CSVLogger"),
+    *("thaw_evil.Model", "payload_module.anything"),
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, ""])
 def test_other_names_are_refused_wherever_they_stand(
     config: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,12 +49,8 @@ def test_other_names_are_refused_wherever_they_stand(
     block = {"_target_": name, "path": "x"}
     places = [("head",), ("model", "optim"), ("model", "freeze", "lora"), ("callbacks", "mine"), ("logger", "mine")]
     for place in places:
-        for given in (
-            block,
-            {**block, "_partial_": True},
-            [1, [block]],
-            {"_target_": "torch.optim.SGD", "_args_": [block]},
-        ):
+        inside = {"_target_": "torch.optim.SGD", "_args_": [block]}
+        for given in (block, {**block, "_partial_": True}, [1, [block]], inside):
             changed = copy.deepcopy(config)
             node = changed
             for key in place[:-1]:
@@ -95,16 +77,8 @@ def test_resolvers_are_refused(config: dict[str, Any], value: str) -> None:
 
 
 def test_references_to_other_keys_are_allowed(config: dict[str, Any]) -> None:
-    kept = [
-        "${backbone}",
-        "${data.batch_size}",
-        "${.norm}",
-        "${..seed}",
-        "${oc.select:freeze.lora,null}",
-        "a ${seed} b",
-    ]
-    kept.append("${oc.select:backbone.name,${backbone._target_}}")
-    for value in kept:
+    references = ["${backbone}", "${data.batch_size}", "${.norm}", "${..seed}", "${oc.select:freeze.lora,null}"]
+    for value in [*references, "a ${seed} b", "${oc.select:backbone.name,${backbone._target_}}"]:
         check_targets({**config, "name": value}, FILE, allow=[])
 
 

@@ -33,7 +33,7 @@ class RunCSV(CSVLogger):
 
     @cached_property
     def first_step(self) -> int:
-        """The checkpoint's last step: Lightning logs a step under the number of those before it."""
+        """The number of steps before the checkpoint. Lightning logs the first step as 0."""
         if self.resume is None:
             return 0
         loop: dict[str, Any] = load_checkpoint(Path(self.resume))["loops"]["fit_loop"]
@@ -56,7 +56,7 @@ class RunCSV(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        if step is None or step >= self.first_step:  # an epoch that ended with the checkpoint ends once more
+        if step is None or step >= self.first_step:  # the epoch that ended with the checkpoint is logged again
             super().log_metrics(metrics, step)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, online where that works and offline where it does not, without a question or a wait."""
+"""Weights & Biases, online where that works and offline where it does not, without asking or waiting."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ class RunWandb(WandbLogger):
             run = super().experiment
             for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
-            self.best = {name: run.summary.get(name) for name in BETTER}  # of a run that goes on online
+            self.best = {name: run.summary.get(name) for name in BETTER}  # a run that goes on online has some
             show_in_sweep(Path(run.dir).parent)
         return self._experiment
 
@@ -52,7 +52,7 @@ class RunWandb(WandbLogger):
             self.experiment.summary[name] = self.best[name]
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        if checkpoint_callback.monitor is not None:  # last.ckpt is for going on, it was not chosen
+        if checkpoint_callback.monitor is not None:  # last.ckpt was not chosen by a metric
             super().after_save_checkpoint(checkpoint_callback)
 
 

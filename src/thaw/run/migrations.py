@@ -52,7 +52,7 @@ def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[st
 
 
 def mappings(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """A value and everything below it, as far as they are mappings, with their place in the whole."""
+    """Every mapping in a value, itself included, with its place in the whole."""
     if isinstance(value, dict):
         yield place, value
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():

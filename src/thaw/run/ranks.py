@@ -25,7 +25,7 @@ RANK_VARIABLES = (
     *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMP_NUM_THREADS", "SLURM_NTASKS"),
 )
-# By which a launcher tells a process its place. Lightning looks at each of them on its own.
+# Variables by which a launcher tells a process its place. Lightning looks at each of them on its own.
 PLACE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 SLURM_PLACE = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
 
@@ -107,7 +107,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
     finally:
         ended.set()
         for child in children:
-            child.kill()  # at once: its messages about its end are not news
+            child.kill()  # at once, so that it prints no error about its end
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)

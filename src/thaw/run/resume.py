@@ -1,4 +1,4 @@
-"""What `resume=` means: the run to go on with, its configuration with what was typed, and whether it had ended."""
+"""Resuming: find the run to go on with, change its configuration as typed, and say whether it had ended."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -39,7 +39,7 @@ INTERPOLATION = re.compile(  # of another key
 
 
 def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], commit: str = "unknown") -> None:
-    """Refuse a configuration of plain values that could run more than the classes it is meant for; imports no others.
+    """Refuse a configuration that names anything but the classes it is meant for; nothing else is imported.
 
     Allowed are thaw's models, callbacks, loggers and data modules, the optimizers of torch and timm, the classes of
     Lightning that the shipped configurations use, and `allow`: packages, modules or classes of the user's. An object
@@ -119,7 +119,7 @@ def is_part(found: Any, name: str, package: str) -> bool:
 
 
 def config_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Every value with its key in the whole: neither mappings nor lists, except under `_target_`."""
+    """The single values in a configuration, with their keys in the whole; `_target_` always counts as one."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             inside = f"{place}.{key}" if place else str(key)
