@@ -28,24 +28,17 @@ def main(cfg: DictConfig) -> None:
     changes = {
         key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
     }
-    second = None
-    if chosen:
-        second = (dataset_name(cfg.data), load_source(cfg.data, {}))
-
-    predictors = []
-    for ckpt in cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]:
-        predictors.append(
-            load_predictor(str(ckpt), cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
-        )
+    second = (dataset_name(cfg.data), load_source(cfg.data, {})) if chosen else None
+    settings = (cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
+    ckpts = cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
+    predictors = [load_predictor(str(ckpt), *settings) for ckpt in ckpts]
     names = Counter(predictor.cfg.name for predictor in predictors)
     folder = Path(cfg.run_dir) / "report"
     robustness: Any = OmegaConf.to_container(cfg.robustness)
 
     assessments = []
     for number, predictor in enumerate(predictors, start=1):
-        label = predictor.cfg.name
-        if names[label] > 1:
-            label += f" {number}"
+        label = predictor.cfg.name + (f" {number}" if names[predictor.cfg.name] > 1 else "")
         own = changes
         if chosen and predictor.cfg.data.get("source") == "sample":
             own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
@@ -66,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     page = write_assessments(assessments, folder)
     if cfg.wandb:
         for predictor, assessment in zip(predictors, assessments, strict=True):
-            log_assessment(assessment, checkpoints.read(predictor.checkpoint, cfg.allow), page)
+            log_assessment(assessment, checkpoints.read_checkpoint(predictor.checkpoint, cfg.allow), page)
     print(f"report: {page}")
 
 

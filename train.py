@@ -23,7 +23,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.callbacks.run_record import RunRecord
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
-    from thaw.run.checkpoint import start_from
+    from thaw.freezing.start_from import start_from
     from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
     from thaw.run.ranks import ranks

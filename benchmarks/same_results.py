@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from thaw.run.console import lenient
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["data.source=sample", "data.train_size=600", "data.batch_size=100", "trainer.max_epochs=2", "logger=csv"]
 TUNED = [*SMALL, "experiment=vit_finetune", "augment=none", "mix=none", "average=none"]
@@ -145,4 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with lenient():
+        main()

@@ -1,7 +1,7 @@
 """Running experiments inside a test, as `python train.py <overrides>` would."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,25 +48,31 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return run
 
 
-@pytest.fixture(scope="session")
-def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run: a linear probe on the bundled sample and weights, not tested; trained once."""
-    folder = tmp_path_factory.mktemp("trained")
-    run_dir = folder / "runs" / "probe" / "one"
+def train_once(folder: Path, *overrides: str) -> Path:
+    """Train below a folder, for a fixture that several tests share; returns the run's folder."""
+    run_dir = folder / "runs" / "test" / "run"
     run_dir.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         import train as script
 
-        wanted = [
-            "experiment=vit_linear_probe",
-            "data.source=sample",
-            "data.train_size=1500",
-            "logger=none",
-            "test=false",
-        ]
-        script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *wanted))
+        script.main(compose_run(run_dir, f"cache.dir={folder / 'cache'}", *overrides))
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run: a linear probe on the bundled sample and weights, not tested; trained once."""
+    wanted = ["experiment=vit_linear_probe", "data.source=sample", "data.train_size=1500", "logger=none", "test=false"]
+    return train_once(tmp_path_factory.mktemp("trained"), *wanted)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Pictures are empty files: drawing them takes longer than the small runs of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+        yield
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, compose_config, compose_run
+from conftest import ROOT, compose_config, compose_run, train_once
 from fastapi.testclient import TestClient
 from hydra.utils import instantiate
 from safetensors.torch import save_file
@@ -62,7 +62,6 @@ KINDS: dict[str, list[str]] = {
 }
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]
-PICTURES = "thaw.evaluation.pictures"
 EPOCHS = {"gradual": 2, "lp_ft": 2}
 OFF = [f"callbacks.{name}=null" for name in ("early_stopping", "lr_monitor", "progress", "sample_grid")]
 SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data.eval_batch_size=250", "cache.mode=off"]
@@ -73,20 +72,10 @@ STEADY += ["robustness.digits=10"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def undrawn() -> Iterator[None]:
-    """Pictures, which are the same for every kind, are empty files; and nothing waits for timing."""
-
-    def touch(*arguments: Any) -> None:
-        for path in arguments:
-            if isinstance(path, Path):
-                path.parent.mkdir(exist_ok=True)
-                path.touch()
-
+def untimed(undrawn: None) -> Iterator[None]:
+    """Nothing waits for timing, nor for pictures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
-        for module in map(import_module, ("thaw.evaluation.assessment_files", "thaw.evaluation.assessment", PICTURES)):
-            for name in [name for name in vars(module) if name.startswith("save_")]:
-                patch.setattr(module, name, touch)
         yield
 
 
@@ -114,16 +103,9 @@ def run(settings: Callable[[str], list[str]], tmp_path_factory: pytest.TempPathF
 
     @cache
     def trained(kind: str) -> Path:
-        return train(tmp_path_factory.mktemp(kind), *settings(kind), f"trainer.max_epochs={EPOCHS.get(kind, 1)}")
+        return train_once(tmp_path_factory.mktemp(kind), *settings(kind), f"trainer.max_epochs={EPOCHS.get(kind, 1)}")
 
     return trained
-
-
-def train(folder: Path, *overrides: str) -> Path:
-    run_dir = folder / "runs" / "test" / "run"
-    run_dir.mkdir(parents=True)
-    import_module("train").main(compose_run(run_dir, *overrides))
-    return run_dir
 
 
 def command(script: str, *overrides: str) -> None:
@@ -208,7 +190,7 @@ def test_probe(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", OTHERS)
 def test_resume(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
     epochs = EPOCHS.get(kind, 1) + 1
-    again = facts(train(tmp_path, f"resume={run(kind)}", f"trainer.max_epochs={epochs}"))
+    again = facts(train_once(tmp_path, f"resume={run(kind)}", f"trainer.max_epochs={epochs}"))
     assert (again["epochs"], again["resumed_from"]) == (epochs, str(run(kind) / "checkpoints" / "last.ckpt"))
 
 
@@ -218,7 +200,7 @@ def test_start_from(
 ) -> None:
     """A rate that moves nothing leaves the earlier run's answers; statistics of batch norms move all the same."""
     still = ["optim.lr=1e-12", "optim.weight_decay=0", "trainer.max_epochs=1"]
-    started = train(tmp_path, *settings(kind), f"start_from={run(kind)}", *still)
+    started = train_once(tmp_path, *settings(kind), f"start_from={run(kind)}", *still)
     if kind not in ("last_blocks", "lp_ft", "convnet"):
         assert facts(started)["test/acc"] == facts(run(kind))["test/acc"]
 
@@ -226,7 +208,7 @@ def test_start_from(
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = [*VIT[1:], *SHORT, "trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1"]
-    return train(tmp_path_factory.mktemp("simclr"), "experiment=pretrain_simclr", *few)
+    return train_once(tmp_path_factory.mktemp("simclr"), "experiment=pretrain_simclr", *few)
 
 
 def test_probe_of_a_pretraining_run(pretrained: Path, tmp_path: Path) -> None:

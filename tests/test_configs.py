@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from thaw.run.values import check_types
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CONFIGS = ROOT / "configs"
 GROUPS = ["data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "model", "trainer", "logger"]
 GROUPS += ["experiment", "debug"]

@@ -210,7 +210,7 @@ def accuracy_of(run_dir: Path) -> float:
     from thaw.evaluation.evaluate import evaluate_checkpoint
     from thaw.run import checkpoint as checkpoints
 
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     return evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), run_dir / "eval", loggers=[])[
         "test/acc"
     ]

@@ -231,7 +231,7 @@ def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) 
     curves = [curve for curve in curves if curve][:2]  # later ones are of the best checkpoint
     assert all(len(curve) == 7 and curve["val/acc"] == max(curve.values()) for curve in curves)
     best = max(curves, key=lambda curve: curve["val/acc"])
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     winner = [best[f"val/acc_{name}"] for name in checkpoint["heads"]].index(best["val/acc"])
     assert checkpoint["state_dict"]["head.chosen"] == winner
     summary = json.loads((run_dir / "summary.json").read_text())

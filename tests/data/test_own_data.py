@@ -17,7 +17,7 @@ from thaw.data.datamodule import load_source
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_sample
 from thaw.predict.predictor import load_predictor
-from thaw.run.checkpoint import read
+from thaw.run.checkpoint import read_checkpoint
 
 FEW = ["robustness.digits=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
 MLP = ["backbone=mlp", "backbone.hidden=[64]", "freeze=full", "optim.lr=3e-3", "trainer.max_epochs=6", "validate=false"]
@@ -119,7 +119,7 @@ def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys:
 
 
 def test_a_checkpoint_without_classes_still_names_them(linear_probe: Path, tmp_path: Path) -> None:
-    checkpoint = read(linear_probe / "checkpoints/best.ckpt")
+    checkpoint = read_checkpoint(linear_probe / "checkpoints/best.ckpt")
     assert checkpoint.pop("classes") == [str(digit) for digit in range(10)]
     checkpoint["config"]["data"]["dataset"] = "FashionMNIST"
     torch.save(checkpoint, tmp_path / "old.ckpt")

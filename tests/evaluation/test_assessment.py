@@ -20,7 +20,7 @@ from thaw.evaluation.assessment import Assessment, assess, images_to_predict, se
 from thaw.evaluation.assessment_files import write_assessments
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.predict.predictor import load_predictor
-from thaw.run.checkpoint import read
+from thaw.run.checkpoint import read_checkpoint
 
 FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
 FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]
@@ -101,7 +101,7 @@ def test_report_goes_to_the_runs_wandb_run(
         *("experiment=vit_linear_probe", "data.source=sample", "data.train_size=512", "data.batch_size=256"),
         *("logger=wandb", "logger.wandb.mode=offline", "trainer.max_epochs=1", "validate=false", "test=false"),
     )
-    wandb_id = read(run / "checkpoints" / "best.ckpt")["wandb_id"]
+    wandb_id = read_checkpoint(run / "checkpoints" / "best.ckpt")["wandb_id"]
     before = set(run.glob("wandb/offline-run-*"))
     evaluate(tmp_path / "eval", f"ckpt={run}")
     (added,) = set(run.glob("wandb/offline-run-*")) - before

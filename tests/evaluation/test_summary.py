@@ -10,7 +10,7 @@ from conftest import compose_run
 from hydra.utils import instantiate
 
 from thaw.evaluation.summary import NOT_TESTED, count_parameters, format_summary
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 
 FACTS = {
     **{"test/acc": 0.99, "test/acc_low": 0.977, "test/acc_high": 0.996, "n_test": 500, "val/acc": 0.985, "epochs": 3},

@@ -15,7 +15,7 @@ from thaw.data.images import Source
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.predict.predictor import Predictor, load_predictor
-from thaw.run.json_files import read_json
+from thaw.run.files import read_json
 
 TOKEN = ["backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"]
 FOLDED = {

@@ -77,7 +77,7 @@ def test_dropped_and_filled_again() -> None:
 
 
 def states(run_dir: Path, name: str = "best") -> dict[str, Any]:
-    return checkpoints.read(run_dir / "checkpoints" / f"{name}.ckpt")
+    return checkpoints.read_checkpoint(run_dir / "checkpoints" / f"{name}.ckpt")
 
 
 def logits(checkpoint: dict[str, Any]) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
 def test_a_checkpoint_lacks_what_never_trains(train: Train, tiny_run: list[str], name: str) -> None:
     run_dir = train(*tiny_run, f"freeze={name}", "trainer.max_epochs=1", "test=false")
     checkpoint = states(run_dir)
-    model = checkpoints.load_model(checkpoints.read(run_dir / "checkpoints" / "best.ckpt"))
+    model = checkpoints.load_model(checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt"))
     thaws = model.thaw.epochs
     never = {parameter for parameter, epoch in thaws.items() if epoch == NEVER}
     assert model.state_dict().keys() - checkpoint["state_dict"].keys() == never

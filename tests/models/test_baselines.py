@@ -18,7 +18,7 @@ from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
 from thaw.models.baselines import Baseline
 from thaw.models.heads import LinearHead
-from thaw.run.checkpoint import load_model, read
+from thaw.run.checkpoint import load_model, read_checkpoint
 from thaw.run.values import check_types
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "backbone"
@@ -263,5 +263,5 @@ def test_a_run_names_it_and_its_checkpoint_loads(train: Callable[..., Path]) -> 
     run_dir = train("experiment=baseline/lenet5", "debug=fast", "data.source=sample")
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["backbone"], summary["weights"]) == ("lenet5", "none")
-    model = load_model(read(run_dir / "checkpoints" / "best.ckpt"))
+    model = load_model(read_checkpoint(run_dir / "checkpoints" / "best.ckpt"))
     assert model(torch.zeros(2, 28, 28, dtype=torch.uint8)).shape == (2, 10)

@@ -12,36 +12,34 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, compose_run
+from conftest import ROOT, SMALL, compose_run, train_once
 from omegaconf import OmegaConf
 
 from thaw.data.datamodule import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.models.pretrained import BUNDLED
 from thaw.predict.predictor import load_predictor
-from thaw.run import checkpoint as checkpoints
+from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
 from thaw.run.resume import resumed_config
 
 PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
-RUN = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true"]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture
-def run_dir(train: Callable[..., Path]) -> Path:
-    return train(*RUN)
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, undrawn: None) -> Path:
+    run = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true", "model.self_contained=true"]
+    return train_once(tmp_path_factory.mktemp("trained"), *run)
 
 
-def test_evaluation_needs_the_file_alone(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_needs_the_file_alone(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same accuracy to the last digit, from another folder, without the configs or the backbone's own weights."""
-    run_dir = train(*RUN, "model.self_contained=true")
     summary = json.loads((run_dir / "summary.json").read_text())
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes((run_dir / "checkpoints" / "best.ckpt").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("thaw.models.backbone.locate", lambda *_: pytest.fail("loaded weights"))
-    checkpoint = checkpoints.read(moved)
+    checkpoint = read_checkpoint(moved)
     results = evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
     for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test", "data_source"):
         assert results[key] == summary[key]
@@ -49,8 +47,8 @@ def test_evaluation_needs_the_file_alone(
 
 
 def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt")
-    model = checkpoints.load_model(checkpoint)
+    checkpoint = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
+    model = load_model(checkpoint)
     data = MNISTDataModule("MNIST", "data", "sample", None, None, 32, 100, 0, 0).load()
     with torch.no_grad():
         right = (model(data.test.images).argmax(1) == data.test.labels).sum().item()
@@ -59,7 +57,7 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
 
 def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "last.ckpt")
+    checkpoint = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="SimCLR has no test"):
         evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
 
@@ -74,20 +72,20 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     evil = tmp_path / "evil.ckpt"
     torch.save({"config": {}, "state_dict": {}, "x": Payload()}, evil)
     with pytest.raises(ValueError, match="pickled code"):
-        checkpoints.read(evil)
+        read_checkpoint(evil)
     (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="pickled code"):
-        checkpoints.read(tmp_path / "raw.ckpt")
+        read_checkpoint(tmp_path / "raw.ckpt")
     assert not marker.exists()
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("<html>")
     with pytest.raises(ValueError, match="is not a checkpoint: it starts with b'<htm'"):
-        checkpoints.read(tmp_path / "text.ckpt")
+        read_checkpoint(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no config and state_dict"):
-        checkpoints.read(tmp_path / "other.ckpt")
+        read_checkpoint(tmp_path / "other.ckpt")
 
 
 def test_damaged_files(tmp_path: Path) -> None:
@@ -101,7 +99,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     for beside in ("Give another checkpoint of the run", r"Beside it last\.ckpt is whole"):
         for name, said in wrong.items():
             with pytest.raises(ValueError, match=said) as raised:
-                checkpoints.read(tmp_path / f"{name}.ckpt")
+                read_checkpoint(tmp_path / f"{name}.ckpt")
             assert "weights_only" not in str(raised.value) and "Errno" not in str(raised.value)
             if name in ("empty", "cut"):
                 assert re.search(beside, str(raised.value))
@@ -158,42 +156,39 @@ def test_a_pretraining_run_points_to_its_backbone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
-    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the user's home nor the run's folder is in the file; after a move it goes on with its best so far."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    weights = tmp_path / "weights" / "bundled.safetensors"
-    weights.parent.mkdir()
-    weights.write_bytes(BUNDLED.read_bytes())
-    run_dir = train(*RUN, "optim.lr=1e-12", f"backbone.weights={weights}", f"+note='x={tmp_path}/y'")
+    run_dir = train(*tiny_run, "trainer.max_epochs=2", "optim.lr=1e-12", f"+note='x={tmp_path}/y'")
     for name in ("best", "last"):
         raw = (run_dir / "checkpoints" / f"{name}.ckpt").read_bytes()
         with zipfile.ZipFile(io.BytesIO(raw)) as file:
             assert not any(str(tmp_path).encode() in file.read(part) for part in file.namelist())
     moved = run_dir.rename(tmp_path / "elsewhere")
-    best = checkpoints.read(moved / "checkpoints" / "best.ckpt")
+    best = read_checkpoint(moved / "checkpoints" / "best.ckpt")
     assert best["config"]["run_dir"] == str(moved)
-    assert best["config"]["backbone"]["weights"] == "~/weights/bundled.safetensors"
+    assert best["config"]["backbone"]["weights"] == "~/tiny.safetensors"
     again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
-    steps = [checkpoints.read(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
-    assert steps == [8, 24]
+    steps = [read_checkpoint(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
+    assert steps == [4, 12]
 
 
 def test_find(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no run below .* has a last\.ckpt"):
-        checkpoints.find("last", tmp_path, "last.ckpt")
+        find_checkpoint("last", tmp_path, "last.ckpt")
     for name in ("old", "new"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "checkpoints" / "last.ckpt").touch()
         time.sleep(0.02)
     new = tmp_path / "new" / "checkpoints" / "last.ckpt"
-    assert checkpoints.find("last", tmp_path, "last.ckpt") == new
-    assert checkpoints.find(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
-    assert checkpoints.find(str(new), tmp_path, "last.ckpt") == new
+    assert find_checkpoint("last", tmp_path, "last.ckpt") == new
+    assert find_checkpoint(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
+    assert find_checkpoint(str(new), tmp_path, "last.ckpt") == new
     with pytest.raises(ValueError, match=r"holds no checkpoints/best\.ckpt"):
-        checkpoints.find(str(tmp_path / "new"), tmp_path, "best.ckpt")
+        find_checkpoint(str(tmp_path / "new"), tmp_path, "best.ckpt")
     with pytest.raises(ValueError, match="neither `last`, a run folder nor"):
-        checkpoints.find(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
+        find_checkpoint(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
 
 
 def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Wrong settings get a message with the value, what was allowed and the next step, and a status that is not 0."""
 
-import re
 import runpy
 import subprocess
 import sys
@@ -13,11 +12,6 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from thaw.run.config import backbone_name, build_list, plain, settle
-from thaw.run.values import check_types
-
-
-def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -27,19 +21,6 @@ def run(*arguments: str, script: str = "train.py") -> subprocess.CompletedProces
         (["learning_rate=1"], ["learning_rate", "allowed in the top level: ", "seed"]),
         (["backbone=resnet"], ["backbone/resnet", "digits_vit", "vit_small_dinov2"]),
         (["experiment=vit_probe"], ["vit_probe", "vit_linear_probe"]),
-    ],
-)
-def test_unknown_key_or_option(arguments: list[str], expected: list[str]) -> None:
-    result = run(*arguments)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    for part in expected:
-        assert part in result.stderr, result.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
         (["trainer=gpu"], ["accelerator=gpu", "no GPU", "trainer.accelerator=cpu"]),
         (["data.batch_size=5000", "data.source=sample"], ["data.batch_size=5000", "4,000", "choose at most 4000"]),
         (["backbone.image_size=30"], ["image_size=30", "patch size 7", "28"]),
@@ -60,7 +41,8 @@ def test_setting_that_cannot_work(
         pytest.skip("there is a GPU here")
     GlobalHydra.instance().clear()
     monkeypatch.chdir(ROOT)
-    command = ["train.py", "experiment=vit_linear_probe", "logger=csv", f"hydra.run.dir={tmp_path}", *arguments]
+    experiment = ["experiment=vit_linear_probe"] if "experiment=vit_probe" not in arguments else []
+    command = ["train.py", *experiment, "logger=csv", f"hydra.run.dir={tmp_path}", *arguments]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path("train.py", run_name="__main__")
@@ -79,7 +61,7 @@ def test_help_answers_without_heavy_imports() -> None:
 def test_build_list() -> None:
     blocks = OmegaConf.create({"a": {"_target_": "builtins.dict", "x": 1}, "off": None})
     assert build_list(blocks, "callbacks") == [{"x": 1}]
-    with pytest.raises(ValueError, match=r"callbacks\.a has no _target_"):
+    with pytest.raises(ValueError, match=r"callbacks\.a={'x': 1} has no _target_"):
         build_list(OmegaConf.create({"a": {"x": 1}}), "callbacks")
 
 
@@ -147,37 +129,6 @@ def test_settle_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("precision", "fused"), [("16-mixed", True), ("64-true", False)])
 def test_settle_leaves_choices_alone(precision: str, fused: bool) -> None:
     assert settled("cpu", precision=precision, fused=fused) == (precision, fused)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.lr=fast", "optim.lr='fast' must be a number above 0."),
-        ("optim.lr=null", "optim.lr=null must be a number above 0."),
-        ("data.batch_size=12.5", "data.batch_size=12.5 must be a whole number"),
-        ("data.batch_size=true", "data.batch_size=true must be a whole number"),
-        ("optim.layer_decay=1.5", "optim.layer_decay=1.5 must be a number above 0 and at most 1."),
-        ("optim.lr=inf", "optim.lr=inf must be a number above 0."),
-        ("optim.lr=nan", "optim.lr=nan must be a number above 0."),
-        ("optim.final_lr_fraction=2", "optim.final_lr_fraction=2 must be a number from 0 to 1."),
-        ("optim.lr_scaling=log", "optim.lr_scaling='log' must be none, linear or sqrt."),
-        ("model.compile=1", "model.compile=1 must be true or false."),
-        ("seed=one", "data.seed='one' must be a whole number"),
-        ("optim.optimizer.betas=[a,b]", "optim.optimizer.betas=['a', 'b'] must be "),
-        ("trainer.max_epochs=ten", "trainer.max_epochs='ten' must be a whole number or null."),
-    ],
-)
-def test_values_of_a_wrong_type(override: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_types(compose_run(tmp_path, override))
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["optim.lr=1", "data.train_size=null", "data.train_size=100", "trainer.devices=auto", "trainer.devices=[0]"],
-)
-def test_values_that_have_the_type(override: str, tmp_path: Path) -> None:
-    check_types(compose_run(tmp_path, override))
 
 
 @pytest.mark.parametrize(

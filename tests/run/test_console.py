@@ -68,6 +68,10 @@ def test_results_that_nobody_reads_end_the_program(end: str, status: int, said: 
 
 def test_every_program_starts_so() -> None:
     """A script of the root or of benchmarks that is not wrapped would die of a name that the console lacks."""
-    for script in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), ROOT / "src" / "thaw" / "plan.py"):
+    for script in (
+        *ROOT.glob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+        ROOT / "src" / "thaw" / "plan" / "__main__.py",
+    ):
         text = script.read_text(encoding="utf-8")
         assert "with clear_errors():" in text or "with lenient():" in text, script

@@ -25,8 +25,7 @@ from thaw.pages import figures
 from thaw.predict.prediction import open_output
 from thaw.run.config import explain
 from thaw.run.csv_log import RunCSV
-from thaw.run.files import atomic, atomic_folder, write_bytes, write_text
-from thaw.run.json_files import write_json
+from thaw.run.files import atomic, atomic_folder, write_bytes, write_json, write_text
 
 LARGE = 300_000  # bytes; more than `disk_of` lets be written
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import wandb
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from thaw.run import loggers
+from thaw.run.values import check_types
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,7 @@ def test_offline_when_the_server_is_dead(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     started = time.monotonic()
     assert "does not answer" in str(loggers.why_offline())
-    assert time.monotonic() - started < loggers.CONNECT_TIMEOUT + 1
+    assert time.monotonic() - started < loggers.WANDB_TIMEOUT + 1
 
 
 def test_the_users_mode_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +98,9 @@ def test_disabled_writes_nothing(
 
 
 def test_wrong_modes() -> None:
-    with pytest.raises(ValueError, match="choose auto, online, offline or disabled"):
-        loggers.wandb_logger(**settings(mode="on"))
+    block = OmegaConf.create(settings(mode="on") | {"_target_": "thaw.run.loggers.wandb_logger"})
+    with pytest.raises(ValueError, match="mode='on' must be auto, online, offline or disabled"):
+        check_types(block)
     with pytest.raises(ValueError, match="wandb login"):
         loggers.wandb_logger(**settings(mode="online"))
 

@@ -139,7 +139,7 @@ def test_a_rank_ends_when_rank_0_is_killed(tmp_path: Path) -> None:
         "import sys, time\n"
         "from pathlib import Path\n"
         "from omegaconf import OmegaConf\n"
-        "from thaw.sweeps import processes\n"
+        "from thaw.run import ranks as processes\n"
         f"folder = {str(tmp_path)!r}\n"
         "cfg = OmegaConf.create({'trainer': {'accelerator': 'cpu', 'devices': 2}, 'run_dir': folder})\n"
         "with processes.ranks(cfg, {}):\n"
@@ -203,7 +203,7 @@ def test_a_launched_rank_starts_none(tmp_path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_failed_rank_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(processes, "GRACE", 0.1)
+    monkeypatch.setattr(processes, "RANK_GRACE", 0.1)
     exits = []
     monkeypatch.setattr(processes.os, "_exit", lambda status: (exits.append(status), ended.set()))
     ended = threading.Event()

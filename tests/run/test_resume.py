@@ -133,7 +133,7 @@ def test_a_run_without_a_checkpoint_starts_from_the_beginning(
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(started)[name]), name
     (killed / "config.yaml").write_text("[")
-    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration"):
+    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration of a run"):
         train(f"resume={killed}", name="broken")
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import plain
-from thaw.run.targets import LIGHTNING, check_targets, leaves
+from thaw.run.targets import LIGHTNING, check_targets, config_leaves
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
 FILE = Path("run.ckpt")
@@ -21,40 +21,26 @@ FILE = Path("run.ckpt")
 
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
-    return checkpoints.read(CHECKPOINT)["config"]
+    return checkpoints.read_checkpoint(CHECKPOINT)["config"]
 
 
 NAMES = [
     *("os.system", "os.makedirs", "posix.system", "subprocess.getoutput", "builtins.exec", "builtins.list"),
-    *("shutil.copy", "urllib.request.urlretrieve", "pathlib.Path.write_text", "logging.FileHandler", "runpy.run_path"),
-    *("torch.load", "torch.save", "torch.hub.load", "numpy.save", "numpy.load", "torch.optim.os.makedirs"),
-    *("hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.call", "hydra.utils.instantiate"),
-    *("omegaconf.OmegaConf.save", "functools.partial", "importlib.import_module", "torch.nn.Linear"),
-    *(
-        "thaw.run.config.os.makedirs",
-        "thaw.freezing.lora.re.compile",
-        "thaw.run.checkpoint.torch.load",
-        "thaw.data.mnist.gzip.open",
-    ),
-    *(
-        "thaw.run.json_files.write_json",
-        "thaw.data.mnist.fetch",
-        "thaw.data.mnist.download",
-        "thaw.plan.__main__.main",
-    ),
+    *("shutil.copy", "urllib.request.urlretrieve", "pathlib.Path.write_text", "logging.FileHandler"),
+    *("runpy.run_path", "torch.load", "torch.save", "torch.hub.load", "numpy.save", "numpy.load"),
+    *("torch.optim.os.makedirs", "hydra.utils.get_method", "hydra.utils.get_class", "hydra.utils.call"),
+    *("hydra.utils.instantiate", "omegaconf.OmegaConf.save", "functools.partial", "importlib.import_module"),
+    *("torch.nn.Linear", "thaw.run.config.os.makedirs", "thaw.freezing.lora.re.compile"),
+    *("thaw.run.checkpoint.torch.load", "thaw.data.mnist.gzip.open", "thaw.run.files.write_json"),
+    *("thaw.data.mnist.fetch", "thaw.data.mnist.download", "thaw.plan.__main__.main"),
     *("thaw.export.hub_folder.CardModel", "thaw.run.ranks.end_with", "thaw.run.checkpoint.load_model"),
-    *(
-        "thaw.run.config.build",
-        "thaw.models.backbone.nn.Linear",
-        "thaw",
-        "thaw.models",
-        "timm.optim.create_optimizer_v2",
-    ),
-    *("timm.create_model", "lightning.pytorch.loggers.CSVLogger", "thaw_evil.Model", "payload_module.anything", ""),
+    *("thaw.run.config.build", "thaw.models.backbone.nn.Linear", "thaw", "thaw.models"),
+    *("timm.optim.create_optimizer_v2", "timm.create_model", "lightning.pytorch.loggers.CSVLogger"),
+    *("thaw_evil.Model", "payload_module.anything"),
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, ""])
 def test_other_names_are_refused_wherever_they_stand(
     config: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,12 +49,8 @@ def test_other_names_are_refused_wherever_they_stand(
     block = {"_target_": name, "path": "x"}
     places = [("head",), ("model", "optim"), ("model", "freeze", "lora"), ("callbacks", "mine"), ("logger", "mine")]
     for place in places:
-        for given in (
-            block,
-            {**block, "_partial_": True},
-            [1, [block]],
-            {"_target_": "torch.optim.SGD", "_args_": [block]},
-        ):
+        inside = {"_target_": "torch.optim.SGD", "_args_": [block]}
+        for given in (block, {**block, "_partial_": True}, [1, [block]], inside):
             changed = copy.deepcopy(config)
             node = changed
             for key in place[:-1]:
@@ -95,16 +77,8 @@ def test_resolvers_are_refused(config: dict[str, Any], value: str) -> None:
 
 
 def test_references_to_other_keys_are_allowed(config: dict[str, Any]) -> None:
-    kept = [
-        "${backbone}",
-        "${data.batch_size}",
-        "${.norm}",
-        "${..seed}",
-        "${oc.select:freeze.lora,null}",
-        "a ${seed} b",
-    ]
-    kept.append("${oc.select:backbone.name,${backbone._target_}}")
-    for value in kept:
+    references = ["${backbone}", "${data.batch_size}", "${.norm}", "${..seed}", "${oc.select:freeze.lora,null}"]
+    for value in [*references, "a ${seed} b", "${oc.select:backbone.name,${backbone._target_}}"]:
         check_targets({**config, "name": value}, FILE, allow=[])
 
 
@@ -114,7 +88,7 @@ def test_what_configurations_name_is_allowed() -> None:
     for path in (ROOT / "configs").rglob("*.yaml"):
         if not {"hydra", "sweep"} & set(path.relative_to(ROOT / "configs").parts):
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            names += [value for place, value in leaves(content, "") if place.endswith("_target_")]
+            names += [value for place, value in config_leaves(content, "") if place.endswith("_target_")]
     assert set(names) >= LIGHTNING
     for name in names:
         check_targets({"head": {"_target_": name}}, FILE, allow=[])
@@ -157,7 +131,7 @@ def test_the_check_comes_with_reading(tmp_path: Path) -> None:
     }.items():
         torch.save({**checkpoint, key.strip(): value}, tmp_path / "evil.ckpt")
         with pytest.raises(ValueError, match=r"is refused|is not the id"):
-            checkpoints.read(tmp_path / "evil.ckpt")
+            checkpoints.read_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "RAN").exists()
     torch.save({**checkpoint, "wandb_id": "my.run of 2026"}, tmp_path / "own_id.ckpt")
-    assert checkpoints.read(tmp_path / "own_id.ckpt")["wandb_id"] == "my.run of 2026"
+    assert checkpoints.read_checkpoint(tmp_path / "own_id.ckpt")["wandb_id"] == "my.run of 2026"

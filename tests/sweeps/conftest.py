@@ -10,7 +10,7 @@ from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 
 
 class Trained(list):

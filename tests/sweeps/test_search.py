@@ -23,7 +23,7 @@ from omegaconf import DictConfig, open_dict
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import read_json, write_json
 from thaw.sweeps import search as searches
 from thaw.sweeps import study as studies
 from thaw.sweeps.report import Report

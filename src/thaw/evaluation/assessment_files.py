@@ -14,7 +14,7 @@ from thaw.evaluation.evaluate import wandb_logger_of
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import WRONG_IMAGES, save_robustness
 from thaw.pages.html import write_page
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
 
 

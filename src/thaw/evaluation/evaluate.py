@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import build, build_list, settle
 from thaw.run.console import quiet_libraries
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def evaluate_checkpoint(
     """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
     Args:
-        checkpoint: from `thaw.run.checkpoint.read`.
+        checkpoint: from `thaw.run.checkpoint.read_checkpoint`.
         cfg: its configuration, perhaps with another `data.dir`.
 
     Returns:
@@ -87,11 +87,11 @@ def best_weights(
 def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
     """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run.
 
-    `allow` is as for `thaw.run.checkpoint.read`.
+    `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
     """
     from thaw.run.loggers import finish
 
-    checkpoint = checkpoints.read(run_dir / "checkpoints" / "best.ckpt", allow)
+    checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
     loggers = wandb_logger_of(checkpoint, cfg)
     try:

@@ -27,8 +27,8 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         ValueError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
     """
     typed = [override_key(override) for override in overrides]
-    path = checkpoints.find(cfg.ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path, [*cfg.allow, *targets(cfg)])
+    path = checkpoints.find_checkpoint(cfg.ckpt, Path("logs"), "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
     if wrong:

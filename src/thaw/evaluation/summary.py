@@ -18,7 +18,7 @@ from thaw.evaluation.probes import Choice
 from thaw.freezing.policy import NEVER
 from thaw.run.command_line import setting
 from thaw.run.config import backbone_name
-from thaw.run.json_files import write_json
+from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, where_to_look
 from thaw.run.record import git_commit
 

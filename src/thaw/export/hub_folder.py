@@ -26,8 +26,7 @@ from thaw.models.baselines import Baseline
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
-from thaw.run.files import atomic_folder, write_text
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import atomic_folder, read_json, write_json, write_text
 
 HEADS: dict[str, type[nn.Module]] = {head.__name__: head for head in (LinearHead, MLPHead)}
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
@@ -60,7 +59,7 @@ def export_folder(
         source: of the digits for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
         path: of the folder.
-        allow: as for `thaw.run.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
     Returns:
         what was measured.
@@ -72,7 +71,7 @@ def export_folder(
         path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
     ):
         raise ValueError(f"{path} exists and export.py did not write it; give another output=, or remove it.")
-    checkpoint = checkpoints.read(predictor.checkpoint, allow)
+    checkpoint = checkpoints.read_checkpoint(predictor.checkpoint, allow)
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, "hub_folder")

@@ -17,8 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from thaw.run.files import move, temporary
-from thaw.run.json_files import read_json, write_json
+from thaw.run.files import move, read_json, temporary, write_json
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUNDLED = Path(str(files("thaw.models"))) / "weights" / "digits_vit.safetensors"
+from thaw.run.config import BUNDLED_NAME
+
+BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
 
 

@@ -141,14 +141,14 @@ def load_predictor(
         weights: file of the frozen weights, if it has moved since training.
         accelerator: of Lightning; None means the best device of this machine.
         precision: of Lightning; None means as in training on a device of the same kind, else the device's best.
-        allow: as for `thaw.run.checkpoint.read`.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
     Raises:
         ValueError: no such checkpoint, or its model does not classify.
     """
     quiet_libraries()
-    path = checkpoints.find(ckpt, Path("logs"), "best.ckpt")
-    checkpoint = checkpoints.read(path, allow)
+    path = checkpoints.find_checkpoint(ckpt, Path("logs"), "best.ckpt")
+    checkpoint = checkpoints.read_checkpoint(path, allow)
     if weights:
         checkpoint["config"]["backbone"]["weights"] = weights
     cfg = OmegaConf.create(checkpoint["config"])

@@ -1,6 +1,6 @@
 """From a checkpoint back to a model: find it, read it safely, rebuild it.
 
-A checkpoint is self-contained: it holds the composed configuration as plain values, so that nothing else is needed.
+A checkpoint is self-contained: it holds the composed configuration as plain values.
 """
 
 import logging
@@ -26,50 +26,50 @@ from thaw.run.targets import check_targets
 log = logging.getLogger(__name__)
 
 
-def find(wanted: str, runs: Path, name: str) -> Path:
+def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
     """The checkpoint file that a `resume` or `ckpt` setting means.
 
     Args:
-        wanted: `last` for the newest run with a checkpoint, a run's folder, or a checkpoint file.
-        runs: the folder below which `last` looks.
-        name: which of a run's checkpoints is meant, `last.ckpt` or `best.ckpt`.
+        wanted: `last` for the newest run with a checkpoint below `runs`, a run's folder, or a checkpoint file.
+        runs: a folder.
+        name: of the file in a run's folder, `last.ckpt` or `best.ckpt`.
 
     Raises:
         ValueError: there is no such checkpoint.
     """
     if wanted == "last":
-        found = sorted(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        found = max(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime, default=None)
+        if found is None:
             raise ValueError(
                 f"`last` was asked for, but no run below {runs} has a {name}; give a run folder or a .ckpt file."
             )
-        return found[-1].resolve()
+        return found.resolve()
     path = Path(wanted).expanduser()
     if path.is_dir():
-        inside = path / "checkpoints" / name
-        if not inside.is_file() and (path / "backbone.safetensors").is_file():
+        file = path / "checkpoints" / name
+        if file.is_file():
+            return file.resolve()
+        if (path / "backbone.safetensors").is_file():
             raise ValueError(pretraining_hint(path))
-        if not inside.is_file():
-            raise ValueError(f"{path} holds no checkpoints/{name}; give a run folder that has one, or a .ckpt file.")
-        return inside.resolve()
+        raise ValueError(f"{path} holds no checkpoints/{name}; give a run folder that has one, or a .ckpt file.")
     if not path.is_file():
-        raise ValueError(f"{wanted!r} is neither `last`, a run folder nor a checkpoint file.")
+        raise ValueError(f"{wanted!r} is neither `last`, a run folder nor a checkpoint file; give one of these.")
     return path.resolve()
 
 
 def pretraining_hint(run_dir: Path) -> str:
     weights = os.path.relpath(run_dir / "backbone.safetensors")
     return (
-        f"{run_dir} is a pretraining run, whose model has no classes. Train a classifier on the backbone that it wrote "
-        f"first: python train.py experiment=vit_finetune {setting('backbone.weights', weights)}"
+        f"{run_dir} is a pretraining run, whose model has no classes. First train a classifier on the backbone that it "
+        f"wrote: python train.py experiment=vit_finetune {setting('backbone.weights', weights)}"
     )
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Load a checkpoint's tensors and plain values as they are; pickled code in it is not run.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors and plain values; pickled code in it is not run.
 
     Raises:
-        ValueError: it is damaged, holds pickled code, or is none of thaw's.
+        ValueError: it is damaged, holds pickled code, or was not written by thaw.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a checkpoint that train.py wrote.")
@@ -77,9 +77,8 @@ def load(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
         raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(key), dict) for key in ("config", "state_dict")
-    ):
+    parts = [checkpoint.get(key) for key in ("config", "state_dict")] if isinstance(checkpoint, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(
             f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
             "alone are for backbone.weights=<file>."
@@ -87,19 +86,15 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Load a checkpoint, bring its configuration up to date and check it against the allow-list of `thaw.run.targets`.
+def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Load a checkpoint and check its configuration, in which `run_dir` becomes the folder where the file lies now.
 
-    `run_dir` in its configuration is where the file lies now.
-
-    Args:
-        path: of the file.
-        allow: packages, modules or classes beside thaw's that its configuration may name.
+    `allow` holds packages, modules or classes beside thaw's that the configuration may name.
 
     Raises:
-        ValueError: as `load`, or it names code that is not allowed.
+        ValueError: as `load_checkpoint`, or it names code that is not allowed.
     """
-    checkpoint = load(path)
+    checkpoint = load_checkpoint(path)
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
     wandb_id = checkpoint.setdefault("wandb_id", None)  # becomes part of a configuration
     if wandb_id is not None and (not isinstance(wandb_id, str) or "${" in wandb_id):
@@ -111,11 +106,11 @@ def read(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def checked_config(config: dict[str, Any], path: Path, allow: Sequence[str], commit: str) -> dict[str, Any]:
-    """Bring a configuration from a file up to date and check it against the allow-list."""
+    """Bring a configuration from a file up to date and check it against the allow-list of `thaw.run.targets`."""
     config, changed = migrate(config, path, commit)
     check_targets(config, path, allow, commit)
     if changed:
-        say(f"{path} was written by commit {commit} of thaw. Taken from today's configs: {', '.join(changed)}.")
+        warn_once(f"{path} was written by commit {commit} of thaw. Taken from today's configs: {', '.join(changed)}.")
     return config
 
 
@@ -125,48 +120,43 @@ def run_folder(path: Path) -> Path:
 
 
 @cache
-def say(line: str) -> None:
+def warn_once(line: str) -> None:
     """Log a line once, however often a file is read."""
     log.warning(line)
 
 
 def what_is_wrong(path: Path, error: Exception) -> str:
-    """Why torch could not read a checkpoint file, and what to do."""
+    """Why torch could not read a checkpoint file, and the next step."""
     with path.open("rb") as file:
         start = file.read(4)
-    if not start:
-        wrong = "is empty."
-    elif start == b"PK\3\4" and not zipfile.is_zipfile(path):
-        wrong = f"is cut off after {path.stat().st_size:,} bytes."
-    elif isinstance(error, UnpicklingError) and start[:1] in (b"P", b"\x80"):
+    is_zip = start == b"PK\3\4"
+    if isinstance(error, UnpicklingError) and (start[:1] == b"\x80" or (is_zip and zipfile.is_zipfile(path))):
         code = re.search(r"GLOBAL (\S+)", str(error))
-        named = f" ({code[1]})" if code else ""
         return (
-            f"holds pickled code{named}, which was not run; a checkpoint holds tensors and plain values. Give one that "
-            "train.py wrote."
+            f"holds pickled code{f' ({code[1]})' if code else ''}, which was not run; a checkpoint holds tensors and "
+            "plain values. Give one that train.py wrote."
         )
-    elif start == b"PK\3\4":
-        wrong = "is damaged."
-    else:
+    if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
-    others = [path.with_name(name) for name in ("best.ckpt", "last.ckpt") if name != path.name]
-    whole = [other.name for other in others if zipfile.is_zipfile(other)]
+    damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
+    whole = [
+        name for name in ("best.ckpt", "last.ckpt") if name != path.name and zipfile.is_zipfile(path.with_name(name))
+    ]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
-    return f"{wrong} {instead}."
+    return f"{damage if start else 'is empty'}. {instead}."
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:
-    """Rebuild the model of a checkpoint that `read` returned, in eval mode.
+    """Rebuild the model of a checkpoint that `read_checkpoint` returned, in eval mode.
 
-    Args:
-        checkpoint: holds all weights, or what was trained and a reference to the frozen rest, which is then read
-            from the `backbone.weights` of its configuration.
+    A checkpoint that holds only the trained weights refers to the frozen rest, which is then read from the
+    `backbone.weights` of its configuration.
 
     Raises:
         ValueError: the frozen weights cannot be found or are others, some weights are not finite, or the model is of
             another version of the code.
     """
-    cfg = OmegaConf.create(checkpoint["config"])
+    cfg, path = OmegaConf.create(checkpoint["config"]), checkpoint["path"]
     if "frozen" not in checkpoint and "weights" in cfg.backbone:
         cfg.backbone.weights = "none"
     if "compile" in cfg.model:
@@ -174,7 +164,7 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
     weights = cfg.backbone.get("weights", "none")
     if weights not in ("none", "bundled", "hub") and not Path(weights).expanduser().is_file():
         raise ValueError(
-            f"{checkpoint['path']} refers to frozen weights in {weights}, which is not a file here. "
+            f"{path} refers to frozen weights in {weights}, which is not a file here. "
             "Say where they lie now: weights=<file>, for train.py and probe.py backbone.weights=<file>."
         )
     try:
@@ -187,49 +177,12 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
             raise
         reason = " ".join(str(cause).split())[:300]
         raise ValueError(
-            f"{checkpoint['path']} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that "
-            "out to use it."
+            f"{path} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that out to use it."
         ) from error
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(
-            f"{checkpoint['path']} holds weights that are not finite ({len(broken)} tensors, e.g. {broken[0]}), as "
-            "after training that diverged; give another checkpoint."
+            f"{path} holds weights that are not finite ({len(broken)} tensors, e.g. {broken[0]}), as after training "
+            "that diverged; give another checkpoint."
         )
     return model.eval()
-
-
-def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str:
-    """Let a new run start from the weights of an earlier one; its policy, optimizer and schedule are its own.
-
-    Args:
-        model: changed in place; may have LoRA where the earlier one had none, and the other way round.
-        wanted: as for `find`; of a run, its best checkpoint counts.
-        runs: the folder below which `last` looks.
-        allow: as for `read`.
-
-    Returns:
-        the earlier run's `backbone.weights`, from which those of the new one descend, too.
-
-    Raises:
-        ValueError: no such checkpoint, or one of another architecture.
-    """
-    from thaw.freezing.lora import merge_lora, plain_name
-
-    path = find(wanted, runs, "best.ckpt")
-    checkpoint = read(path, allow)
-    source = load_model(checkpoint)
-    merge_lora(source)
-    theirs, own = source.state_dict(), model.state_dict()
-    given = {name: theirs.pop(plain_name(name), None) for name in own}
-    differ = [name for name, tensor in given.items() if tensor is None and "lora_" not in name]
-    differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
-    differ += list(theirs)
-    if differ:
-        raise ValueError(
-            f"start_from={wanted}: {path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
-            "Choose the backbone and head that it was trained with."
-        )
-    model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})
-    model.backbone.fresh = frozenset()
-    return checkpoint["config"]["backbone"].get("weights", "none")

@@ -14,15 +14,15 @@ def quoted(value: Any) -> str:
 
 
 def setting(key: str, value: str | Path) -> str:
-    """`key=value`, quoted for Hydra where commas, brackets, blanks or `=` would be read, and then for the shell."""
+    """`key=value`, quoted for Hydra, which would read commas, brackets, blanks and `=`, and then for the shell."""
     text = str(value)
     return shlex.quote(f"{key}={text if re.fullmatch(PLAIN, text) else quoted(text)}")
 
 
 def quote_path(argument: str) -> str:
-    """`key=path` as Hydra reads it: a path that exists whatever characters are in it, and `~/` as the home folder.
+    """`key=path` for Hydra, if the path exists or starts with `~/`; any other argument stays as it is.
 
-    Anything else stays as it is. A shell expands no `~` behind a `=`, and Hydra none at all.
+    A shell does not expand a `~` behind a `=`, and Hydra expands none.
     """
     key, equals, value = argument.partition("=")
     if home := re.fullmatch(r"(['\"]?)(~(?:/.*)?)\1", value):

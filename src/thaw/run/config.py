@@ -15,9 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from thaw.run.command_line import quote_path
 from thaw.run.console import lenient
 from thaw.run.files import FULL
-from thaw.run.targets import leaves, refers_outside
+from thaw.run.ranks import drop_stray_ranks
+from thaw.run.targets import config_leaves, refers_outside
 
 USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
+SETTING_ERRORS = (*USER_ERRORS, HydraException, OmegaConfBaseException)
+BUNDLED_NAME = "digits_vit"  # of the weights that `backbone.weights=bundled` means
 
 
 def build(block: Any, **arguments: Any) -> Any:
@@ -31,18 +34,14 @@ def build(block: Any, **arguments: Any) -> Any:
 
 
 def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
-    """Instantiate every block of a group such as `callbacks`; None stands for an empty group.
-
-    Raises:
-        ValueError: a block without `_target_`, which Hydra would otherwise leave as a dict.
-    """
+    """Instantiate every block of a group such as `callbacks`; Hydra would keep one without `_target_` as a dict."""
     built = []
     for name, block in (blocks or {}).items():
         if block is None:  # switched off: callbacks.early_stopping=null
             continue
         if not isinstance(block, DictConfig) or "_target_" not in block:
             raise ValueError(
-                f"{group}.{name} has no _target_: it names no class; got {block}. Set it to null to drop it."
+                f"{group}.{name}={block} has no _target_, so it names no class. Set it to null to drop it."
             )
         built.append(build(block))
     return built
@@ -54,8 +53,6 @@ def clear_errors() -> Iterator[None]:
 
     Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
     """
-    from thaw.run.ranks import drop_stray_ranks
-
     sys.argv[1:] = map(quote_path, sys.argv[1:])
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     drop_stray_ranks()
@@ -63,15 +60,11 @@ def clear_errors() -> Iterator[None]:
     try:
         with lenient():
             yield
-    except (*USER_ERRORS, HydraException, OmegaConfBaseException) as error:
-        if full:
-            raise
+    except SETTING_ERRORS as error:
         cause: BaseException = error
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(error, InstantiationException) and not isinstance(
-            cause, (*USER_ERRORS, HydraException, TypeError)
-        ):
+        if full or (isinstance(error, InstantiationException) and not isinstance(cause, (*SETTING_ERRORS, TypeError))):
             raise
         print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
         sys.exit(1)
@@ -88,7 +81,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
         return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
     message = str(error).split("\n    full_key:")[0].strip()
-    if not isinstance(error, (*USER_ERRORS, HydraException, OmegaConfBaseException)):
+    if not isinstance(error, SETTING_ERRORS):
         message = f"{type(error).__name__}: {message}".removesuffix(": ")
     if isinstance(error, OverrideParseException):
         message = (
@@ -98,10 +91,8 @@ def explain(error: BaseException) -> str:
     cause = error.__cause__ or error
     parent = getattr(cause, "parent_node", None)
     if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
-        key = str(cause.full_key or cause.key)
-        place = key.rpartition(".")[0] or "the top level"
-        names = ", ".join(str(name) for name in parent)
-        message += f"\nallowed in {place}: {names}"
+        place = str(cause.full_key or cause.key).rpartition(".")[0] or "the top level"
+        message += f"\nallowed in {place}: {', '.join(map(str, parent))}"
     return message
 
 
@@ -109,10 +100,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as nested plain dicts that need nothing of Hydra to be resolved later.
 
     Interpolations between its own keys stay, so that a later override of `optim.lr` reaches whatever refers to it.
-    What other resolvers give, which may depend on the running job or on this machine, is written out.
+    Other resolvers depend on the running job or on this machine, so that their results are written out.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=False)
-    outside = [place for place, value in leaves(config, "") if refers_outside(value)]
+    outside = [place for place, value in config_leaves(config, "") if refers_outside(value)]
     if outside:
         cfg = copy.deepcopy(cfg)
         for place in outside:
@@ -124,22 +115,18 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def backbone_name(backbone: DictConfig) -> str:
     """What people call a backbone, which depends on its weights.
 
-    Bundled weights have the name of their file, those of the hub timm's name with its tag. Without either, timm's name
-    of the architecture stands with the sizes that the arguments change and the file of the weights, if there is one:
-    `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`. A baseline has the name of its class.
+    Bundled weights have the name of their file, those of the hub timm's name, a baseline that of its class. Otherwise
+    it is `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`: changed sizes, and a file of weights.
     """
-    from thaw.models.pretrained import BUNDLED
-
     name, weights = backbone.get("name"), backbone.get("weights", "none")
     if name is None:
         return backbone._target_.rpartition(".")[2].lower()
     if weights == "bundled":
-        return BUNDLED.stem
+        return BUNDLED_NAME
     if weights == "hub":
         return name
-    arguments = OmegaConf.to_container(backbone.get("arguments") or OmegaConf.create())
-    assert isinstance(arguments, dict)
-    sizes = [f"{key!s} {value}" for key, value in arguments.items() if type(value) in (int, list)]
+    arguments: Any = OmegaConf.to_container(backbone.get("arguments") or OmegaConf.create())
+    sizes = [f"{key} {value}" for key, value in arguments.items() if type(value) in (int, list)]
     name = name.partition(".")[0] + (f" with {', '.join(sizes)}" if sizes else "")
     return name if weights == "none" else f"{name} from {Path(weights).name}"
 
@@ -148,21 +135,17 @@ OmegaConf.register_new_resolver("backbone_name", backbone_name, replace=True)
 
 
 def check_devices(trainer: DictConfig) -> None:
-    """Refuse devices that this machine does not have.
-
-    Raises:
-        ValueError: says what there is.
-    """
+    """Refuse devices that this machine does not have."""
     import torch
 
     accelerator, devices = trainer.accelerator, trainer.devices
     if accelerator in ("gpu", "cuda"):
         found = torch.cuda.device_count()
-        wanted = len(devices) if OmegaConf.is_list(devices) else devices
         if not found:
             raise ValueError(
                 f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer.accelerator=cpu."
             )
+        wanted = len(devices) if OmegaConf.is_list(devices) else devices
         if isinstance(wanted, int) and wanted > found:
             raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
@@ -172,13 +155,10 @@ def check_devices(trainer: DictConfig) -> None:
 
 
 def settle(cfg: DictConfig) -> None:
-    """Write out what `auto` means on this machine, and refuse what it cannot do.
+    """Check all values, and write out what `auto` means on this machine.
 
     `trainer.precision=auto` is bf16-mixed where the hardware computes in bf16, else 32-true;
     `backbone.fused_attention=auto` is plain attention on a CPU, which trains faster there in bf16.
-
-    Raises:
-        ValueError: says which key, what was allowed and the next step.
     """
     import torch
 

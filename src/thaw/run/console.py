@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from thaw.run.files import named
+from thaw.run.files import write_errors
 
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
 EXPECTED_WARNINGS = (
@@ -28,9 +28,9 @@ EXPECTED_WARNINGS = (
 
 
 class Stream(io.FileIO):
-    """A standard stream that ignores failed writes, because the results of a run are files, not printed lines.
+    """A standard stream that ignores failed writes: the results of a run are files, not printed lines.
 
-    Writes fail where nobody reads any more (`| head`), the terminal is gone, or the disk of a log is full.
+    Writes fail after the reader has left (`| head`), the terminal is closed, or the disk of a log is full.
     """
 
     def write(self, content: Any) -> int:
@@ -42,8 +42,14 @@ class Stream(io.FileIO):
 
 @contextmanager
 def lenient() -> Iterator[None]:
-    """Let standard output and standard error take every text and outlive their reader."""
-    in_utf8()
+    """Let standard output and standard error take every text and outlive their reader.
+
+    Where file names are ASCII (LC_ALL=C PYTHONUTF8=0), the program starts again in Python's UTF-8 mode: Python would
+    replace other characters by surrogates, which YAML and ONNX refuse.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = now = lenient_stream(sys.stdout), lenient_stream(sys.stderr)
     try:
@@ -52,16 +58,6 @@ def lenient() -> Iterator[None]:
         for stream in now:
             stream.flush()
         sys.stdout, sys.stderr = before
-
-
-def in_utf8() -> None:
-    """Start the program again in Python's UTF-8 mode where file names are ASCII (LC_ALL=C PYTHONUTF8=0).
-
-    Python stands in for other characters with surrogates there, which YAML, ONNX and more refuse.
-    """
-    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def lenient_stream(stream: TextIO | None) -> TextIO:
@@ -77,24 +73,16 @@ def lenient_stream(stream: TextIO | None) -> TextIO:
 
 @contextmanager
 def results() -> Iterator[TextIO]:
-    """Standard output for results that are printed: a write that fails is an error.
-
-    Raises:
-        OSError: it cannot be written.
-        SystemExit: nobody reads any more; the status is that of a program which SIGPIPE has ended.
-    """
+    """Standard output for results: a failed write is an error. When the reader leaves, it ends as by SIGPIPE."""
     try:
         number = sys.stdout.fileno()
     except OSError:
         yield sys.stdout
         return
     sys.stdout.flush()
-    encoding = sys.stdout.encoding
+    options: Any = {"encoding": sys.stdout.encoding, "errors": ESCAPES, "newline": "", "closefd": False}
     try:
-        with (
-            named(Path("/dev/stdout")),
-            open(number, "w", encoding=encoding, errors=ESCAPES, newline="", closefd=False) as exact,
-        ):
+        with write_errors(Path("/dev/stdout")), os.fdopen(number, "w", **options) as exact:
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None

@@ -11,14 +11,14 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from thaw.run import checkpoint
-from thaw.run.files import named, write_text
+from thaw.run.checkpoint import load_checkpoint
+from thaw.run.files import write_errors, write_text
 
 
 class RunCSV(CSVLogger):
-    """Lightning's CSV logger, except that a run that goes on in its own folder keeps the rows it has written before.
+    """Lightning's CSV logger, except that a run that goes on in its own folder keeps the rows that it wrote before.
 
-    The rows of steps that are made again are dropped, so that no step stands there twice.
+    Rows of steps that are made again are dropped, so that no step stands there twice.
 
     Args:
         save_dir, name, version, flush_logs_every_n_steps: as in Lightning.
@@ -33,33 +33,34 @@ class RunCSV(CSVLogger):
 
     @cached_property
     def first_step(self) -> int:
-        """Up to here the checkpoint has come: Lightning logs a step under the number of those before it."""
+        """The number of steps before the checkpoint. Lightning logs the first step as 0."""
         if self.resume is None:
             return 0
-        loop: dict[str, Any] = checkpoint.load(Path(self.resume))["loops"]["fit_loop"]
+        loop: dict[str, Any] = load_checkpoint(Path(self.resume))["loops"]["fit_loop"]
         return loop["epoch_loop.state_dict"]["_batches_that_stepped"]
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            path = Path(self.log_dir, Writer.NAME_METRICS_FILE)
-            header, rows = read_rows(path, self.first_step)
+            path = Path(self.log_dir, RowWriter.NAME_METRICS_FILE)
+            header, rows = read_rows(path) if self.first_step and path.is_file() else ([], [])
+            rows = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) < self.first_step]
             if rows:
                 write_rows(path, header, rows)
             else:
                 path.unlink(missing_ok=True)
-            self._experiment = Writer(self.log_dir)
+            self._experiment = RowWriter(self.log_dir)
             self._experiment.metrics_keys = header
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        if step is None or step >= self.first_step:  # an epoch that ended with the checkpoint ends once more
+        if step is None or step >= self.first_step:  # the epoch that ended with the checkpoint is logged again
             super().log_metrics(metrics, step)
 
 
-class Writer(ExperimentWriter):
+class RowWriter(ExperimentWriter):
     """Lightning's, except that it adds to the file that is there, and loses no row when a new column comes."""
 
     def _check_log_dir_exists(self) -> None:  # Lightning's removes the file
@@ -67,16 +68,14 @@ class Writer(ExperimentWriter):
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        write_rows(path, fieldnames, rows)
+        write_rows(path, fieldnames, read_rows(path)[1])
 
     def save(self) -> None:
-        with named(Path(self.metrics_file_path)):
+        with write_errors(Path(self.metrics_file_path)):
             super().save()
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        with named(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
+        with write_errors(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
             super().log_hparams(params)
 
 
@@ -88,11 +87,8 @@ def write_rows(path: Path, header: list[str], rows: list[dict[str, str]]) -> Non
     write_text(text.getvalue(), path)
 
 
-def read_rows(path: Path, end: int) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a CSV of metrics, as far as their step comes before `end`."""
-    if end == 0 or not path.is_file():
-        return [], []
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a CSV of metrics."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < end]
-        return list(reader.fieldnames or []), rows
+        return list(reader.fieldnames or []), list(reader)

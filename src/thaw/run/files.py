@@ -1,13 +1,15 @@
-"""How every file of thaw is written: whole or not at all, whatever ends the process or fills the disk."""
+"""How thaw writes files: whole or not at all, whatever ends the process or fills the disk; and JSON files."""
 
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 SUFFIX = ".thaw.part"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -15,30 +17,27 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` for the body to fill; it takes the place of `path` once its bytes are on the disk.
+    """A temporary file beside `path` for the body to fill; it replaces `path` once its bytes are on the disk.
 
-    After an error, `path` is as it was before and the temporary file is gone. That of a process which was killed goes
-    with the next write into the same folder.
-
-    Args:
-        path: of the file. A device or a pipe, such as /dev/stdout, is written directly.
+    After an error, `path` is as it was before. The temporary file of a killed process is removed by the next write into
+    the same folder. A device or a pipe, such as /dev/stdout, is written directly.
 
     Raises:
         OSError: names the file, the reason and the next step.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        with named(path):
+        with write_errors(path):
             yield path
         return
-    with named(path), temporary(path) as part:
+    with write_errors(path), temporary(path) as part:
         yield part
         move(part, path)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """As `atomic`, a folder."""
-    with named(path), temporary(path, folder=True) as part:
+    """`atomic` for a folder."""
+    with write_errors(path), temporary(path, folder=True) as part:
         new = part / path.name
         new.mkdir()
         yield new
@@ -55,12 +54,27 @@ def write_bytes(content: bytes | memoryview, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """In UTF-8; characters that it lacks, of a file name that is not UTF-8, are written as escapes."""
+    """Write UTF-8. Characters that it lacks, as in a file name that is not UTF-8, become escapes."""
     write_bytes(text.encode("utf-8", "backslashreplace"), path)
 
 
+def write_json(facts: Mapping[str, Any], path: Path) -> None:
+    write_text(json.dumps(facts, indent=2) + "\n", path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote; ValueError if it is not a JSON object."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("no object")
+    except ValueError as error:  # bytes that are not UTF-8, too
+        raise ValueError(f"{path} is damaged ({error}); remove it to run that again.") from error
+    return facts
+
+
 @contextmanager
-def named(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Let the error of a failed write name the file that was to be written, and the next step."""
     try:
         yield
@@ -68,16 +82,26 @@ def named(path: Path) -> Iterator[None]:
         place = str(error.filename or path)
         if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
-        shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # of a folder that is being made
+        shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
         step = "Free some space, or choose" if error.errno in FULL else "Choose"
         raise OSError(f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
 
 
 @contextmanager
 def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A new file or folder beside `path`, locked as long as this process lives, and removed at the end."""
+    """A new file or folder beside `path`, locked as long as this process lives, and removed at the end.
+
+    It removes what killed processes left in the folder: their locks are gone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)
+    for leftover in path.parent.glob(f".*{SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(leftover, os.O_RDONLY if leftover.is_dir() else os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(leftover)
+            finally:
+                os.close(lock)
     while True:
         part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}{SUFFIX}")
         if folder:
@@ -87,24 +111,12 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         if part.exists():
             break
-        os.close(lock)  # another process has taken it for a leftover before it was locked
+        os.close(lock)  # another process removed it as a leftover before it was locked
     try:
         yield part
     finally:
         remove(part)
         os.close(lock)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes; those of living ones are locked."""
-    for part in folder.glob(f".*{SUFFIX}"):
-        with suppress(OSError):
-            lock = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(part)
-            finally:
-                os.close(lock)
 
 
 def remove(part: Path) -> None:
@@ -126,8 +138,8 @@ def sync(path: Path) -> None:
 
 
 def move(part: Path, path: Path) -> None:
-    """Rename a file or folder when its own bytes are on the disk, and wait until its new name is."""
+    """Rename a file or folder once its bytes are on the disk, and wait until its new name is."""
     sync(part)
     part.replace(path)
-    with suppress(OSError):  # not every file system can do that for a folder
+    with suppress(OSError):  # some file systems cannot sync a folder
         sync(path.parent)

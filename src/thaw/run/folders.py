@@ -1,5 +1,7 @@
-"""Where runs and sweeps lie. A sweep's folder is named by its command and a job's by its configuration, so that the
-same command finds what it left behind.
+"""Names of the folders of runs and sweeps.
+
+A sweep's folder is named by its command and a job's by its configuration, so that the same command finds the results of
+an earlier call.
 """
 
 import hashlib
@@ -12,9 +14,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from thaw.run.command_line import override_key
 from thaw.run.targets import targets
 
-# What changes nothing in the trained weights: where they lie, what is measured afterwards, who is told.
+# Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
 NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
@@ -24,9 +27,8 @@ NOT_THE_RUN = (
 
 def register_resolvers() -> None:
     """Make `${job_key:}`, `${sweep_key:}`, `${run_name:}` and `${run_id:}` known to configurations."""
-    OmegaConf.register_new_resolver("job_key", job_key, replace=True)
-    OmegaConf.register_new_resolver("sweep_key", sweep_key, replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    for resolver in (job_key, sweep_key, run_name):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True, use_cache=True)
 
 
@@ -38,36 +40,36 @@ def job_key(_root_: DictConfig) -> str:
         block = OmegaConf.select(config, parent) if parent else config
         if block is not None and name in block:
             block[name] = None
-    return digest(OmegaConf.to_container(config, resolve=True))
+    return short_hash(OmegaConf.to_container(config, resolve=True))
 
 
 def sweep_key(_root_: DictConfig) -> str:
     """Name of the experiment and a hash of what was typed after `train.py -m`, in any order."""
-    return f"{_root_.name}_{digest(sorted(_root_.hydra.overrides.task))}"
+    return f"{_root_.name}_{short_hash(sorted(_root_.hydra.overrides.task))}"
 
 
 def run_name(_root_: DictConfig) -> str:
-    """`name`, or where `resume` goes on with another run and no name is typed, the name of that run."""
-    typed = {override.split("=")[0] for override in _root_.hydra.overrides.task}
+    """`name`; where `resume` continues another run and no name is typed, the name of that run."""
+    typed = {override_key(override) for override in _root_.hydra.overrides.task}
     if _root_.resume and "name" not in typed:
         from thaw.run.resume import find_saved
 
         runs = Path("logs", "runs") / (_root_.name if "experiment" in typed else "")
-        with suppress(ValueError):  # said by the program itself
+        with suppress(ValueError):  # the program itself reports it
             saved = find_saved(_root_.resume, runs, [*_root_.allow, *targets(_root_)])[0]
             return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
     return _root_.name
 
 
-def digest(value: Any) -> str:
+def short_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def run_id(key: str) -> str:
-    """The same in all processes of a run, and another for each run; a run that a cluster starts again keeps its own.
+    """An id that is the same in all processes of a run, and another for each run.
 
-    The time, to the microsecond. Under SLURM the job's number and `key`, the run's `job_key`: a requeued job finds the
-    folder that it left. Under torchrun the time of rank 0, which the others ask for in torchrun's store.
+    It is the time, to the microsecond. Under torchrun it is the time of rank 0, which the others read from torchrun's
+    store. Under SLURM it is the job's number with `key`, the run's `job_key`, so that a requeued job finds its folder.
     """
     if "SLURM_JOB_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         return f"slurm_{os.environ['SLURM_JOB_ID']}_{key}"

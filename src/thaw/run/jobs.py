@@ -20,9 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.config import USER_ERRORS, explain, plain
 from thaw.run.console import lenient
-from thaw.run.files import write_text
+from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import job_key
-from thaw.run.json_files import read_json, write_json
 from thaw.run.targets import targets
 
 log = logging.getLogger(__name__)
@@ -33,18 +32,13 @@ JOB = "job.json"  # whose folder this is
 LOCK = "job.lock"  # held by the process that works there
 SUMMARY = "summary.json"  # of a run that came to its end
 FAILURE = "failure.json"  # of one that did not
-LAST = "checkpoints/last.ckpt"
+LAST_CHECKPOINT = "checkpoints/last.ckpt"
 
 
 def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
-    """Train in `cfg.run_dir` what is still to be trained there; in a sweep a failure ends this job only.
+    """Train in `cfg.run_dir` if that is not done; returns the best validation accuracy, as `train` does.
 
-    Args:
-        cfg: a composed run; its `resume` is set if there is something to go on with.
-        train: the whole run; returns its best validation accuracy.
-
-    Returns:
-        the best validation accuracy; None if there is none.
+    In a sweep a failure ends this job only.
 
     Raises:
         ValueError: the folder belongs to another configuration, or another process works there.
@@ -65,7 +59,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
 
 
 def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
-    """As `run_job`, but what is raised goes on to the caller."""
+    """`run_job` that raises every error."""
     run_dir = Path(cfg.run_dir)
     with claimed(run_dir, job_key(cfg)):
         if has_summary(run_dir):
@@ -81,11 +75,15 @@ def read_state(run_dir: Path) -> State:
     """What has become of the run in a folder."""
     if has_summary(run_dir):
         return "done"
-    if is_claimed(run_dir):
-        return "running"
+    if (run_dir / LOCK).is_file():
+        try:
+            with FileLock(run_dir / LOCK, timeout=0):
+                pass
+        except Timeout:
+            return "running"
     if (run_dir / FAILURE).is_file():
         return "failed"
-    return "cut off" if (run_dir / LAST).is_file() else "new"
+    return "cut off" if (run_dir / LAST_CHECKPOINT).is_file() else "new"
 
 
 def has_summary(run_dir: Path) -> bool:
@@ -96,46 +94,31 @@ def has_summary(run_dir: Path) -> bool:
         return False
 
 
-def is_claimed(run_dir: Path) -> bool:
-    """Whether a process works in a folder."""
-    if not (run_dir / LOCK).is_file():
-        return False
-    try:
-        with FileLock(run_dir / LOCK, timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def go_on(cfg: DictConfig) -> None:
-    """Set `cfg` to go on from its own last checkpoint, in the same folder and the same W&B run, if it was cut off.
+    """Let a run that was cut off continue from its last checkpoint, in the same folder and the same W&B run.
 
-    What has raised an error starts anew: its cause may be mended, and what it has computed so far may be wrong. What
-    could not write a file goes on: its last checkpoint is whole.
+    A run that failed with an exception restarts from scratch: its state may be wrong. A run that could not write a file
+    continues: its last checkpoint is whole.
     """
-    from thaw.run import checkpoint
+    from thaw.run.checkpoint import read_checkpoint
 
     run_dir = Path(cfg.run_dir)
     failed = (run_dir / FAILURE).is_file() and read_json(run_dir / FAILURE).get("status") == "failed"
-    if failed or not (run_dir / LAST).is_file():
+    if failed or not (run_dir / LAST_CHECKPOINT).is_file():
         return
     try:
-        last = checkpoint.read(run_dir / LAST, targets(cfg))
+        last = read_checkpoint(run_dir / LAST_CHECKPOINT, targets(cfg))
     except ValueError as error:
         log.warning("%s Starting anew.", error)
         return
     log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))
-    cfg.resume = str(run_dir / LAST)
+    cfg.resume = str(run_dir / LAST_CHECKPOINT)
     if cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.id = last["wandb_id"]
 
 
 def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
-    """Refuse Hydra's change of the working folder, before which all relative paths were meant.
-
-    Raises:
-        ValueError: it was asked for.
-    """
+    """Refuse Hydra's change of the working folder: relative paths are meant before it."""
     if hydra.job.chdir:
         raise ValueError(
             "hydra.job.chdir=true is not supported: data.dir, cache.dir and logs are relative to the folder in which "
@@ -145,7 +128,7 @@ def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Hand on Ctrl-C as what it is: Lightning ends the program with status 1 instead, and ignores it from then on."""
+    """Raise KeyboardInterrupt at Ctrl-C; Lightning would exit with status 1 and ignore Ctrl-C from then on."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -158,11 +141,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def claimed(run_dir: Path, key: str) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run.
-
-    Raises:
-        ValueError: as in `run_job`.
-    """
+    """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run."""
     if not is_first_rank():
         yield
         return
@@ -186,48 +165,34 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
 
 @contextmanager
 def recorded(cfg: DictConfig) -> Iterator[None]:
-    """Write the configuration at the start; at a failure `failure.json`, which goes once there is a summary."""
+    """Write the configuration at the start and `failure.json` at a failure, which goes once there is a summary."""
+    if not is_first_rank():
+        yield
+        return
     run_dir, started = Path(cfg.run_dir), time.monotonic()
-    if is_first_rank():
-        write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
+    write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
     try:
         yield
     except (Exception, SystemExit) as error:
-        if is_first_rank() and not has_summary(run_dir):
+        if not has_summary(run_dir):
             pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
             status = "pruned" if pruned else "killed" if isinstance(error, OSError) else "failed"
             reason = str(error) if pruned else explain(error)
             try:
                 record_failure(cfg, status, reason, trace, time.monotonic() - started)
-            except OSError as unwritten:  # the disk may be full, which is perhaps what the first error says
+            except OSError as unwritten:  # the disk may be full, as perhaps the first error says
                 log.warning("%s", unwritten)
         raise
     finally:
-        if is_first_rank() and has_summary(run_dir):
+        if has_summary(run_dir):
             (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def record_failure(cfg: DictConfig, status: str, reason: str, trace: str, seconds: float) -> None:
-    """Say in `failure.json` why a run has no summary.
-
-    Args:
-        cfg: of the run.
-        status: failed | killed | timeout | pruned.
-        reason: in a line.
-        trace: the traceback, or nothing.
-        seconds: since the run started.
-    """
-    facts = {
-        "status": status,
-        "reason": reason,
-        "traceback": trace,
-        "name": cfg.name,
-        "overrides": cfg.overrides,
-        "seed": cfg.seed,
-        "seconds": round(seconds, 2),
-        "run_dir": cfg.run_dir,
-    }
+    """Say in `failure.json` why a run has no summary; `status` is failed, killed, timeout or pruned."""
+    facts = {"status": status, "reason": reason, "traceback": trace, "name": cfg.name, "overrides": cfg.overrides}
+    facts |= {"seed": cfg.seed, "seconds": round(seconds, 2), "run_dir": cfg.run_dir}
     write_json(facts, Path(cfg.run_dir) / FAILURE)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases, online where that works and offline where it does not, without a question or a wait."""
+"""Weights & Biases, online where that works and offline where it does not, without asking or waiting."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import wandb
@@ -20,12 +20,14 @@ from requests.utils import get_netrc_auth
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT = 3.0  # seconds
-BEST: dict[str, Callable[..., float]] = {"val/acc": max, "val/loss": min}
+WANDB_TIMEOUT = 3.0  # seconds to connect
+NO_KEY = "no W&B key is configured"
+LOGIN_HOSTS = ("https://api.wandb.ai",)  # `wandb login` may have stored the key under W&B's older address
+BETTER: dict[str, Callable[..., float]] = {"val/acc": max, "val/loss": min}
 
 
 class RunWandb(WandbLogger):
-    """Lightning's W&B logger, except that a run's summary holds the best of `BEST`, not the last.
+    """Lightning's W&B logger, except that a run's summary holds the best of each metric in `BETTER`, not the last.
 
     W&B's own way to do that puts `val/acc.max` into the summary, where a table or a W&B sweep looks for `val/acc`.
     """
@@ -35,27 +37,27 @@ class RunWandb(WandbLogger):
     def experiment(self) -> Any:
         if self._experiment is None:
             run = super().experiment
-            for name in BEST:
+            for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
-            self.best = {name: run.summary.get(name) for name in BEST}  # of a run that goes on online
+            self.best = {name: run.summary.get(name) for name in BETTER}  # a run that goes on online has some
             show_in_sweep(Path(run.dir).parent)
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
-        for name in BEST.keys() & metrics.keys():
+        for name in BETTER.keys() & metrics.keys():
             before = self.best[name]
-            self.best[name] = metrics[name] if before is None else BEST[name](metrics[name], before)
+            self.best[name] = metrics[name] if before is None else BETTER[name](metrics[name], before)
             self.experiment.summary[name] = self.best[name]
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        if checkpoint_callback.monitor is not None:  # last.ckpt is for going on, it was not chosen
+        if checkpoint_callback.monitor is not None:  # last.ckpt was not chosen by a metric
             super().after_save_checkpoint(checkpoint_callback)
 
 
 class NoLogger(Logger):
-    """Takes the place of a logger and drops what it is given: callbacks such as the learning rate's need a logger."""
+    """Takes the place of a logger and drops what it is given: callbacks such as LearningRateMonitor need a logger."""
 
     name = version = ""
 
@@ -73,39 +75,31 @@ def wandb_logger(
     name: str,
     tags: Sequence[str],
     job_type: str,
-    mode: str,
+    mode: Literal["auto", "online", "offline", "disabled"],
     log_model: bool,
     save_code: bool,
     run_dir: str,
     id: str | None,
-) -> RunWandb | NoLogger:
+) -> Logger:
     """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
-        project, entity, name, job_type: as in `wandb.init`.
-        tags: likewise, cut to the 64 characters that W&B takes.
+        project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
-        mode: `online`, `offline`, `disabled`, or `auto`: what WANDB_MODE says, else online if a key is configured and
-            the server answers.
+        mode: `auto` is WANDB_MODE, or without it online if a key is configured and the server answers.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
-        save_code: keep the program and, as a patch, what git says has changed in thaw's own checkout.
+        save_code: keep the program and a patch with the uncommitted changes of thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
         id: of the W&B run to go on with, or None for a new one.
-
-    Raises:
-        ValueError: an unknown mode, or `online` without a key.
     """
-    if mode not in ("auto", "online", "offline", "disabled"):
-        raise ValueError(f"logger.wandb.mode={mode!r} is unknown; choose auto, online, offline or disabled.")
     if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
         return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
-    wandb.setup()  # reads both, before it has anything to say
+    wandb.setup()  # reads both before it prints anything
     reason = None if mode == "offline" else why_offline()
     if mode == "online" and reason == NO_KEY:
         raise ValueError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
-    offline = mode == "offline" or (mode == "auto" and reason is not None)
     if mode == "auto" and reason not in (None, NO_KEY):
         log.warning("W&B runs offline: %s.", reason)
     return RunWandb(
@@ -113,10 +107,10 @@ def wandb_logger(
         entity=entity,
         group=group or Path(run_dir).parent.name,
         name=name.strip(),  # a run without overrides
-        tags=[tag[:64] for tag in tags],
+        tags=[tag[:64] for tag in tags],  # W&B takes no longer ones
         job_type=job_type,
         save_dir=run_dir,
-        mode="offline" if offline else "online",
+        mode="offline" if mode == "offline" or (mode == "auto" and reason is not None) else "online",
         id=id,
         resume="allow",
         log_model=log_model,
@@ -132,10 +126,9 @@ def wandb_logger(
 
 
 def show_in_sweep(folder: Path) -> None:
-    """Link a W&B run's folder into `<sweep>/wandb`, if it is a job's: there W&B shows and uploads the sweep as a whole.
+    """Link a W&B run's folder, if it is `<sweep>/<job>/wandb/<run>`, into `<sweep>/wandb`.
 
-    Args:
-        folder: `<sweep>/<job>/wandb/<run>`; anything else is left alone.
+    There W&B shows and uploads the sweep as a whole.
     """
     sweep = folder.parents[2]
     if not (sweep / "multirun.yaml").is_file():
@@ -146,12 +139,8 @@ def show_in_sweep(folder: Path) -> None:
         link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
 
 
-NO_KEY = "no W&B key is configured"
-LOGIN_HOSTS = ("https://api.wandb.ai",)  # `wandb login` may have stored the key under W&B's older address
-
-
 def why_offline() -> str | None:
-    """Why W&B cannot run online, or None if it can; answers within `CONNECT_TIMEOUT`.
+    """Why W&B cannot run online, or None if it can; answers within `WANDB_TIMEOUT`.
 
     W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
     """
@@ -164,7 +153,7 @@ def why_offline() -> str | None:
     url = urlsplit(server)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT).close()
+        socket.create_connection((url.hostname or "", port), timeout=WANDB_TIMEOUT).close()
     except OSError as error:
         return f"{url.hostname}:{port} does not answer ({error})"
     return None
@@ -201,7 +190,7 @@ def where_to_look(loggers: list[Logger]) -> str | None:
 
 
 def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:
-    """Put facts of a finished run, such as its time and size, into its summary in W&B, where its table shows them."""
+    """Put facts of a finished run, such as its time and size, into its summary in W&B."""
     run = wandb_run(loggers)
     if run is not None:
         run.summary.update({key: value for key, value in facts.items() if value is not None})
@@ -213,7 +202,7 @@ def finish(loggers: list[Logger]) -> None:
     Called while an exception passes, it marks the run as failed.
     """
     error = sys.exc_info()[0]
-    failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's, which is there for sweep.py alone
+    failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
     if any(isinstance(logger, WandbLogger) for logger in loggers):

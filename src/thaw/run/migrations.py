@@ -5,7 +5,7 @@ before. tests/checkpoints/ holds checkpoints of earlier versions that must load.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,44 +40,34 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> what the code did
 
 
 def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[str, Any], list[str]]:
-    """A configuration as today's version writes it, and what was changed, a line for each key.
+    """The configuration of a file as today's version writes it, and what was changed, a line for each key.
 
     Keys that a block lacks are those that configurations of the same class have today, with the value of the YAML; so
     are whole groups, such as `trainer`.
 
-    Args:
-        config: plain values, not resolved; stays as it is.
-        file: that it comes from.
-        commit: of the code that wrote the file.
-
     Raises:
-        ValueError: a removed key whose value today's code has not, or a missing one with no single value today.
+        ValueError: a removed key with a value that today's code lacks, or a missing one without a single value today.
     """
-    changed: list[str] = []
     config = dict(copy.deepcopy(config))
-    for group, block in default_keys().items():
-        if group not in config:
-            config[group] = copy.deepcopy(block)
-            if isinstance(block, dict):
-                changed.append(group)
-    migrate_blocks(config, "", changed, f"{file} was written by commit {commit} of thaw, and today's version")
+    missing = {group: copy.deepcopy(block) for group, block in default_keys().items() if group not in config}
+    changed = [group for group, block in missing.items() if isinstance(block, dict)]
+    config |= missing
+    for place, block in mappings(config):
+        for key, inner in block.items():
+            if isinstance(inner, dict) and inner.get("_target_") in REMOVED:
+                block[key] = None
+                changed.append(f"{place}{key}=null, as {inner['_target_']} is gone")
+        if isinstance(block.get("_target_"), str):  # anything else is refused later
+            migrate_block(block, place, changed, f"{file} was written by commit {commit} of thaw, and today's version")
     return config, changed
 
 
-def migrate_blocks(value: Any, place: str, changed: list[str], cannot: str) -> None:
-    """Bring every block with a `_target_` up to date, in place."""
-    if isinstance(value, list):
-        for number, inner in enumerate(value):
-            migrate_blocks(inner, f"{place}{number}.", changed, cannot)
-    if not isinstance(value, dict):
-        return
-    if isinstance(value.get("_target_"), str):  # anything else is refused later
-        migrate_block(value, place, changed, cannot)
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner.get("_target_") in REMOVED:
-            value[key] = None
-            changed.append(f"{place}{key}=null, as {inner['_target_']} is gone")
-        migrate_blocks(value[key], f"{place}{key}.", changed, cannot)
+def mappings(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping in a value, itself included, with its place in the whole."""
+    if isinstance(value, dict):
+        yield place, value
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from mappings(inner, f"{place}{key}.")
 
 
 def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot: str) -> None:
@@ -102,31 +92,20 @@ def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot:
 @cache
 def blocks_of_today(target: str) -> list[dict[str, Any]]:
     """The blocks of the configuration files that build a class."""
-    found: list[dict[str, Any]] = []
-
-    def collect(value: Any) -> None:
-        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            collect(inner)
-        if isinstance(value, dict) and value.get("_target_") == target:
-            found.append(value)
-
-    for path, text in config_files().items():
-        if target in text:
-            collect(parsed(path))
-    return found
+    files = [path for path, text in config_files().items() if target in text]
+    return [block for path in files for _, block in mappings(parsed(path)) if block.get("_target_") == target]
 
 
 @cache
 def default_keys() -> dict[str, Any]:
-    """What every run has at its top level, as configs/train.yaml says."""
+    """The top-level keys of every run, from configs/train.yaml."""
     path = CONFIGS / "train.yaml"
     if path not in config_files():  # installed without the checkout
         return {}
     train = dict(parsed(path))
-    chosen = [entry for entry in train.pop("defaults") if isinstance(entry, dict)]
+    chosen = [item for entry in train.pop("defaults") if isinstance(entry, dict) for item in entry.items()]
     keys = {key: value for key, value in train.items() if key != "hydra" and "${hydra:" not in str(value)}
-    for entry in chosen:
-        ((group, choice),) = entry.items()
+    for group, choice in chosen:
         path = CONFIGS / group / f"{choice}.yaml"
         if path in config_files():  # not lists of choices, nor none
             block = parsed(path)

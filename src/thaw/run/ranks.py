@@ -18,29 +18,30 @@ from thaw.run.command_line import quoted
 from thaw.run.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
-GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
+RANK_GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
 PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
 # What a run of several processes changes in the environment; SLURM_NTASKS would tell Lightning that srun started it.
 RANK_VARIABLES = (
     *("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMP_NUM_THREADS", "SLURM_NTASKS"),
 )
-# By which a launcher tells a process its place. Lightning looks at each of them on its own.
+# Variables by which a launcher tells a process its place. Lightning looks at each of them on its own.
 PLACE = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
 SLURM_PLACE = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS")
 
 
 def is_launched() -> bool:
-    """Whether something else (rank 0, torchrun, srun) started this process as one of several ranks.
+    """Whether rank 0, torchrun or srun started this process as one of several ranks.
 
-    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no step of its job: what it starts is alone.
+    A batch script has SLURM_PROCID and SLURM_NTASKS too, but is not a step of its job: processes that it starts itself
+    are alone.
     """
     tasks = int(os.environ.get("SLURM_NTASKS", 1)) if "SLURM_STEP_ID" in os.environ else 1
     return "LOCAL_RANK" in os.environ or ("SLURM_PROCID" in os.environ and tasks > 1)
 
 
 def drop_stray_ranks() -> None:
-    """Remove from the environment what would make this process a rank of a run that nothing started; says so.
+    """Remove variables that would make this process a rank of a run that nothing started, and say so.
 
     Shells in containers and on clusters inherit such variables from jobs. torchrun and rank 0 set several at once.
     """
@@ -55,7 +56,7 @@ def drop_stray_ranks() -> None:
 
 
 def is_child() -> bool:
-    """Whether rank 0 of this run started this process with its own configuration, in which all is decided."""
+    """Whether rank 0 of this run started this process; its configuration is then decided already."""
     return PARENT in os.environ and "LOCAL_RANK" in os.environ
 
 
@@ -73,23 +74,16 @@ def num_processes(trainer: DictConfig) -> int:
 
 @contextmanager
 def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
-    """Run the body as rank 0 of as many processes as the trainer asks for; the others run `config`.
+    """Run the body as rank 0 of as many processes as `cfg.trainer` asks for; the others run `config`, its plain values.
 
     One process needs nothing, and ranks that torchrun or srun started are left alone. Afterwards the environment, the
     number of threads and the process group are as before, so that the next job of a sweep starts clean.
-
-    Args:
-        cfg: with `trainer` and `run_dir`.
-        config: the same configuration as plain values.
     """
     count = num_processes(cfg.trainer)
     if PARENT in os.environ:
         threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     check_world(count, cfg.trainer.get("num_nodes", 1))
-    if is_launched():
-        yield
-        return
-    if count == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+    if is_launched() or (count == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1):
         yield
         return
     import torch
@@ -107,29 +101,23 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
         yield
         for rank, child in enumerate(children, start=1):
             try:
-                child.wait(GRACE)
+                child.wait(RANK_GRACE)
             except subprocess.TimeoutExpired:
                 print(f"warning: rank {rank} did not end with rank 0; ending it.", file=sys.stderr)
     finally:
         ended.set()
         for child in children:
-            child.kill()  # what it would say of its end is no news
+            child.kill()  # at once, so that it prints no error about its end
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 def check_world(count: int, nodes: int) -> None:
-    """Compare the processes that the trainer asks for with those that were started.
-
-    Raises:
-        ValueError: there are others; without it they would wait for each other, or each train alone.
-    """
+    """Refuse other numbers of processes than were started: they would wait for each other, or each train alone."""
     if not is_launched():
         if nodes > 1:
             raise ValueError(
@@ -155,13 +143,8 @@ def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Pope
     write_text(OmegaConf.to_yaml(config), run_dir / CONFIG_NAME)
     share = max(1, torch.get_num_threads() // count)  # ranks that each use all cores slow each other down many times
     torch.set_num_threads(share)
-    os.environ.update(
-        NODE_RANK="0",
-        WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(find_free_network_port()),
-        OMP_NUM_THREADS=str(share),
-    )
+    os.environ |= {"NODE_RANK": "0", "WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(share)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
     children = [start_rank(rank, run_dir) for rank in range(1, count)]
     os.environ["LOCAL_RANK"] = "0"
     return children
@@ -175,14 +158,9 @@ def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
 
 
 def run_command(run_dir: Path, job_name: str) -> list[str]:
-    """The command that trains exactly what `config.yaml` in `run_dir` says, in that folder.
-
-    Args:
-        run_dir: absolute.
-        job_name: names the log file.
-    """
+    """The command that trains what `config.yaml` in the absolute `run_dir` says; `job_name` names the log file."""
     program = Path(sys.argv[0]).resolve()
-    if program.name == "sweep.py":  # what it sweeps over are runs of train.py
+    if program.name == "sweep.py":  # its trials are runs of train.py
         program = program.with_name("train.py")
     return [
         *(sys.executable, str(program), "--config-path", str(run_dir), "--config-name", CONFIG_NAME),
@@ -201,7 +179,7 @@ def watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
     """End the program if a rank has failed and rank 0 keeps waiting for it."""
     while not ended.wait(1.0):
         failed = [rank for rank, child in enumerate(children, start=1) if child.poll()]
-        if failed and not ended.wait(GRACE):
+        if failed and not ended.wait(RANK_GRACE):
             print(f"error: rank {failed[0]} ended with an error (see above); ending the run.", file=sys.stderr)
             for child in children:
                 child.terminate()

@@ -1,4 +1,4 @@
-"""What `resume=` means: the run to go on with, its configuration with what was typed, and whether it had ended."""
+"""Resuming: find the run to go on with, change its configuration as typed, and say whether it had ended."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,36 +7,29 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from thaw.run.checkpoint import checked_config, find, read
-from thaw.run.command_line import setting
+from thaw.run.checkpoint import checked_config, find_checkpoint, read_checkpoint
+from thaw.run.command_line import override_key, setting
 from thaw.run.targets import targets
 
 
 def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
-    """The configuration in a run's `config.yaml`.
-
-    Args:
-        path: of the file.
-        allow: as for `read`.
-
-    Raises:
-        ValueError: it cannot be read, is none of a run, or names code that is not allowed.
-    """
+    """The configuration in a run's `config.yaml`, if it names only code that is allowed."""
     try:
         config = OmegaConf.load(path)
-    except (OSError, YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as a configuration ({error}).") from error
-    if not isinstance(config, DictConfig) or "trainer" not in config:
-        raise ValueError(f"{path} is not the configuration of a run; give the folder of a run of train.py.")
+        if "trainer" not in config:
+            raise ValueError("it has no trainer")
+    except (OSError, YAMLError, ValueError) as error:
+        hint = "give the folder of a run of train.py"
+        raise ValueError(f"{path} cannot be read as a configuration of a run ({error}); {hint}.") from error
     values: Any = OmegaConf.to_container(config, resolve=False)
     return OmegaConf.create(checked_config(values, path, allow, "unknown"))
 
 
 def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
-    """The configuration of the run that `resume` means, its last checkpoint's file and what that holds.
+    """The configuration of the run that `resume` means, its last checkpoint's file and content.
 
-    A folder without a checkpoint is that of a run that was ended before its first one: its own `config.yaml` says how
-    it had started, from the beginning or from the checkpoint of another run.
+    A folder without a checkpoint is that of a run that ended before its first one: its own `config.yaml` says how it
+    had started, from the beginning or from the checkpoint of another run.
 
     Raises:
         ValueError: no such run.
@@ -44,28 +37,22 @@ def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfi
     config = Path(wanted).expanduser() / "config.yaml"
     if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
         saved = read_config(config, allow)
-        path = find(saved.resume, runs, "last.ckpt") if saved.resume else None
-        return saved, path, read(path, allow) if path else {}
-    path = find(wanted, runs, "last.ckpt")
-    checkpoint = read(path, allow)
+        path = find_checkpoint(saved.resume, runs, "last.ckpt") if saved.resume else None
+        return saved, path, read_checkpoint(path, allow) if path else {}
+    path = find_checkpoint(wanted, runs, "last.ckpt")
+    checkpoint = read_checkpoint(path, allow)
     return OmegaConf.create(checkpoint["config"]), path, checkpoint
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of the run to go on with, changed only where the command line says so.
+    """The configuration of the run that `cfg.resume` means, changed only where the command line says so.
 
-    Args:
-        cfg: as composed from the command line, with `resume` set.
-        overrides: the command line's overrides, e.g. `["resume=last", "trainer.max_epochs=20"]`.
-
-    Returns:
-        the saved configuration with these overrides, a folder of its own, and `resume` as the checkpoint's path, or
-        null for a run that starts from the beginning.
+    It has a folder of its own, and `resume` is the checkpoint's path, or null for a run that starts from the beginning.
 
     Raises:
-        ValueError: no such run, or another experiment than the saved one.
+        ValueError: no such run, or another experiment or freezing policy than the saved one.
     """
-    typed = [override.lstrip("+~").split("=", 1)[0].split("@")[0] for override in overrides]
+    typed = [override_key(override) for override in overrides]
     runs = Path(cfg.run_dir).parent  # logs/runs/<name>
     runs = runs if {"experiment", "name"} & set(typed) else runs.parent
     saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
@@ -98,7 +85,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def why_ended(checkpoint: dict[str, Any], cfg: DictConfig) -> tuple[str, str] | None:
-    """Why a run would train no step more from its last checkpoint, and a setting that makes it; None if it would."""
+    """Why a run would not train further from its last checkpoint, and a setting that makes it; None if it would."""
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     most, steps = OmegaConf.select(cfg, "trainer.max_epochs"), OmegaConf.select(cfg, "trainer.max_steps")
     if most is not None and 0 <= most <= epochs:

@@ -39,52 +39,46 @@ INTERPOLATION = re.compile(  # of another key
 
 
 def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], commit: str = "unknown") -> None:
-    """Refuse a configuration that could run more than the classes it is meant for; imports nothing else.
+    """Refuse a configuration that names anything but the classes it is meant for; nothing else is imported.
 
-    Allowed are thaw's own models, callbacks, loggers and data modules, the optimizers of torch and timm, what of
-    Lightning the shipped configurations use, and what `allow` names. An object counts by the module that defines it,
-    so that `thaw.run.config.os.makedirs` is not thaw's.
-
-    Args:
-        config: plain values, not resolved.
-        file: that it comes from.
-        allow: packages, modules or classes of the user's, e.g. `["mypackage"]`.
-        commit: of the code that wrote the file.
+    Allowed are thaw's models, callbacks, loggers and data modules, the optimizers of torch and timm, the classes of
+    Lightning that the shipped configurations use, and `allow`: packages, modules or classes of the user's. An object
+    counts by the module that defines it, so that `thaw.run.config.os.makedirs` is not thaw's.
 
     Raises:
         ValueError: names the first key that is refused.
     """
-    for place, value in leaves(config, ""):
+    for place, value in config_leaves(config, ""):
         if refers_outside(value):
             raise ValueError(
                 f"{file}: {place}={value!r} is not run, as it comes from a file; allowed are references to other keys, "
                 "such as ${data.batch_size}. Give a checkpoint that train.py wrote."
             )
         if place.rpartition(".")[2] == "_target_" and str(value) not in {*LIGHTNING, *allow}:
-            check_target(place, value, file, allow, commit)
+            check_target(place, str(value), file, allow, commit)
 
 
-def targets(cfg: DictConfig) -> list[str]:
-    """The classes that a composed configuration names: the user's choice, in this command or the configs folder."""
-    named = {place: value for place, value in leaves(OmegaConf.to_container(cfg, resolve=False), "")}
-    return [str(named[place]) for place in named if place.endswith("._target_") and not place.startswith("hydra.")]
-
-
-def check_target(place: str, target: Any, file: Path, allow: Sequence[str], commit: str) -> None:
-    name, packages = str(target), (OWN, *OPTIMIZERS, *allow)
+def check_target(place: str, name: str, file: Path, allow: Sequence[str], commit: str) -> None:
+    packages = (OWN, *OPTIMIZERS, *allow)
     try:
-        found = find(name) if any(is_in(name, package) for package in packages) else None
+        found = import_target(name) if any(is_in(name, package) for package in packages) else None
     except ImportError as error:
         raise ValueError(
-            f"{file}: {place}={target} cannot be imported ({error}). The file was written by commit {commit}; check "
+            f"{file}: {place}={name} cannot be imported ({error}). The file was written by commit {commit}; check "
             "that out, or install the package that it needs."
         ) from error
     if found is None or not any(is_part(found, name, package) for package in packages):
         raise ValueError(
-            f"{file}: {place}={target!r} is refused and was not run: a checkpoint may name models, callbacks, loggers "
+            f"{file}: {place}={name!r} is refused and was not run: a checkpoint may name models, callbacks, loggers "
             f"and data modules of thaw, and optimizers of torch and timm. Code of your own in a file that you trust is "
             "allowed by the name of its package: 'allow=[mypackage]'."
         )
+
+
+def targets(cfg: DictConfig) -> list[str]:
+    """The classes that a composed configuration names: the user's choice, in this command or the configs folder."""
+    leaves = config_leaves(OmegaConf.to_container(cfg, resolve=False), "")
+    return [str(value) for place, value in leaves if place.endswith("._target_") and not place.startswith("hydra.")]
 
 
 def refers_outside(value: Any) -> bool:
@@ -96,53 +90,42 @@ def is_in(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def find(name: str) -> Any:
-    """The object that a dotted name means; imports packages and modules on the way to it.
-
-    Raises:
-        ImportError: there is none.
-    """
+def import_target(name: str) -> Any:
+    """The object that a dotted name means; imports packages and modules on the way to it."""
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
-    for number, part in enumerate(parts[1:], start=1):
+    for number, part in enumerate(parts[1:], start=2):
         if not hasattr(found, part):
-            importlib.import_module(".".join(parts[: number + 1]))
+            importlib.import_module(".".join(parts[:number]))
         found = getattr(found, part)
     return found
 
 
 def is_part(found: Any, name: str, package: str) -> bool:
-    """Whether a package itself defines an object; of thaw and the optimizers one of the kind that is meant."""
+    """Whether a package defines an object itself, and for thaw and the optimizers one of the allowed kinds."""
     if not is_in(getattr(found, "__module__", None) or "", package):
         return False
-    if package in OPTIMIZERS:
-        from torch.optim import Optimizer
-
-        return isinstance(found, type) and issubclass(found, Optimizer)
-    if package != OWN:
+    if package not in (OWN, *OPTIMIZERS):
         return callable(found)
-    return name in FUNCTIONS | PARTS or (isinstance(found, type) and issubclass(found, kinds()))
-
-
-def kinds() -> tuple[type, ...]:
-    """Base classes of what configurations build."""
     from lightning import Callback, LightningDataModule
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.loggers import Logger
     from lightning.pytorch.strategies import Strategy
-    from torch import nn
+    from torch import nn, optim
 
-    return nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy
+    own = (nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy)
+    kinds = own if package == OWN else optim.Optimizer
+    return (isinstance(found, type) and issubclass(found, kinds)) or (package == OWN and name in FUNCTIONS | PARTS)
 
 
-def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is neither a mapping nor a list, and whatever `_target_` is, with its key in the whole."""
+def config_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The single values in a configuration, with their keys in the whole; `_target_` always counts as one."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             inside = f"{place}.{key}" if place else str(key)
-            yield from [(inside, inner)] if key == "_target_" else leaves(inner, inside)
+            yield from [(inside, inner)] if key == "_target_" else config_leaves(inner, inside)
     elif isinstance(value, list | tuple):
         for number, inner in enumerate(value):
-            yield from leaves(inner, f"{place}.{number}")
+            yield from config_leaves(inner, f"{place}.{number}")
     else:
         yield place, value

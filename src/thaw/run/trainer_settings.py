@@ -1,107 +1,87 @@
-"""Lightning's Trainer from its settings; what it would refuse late, misread or ignore is refused before training."""
+"""Lightning's Trainer from its settings. Values that it would refuse late, misread or ignore are refused first."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator, Field
 
 from thaw.run.config import build
+from thaw.run.values import Count, CountOrZero, NonNegative, find_problem
 
 if TYPE_CHECKING:  # takes seconds
     from lightning import LightningDataModule, Trainer
 
-ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true")
-PROFILERS = ("simple", "advanced", "pytorch")
-DURATION = "a duration as DD:HH:MM:SS or {minutes: 10}"
-SOME = "a whole number of batches, or a fraction above 0 and at most 1"
+
+def as_duration(value: Any) -> timedelta:
+    """A duration as Lightning takes it: `DD:HH:MM:SS` or arguments of `timedelta`."""
+    if not isinstance(value, dict):
+        value = dict(zip(("days", "hours", "minutes", "seconds"), map(int, str(value).split(":")), strict=True))
+    try:
+        length = timedelta(**value)
+    except TypeError as error:
+        raise ValueError("unknown unit") from error
+    if length <= timedelta(0):
+        raise ValueError("too short")
+    return length
 
 
-def seconds(value: Any) -> float:
-    """Of a duration as Lightning takes it, `DD:HH:MM:SS` or arguments of `timedelta`; 0 for anything else."""
-    if isinstance(value, dict):
-        try:
-            return timedelta(**value).total_seconds()
-        except TypeError:
-            return 0.0
-    parts = re.fullmatch(r"(\d+):(\d+):(\d+):(\d+)", str(value))
-    if not parts:
-        return 0.0
-    days, hours, minutes, rest = map(int, parts.groups())
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=rest).total_seconds()
+Share = Annotated[float, Field(gt=0, le=1)]
+OF_BATCHES = "batches, or a share of them"
+Batches = Annotated[Count | Share, Field(description=OF_BATCHES)]
+Duration = Annotated[timedelta, BeforeValidator(as_duration)]
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"]
 
-
-def at_least(lowest: float) -> Callable[[Any], bool]:
-    return lambda value: value >= lowest
-
-
-def batches(value: Any) -> bool:
-    return 0 < value <= 1 or (value > 1 and value % 1 == 0)
-
-
-# What each argument may be; null is Lightning's default.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "accelerator": (lambda value: value in ACCELERATORS, f"one of {', '.join(ACCELERATORS)}"),
-    "strategy": (lambda value: value in STRATEGIES, f"one of {', '.join(STRATEGIES)}; trainer=fsdp shards parameters"),
-    "num_nodes": (at_least(1), "1 or more"),
-    "precision": (lambda value: value != "16-true", "16-mixed, bf16-mixed or bf16-true, as Adam divides by 0 in fp16"),
-    "fast_dev_run": (at_least(0), "true, false or a number of batches"),
-    "max_epochs": (lambda value: value == -1 or value >= 1, "1 or more, or -1 beside +trainer.max_steps=<steps>"),
-    "min_epochs": (at_least(0), "0 or more"),
-    "max_steps": (lambda value: value == -1 or value >= 1, "1 or more, or -1 for no limit"),
-    "min_steps": (at_least(0), "0 or more"),
-    "max_time": (lambda value: seconds(value) > 0, DURATION),
-    "limit_train_batches": (batches, SOME),
-    "limit_val_batches": (lambda value: value == 0 or batches(value), f"{SOME}, or 0 for no validation"),
-    "limit_test_batches": (batches, f"{SOME}; test=false leaves the test out"),
-    "limit_predict_batches": (lambda value: value == 0 or batches(value), SOME),
-    "overfit_batches": (lambda value: value == 0, "0; to overfit, train on few digits, e.g. debug=overfit"),
-    "val_check_interval": (
-        lambda value: batches(value) if isinstance(value, int | float) else seconds(value) > 0,
-        f"{SOME}, or {DURATION}",
-    ),
-    "check_val_every_n_epoch": (at_least(1), "1 or more, or null"),
-    "num_sanity_val_steps": (at_least(-1), "a number of batches, or -1 for all"),
-    "log_every_n_steps": (at_least(0), "0 or more"),
-    "accumulate_grad_batches": (at_least(1), "1 or more"),
-    "gradient_clip_val": (at_least(0), "0 or more, or null"),
-    "gradient_clip_algorithm": (lambda value: value in ("norm", "value"), "norm or value"),
-    "profiler": (lambda value: value in PROFILERS, f"one of {', '.join(PROFILERS)}, or null"),
-    "reload_dataloaders_every_n_epochs": (at_least(0), "0 or more"),
-    "barebones": (lambda value: not value, "false, as a run without logging has no accuracy; debug=profile times one"),
-    "model_registry": (lambda value: not value, "null; logger.wandb.log_model=true keeps the best checkpoint in W&B"),
-    "logger": (lambda value: False, "left out; logger= chooses loggers"),
-    "callbacks": (lambda value: False, "left out; +callbacks.<name>._target_=<class> adds one"),
+RULES: dict[str, Any] = {  # the values of each argument; null is Lightning's default
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    "strategy": Annotated[Strategy, Field(description="trainer=fsdp shards parameters")],
+    "num_nodes": Count,
+    "fast_dev_run": Annotated[bool | CountOrZero, Field(description="a number of batches")],
+    "max_epochs": Annotated[Literal[-1] | Count, Field(description="-1 beside +trainer.max_steps=<steps>")],
+    "min_epochs": CountOrZero,
+    "max_steps": Annotated[Literal[-1] | Count, Field(description="-1 for no limit")],
+    "min_steps": CountOrZero,
+    "max_time": Duration,
+    "limit_train_batches": Batches,
+    "limit_val_batches": Annotated[CountOrZero | Share, Field(description=f"{OF_BATCHES}, 0 for no validation")],
+    "limit_test_batches": Annotated[Count | Share, Field(description=f"{OF_BATCHES}; test=false leaves the test out")],
+    "limit_predict_batches": Annotated[CountOrZero | Share, Field(description=OF_BATCHES)],
+    "overfit_batches": Annotated[Literal[0], Field(description="to overfit, train on few images, as debug=overfit")],
+    "val_check_interval": Annotated[Count | Share | Duration, Field(description=OF_BATCHES)],
+    "check_val_every_n_epoch": Count,
+    "num_sanity_val_steps": Annotated[int, Field(ge=-1, description="-1 for all batches")],
+    "log_every_n_steps": CountOrZero,
+    "accumulate_grad_batches": Count,
+    "gradient_clip_val": NonNegative,
+    "gradient_clip_algorithm": Literal["norm", "value"],
+    "profiler": Literal["simple", "advanced", "pytorch"],
+    "reload_dataloaders_every_n_epochs": CountOrZero,
+    "barebones": Annotated[Literal[False], Field(description="it logs no accuracy; debug=profile times a run")],
+    "model_registry": Annotated[None, Field(description="logger.wandb.log_model=true keeps the best checkpoint")],
+    "logger": Annotated[None, Field(description="leave it out; logger= chooses loggers")],
+    "callbacks": Annotated[None, Field(description="leave it out; +callbacks.<name>._target_=<class> adds one")],
 }
 
 
 def check_trainer(trainer: DictConfig) -> None:
-    """Compare every argument with what it may be, and those that depend on each other.
-
-    Args:
-        trainer: of a run, of the right types (`thaw.run.config.check_types`).
-
-    Raises:
-        ValueError: names each wrong key, its value and what was allowed.
-    """
-    given = OmegaConf.to_container(trainer, resolve=True)
-    assert isinstance(given, dict)
-    built = {key for key, value in given.items() if isinstance(value, dict) and "_target_" in value}
-    wrong = [
-        f"trainer.{key}={given[key]} must be {allowed}"
-        for key, (is_right, allowed) in RULES.items()
-        if given.get(key) is not None and key not in built and not is_right(given[key])
-    ]
+    """Refuse wrong arguments of the right types: each wrong key is named with its value and what is allowed."""
+    given: Any = OmegaConf.to_container(trainer, resolve=True)
+    wrong = []
+    for key, value in given.items():
+        if key in RULES and value is not None and not (isinstance(value, dict) and "_target_" in value):
+            wrong += find_problem(f"trainer.{key}", value, RULES[key])
     devices, max_epochs, interval = given.get("devices"), given.get("max_epochs"), given.get("val_check_interval")
     on_cpu = given.get("accelerator") == "cpu"
     form = r"auto|[1-9]\d*" if on_cpu else r"auto|-1|[1-9]\d*|\d+(,\d+)+|\[\d+(, \d+)*\]"
     if not re.fullmatch(form, str(devices)):
         kinds = "a number of processes or auto on a CPU" if on_cpu else "a number, a list of GPUs' numbers, -1 or auto"
         wrong.append(f"trainer.devices={devices} must be {kinds}")
+    if given.get("precision") == "16-true":
+        wrong.append("trainer.precision='16-true' must be 16-mixed, bf16-mixed or bf16-true: Adam divides by 0 in fp16")
     if max_epochs == -1 and given.get("max_steps", -1) == -1 and not given.get("fast_dev_run"):
         wrong.append(
             "trainer.max_epochs=-1 has no end, which the cosine of the learning rate needs; it must be a number of "
@@ -111,7 +91,7 @@ def check_trainer(trainer: DictConfig) -> None:
         wrong.append(f"trainer.min_epochs={given['min_epochs']} must be at most trainer.max_epochs={max_epochs}")
     if given.get("check_val_every_n_epoch", 1) is None and isinstance(interval, float):
         wrong.append(
-            f"trainer.val_check_interval={interval} must be a whole number of batches or {DURATION}, as "
+            f"trainer.val_check_interval={interval} must be a whole number of batches or a duration, as "
             "trainer.check_val_every_n_epoch=null counts across epochs"
         )
     if wrong:
@@ -126,13 +106,13 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
         print("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for", flush=True)
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
-    if not hasattr(trainer, "val_check_interval"):  # a duration, for which Lightning's EarlyStopping is not prepared
+    if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
         trainer.val_check_interval = None
     return trainer
 
 
 def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") -> None:
-    """Refuse before training a fraction of the test split that holds no batch, which Lightning sees after it."""
+    """Refuse a share of the test split that holds no batch; Lightning would see it only after training."""
     share = trainer.limit_test_batches
     if isinstance(share, float) and share < 1:
         datamodule.prepare_data()
@@ -146,11 +126,7 @@ def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") ->
 
 @contextmanager
 def lightning_errors() -> Iterator[None]:
-    """Turn what Lightning says of settings into a user's error.
-
-    Raises:
-        ValueError: with Lightning's own message.
-    """
+    """Raise what Lightning says of settings as a user's error."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:

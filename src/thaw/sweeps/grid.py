@@ -21,7 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.run.command_line import quoted
+from thaw.run.command_line import override_key, quoted
 from thaw.run.config import check_devices, explain
 from thaw.run.files import write_text
 from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
@@ -129,7 +129,7 @@ def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequ
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
     folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
     ignored = cfg.hydra.job.config.override_dirname.exclude_keys
-    shown = [override for override in overrides if override.split("=")[0] not in ignored]
+    shown = [override for override in overrides if override_key(override) not in ignored]
     cfg.run_dir, cfg.overrides = str(folder), " ".join(shown)  # what only the running job knows
     with open_dict(cfg):
         del cfg["hydra"]

@@ -16,8 +16,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.pages.figures import accuracy_axis, save_figure
+from thaw.run.files import read_json
 from thaw.run.jobs import SUMMARY
-from thaw.run.json_files import read_json
 from thaw.sweeps.space import as_overrides
 from thaw.sweeps.study import OPEN, SAID, counted
 
@@ -42,7 +42,7 @@ def report_study(
         storage: the study's file.
         objectives: as in `thaw.sweeps.study.open_study`.
         test: of the configuration.
-        allow: classes that checkpoints of the trials may name, as for `thaw.run.checkpoint.read`.
+        allow: classes that checkpoints of the trials may name, as for `thaw.run.checkpoint.read_checkpoint`.
 
     Returns:
         how many trials have failed.

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from thaw.run.command_line import override_key
 from thaw.run.folders import NOT_THE_RUN
 
 DONE, UNFINISHED = "done", "unfinished"
@@ -149,4 +150,4 @@ def is_aside(key: str) -> bool:
 def split_overrides(text: Any) -> tuple[str, ...]:
     """`optim.lr=0.1 seed=1 betas=[0.9, 0.99]` as (`optim.lr=0.1`, `betas=[0.9, 0.99]`): without what `is_aside`."""
     parts = re.split(r"\s+(?=[+~]{0,2}[\w./@:-]+=|~)", str(text or "").strip())
-    return tuple(part for part in parts if part and not is_aside(re.split("[=@]", part.lstrip("+~"))[0]))
+    return tuple(part for part in parts if part and not is_aside(override_key(part)))

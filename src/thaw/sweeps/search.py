@@ -16,10 +16,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from thaw.run.config import USER_ERRORS, explain
-from thaw.run.files import write_text
+from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
-from thaw.run.json_files import read_json
 from thaw.run.targets import targets
 from thaw.sweeps import study as studies
 from thaw.sweeps.outcome import report_study

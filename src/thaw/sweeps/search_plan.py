@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, NopPruner
 
+from thaw.run.command_line import override_key
 from thaw.run.config import build, check_devices, explain
 from thaw.run.folders import job_key
 from thaw.run.ranks import is_launched
@@ -86,7 +87,7 @@ class Plan:
         ignored = cfg.hydra.job.config.override_dirname.exclude_keys
         with open_dict(cfg):
             del cfg["hydra"]
-        named = [override for override in self.typed if key_of(override) not in ignored]
+        named = [override for override in self.typed if override_key(override) not in ignored]
         cfg.overrides = " ".join([*named, shown(params)]).strip()
         cfg.validate = cfg.test = False  # the winner alone is measured, at the end
         cfg.run_dir = str(self.folder / job_key(cfg))
@@ -109,13 +110,13 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
     trials = cfg.sweep.trials
     if not isinstance(trials, int) or trials < 1:
         raise ValueError(f"sweep.trials={trials!r} must be a whole number of at least 1.")
-    typed = [override for override in overrides if key_of(override).replace("/", ".").split(".")[0] != "sweep"]
+    typed = [override for override in overrides if override_key(override).replace("/", ".").split(".")[0] != "sweep"]
     plan = Plan(cfg, typed, Path(cfg.run_dir).resolve(), train)
     check_types(plan.base)
     check_trainer(plan.base.trainer)
     check_devices(plan.base.trainer)
     check_objectives(plan)
-    both = [override for override in typed if key_of(override) in plan.space]
+    both = [override for override in typed if override_key(override) in plan.space]
     if both:
         raise ValueError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
     for params in probes(plan.space):
@@ -133,10 +134,6 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
     except (ValueError, ImportError) as error:
         raise ValueError(f"sweep.sampler cannot draw: {error}") from error
     return plan
-
-
-def key_of(override: str) -> str:
-    return override.lstrip("+~").split("=", 1)[0].split("@")[0]
 
 
 def check_objectives(plan: Plan) -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from thaw.run.files import read_json
 from thaw.run.jobs import FAILURE, SUMMARY
-from thaw.run.json_files import read_json
 
 EPOCH = re.compile(r"epoch \d+/\d+.*")  # a line of thaw.callbacks.progress.EpochLines
 TAIL = 4000  # bytes at the end of a log in which to look for it

@@ -1,0 +1,41 @@
+"""A new run that starts from the weights of an earlier one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thaw.freezing.lora import merge_lora, plain_name
+from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
+
+
+def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str:
+    """Copy the weights of an earlier run's best checkpoint into `model`; policy, optimizer and schedule stay its own.
+
+    Args:
+        model: changed in place. Either of the two models may have LoRA.
+        wanted, runs: as for `find_checkpoint`.
+        allow: as for `read_checkpoint`.
+
+    Returns:
+        the earlier run's `backbone.weights`, which those of the new run descend from, too.
+
+    Raises:
+        ValueError: no such checkpoint, or one of another architecture.
+    """
+    path = find_checkpoint(wanted, runs, "best.ckpt")
+    checkpoint = read_checkpoint(path, allow)
+    source = load_model(checkpoint)
+    merge_lora(source)
+    theirs, own = source.state_dict(), model.state_dict()
+    given = {name: theirs.pop(plain_name(name), None) for name in own}
+    differ = [name for name, tensor in given.items() if tensor is None and "lora_" not in name]
+    differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
+    differ += list(theirs)
+    if differ:
+        raise ValueError(
+            f"start_from={wanted}: {path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
+            "Choose the backbone and head that it was trained with."
+        )
+    model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})
+    model.backbone.fresh = frozenset()
+    return checkpoint["config"]["backbone"].get("weights", "none")
