@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from thaw.run.console import lenient
-from thaw.sweeps.report import write_report
+from thaw.sweeps.run_table import write_run_table
 
 
 def main() -> None:
@@ -18,10 +18,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = arguments.folders
     try:
-        report = write_report(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
+        table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(report.text)
+    print(table.text)
 
 
 if __name__ == "__main__":

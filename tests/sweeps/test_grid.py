@@ -122,8 +122,8 @@ def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=0.01,fast", "optim.lr='fast' must be of type float"),
-        ("trainer.max_epochs=1,2.5", "trainer.max_epochs=2.5 must be of type"),
+        ("optim.lr=0.01,fast", "optim.lr='fast' must be a number above 0"),
+        ("trainer.max_epochs=1,2.5", "trainer.max_epochs=2.5 must be a whole number or null"),
         ("optim.lr=0.01,1e-2", "the same job 2 times"),
         ("optim.lr=range(2,1)", "gives no value at all"),
         ("optim.rate=0.1,0.2", "optim.rate"),
@@ -133,7 +133,10 @@ def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -
         ("seed=0,1 trainer=cpu,gpu", "torch sees no GPU"),
         ("hydra/launcher=nowhere seed=0,1", "nowhere"),
         ("hydra.launcher._target_=hydra_plugins.missing.Launcher seed=0,1", "is not installed"),
-        ("hydra/launcher=queue hydra.launcher.threads=0 seed=0,1", "hydra.launcher.threads=0 must be"),
+        (
+            "hydra/launcher=queue hydra.launcher.threads=0 seed=0,1",
+            "hydra.launcher.threads=0 must be a whole number, 1 or more",
+        ),
     ],
 )
 def test_nothing_starts_when_a_job_could_not(

@@ -137,7 +137,7 @@ def test_every_run_is_found_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere is no folder; give"):
+    with pytest.raises(ValueError, match="nowhere is not a folder; give"):
         find_runs([tmp_path / "nowhere"])
     make_run(tmp_path / "some" / "a")
     (tmp_path / "empty").mkdir()

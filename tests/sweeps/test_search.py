@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from thaw.run.files import read_json, write_json
 from thaw.sweeps import search as searches
 from thaw.sweeps import study as studies
-from thaw.sweeps.report import Report
+from thaw.sweeps.run_table import RunTable
 
 CHEAP = ["logger=none", "test=false", "sweep/pruner=none"]
 LR_SPACE = {
@@ -89,8 +89,8 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     ) -> list[FrozenTrial]:
         typed = [*cheap, *overrides]
         if not report:
-            monkeypatch.setattr("thaw.sweeps.report.write_report", lambda *_: Report([], [], ""))
-            monkeypatch.setattr("thaw.sweeps.outcome.draw", lambda *_: [])
+            monkeypatch.setattr("thaw.sweeps.run_table.write_run_table", lambda *_: RunTable([], [], ""))
+            monkeypatch.setattr("thaw.sweeps.outcome.draw_study", lambda *_: [])
         cfg = compose_sweep(tmp_path / folder, typed)
         try:
             searches.search(cfg, typed, train or Fake())
@@ -307,22 +307,25 @@ BAD = {
     "not a range": (["sweep.space.optim.lr=1"], "neither a range nor choices"),
     "no choices": (["+sweep.space.seed={choices: []}"], "must be a list of at least one value"),
     "choices beside a range": (["+sweep.space.optim.lr.choices=[1]"], "high, log, low is unknown"),
-    "wrong type": (["+sweep.space.trainer={max_epochs: {choices: [two]}}"], r"max_epochs='two' must be of type"),
-    "wrong type of a range": (["+sweep.space.data={batch_size: {low: 1.5, high: 8}}"], r"batch_size=1\.5 must be of"),
+    "wrong type": (["+sweep.space.trainer={max_epochs: {choices: [two]}}"], r"max_epochs='two' must be a whole number"),
+    "wrong type of a range": (
+        ["+sweep.space.data={batch_size: {low: 1.5, high: 8}}"],
+        r"batch_size=1\.5 must be a whole number",
+    ),
     "changes nothing": (["+sweep.space.overrides={choices: [a, b]}"], "changes nothing in what is trained"),
     "typed and searched": (["optim.lr=1"], "optim.lr=1 was typed, but sweep.space searches it"),
-    "unknown sampler": (["sweep.sampler._target_=optuna.samplers.Best"], "is no sampler; choose .*TPESampler"),
-    "not a sampler": (["sweep.sampler._target_=optuna.pruners.NopPruner"], "is no sampler"),
+    "unknown sampler": (["sweep.sampler._target_=optuna.samplers.Best"], "is not a sampler; choose .*TPESampler"),
+    "not a sampler": (["sweep.sampler._target_=optuna.pruners.NopPruner"], "is not a sampler"),
     "unknown sampler file": (["sweep/sampler=best"], "Could not find 'sweep/sampler/best'"),
     "one number for CMA-ES": (["sweep=lr_cmaes", "sweep.space.optim.weight_decay=null"], "two or more numbers"),
     "CMA-ES for two": (["sweep/sampler=cmaes", "sweep.objectives=[val/acc,seconds]"], "cannot draw.*multi-objective"),
     "grid without end": (["sweep/sampler=grid"], "optim.lr has no end of values"),
-    "unknown objective": (["sweep.objectives=[f1]"], "f1 cannot be searched for; choose from val/acc"),
-    "chosen by test": (["sweep.objectives=[test/acc]"], "test/acc cannot be searched for"),
+    "unknown objective": (["sweep.objectives=[f1]"], "f1 is not an objective; choose from val/acc"),
+    "chosen by test": (["sweep.objectives=[test/acc]"], "test/acc is not an objective"),
     "no objective": (["sweep.objectives=[]"], "must be a list of different metrics"),
     "pruning for two": (["sweep/pruner=median", "sweep.objectives=[val/acc,seconds]"], "choose sweep/pruner=none"),
     "no trials": (["sweep.trials=0"], "sweep.trials=0 must be"),
-    "resume": (["resume=last"], "resume=last goes on with one run"),
+    "resume": (["resume=last"], "resume=last continues one run"),
     "storage": (["sweep.storage=a.txt"], r"must end in \.db"),
     "devices": (["trainer=gpu", "trainer.devices=64"], "torch sees"),
 }

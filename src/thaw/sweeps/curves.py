@@ -1,4 +1,4 @@
-"""What a sweep looks like: accuracy against each number that was swept, and over the epochs. Pictures are PNGs."""
+"""Pictures of a sweep, as PNG files: accuracy against each number that was swept, and over the epochs."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from thaw.sweeps.runs import DONE, Run
 LEARNING_RATE = "optim.lr"
 COLORS = ("#2166ac", "#e08214", "#1b7837", "#762a83", "#35978f", "#c51b7d", "#8c510a", "#4d4d4d")
 MARKERS = "os^Dv<>P"
-BEST, OTHERS = "#b2182b", "#9aa5b1"
+RED, GREY = "#b2182b", "#9aa5b1"
 EPOCH_LINES = 20
 
 
@@ -35,13 +35,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Settings that differ in nothing but `x`, joined; or in other swept numbers as well, and then not joined."""
+class SweptCurve:
+    """Settings along one swept number. If they differ in nothing else, a line joins them."""
 
     tokens: list[str]
     points: list[Point]
     joined: bool
-    lost: list[float]  # x of settings of which no run came to its end
+    lost: list[float]  # x of the settings of which no run finished
 
     @property
     def label(self) -> str:
@@ -49,34 +49,36 @@ class Curve:
 
 
 def swept_keys(groups: Sequence[Group]) -> list[str]:
-    """Numeric keys of the configuration that vary while all that is no number stays: the learning rate first."""
-    found: dict[str, int] = {}
+    """Numeric keys that vary among settings in which all other values are equal: the learning rate first."""
     numbers = numeric_keys(groups)
-    for members in together(groups, lambda group: without(group, numbers)):
-        for key in numbers:
-            found[key] = max(found.get(key, 0), len({value(group, key) for group in members} - {None}))
-    return sorted((key for key, count in found.items() if count > 1), key=lambda key: (key != LEARNING_RATE, key))
+    varied = {
+        key
+        for members in grouped_by(groups, lambda group: without(group, numbers))
+        for key in numbers
+        if len({value(group, key) for group in members} - {None}) > 1
+    }
+    return sorted(varied, key=lambda key: (key != LEARNING_RATE, key))
 
 
-def swept_curves(groups: Sequence[Group], key: str) -> list[Curve]:
-    """Validation accuracy against `key`: a curve for each policy and whatever else was set, the best first."""
+def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
+    """Validation accuracy against `key`: a curve for each combination of the other settings, the best first."""
     numbers, swept = numeric_keys(groups), swept_keys(groups)
     curves = []
-    for policy in together([group for group in groups if value(group, key) is not None], lambda g: without(g, numbers)):
-        lines = together(policy, lambda group: without(group, {key}))
-        if len(policy) >= 2 * len(lines):
+    for members in grouped_by(
+        [group for group in groups if value(group, key) is not None], lambda group: without(group, numbers)
+    ):
+        lines = grouped_by(members, lambda group: without(group, {key}))
+        if len(members) >= 2 * len(lines):
             curves += [curve(line, key, True, [key]) for line in lines]
-        else:  # a random search: hardly two settings share all other numbers
-            curves.append(curve(policy, key, False, swept))
+        else:  # a random search: hardly any two settings share all other numbers
+            curves.append(curve(members, key, False, swept))
     curves = [one for one in curves if one.points]
     shared = set.intersection(*(set(one.tokens) for one in curves)) if len(curves) > 1 else set()
-    shown = [
-        replace(one, tokens=[token for token in one.tokens if token not in shared] or one.tokens) for one in curves
-    ]
-    return sorted(shown, key=lambda one: -max(point.mean for point in one.points))
+    curves.sort(key=lambda one: -max(point.mean for point in one.points))
+    return [replace(one, tokens=[token for token in one.tokens if token not in shared] or one.tokens) for one in curves]
 
 
-def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> Curve:
+def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> SweptCurve:
     points, lost = [], []
     for group in groups:
         x, score = value(group, key), group.val
@@ -87,7 +89,7 @@ def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> 
         accuracies = [run.val_acc for run in group.done if run.val_acc is not None]
         points.append(Point(x, score[0], min(accuracies), max(accuracies), score[2]))
     tokens = [token for token, (key, _) in zip(groups[0].tokens, groups[0].parts, strict=True) if key not in swept]
-    return Curve(tokens or [groups[0].runs[0].name], sorted(points, key=lambda p: p.x), joined, sorted(lost))
+    return SweptCurve(tokens or [groups[0].runs[0].name], sorted(points, key=lambda p: p.x), joined, sorted(lost))
 
 
 def numeric_keys(groups: Sequence[Group]) -> set[str]:
@@ -109,8 +111,8 @@ def without(group: Group, keys: set[str]) -> str:
     return json.dumps({key: settings[key] for key in sorted(settings) if key not in keys}, default=str)
 
 
-def together(groups: Sequence[Group], identity: Callable[[Group], str]) -> list[list[Group]]:
-    """Groups of the same identity, in the order of the first of each."""
+def grouped_by(groups: Sequence[Group], identity: Callable[[Group], str]) -> list[list[Group]]:
+    """Lists of groups of the same identity, in the order of the first of each; groups without settings are left out."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if group.runs[0].settings:
@@ -118,8 +120,8 @@ def together(groups: Sequence[Group], identity: Callable[[Group], str]) -> list[
     return list(found.values())
 
 
-def save_swept(curves: Sequence[Curve], key: str, path: Path) -> None:
-    """Draw `swept_curves`; beyond eight curves the rest is grey. A ring marks the best setting."""
+def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
+    """Draw `swept_curves`: the first eight in colors, the rest in grey. A ring marks the best setting."""
     columns = 1 if max(len(one.label) for one in curves[: len(COLORS)]) > 40 else 2
     rows = -(-min(len(curves), len(COLORS) + 1) // columns)  # of the legend
     figure = Figure(figsize=(8, 4.3 + 0.2 * rows), layout="constrained", dpi=110)
@@ -128,7 +130,7 @@ def save_swept(curves: Sequence[Curve], key: str, path: Path) -> None:
     accuracy_axis(axes, min(point.low for point in points), max(point.high for point in points))
     for place, one in reversed([*enumerate(curves)]):  # the best on top
         named = place < len(COLORS)
-        color, marker = (COLORS[place], MARKERS[place]) if named else (OTHERS, ".")
+        color, marker = (COLORS[place], MARKERS[place]) if named else (GREY, ".")
         x, y = [point.x for point in one.points], [point.mean for point in one.points]
         low, high = [point.low for point in one.points], [point.high for point in one.points]
         label = textwrap.shorten(one.label, 100, placeholder=" ...") if named else None
@@ -138,27 +140,27 @@ def save_swept(curves: Sequence[Curve], key: str, path: Path) -> None:
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         else:
             axes.vlines(x, low, high, color=color, alpha=0.4)
-        along = axes.get_xaxis_transform()  # x as data, y from 0 to 1 of the picture
+        along = axes.get_xaxis_transform()  # x in data units, y as a share of the height
         axes.plot(one.lost, [0.03] * len(one.lost), "x", color=color, transform=along)
     best = max(points, key=lambda point: point.mean)
-    axes.plot(best.x, best.mean, "o", markersize=13, markerfacecolor="none", color=BEST, zorder=5)
+    axes.plot(best.x, best.mean, "o", markersize=13, markerfacecolor="none", color=RED, zorder=5)
     scale_x(axes, sorted({point.x for point in points} | {x for one in curves for x in one.lost}), key)
     axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
     axes.set_ylabel("best validation accuracy")
     band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
-    lost = "; x: no run came to its end" if any(one.lost for one in curves) else ""
+    lost = "; x: no run finished" if any(one.lost for one in curves) else ""
     axes.set_title(f"{band}{lost}; ring: best", fontsize=10, loc="left", color="#555555")
     handles, labels = axes.get_legend_handles_labels()
     handles, labels = handles[::-1], labels[::-1]
     if len(curves) > len(COLORS):
-        handles.append(Line2D([], [], color=OTHERS, marker="."))
+        handles.append(Line2D([], [], color=GREY, marker="."))
         labels.append(f"{len(curves) - len(COLORS)} others")
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
 def scale_x(axes: Any, values: list[float], key: str) -> None:
-    """Logarithmic for learning rates and whatever spans much; ticks at the values themselves if they are few."""
+    """Logarithmic for learning rates and for wide ranges; up to eight values have a tick each."""
     if values[0] > 0 and (key == LEARNING_RATE or values[-1] >= 20 * values[0]):
         axes.set_xscale("log")
     elif all(float(x).is_integer() for x in values):
@@ -169,7 +171,7 @@ def scale_x(axes: Any, values: list[float], key: str) -> None:
 
 
 def epoch_curve(run: Run) -> list[tuple[float, float]]:
-    """Validation accuracy after each epoch, from the run's `csv/metrics.csv`; of several in an epoch, at its parts."""
+    """Validation accuracy over the epochs, from the run's `csv/metrics.csv`; several in an epoch are spread over it."""
     path = run.folder / "csv" / "metrics.csv"
     by_epoch: dict[int, list[float]] = {}
     try:
@@ -179,7 +181,7 @@ def epoch_curve(run: Run) -> list[tuple[float, float]]:
                     by_epoch.setdefault(int(row["epoch"]), []).append(float(row["val/acc"]))
     except (OSError, ValueError, csv.Error):
         return []
-    # A finished run has validated its best checkpoint once more, in the epoch after the last.
+    # A finished run validates its best checkpoint once more, which is logged in the epoch after the last.
     epochs = {epoch: found for epoch, found in by_epoch.items() if run.epochs is None or epoch < run.epochs}
     return [
         (epoch + (part + 1) / len(found), accuracy)
@@ -189,7 +191,7 @@ def epoch_curve(run: Run) -> list[tuple[float, float]]:
 
 
 def save_epochs(groups: Sequence[Group], path: Path) -> bool:
-    """Draw validation accuracy over the epochs of the best runs, one line a run; False if no run has any."""
+    """Draw validation accuracy over the epochs, a line for each of the best runs; False if no run has logged any."""
     runs = [run for group in groups for run in group.runs]
     runs.sort(key=lambda run: (run.state != DONE, run is not groups[0].runs[0], -(run.val_acc or 0.0)))
     curves = [(run, points) for run in runs[: 10 * EPOCH_LINES] if (points := epoch_curve(run))][:EPOCH_LINES]
@@ -201,7 +203,7 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     accuracy_axis(axes, min(heights), max(heights))
     kinds = {}
     for place, (run, points) in reversed([*enumerate(curves)]):
-        color, width, kind = (BEST, 2.4, f"best: {groups[0].label}") if place == 0 else (OTHERS, 1.2, "other runs")
+        color, width, kind = (RED, 2.4, f"best: {groups[0].label}") if place == 0 else (GREY, 1.2, "other runs")
         if run.state != DONE:
             color, kind = "#e08214", "not finished"
         line = "-o" if run.state == DONE else "--o"

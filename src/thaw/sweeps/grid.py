@@ -1,4 +1,7 @@
-"""A grid of jobs: checked as a whole, then run as far as they are not done, then reported."""
+"""A grid of jobs: all are checked, those that are not done are run, and then the table is written.
+
+Hydra's own sweeper checks no values before it starts, runs finished jobs again and ends at the first failure.
+"""
 
 import copy
 import os
@@ -37,20 +40,20 @@ class Job:
     folder: Path
 
 
-class Frozen(CachingConfigRepository):
-    """The configuration files as they were when the sweep was checked: an edit changes no job that is still to come."""
+class ConfigSnapshot(CachingConfigRepository):
+    """The configuration files as they were when the sweep was checked: later edits reach none of its jobs."""
 
-    def __deepcopy__(self, memo: dict) -> "Frozen":  # which Hydra makes to compose a job
+    def __deepcopy__(self, memo: dict) -> "ConfigSnapshot":  # Hydra copies it to compose a job
         return self
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         return copy.deepcopy(super().load_config(config_path))
 
 
-class Grid(Sweeper):
+class GridSweep(Sweeper):
     """Every combination of the values on the command line, each as a job in a folder of its own.
 
-    The sweep's folder is pinned before the first job: it is named by the whole command, which a job does not know.
+    The sweep's folder is written into its overrides: its name depends on the whole command, which a job does not know.
     """
 
     config: DictConfig
@@ -60,7 +63,7 @@ class Grid(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
         loader: Any = hydra_context.config_loader
-        loader.repository = Frozen(loader.repository)
+        loader.repository = ConfigSnapshot(loader.repository)
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(self.folder)}")
         if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
@@ -70,8 +73,10 @@ class Grid(Sweeper):
             )
         if "SlurmLauncher" in config.hydra.launcher._target_ and shutil.which("sbatch") is None:
             raise ValueError(
-                "hydra/launcher=submitit_slurm needs SLURM's sbatch, which is not here; choose queue or submitit_local."
+                "hydra/launcher=submitit_slurm needs SLURM's sbatch, which is not installed here; choose queue or "
+                "submitit_local."
             )
+        check_types(config.hydra.launcher, "hydra.launcher.")
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -80,7 +85,7 @@ class Grid(Sweeper):
         """Run the jobs of a command line; exits with status 1 if one of them has failed.
 
         Raises:
-            ValueError: a job that could not run, before the first one starts.
+            ValueError: a job that cannot run, before the first one starts.
         """
         refuse_chdir(self.config.hydra)
         jobs = self.jobs(arguments)
@@ -91,8 +96,8 @@ class Grid(Sweeper):
         try:
             if todo:
                 ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
-                _ = [job.return_value for job in ended]  # raises what a job could not record
-        finally:  # under torchrun and srun every rank is here
+                _ = [job.return_value for job in ended]  # raises the error of a job that left no record
+        finally:  # under torchrun and srun every rank comes here
             unfinished = report_sweep(jobs, self.folder) if is_first_rank() else 0
         if unfinished:
             print("Run the same command again to run what is missing.", file=sys.stderr)
@@ -102,7 +107,7 @@ class Grid(Sweeper):
         """Every job of the grid, composed.
 
         Raises:
-            ValueError: a list of values that is empty.
+            ValueError: a list of values that is empty, or a range.
         """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(arguments)
@@ -129,28 +134,28 @@ def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequ
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
     folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
     ignored = cfg.hydra.job.config.override_dirname.exclude_keys
-    shown = [override for override in overrides if override_key(override) not in ignored]
-    cfg.run_dir, cfg.overrides = str(folder), " ".join(shown)  # what only the running job knows
+    named = [override for override in overrides if override_key(override) not in ignored]
+    cfg.run_dir, cfg.overrides = str(folder), " ".join(named)  # which Hydra itself knows only inside the job
     with open_dict(cfg):
         del cfg["hydra"]
     return Job(tuple(overrides), cfg, folder)
 
 
 def short_names(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """What tells jobs apart: the overrides that not all of them share."""
+    """For each job the overrides that not all jobs share."""
     shared = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
     return [" ".join(override for override in of_job if override not in shared) for of_job in overrides]
 
 
 def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
-    """Find before the first job starts what would stop a later one.
+    """Check all jobs of a sweep before the first one starts.
 
     Args:
         jobs: all of the sweep.
-        on_this_machine: the jobs run here, so that the devices must be here.
+        on_this_machine: the jobs run here, so that their devices must be here.
 
     Raises:
-        ValueError: two jobs are the same, a value has the wrong type, or a job wants devices that are not there.
+        ValueError: two jobs are the same, a value has the wrong type, or a job needs devices that are not there.
     """
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
@@ -166,7 +171,7 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
 
 
 def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
-    """The jobs that are not done; says what is found in the sweep's folder."""
+    """The jobs that are neither done nor running elsewhere; prints the states that were found in the sweep's folder."""
     states = [read_state(job.folder) for job in jobs]
     counts: Counter[str] = Counter(states)
     found = {
@@ -176,37 +181,40 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
         "failed": "{} failed: they are tried again",
         "new": "{} to be run",
     }
-    said = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
+    summary = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
     if is_first_rank():
-        print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {said}", flush=True)
+        print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {summary}", flush=True)
     return [job for job, state in zip(jobs, states, strict=True) if state not in ("done", "running")]
 
 
 def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
-    """Test the winner, or all jobs if one says `test=always`, write and print the report; returns how many are undone.
+    """Test the winner, or all jobs if one says `test=always`; write and print the table.
 
-    The winner is the setting with the best validation accuracy, of which every seed is tested. That waits until no job
-    can overtake it any more: until all are done or have failed. A test that fails counts as a job that is not done.
+    The winner is the setting with the best validation accuracy; all its seeds are tested, once every job is done or has
+    failed, so that none can overtake it any more. A test that fails counts as a job that is not done.
+
+    Returns:
+        how many jobs are not done.
     """
     from thaw.evaluation.evaluate import test_run
-    from thaw.sweeps.report import read_report, write_report
+    from thaw.sweeps.run_table import read_run_table, write_run_table
 
     states = [read_state(job.folder) for job in jobs]
-    wanted = {job.cfg.test for job in jobs}  # an experiment may say it
+    wanted = {job.cfg.test for job in jobs}  # an experiment may set it for its own jobs
     allow = sorted({target for job in jobs for target in targets(job.cfg)})
     untested = 0
     if "done" in states and any(wanted) and set(states) <= {"done", "failed"}:
-        groups = [group for group in read_report([folder]).groups if group.val]
+        groups = [group for group in read_run_table([folder]).groups if group.val]
         for group in groups if "always" in wanted else groups[:1]:
             for run in group.done:
                 if run.test_acc is None:
                     try:
                         test_run(Path(run.folder), allow)
-                    except Exception as error:  # what the other jobs have found is still to be reported
+                    except Exception as error:  # the table of the other jobs is still to be written
                         print(f"error: {run.folder} cannot be tested: {explain(error)}", file=sys.stderr)
                         untested += 1
     if set(states) != {"new"}:
-        print(write_report([folder], folder).text)
+        print(write_run_table([folder], folder).text)
         if (folder / "wandb").is_dir():
             wandb = shlex.quote(os.path.relpath(folder / "wandb"))
             print(f"W&B: look: wandb leet {wandb}    upload: wandb sync {wandb}/*")

@@ -1,4 +1,4 @@
-"""Runs grouped into settings, which are equal in everything but the seed, and ranked by validation accuracy."""
+"""Runs grouped into settings, which are equal in everything but the seed, and ordered by validation accuracy."""
 
 import json
 import statistics
@@ -9,13 +9,13 @@ from typing import Any
 
 from thaw.sweeps.runs import DONE, Run
 
-Score = tuple[float, float | None, int]  # mean, sample standard deviation (None of one), number
+SeedScore = tuple[float, float | None, int]  # mean, sample standard deviation (None for one seed), number of seeds
 ABSENT = "-"
 
 
 @dataclass
 class Group:
-    """The runs of one setting; `tokens` is what sets it apart from the others, as typed: `optim.lr=0.1`."""
+    """The runs of one setting; `tokens`, such as `optim.lr=0.1`, are what distinguishes it from the others."""
 
     runs: list[Run]
     tokens: list[str]
@@ -30,7 +30,7 @@ class Group:
 
     @property
     def parts(self) -> list[tuple[str, str]]:
-        """Key and value of each token; that of the name is `name`, and `~key` stands for itself."""
+        """Key and value of each token; the key of an experiment's name is `name`, and `~key` is its own value."""
         split = [token.lstrip("+").partition("=") for token in self.tokens]
         return [(key, value) if equals else (key if key[0] == "~" else "name", key) for key, equals, value in split]
 
@@ -39,19 +39,19 @@ class Group:
         return next((run.trainable_params for run in self.done if run.trainable_params is not None), None)
 
     @property
-    def val(self) -> Score | None:
+    def val(self) -> SeedScore | None:
         return self.score("val_acc")
 
     @property
-    def test(self) -> Score | None:
+    def test(self) -> SeedScore | None:
         return self.score("test_acc")
 
     @property
-    def seconds(self) -> Score | None:
+    def seconds(self) -> SeedScore | None:
         return self.score("seconds")
 
-    def score(self, field: str) -> Score | None:
-        """Over seeds: what was run twice with the same seed counts once, with its mean."""
+    def score(self, field: str) -> SeedScore | None:
+        """A field of the finished runs over seeds; repeated runs of one seed count once, with their mean."""
         by_seed: dict[Any, list[float]] = {}
         for run in self.done:
             if (value := getattr(run, field)) is not None:
@@ -72,20 +72,18 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         members.setdefault(run.identity, []).append(run)
     for group in members.values():
         group.sort(key=lambda run: (run.state != DONE, run.val_acc is None, -(run.val_acc or 0.0), str(run.folder)))
-    groups = [
-        Group(group, tokens) for group, tokens in zip(members.values(), set_apart([*members.values()]), strict=True)
-    ]
-    return sorted(groups, key=rank)
+    groups = [*members.values()]
+    return sorted(map(Group, groups, distinguish(groups)), key=best_first)
 
 
-def rank(group: Group) -> tuple[Any, ...]:
-    mean = round(group.val[0], 9) if group.val else None  # sums in another order are a tie all the same
+def best_first(group: Group) -> tuple[Any, ...]:
+    mean = round(group.val[0], 9) if group.val else None  # so that the order of a sum decides no tie
     params = group.trainable_params
     return not group.done, mean is None, -(mean or 0.0), params is None, params or 0, group.label
 
 
-def set_apart(groups: list[list[Run]]) -> list[list[str]]:
-    """For each group the name and overrides that not all have; what they lack, the configuration says."""
+def distinguish(groups: list[list[Run]]) -> list[list[str]]:
+    """For each group the name and overrides that not all groups share, and keys of the configuration if need be."""
     names = len({runs[0].name for runs in groups}) > 1
     overrides = [[token for token in runs[0].overrides if not token.startswith("name=")] for runs in groups]
     tokens = [[runs[0].name] * names + own for runs, own in zip(groups, overrides, strict=True)]
@@ -95,23 +93,23 @@ def set_apart(groups: list[list[Run]]) -> list[list[str]]:
     for place, own in enumerate(tokens):
         alike.setdefault(tuple(own), []).append(place)
     for places in alike.values():
-        settings = [{key: shown(value) for key, value in groups[place][0].settings.items()} for place in places]
-        for key in telling(settings):
+        settings = [{key: short_value(value) for key, value in groups[place][0].settings.items()} for place in places]
+        for key in distinguishing_keys(settings):
             for place, one in zip(places, settings, strict=True):
                 tokens[place].append(f"{key}={one.get(key, ABSENT)}")
     return tokens
 
 
-def telling(settings: list[dict[str, str]]) -> list[str]:
-    """A few keys by which all of these can be told apart."""
+def distinguishing_keys(settings: list[dict[str, str]]) -> list[str]:
+    """A few keys whose values are different for any two of these settings."""
     chosen: list[str] = []
-    apart = 1
+    different = 1
     for key in sorted({key for one in settings for key in one}):
         now = len({tuple(one.get(name, ABSENT) for name in [*chosen, key]) for one in settings})
-        if now > apart:
-            chosen, apart = [*chosen, key], now
+        if now > different:
+            chosen, different = [*chosen, key], now
     return chosen
 
 
-def shown(value: Any) -> str:
+def short_value(value: Any) -> str:
     return textwrap.shorten(json.dumps(value, default=str).replace('"', ""), 60, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""What of this machine a job needs, and what is free."""
+"""GPUs and CPU cores of this machine: which are free, and how many a job needs."""
 
 import csv
 import os
@@ -12,14 +12,14 @@ from omegaconf import DictConfig
 from thaw.run.ranks import num_processes
 
 Kind = Literal["gpu", "core"]
-FREE_MIB = 1000  # a GPU whose memory is used by less is free: drivers and displays take a little
+FREE_MIB = 1000  # a GPU is free if less of its memory is in use; drivers and displays take a little
 
 
 def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them.
 
     Args:
-        wanted: `auto` for those that no other program uses, or their numbers among those that this process sees.
+        wanted: `auto` for those that no other program uses, or numbers among those that this process sees.
 
     Raises:
         ValueError: a number that does not exist, or all are in use.
@@ -32,7 +32,9 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     if wanted != "auto":
         wrong = [number for number in wanted if not isinstance(number, int) or not 0 <= number < found]
         if wrong:
-            raise ValueError(f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is none of the {found} GPUs seen here.")
+            raise ValueError(
+                f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is not one of the {found} GPUs seen here."
+            )
         return [names[int(number)] for number in wanted]
     used = used_mib() if found else {}
     free = [name for name in names if used.get(name, 0) < FREE_MIB]
@@ -44,7 +46,10 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
 
 
 def used_mib() -> Mapping[str, float]:
-    """Memory in use on each GPU, in MiB, by its number and by its UUID; empty where nvidia-smi is missing."""
+    """Memory in use on each GPU, in MiB, by its number and by its UUID; empty where nvidia-smi is missing.
+
+    torch.cuda.mem_get_info would tell it too, but takes memory on every GPU as long as this process lives.
+    """
     command = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
@@ -64,7 +69,7 @@ def free_cores() -> list[str]:
 
 
 def needs(trainer: DictConfig, threads: int, cores: int) -> tuple[Kind, int]:
-    """What a job takes while it runs: GPUs, or cores of the CPU, of which it never waits for more than there are."""
+    """The number of GPUs that a job takes while it runs, or of CPU cores, of which it takes all at most."""
     import torch
 
     processes = num_processes(trainer)
@@ -74,13 +79,13 @@ def needs(trainer: DictConfig, threads: int, cores: int) -> tuple[Kind, int]:
 
 
 def environment(kind: Kind, units: Sequence[str], cores: int, gpus: int) -> dict[str, Any]:
-    """The environment variables by which a job keeps to its share of the machine."""
+    """The environment variables that keep a job to its share of the machine."""
     if kind == "gpu":
         return {"CUDA_VISIBLE_DEVICES": ",".join(units), "OMP_NUM_THREADS": str(max(1, cores * len(units) // gpus))}
     return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(len(units))}
 
 
 def pin(pid: int, cores: Sequence[str]) -> None:
-    """Let a process that has just started, and all it will start, run on these cores only, where the system can."""
+    """Let a new process and its children run on these cores only, where the system supports it."""
     if hasattr(os, "sched_setaffinity") and Path(f"/proc/{pid}").exists():
         os.sched_setaffinity(pid, [int(core) for core in cores])

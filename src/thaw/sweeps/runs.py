@@ -25,10 +25,10 @@ NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir")  # runs that differ in thes
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one run; None where its files do not say.
+    """The record of one run; None where its files say nothing.
 
-    `val_acc`, `test_acc` and its 95 % interval `test_low` to `test_high` are from 0 to 1; `settings` is its
-    configuration, flat and without what `NOT_THE_SETTING` lists, and empty if there is no `config.yaml`.
+    `val_acc`, `test_acc` and the bounds of its 95 % interval, `test_low` and `test_high`, are from 0 to 1. `settings`
+    is the configuration with dotted keys and without `NOT_THE_SETTING`; it is empty if there is no `config.yaml`.
     """
 
     folder: Path
@@ -59,10 +59,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     Raises:
         ValueError: a folder does not exist or holds no run.
     """
-    found: dict[Path, None] = {}  # keeps the order
+    found: dict[Path, None] = {}  # a set that keeps the order
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder; give the folder of a sweep or of runs, such as logs/sweeps.")
+            raise ValueError(f"{folder} is not a folder; give the folder of a sweep or of runs, such as logs/sweeps.")
         here = []
         for path, inner, files in os.walk(folder.resolve()):
             inner[:] = sorted(name for name in inner if name not in NOT_SEARCHED and not name.startswith("."))
@@ -70,7 +70,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 here.append(Path(path))
         if not here:
             raise ValueError(
-                f"{folder} holds no run: nothing at or below it has a {', a '.join(RUN_FILES)}. "
+                f"{folder} holds no run: no folder at or below it has a {', a '.join(RUN_FILES)}. "
                 "Give the folder of a sweep or of runs, such as logs/sweeps."
             )
         found.update(dict.fromkeys(here))
@@ -78,36 +78,33 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path, warnings: list[str]) -> Run:
-    """The record of one run; what cannot be read is said in `warnings` and left out."""
-    config = read(folder / "config.yaml", warnings)
-    summary, failure = read(folder / "summary.json", warnings), read(folder / "failure.json", warnings)
+    """The record of one run; files and values that cannot be read are left out and named in `warnings`."""
+    config, summary, failure = (read_mapping(folder / name, warnings) for name in RUN_FILES)
     state = UNFINISHED
     if summary:
         state = DONE
     elif failure:
-        state = next((status for status in FAILURES if status == failure.get("status")), "failed")
+        state = failure["status"] if failure.get("status") in FAILURES else "failed"
     facts = failure | summary
     said = config | facts
+    numbers = {
+        **{"val_acc": "val/acc", "test_acc": "test/acc", "test_low": "test/acc_low", "test_high": "test/acc_high"},
+        **{name: name for name in ("trainable_params", "epochs", "seconds")},
+    }
     return Run(
         folder=folder,
         state=state,
         name=str(said.get("name", folder.name)),
         overrides=split_overrides(said.get("overrides")),
-        seed=number(said, "seed", folder, warnings),
-        val_acc=number(facts, "val/acc", folder, warnings),
-        test_acc=number(facts, "test/acc", folder, warnings),
-        test_low=number(facts, "test/acc_low", folder, warnings),
-        test_high=number(facts, "test/acc_high", folder, warnings),
-        trainable_params=number(facts, "trainable_params", folder, warnings),
-        epochs=number(facts, "epochs", folder, warnings),
-        seconds=number(facts, "seconds", folder, warnings),
+        seed=finite_number(said, "seed", folder, warnings),
+        **{name: finite_number(facts, key, folder, warnings) for name, key in numbers.items()},
         reason="" if state == DONE else str(failure.get("reason") or "cut off, or still running"),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
-        settings={key: value for key, value in flat(config).items() if not is_aside(key)},
+        settings={key: value for key, value in dotted(config).items() if not is_aside(key)},
     )
 
 
-def read(path: Path, warnings: list[str]) -> dict[str, Any]:
+def read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
     """The keys of a JSON or YAML file; none if it is missing or broken."""
     if not path.is_file():
         return {}
@@ -123,23 +120,22 @@ def read(path: Path, warnings: list[str]) -> dict[str, Any]:
     return content
 
 
-def number(facts: dict[str, Any], key: str, folder: Path, warnings: list[str]) -> Any:
-    """A finite number, or None."""
+def finite_number(facts: dict[str, Any], key: str, folder: Path, warnings: list[str]) -> Any:
     value = facts.get(key)
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)):
         return value
-    warnings.append(f"{os.path.relpath(folder)}: {key} is {value!r}, which is no finite number; it is left out.")
+    warnings.append(f"{os.path.relpath(folder)}: {key} is {value!r}, not a finite number; it is left out.")
     return None
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested keys with dots; lists stay whole."""
+def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined with dots; lists stay whole."""
     if not isinstance(config, dict) or not config:
         return {prefix: config} if prefix else {}
     return {
         key: value
         for name, inner in config.items()
-        for key, value in flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
+        for key, value in dotted(inner, f"{prefix}.{name}" if prefix else str(name)).items()
     }
 
 
@@ -148,6 +144,6 @@ def is_aside(key: str) -> bool:
 
 
 def split_overrides(text: Any) -> tuple[str, ...]:
-    """`optim.lr=0.1 seed=1 betas=[0.9, 0.99]` as (`optim.lr=0.1`, `betas=[0.9, 0.99]`): without what `is_aside`."""
+    """`optim.lr=0.1 seed=1 betas=[0.9, 0.99]` as (`optim.lr=0.1`, `betas=[0.9, 0.99]`): without `NOT_THE_SETTING`."""
     parts = re.split(r"\s+(?=[+~]{0,2}[\w./@:-]+=|~)", str(text or "").strip())
     return tuple(part for part in parts if part and not is_aside(override_key(part)))

@@ -1,4 +1,4 @@
-"""What a search will do, checked before its first trial: the space, the sampler, the objectives, the runs to come."""
+"""The settings of a search, checked before its first trial: space, sampler, objectives, and the runs to come."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from thaw.run.folders import job_key
 from thaw.run.ranks import is_launched
 from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
-from thaw.sweeps.space import Space, as_overrides, probes, read_space, shown
+from thaw.sweeps.space import Space, as_overrides, corners, read_space, readable
 from thaw.sweeps.study import make_sampler
 
-Train = Callable[..., float | None]  # of a configuration and of callbacks that it does not name
+Train = Callable[..., float | None]  # of a configuration, and of callbacks that it does not name
 
 COSTS = ("trainable_params", "total_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 OBJECTIVES = {"val/acc": "maximize", **dict.fromkeys(COSTS, "minimize")}
@@ -31,7 +31,7 @@ ACCURACY = {"val/acc": "maximize"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search that has been checked.
 
     Args:
@@ -48,12 +48,11 @@ class Plan:
 
     @cached_property
     def base(self) -> DictConfig:
-        """The run in which nothing is searched."""
+        """The run without any searched key."""
         return self.compose({})
 
     @cached_property
     def space(self) -> Space:
-        """What varies."""
         return read_space(self.cfg.sweep.space, self.base)
 
     @cached_property
@@ -70,7 +69,7 @@ class Plan:
 
     @property
     def objectives(self) -> dict[str, str]:
-        """What is looked for, and whether much or little of it."""
+        """The direction of each metric."""
         return {metric: OBJECTIVES[metric] for metric in self.cfg.sweep.objectives}
 
     @property
@@ -88,17 +87,17 @@ class Plan:
         with open_dict(cfg):
             del cfg["hydra"]
         named = [override for override in self.typed if override_key(override) not in ignored]
-        cfg.overrides = " ".join([*named, shown(params)]).strip()
-        cfg.validate = cfg.test = False  # the winner alone is measured, at the end
+        cfg.overrides = " ".join([*named, readable(params)]).strip()
+        cfg.validate = cfg.test = False  # only the winner is tested, at the end
         cfg.run_dir = str(self.folder / job_key(cfg))
         return cfg
 
 
-def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
-    """Check all that can be known before the first trial.
+def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPlan:
+    """Check whatever can be known before the first trial.
 
     Raises:
-        ValueError: what is wrong and what was allowed.
+        ValueError: names the wrong setting and what is allowed.
     """
     if is_launched():
         raise ValueError(
@@ -106,43 +105,46 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> Plan:
             "cluster as a task of its own (srun --ntasks=1)."
         )
     if cfg.resume:
-        raise ValueError(f"resume={cfg.resume} goes on with one run; a search goes on by its same command.")
+        raise ValueError(
+            f"resume={cfg.resume} continues one run; leave it out: the same command as before continues a search."
+        )
     trials = cfg.sweep.trials
     if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"sweep.trials={trials!r} must be a whole number of at least 1.")
+        raise ValueError(f"sweep.trials={trials!r} must be a whole number, 1 or more.")
     typed = [override for override in overrides if override_key(override).replace("/", ".").split(".")[0] != "sweep"]
-    plan = Plan(cfg, typed, Path(cfg.run_dir).resolve(), train)
-    check_types(plan.base)
-    check_trainer(plan.base.trainer)
-    check_devices(plan.base.trainer)
+    plan = SearchPlan(cfg, typed, Path(cfg.run_dir).resolve(), train)
+    check_run(plan.base)
     check_objectives(plan)
     both = [override for override in typed if override_key(override) in plan.space]
     if both:
         raise ValueError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
-    for params in probes(plan.space):
+    for params in corners(plan.space):
         try:
-            one = plan.compose(params)
-            check_types(one)
-            check_trainer(one.trainer)
-            check_devices(one.trainer)
+            check_run(plan.compose(params))
         except (ValueError, HydraException, OmegaConfBaseException) as error:
-            raise ValueError(f"sweep.space leads to {shown(params)}, which cannot run: {explain(error)}") from error
+            raise ValueError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
     directions: Sequence[Any] = list(plan.objectives.values())
     study = optuna.create_study(directions=directions, sampler=plan.sampler(0))  # in memory
     try:
         study.ask(plan.space)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"sweep.sampler cannot draw: {error}") from error
+        raise ValueError(f"sweep.sampler cannot draw: {error}. Choose another sweep/sampler.") from error
     return plan
 
 
-def check_objectives(plan: Plan) -> None:
+def check_run(cfg: DictConfig) -> None:
+    check_types(cfg)
+    check_trainer(cfg.trainer)
+    check_devices(cfg.trainer)
+
+
+def check_objectives(plan: SearchPlan) -> None:
     objectives = plan.cfg.sweep.objectives
     if not OmegaConf.is_list(objectives) or not objectives or len(set(objectives)) < len(objectives):
         raise ValueError(f"sweep.objectives={objectives} must be a list of different metrics, such as [val/acc].")
     for metric in objectives:
         if metric not in OBJECTIVES:
-            raise ValueError(f"sweep.objectives: {metric} cannot be searched for; choose from {', '.join(OBJECTIVES)}.")
+            raise ValueError(f"sweep.objectives: {metric} is not an objective; choose from {', '.join(OBJECTIVES)}.")
     if not isinstance(plan.pruner, NopPruner) and plan.objectives != ACCURACY:
         raise ValueError(
             f"sweep.pruner looks at validation accuracy alone, but the objectives are {', '.join(objectives)}; choose "

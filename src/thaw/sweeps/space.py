@@ -1,4 +1,4 @@
-"""What a search varies: keys of the configuration and their values, from YAML, as Optuna's distributions."""
+"""The space of a search: keys of the configuration and their values, from YAML to Optuna's distributions and back."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import GridSampler
 
+from thaw.run.command_line import quoted
 from thaw.run.folders import NOT_THE_RUN
 
 Space = dict[str, BaseDistribution]
@@ -19,8 +20,8 @@ RANGE, CHOICES = {"low", "high", "log", "step"}, {"choices"}
 HELP = "Give {low, high}, with log: true or a step if wanted, or {choices: [...]}."
 
 
-class Grid(GridSampler):
-    """Optuna's, for a loop that counts by itself: `Study.stop`, which Optuna's calls, is an error outside of its own.
+class OrderedGridSampler(GridSampler):
+    """Optuna's, but without `Study.stop`, which Optuna allows only inside `Study.optimize`; the search counts itself.
 
     Args:
         search_space: the values of each key.
@@ -43,54 +44,58 @@ def read_space(block: DictConfig, base: DictConfig) -> Space:
         base: a composed run. Where it has a float, a range of integers is one of floats.
 
     Raises:
-        ValueError: a range or a list of choices that holds nothing or cannot be drawn from.
+        ValueError: a range or a list of choices that is empty or cannot be drawn from.
     """
     space: Space = {}
-    for key, leaf in leaves(OmegaConf.to_container(block, resolve=True)):
+    for key, leaf in find_dimensions(OmegaConf.to_container(block, resolve=True)):
         if key in space:
-            raise ValueError(f"sweep.space names {key} twice.")
+            raise ValueError(f"sweep.space names {key} twice; leave one of them out.")
         if any(key == aside or key.startswith(f"{aside}.") for aside in NOT_THE_RUN):
             raise ValueError(f"sweep.space.{key}: {key} changes nothing in what is trained; leave it out.")
         is_float = isinstance(OmegaConf.select(base, key.lstrip("+")), float)
-        space[key] = choices(key, leaf) if "choices" in leaf else numbers(key, leaf, is_float)
+        space[key] = read_choices(key, leaf) if "choices" in leaf else read_range(key, leaf, is_float)
     if not space:
         raise ValueError(f"sweep.space is empty: name a key of the configuration, such as optim.lr. {HELP}")
     return space
 
 
-def leaves(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
+def find_dimensions(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
     """The ranges and choices with their dotted keys."""
     if not isinstance(node, dict):
         raise ValueError(f"sweep.space.{key}={node!r} is neither a range nor choices. {HELP}")
     if node.keys() & (RANGE | CHOICES):
-        allowed = CHOICES if "choices" in node else RANGE
-        if node.keys() - allowed:
-            wrong = ", ".join(sorted(node.keys() - allowed))
-            raise ValueError(f"sweep.space.{key}: {wrong} is unknown beside {', '.join(sorted(node))}. {HELP}")
+        if wrong := node.keys() - (CHOICES if "choices" in node else RANGE):
+            names = ", ".join(sorted(wrong))
+            raise ValueError(f"sweep.space.{key}: {names} is unknown beside {', '.join(sorted(node))}. {HELP}")
         return [(key, node)]
-    return [leaf for name in node if node[name] is not None for leaf in leaves(node[name], f"{key}.{name}".lstrip("."))]
+    return [
+        found
+        for name in node
+        if node[name] is not None
+        for found in find_dimensions(node[name], f"{key}.{name}".lstrip("."))
+    ]
 
 
-def choices(key: str, leaf: dict[str, Any]) -> BaseDistribution:
+def read_choices(key: str, leaf: dict[str, Any]) -> BaseDistribution:
     values = leaf["choices"]
     if not isinstance(values, list) or not values:
         raise ValueError(f"sweep.space.{key}: choices={values!r} must be a list of at least one value.")
     for value in values:
         if not isinstance(value, str | int | float | bool | None):
-            raise ValueError(f"sweep.space.{key}: {value!r} is no choice; allowed are numbers, words, booleans, null.")
+            raise ValueError(
+                f"sweep.space.{key}: {value!r} is not allowed in choices; give numbers, words, booleans or null."
+            )
     if len({(type(value), value) for value in values}) < len(values):
         raise ValueError(f"sweep.space.{key}: choices={values} holds a value twice; name each once.")
     return CategoricalDistribution(values)
 
 
-def numbers(key: str, leaf: dict[str, Any], is_float: bool) -> BaseDistribution:
-    missing = {"low", "high"} - leaf.keys()
-    if missing:
+def read_range(key: str, leaf: dict[str, Any], is_float: bool) -> BaseDistribution:
+    if missing := {"low", "high"} - leaf.keys():
         raise ValueError(f"sweep.space.{key} has no {' and no '.join(sorted(missing))}. {HELP}")
     low, high, step, log = leaf["low"], leaf["high"], leaf.get("step"), leaf.get("log", False)
-    for name, value in {"low": low, "high": high, "step": step}.items():
-        right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not right and not (name == "step" and value is None):
+    for name, value in {"low": low, "high": high, "step": 1 if step is None else step}.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"sweep.space.{key}: {name}={value!r} must be a number.")
     if not isinstance(log, bool):
         raise ValueError(f"sweep.space.{key}: log={log!r} must be true or false.")
@@ -115,14 +120,14 @@ def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     if distribution.step is None or distribution.log:
-        raise ValueError(f"sweep.space.{key} has no end of values, which a grid cannot visit; give choices, or a step.")
+        raise ValueError(f"sweep.space.{key} has no end of values, but a grid visits each: give choices, or a step.")
     low, high, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
     kind = int if isinstance(distribution, IntDistribution) else float
     return [kind(low + place * step) for place in range(int((high - low) / step) + 1)]
 
 
-def probes(space: Space) -> list[dict[str, Any]]:
-    """Parameters that have between them every choice and both ends of every range."""
+def corners(space: Space) -> list[dict[str, Any]]:
+    """A few sets of parameters in which every choice and both ends of every range occur."""
     columns: dict[str, list[Any]] = {}
     for key, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):
@@ -135,7 +140,7 @@ def probes(space: Space) -> list[dict[str, Any]]:
 
 
 def as_overrides(params: Mapping[str, Any]) -> list[str]:
-    """Parameters of a trial as they would be typed; every digit of a number is kept."""
+    """Parameters of a trial as they would be typed, with every digit of a number."""
     return [f"{key}={as_typed(value)}" for key, value in params.items()]
 
 
@@ -143,11 +148,10 @@ def as_typed(value: Any) -> str:
     if not isinstance(value, str):
         return json.dumps(value)
     is_word = re.fullmatch(r"[A-Za-z_][\w/-]*", value) and value.lower() not in ("true", "false", "null", "nan", "inf")
-    quoted = value.replace("'", "\\'")
-    return value if is_word else f"'{quoted}'"
+    return value if is_word else quoted(value)
 
 
-def shown(params: Mapping[str, Any]) -> str:
+def readable(params: Mapping[str, Any]) -> str:
     """Parameters as text to read: `optim.lr=0.01234 freeze=lora`."""
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()

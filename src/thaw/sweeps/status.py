@@ -1,4 +1,4 @@
-"""The state of a queue as lines: on a terminal those of the running jobs are kept up to date."""
+"""The state of a queue as lines; on a terminal the lines of running jobs are kept up to date."""
 
 import re
 import time
@@ -13,11 +13,11 @@ from thaw.run.files import read_json
 from thaw.run.jobs import FAILURE, SUMMARY
 
 EPOCH = re.compile(r"epoch \d+/\d+.*")  # a line of thaw.callbacks.progress.EpochLines
-TAIL = 4000  # bytes at the end of a log in which to look for it
+TAIL = 4000  # bytes at the end of a log that are searched for it
 
 
 class Status:
-    """Tells when jobs start and end, and on a terminal how far each is.
+    """Prints when jobs start and end, and on a terminal the progress of each.
 
     Args:
         total: number of jobs.
@@ -40,7 +40,7 @@ class Status:
 
     def started(self, name: str, kind: str, units: Sequence[str]) -> None:
         if not self.can_redraw:
-            self.say(f"{'':{self.width}} {name}: starts on {place(kind, units)}")
+            self.say(f"{'':{self.width}} {name}: starts on {units_in_words(kind, units)}")
 
     def ended(self, name: str, folder: Path, seconds: float) -> None:
         self.over += 1
@@ -53,12 +53,12 @@ class Status:
         self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome} ({seconds:.0f} s)")
 
     def elsewhere(self, name: str, state: str) -> None:
-        """A job that another process has begun, or ended, meanwhile."""
+        """Print that another process has started, or finished, a job meanwhile."""
         self.over += 1
         self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {state} in another process")
 
     def show(self, jobs: Sequence[tuple[str, Sequence[str], float, Path]]) -> None:
-        """Bring the lines of the running jobs up to date, at most twice a second.
+        """Update the lines of the running jobs, at most twice a second.
 
         Args:
             jobs: name, GPUs or cores, seconds so far and log file of each.
@@ -68,7 +68,7 @@ class Status:
         self.shown = time.monotonic()
         table = Table.grid(padding=(0, 2))
         for name, units, seconds, log in jobs:
-            table.add_row(f"  {name}", f"on {','.join(units)}", f"{seconds:.0f} s", progress(log))
+            table.add_row(f"  {name}", f"on {','.join(units)}", f"{seconds:.0f} s", last_epoch_line(log))
         self.live.update(table, refresh=True)
 
     def say(self, line: str) -> None:
@@ -79,13 +79,13 @@ class Status:
         return 2 * len(str(self.total)) + 1
 
 
-def place(kind: str, units: Sequence[str]) -> str:
+def units_in_words(kind: str, units: Sequence[str]) -> str:
     word = "GPU" if kind == "gpu" else "core"
     return f"{word}{'s' * (len(units) > 1)} {','.join(units)}"
 
 
-def progress(log: Path) -> str:
-    """The newest line about an epoch in a log file."""
+def last_epoch_line(log: Path) -> str:
+    """The last line about an epoch in a log file."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL))

@@ -1,7 +1,7 @@
-"""The study behind a search: its storage, who works at it, and what became of its trials.
+"""The study behind a search: its storage, its samplers, and the state of its trials.
 
-All workers of a study share its folder. They ask for trials one at a time, and each holds a lock while it is at one, so
-that a trial whose worker has died is seen by the next and goes on from its last checkpoint.
+All workers of a study share its folder. They ask for trials one at a time, and each holds a lock during its trial: the
+next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint.
 """
 
 import json
@@ -25,30 +25,30 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.config import build
-from thaw.sweeps.space import Grid, Space, values_of
+from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
-CONTINUES = "continues"  # of a trial: the number of the one that it repeats or goes on with
-WORKER = "worker"  # of a trial: who is at it; set once its lock is held
+CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or goes on with
+WORKER = "worker"  # attribute of a trial: the process that runs it; set once its lock is held
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
-SAID = {
+STATES = {
     TrialState.COMPLETE: "done",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "running or cut off",
     TrialState.WAITING: "to be tried again",
 }
-WAIT = 100.0  # seconds for other workers to let go of the storage
+STORAGE_SECONDS = 100.0  # to wait for other workers to let go of the storage
 
 
-def quiet() -> None:
-    """One line a trial is ours to say."""
+def silence_optuna() -> None:
+    """Silence Optuna's logging: the search prints one line per trial."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    warnings.filterwarnings("ignore", ".*already reported")  # epochs that a trial repeats as it goes on
+    warnings.filterwarnings("ignore", ".*already reported")  # a continued trial may repeat epochs
 
 
 class JournalLock:
-    """A lock of the operating system, which frees it when its process dies. For Optuna's own one waits 30 seconds."""
+    """A lock that the operating system frees when its process dies; Optuna's own would block others for 30 seconds."""
 
     def __init__(self, path: Path) -> None:
         self.lock = FileLock(path)
@@ -62,10 +62,10 @@ class JournalLock:
 
 
 def open_storage(path: Path) -> BaseStorage:
-    """SQLite for `*.db`, a journal for `*.journal`; made if it is not there.
+    """SQLite for `*.db`, a journal for `*.journal`; created if it does not exist.
 
     Raises:
-        ValueError: another ending, or a file that is no storage of this version of Optuna.
+        ValueError: another suffix, or a file that this version of Optuna cannot read.
     """
     if path.suffix not in (".db", ".journal"):
         raise ValueError(f"sweep.storage={path} must end in .db, for SQLite, or .journal, for a journal.")
@@ -74,8 +74,8 @@ def open_storage(path: Path) -> BaseStorage:
         if path.suffix == ".journal":
             lock: Any = JournalLock(path.with_suffix(".journal.flock"))
             return JournalStorage(JournalFileBackend(str(path), lock))
-        return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": WAIT}})
-    except Exception as error:  # of SQLAlchemy, alembic, json: whatever a strange file leads to
+        return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": STORAGE_SECONDS}})
+    except Exception as error:  # of SQLAlchemy, alembic or json: a strange file may raise any
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
@@ -83,16 +83,16 @@ def open_storage(path: Path) -> BaseStorage:
 
 
 def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: Mapping[str, str]) -> optuna.Study:
-    """Make the study, or find it.
+    """Create the study, or load it.
 
     Args:
         path: of the storage.
         name: of the study.
         objectives: direction of each metric, `maximize` or `minimize`.
-        identity: what makes the search this one, as text; the study keeps it.
+        identity: as of `identify`; stored in the study when it is created.
 
     Raises:
-        ValueError: the storage cannot be read, or holds a study of this name of another search.
+        ValueError: the storage cannot be read, or has a study of this name with another identity.
     """
     storage = open_storage(path)
     directions: Any = list(objectives.values())
@@ -102,17 +102,17 @@ def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: M
         for key, value in identity.items():
             study.set_user_attr(key, value)
     for key, value in identity.items():
-        kept = study.user_attrs.get(key)
-        if kept != value:
+        stored = study.user_attrs.get(key)
+        if stored != value:
             raise ValueError(
-                f"{path} holds the study {name} of another search: its {key} is {kept}, but here it is {value}. Choose "
-                "a name for this one with sweep.study=<name>, or remove the old one's folder."
+                f"{path} holds the study {name} of another search: its {key} is {stored}, but here it is {value}. "
+                "Choose a name for this one with sweep.study=<name>, or remove the old one's folder."
             )
     return study
 
 
 def identify(space: Space, objectives: Mapping[str, str], typed: str, key: str) -> dict[str, str]:
-    """What tells one search from another; how many trials and by which sampler may change."""
+    """What must stay the same when a study goes on. The number of trials and the sampler may change."""
     return {
         "space": json.dumps({name: json.loads(distribution_to_json(space[name])) for name in sorted(space)}),
         "objectives": json.dumps(objectives),
@@ -121,11 +121,11 @@ def identify(space: Space, objectives: Mapping[str, str], typed: str, key: str) 
 
 
 def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
-    """The sampler for one trial.
+    """The sampler for the next trial, new for each trial.
 
-    It is made anew for each: with a seed told from its own and from how many trials were drawn before, so that workers
-    draw different trials, and a study that was interrupted goes on with the draws it would have had. The order of a
-    grid and of a quasi-random sequence is the same for all trials.
+    Its seed is computed from the configured seed and the number of trials drawn before, so that workers draw different
+    trials, and an interrupted study goes on with the draws that it would have had. Grids and quasi-random sequences
+    have one order for all trials.
 
     Raises:
         ValueError: no such sampler, or one that cannot draw from this space.
@@ -136,39 +136,40 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
     except Exception as error:  # Hydra raises ImportError, ValueError and its own
         known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler") and name[:4] != "Base")
         raise ValueError(
-            f"sweep.sampler._target_={block._target_} is no sampler; choose sweep/sampler=tpe, cmaes, grid, random, or "
-            f"one of optuna.samplers: {known}."
+            f"sweep.sampler._target_={block._target_} is not a sampler; choose sweep/sampler=tpe, cmaes, grid, random, "
+            f"or one of optuna.samplers: {known}."
         ) from error
     settings: dict[str, Any] = {}
-    if issubclass(kind, Grid):
+    if issubclass(kind, OrderedGridSampler):
         settings["search_space"] = {key: values_of(key, distribution) for key, distribution in space.items()}
     elif "seed" in block and block.seed is not None and not issubclass(kind, QMCSampler):
         settings["seed"] = int(np.random.SeedSequence([block.seed, drawn]).generate_state(1)[0])
     ranges = [key for key, one in space.items() if not isinstance(one, CategoricalDistribution)]
     if issubclass(kind, CmaEsSampler) and len(ranges) < 2:
         raise ValueError(
-            f"CMA-ES moves in two or more numbers at once, but sweep.space has {len(ranges)} with low and high; "
-            "choose sweep/sampler=tpe or random, or add a range."
+            f"CMA-ES searches two or more numbers at once, but sweep.space has {len(ranges)} with low and high; choose "
+            "sweep/sampler=tpe or random, or add a range."
         )
     try:
         return build(block, **settings)
     except (InstantiationException, ImportError) as error:
-        raise ValueError(f"sweep.sampler cannot be made: {str(error.__cause__ or error).strip()}") from error
+        reason = str(error.__cause__ or error).strip()
+        raise ValueError(f"sweep.sampler cannot be built: {reason}. Compare it with configs/sweep/sampler.") from error
 
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials of a study, each once: without those that another goes on with, or that never got parameters."""
+    """The trials of a study, each once: without trials that another one continues, or that never got parameters."""
     trials = study.get_trials(deepcopy=False)
-    repeated = {trial.user_attrs.get(CONTINUES) for trial in trials}
+    continued = {trial.user_attrs.get(CONTINUES) for trial in trials}
     return [
         trial
         for trial in trials
-        if trial.number not in repeated and not (trial.state == TrialState.FAIL and not trial.params)
+        if trial.number not in continued and not (trial.state == TrialState.FAIL and not trial.params)
     ]
 
 
 def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a trial's parameters again; what it has reported so far stays, as the run goes on from its checkpoint."""
+    """Queue a trial's parameters again, with the values reported so far: its run goes on from its checkpoint."""
     if trial.state == TrialState.RUNNING:
         study.tell(trial.number, state=TrialState.FAIL)
     if not trial.params:
@@ -185,18 +186,18 @@ def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
     )
 
 
-def lock_of(folder: Path, number: int) -> FileLock:
-    """Held by the worker that is at a trial."""
+def trial_lock(folder: Path, number: int) -> FileLock:
+    """Held by the worker that runs a trial."""
     (folder / ".running").mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".running" / f"{number}.lock", timeout=0)
 
 
-def is_left(folder: Path, trial: FrozenTrial) -> bool:
-    """Whether the worker of a running trial is gone. Asked while nobody else asks for trials."""
+def is_abandoned(folder: Path, trial: FrozenTrial) -> bool:
+    """Whether the worker of a running trial has died. The caller keeps others from asking for trials meanwhile."""
     if WORKER not in trial.user_attrs:
         return True
-    lock = lock_of(folder, trial.number)
-    if not Path(lock.lock_file).exists():  # a worker elsewhere, that does not share this folder
+    lock = trial_lock(folder, trial.number)
+    if not Path(lock.lock_file).exists():  # a worker on a machine that does not share this folder
         return False
     try:
         lock.acquire()
@@ -206,5 +207,5 @@ def is_left(folder: Path, trial: FrozenTrial) -> bool:
     return True
 
 
-def worker() -> str:
+def worker_name() -> str:
     return f"{platform.node()}:{os.getpid()}"

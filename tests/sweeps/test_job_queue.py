@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from thaw.sweeps import machine, queue
+from thaw.sweeps import job_queue, machine
 
 Sweep = Callable[..., int]
 QUEUE = "hydra/launcher=queue"
@@ -46,10 +46,10 @@ facts = {"val/acc": 0.9, "test/acc": None, "name": cfg["name"], "overrides": cfg
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.setattr(
-        queue, "run_command", lambda folder, _: [sys.executable, str(tmp_path / "program.py"), str(folder)]
+        job_queue, "run_command", lambda folder, _: [sys.executable, str(tmp_path / "program.py"), str(folder)]
     )
-    monkeypatch.setattr(queue, "POLL", 0.02)
-    monkeypatch.setattr(queue, "GRACE", 0.5)
+    monkeypatch.setattr(job_queue, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(job_queue, "STOP_SECONDS", 0.5)
     monkeypatch.setattr(machine, "free_cores", lambda: ["0", "1"])
 
 
@@ -170,7 +170,7 @@ def test_free_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b,GPU-c,GPU-a")
     assert machine.free_gpus("auto") == ["GPU-c", "GPU-a"]
     assert machine.free_gpus([0]) == ["GPU-b"]
-    with pytest.raises(ValueError, match="5 is none of the 3 GPUs"):
+    with pytest.raises(ValueError, match="5 is not one of the 3 GPUs"):
         machine.free_gpus([5])
     fake_nvidia_smi(tmp_path, "0, GPU-a, 9000\n1, GPU-b, 9000\n2, GPU-c, 9000", monkeypatch)
     with pytest.raises(ValueError, match="Other programs use all 3 GPUs"):

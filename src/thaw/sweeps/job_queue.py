@@ -1,4 +1,7 @@
-"""Jobs of a sweep as processes of their own, as many at once as there is room for."""
+"""Jobs of a sweep as processes of their own, as many at once as there is room for.
+
+submitit and joblib start all jobs or a fixed number of them, without giving each its GPUs or cores.
+"""
 
 import os
 import signal
@@ -9,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -20,13 +23,14 @@ from thaw.run.config import plain
 from thaw.run.files import write_text
 from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
 from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
+from thaw.run.values import Count, Positive
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
 from thaw.sweeps.status import Status
 
 OUTPUT = "output.log"  # what a job prints, in its folder
-GRACE = 30.0  # seconds in which a job that is stopped may write its checkpoint
-POLL = 0.2  # seconds
+STOP_SECONDS = 30.0  # in which a job that is told to end may write its checkpoint
+POLL_SECONDS = 0.2
 
 
 @dataclass
@@ -37,48 +41,39 @@ class Running:
     kind: machine.Kind
     units: list[str]  # GPUs or cores
     started: float
-    failure: float | None  # when an earlier try has left its failure.json
-    late: bool = False  # was told to end, as its time is over
+    failure: float | None  # when an earlier try wrote its failure.json
+    late: bool = False  # told to end after its time limit
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
 
-class Queue(Launcher):
+class JobQueue(Launcher):
     """A launcher that gives every job a process, a share of the machine and a log file.
 
-    A job runs its composed configuration from its own folder, without `-m`: several processes in a job are ordinary.
+    A job runs its composed configuration from its own folder, without `-m`, and may have several processes.
 
     Args:
         gpus: `auto` or numbers, see `machine.free_gpus`.
         threads: of each process of a job that trains on the CPU.
         max_jobs: at once; None is as many as there is room for.
         minutes: after which a job is stopped; None is never.
-
-    Raises:
-        ValueError: a number out of its range.
     """
 
     config: DictConfig
     hydra_context: HydraContext
 
-    def __init__(self, gpus: str | Sequence[int], threads: int, max_jobs: int | None, minutes: float | None) -> None:
-        limits = {name: value for name, value in (("max_jobs", max_jobs), ("minutes", minutes)) if value is not None}
-        wrong = [
-            f"hydra.launcher.{name}={value} must be a number above 0"
-            for name, value in {"threads": threads, **limits}.items()
-            if not isinstance(value, int | float) or value <= 0
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong) + ".")
+    def __init__(
+        self, gpus: Literal["auto"] | list[int], threads: Count, max_jobs: Count | None, minutes: Positive | None
+    ) -> None:
         self.gpus, self.threads, self.max_jobs, self.minutes = gpus, threads, max_jobs, minutes
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs in their order, each as soon as there is room; what becomes of each is in its folder."""
+        """Run the jobs in their order, each as soon as there is room; the result of each is in its folder."""
         waiting = [compose_job(self.hydra_context, self.config, overrides) for overrides in job_overrides]
         names = short_names([job.overrides for job in waiting])
         self.cores, self.devices = machine.free_cores(), machine.free_gpus(self.gpus)
@@ -92,14 +87,14 @@ class Queue(Launcher):
                     running = [job for job in running if not self.has_ended(job, status)]
                     self.start_what_fits(queue, running, status)
                     status.show([(job.name, job.units, job.seconds, job.job.folder / OUTPUT) for job in running])
-                    time.sleep(POLL)
+                    time.sleep(POLL_SECONDS)
             except BaseException:
                 stop([job.process for job in running])
                 raise
         return []
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse before the first job starts what could never start."""
+        """Refuse jobs that need more GPUs than are free, before the first one starts."""
         for job in jobs:
             kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
             if count > len(self.free[kind]):
@@ -109,7 +104,7 @@ class Queue(Launcher):
                 )
 
     def start_what_fits(self, queue: list[tuple[Job, str]], running: list[Running], status: Status) -> None:
-        """Start waiting jobs, first come, first served; what waits for a GPU does not keep others from the CPU."""
+        """Start waiting jobs in their order; jobs that wait for a GPU do not hold up those that train on the CPU."""
         full: set[machine.Kind] = set()
         for entry in list(queue):
             job, name = entry
@@ -132,7 +127,7 @@ class Queue(Launcher):
 
     def start(self, job: Job, kind: machine.Kind, units: list[str]) -> subprocess.Popen:
         job.folder.mkdir(parents=True, exist_ok=True)
-        job.cfg.validate = job.cfg.test = False  # the winner alone is measured, at the end
+        job.cfg.validate = job.cfg.test = False  # only the winner is tested, at the end
         write_text(OmegaConf.to_yaml(plain(job.cfg)), job.folder / CONFIG_NAME)
         share = machine.environment(kind, units, len(self.cores), len(self.devices))
         inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
@@ -143,24 +138,24 @@ class Queue(Launcher):
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which stops the jobs in good order
+                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the jobs
             )
         if kind == "core":
             machine.pin(process.pid, units)
         return process
 
     def has_ended(self, running: Running, status: Status) -> bool:
-        """Whether a job is over; if so its share is free again, and its end is recorded and told."""
+        """Whether a job is over; if so, free its share of the machine, record its end and print it."""
         code = running.process.poll()
         if code is None:
             over = running.seconds - 60 * self.minutes if self.minutes is not None else 0.0
             if over > 0 and not running.late:
                 running.late = True
                 running.process.terminate()
-            elif over > GRACE:
+            elif over > STOP_SECONDS:
                 kill(running.process)
             return False
-        kill(running.process)  # ranks that it may have left
+        kill(running.process)  # and ranks that it may have left
         self.free[running.kind] += running.units
         folder = running.job.folder
         if not (folder / SUMMARY).is_file() and (running.late or failed_at(folder) == running.failure):
@@ -172,13 +167,13 @@ class Queue(Launcher):
 
 
 def failed_at(folder: Path) -> float | None:
-    """When a run's failure was recorded, if it was."""
+    """When the failure of a run was recorded; None if it was not."""
     return (folder / FAILURE).stat().st_mtime if (folder / FAILURE).is_file() else None
 
 
 def killed(code: int) -> tuple[str, str]:
-    """What an exit status means of a process that did not say itself why it ended."""
-    number = -code if code < 0 else code - 128  # what a shell, and thaw.callbacks.preemption, make of a signal
+    """Status and reason of a process that ended without a record, by its exit status."""
+    number = -code if code < 0 else code - 128  # as shells and thaw.callbacks.preemption report a signal
     if number in set(signal.Signals):
         hint = "; perhaps memory ran out" if number == signal.SIGKILL else ""
         return "killed", f"ended by {signal.Signals(number).name}{hint}"
@@ -187,17 +182,16 @@ def killed(code: int) -> tuple[str, str]:
 
 def tail(output: Path) -> str:
     """The last lines of a job's output."""
-    return (
-        "\n".join(output.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]) if output.is_file() else ""
-    )
+    text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+    return "\n".join(text.splitlines()[-30:])
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """End processes and all they have started; they get some seconds to write their checkpoints."""
+    """End processes and their children; each has `STOP_SECONDS` to write its checkpoint."""
     print(f"Stopping {len(processes)} jobs.", file=sys.stderr)
     for process in processes:
         process.terminate()
-    ends = time.monotonic() + GRACE
+    ends = time.monotonic() + STOP_SECONDS
     for process in processes:
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(max(0.0, ends - time.monotonic()))
@@ -205,7 +199,7 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End what is left of a process and of those that it has started."""
+    """Kill a process and its children, as far as they still run."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -213,7 +207,7 @@ def kill(process: subprocess.Popen) -> None:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Treat a request to end as Ctrl-C, so that the jobs end too."""
+    """Treat SIGTERM as Ctrl-C, so that the jobs end too."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

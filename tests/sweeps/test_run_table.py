@@ -11,7 +11,7 @@ from sweeps.test_runs import make_run
 
 from thaw.sweeps.curves import epoch_curve, save_swept, swept_curves, swept_keys
 from thaw.sweeps.groups import group_runs
-from thaw.sweeps.report import read_report, write_report
+from thaw.sweeps.run_table import read_run_table, write_run_table
 from thaw.sweeps.runs import find_runs, read_run
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def test_the_text_is_aligned_and_the_best_is_marked(sweep: Path) -> None:
-    report = read_report([sweep])
+    report = read_run_table([sweep])
     lines = report.text.splitlines()
     assert lines[1].split() == ["freeze", "optim.lr", "val/acc", "n", "test/acc", "trained", "time"]
     assert lines[2].split()[:7] == ["best", "lora", "0.1", "93.50%", "±", "1.00", "3"]
@@ -90,14 +90,14 @@ def test_long_settings_still_fit(tmp_path: Path) -> None:
     for place in range(2):
         overrides = f"{' '.join(f'some.long.key{key}=value{place}' for key in range(6))} weights=/{'x' * 120}{place}"
         make_run(tmp_path / str(place), overrides, 0.9 + place / 100, optim__lr=place)
-    text = read_report([tmp_path]).text
+    text = read_run_table([tmp_path]).text
     assert max(map(len, text.splitlines())) <= 100
     assert "key5=value1" in re.sub(r"\s", "", text)
 
 
 def test_csv_reads_back_as_the_records(sweep: Path, tmp_path: Path) -> None:
     make_run(sweep / "odd", 'name="a, b"', 0.123456789012345, params=5, optim__lr=9, name='n"\nx')
-    report = write_report([sweep], tmp_path / "out")
+    report = write_run_table([sweep], tmp_path / "out")
     with (tmp_path / "out" / "report.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     fields = {
@@ -119,7 +119,7 @@ def test_csv_reads_back_as_the_records(sweep: Path, tmp_path: Path) -> None:
 
 def test_markdown_has_a_row_for_each_setting(sweep: Path, tmp_path: Path) -> None:
     make_run(sweep / "evil", status="failed", name="a|b", optim__lr=7)
-    write_report([sweep], tmp_path / "out")
+    write_run_table([sweep], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows[:7]} == {9} and {len(row) for row in rows[7:]} == {3}
@@ -136,7 +136,7 @@ def test_html_holds_everything_and_escapes_it(sweep: Path, tmp_path: Path) -> No
     (sweep / "lora0.1_1" / "summary.json").write_text("{<broken>")
     picture = tmp_path / "more.png"
     picture.write_bytes(b"\x89PNG...")
-    write_report([sweep], tmp_path / "out", [("<More>", picture)])
+    write_run_table([sweep], tmp_path / "out", [("<More>", picture)])
     html = (tmp_path / "out" / "report.html").read_text()
     page = Page(html)
     assert len(page.of("script")) == len(page.of("style")) == 1
@@ -199,14 +199,14 @@ def test_a_random_search_is_points_and_not_a_line_for_each(tmp_path: Path, monke
 def test_a_single_learning_rate_has_no_curve(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "0", val=0.9)
     make_run(tmp_path / "runs" / "1", val=0.9, seed=1)
-    write_report([tmp_path / "runs"], tmp_path / "out")
+    write_run_table([tmp_path / "runs"], tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.csv", "report.html", "report.md"]
 
 
 def test_one_learning_rate_that_came_to_its_end_is_no_curve(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "0", "optim.lr=0.1", 0.9)
     make_run(tmp_path / "runs" / "1", "optim.lr=9.0", status="failed", optim__lr=9.0)
-    write_report([tmp_path / "runs"], tmp_path / "out")
+    write_run_table([tmp_path / "runs"], tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.png"))
 
 
@@ -220,7 +220,7 @@ def test_validation_over_the_epochs_leaves_out_the_last_look_at_the_best(sweep: 
 
 def test_nothing_done_is_a_report_all_the_same(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "0", status="killed")
-    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    report = write_run_table([tmp_path / "runs"], tmp_path / "out")
     assert "killed probe seed=0: killed for a reason" in report.text and "best" not in report.text
     Page((tmp_path / "out" / "report.html").read_text())
 
@@ -242,4 +242,4 @@ def test_the_script_says_what_is_wrong_in_a_line(tmp_path: Path) -> None:
     command = [sys.executable, "report.py", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "nowhere is no folder" in done.stderr
+    assert done.stderr.startswith("error: ") and "nowhere is not a folder" in done.stderr
