@@ -25,7 +25,7 @@ from thaw.data.mnist import load_mnist
 from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic_regression, score, standardisation
-from thaw.run.checkpoint import load_model, read
+from thaw.run.checkpoint import load_model, read_checkpoint
 from thaw.run.values import check_types
 
 PROBES: dict[str, Callable[..., Choice]] = {"knn": knn, "logistic_regression": logistic_regression}
@@ -286,7 +286,7 @@ def test_probe_of_a_checkpoint(train: Callable[..., Path], tmp_path: Path) -> No
     summary = probe(tmp_path / "probe", f"ckpt={run_dir}", "data.train_size=300", "probe.k=[1, 7]", where, FEW[-1])
     assert summary["checkpoint"] == summary["weights"] == str(run_dir / "checkpoints" / "best.ckpt")
     assert (summary["data_source"], summary["n_train"], summary["backbone"]) == ("sample", 300, "mlp")
-    model = load_model(read(run_dir / "checkpoints" / "best.ckpt"))
+    model = load_model(read_checkpoint(run_dir / "checkpoints" / "best.ckpt"))
     digits = load_mnist("MNIST", "data", "sample", None)
     with torch.no_grad():
         train_split, val = (
