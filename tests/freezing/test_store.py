@@ -137,7 +137,7 @@ def test_damage_is_told(store: FeatureStore, caplog: pytest.LogCaptureFixture) -
     put(store)
     os.truncate(store.path(KEY), 200)
     assert store.read(KEY, FACTS) is None
-    assert f"{KEY}.npy is damaged and will be made anew" in caplog.text
+    assert f"{KEY}.npy is damaged and will be computed again" in caplog.text
 
 
 def test_other_facts_under_the_same_key_are_no_entry(store: FeatureStore) -> None:

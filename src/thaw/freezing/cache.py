@@ -177,12 +177,3 @@ def forked_rng(trainer: Trainer) -> AbstractContextManager[None]:
 def report(trainer: Trainer, text: str) -> None:
     if trainer.is_global_zero:
         print(f"cache: {text}", flush=True)
-
-
-def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers."""
-    total = hashlib.sha256()
-    for name, tensor in tensors.items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

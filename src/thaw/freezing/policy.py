@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
 from thaw.freezing.lora import plain_name
+from thaw.run.values import Count, CountOrZero, find_problem
 
 NEVER = math.inf  # the epoch from which a frozen parameter trains
 
@@ -37,25 +38,20 @@ class Rule:
 
     match: str | Sequence[str]
     train: bool
-    first: int | None = None
-    last: int | None = None
-    from_epoch: int = 0
-    blocks: int | None = None
-    every: int | None = None
+    first: CountOrZero | None = None
+    last: Count | None = None
+    from_epoch: CountOrZero = 0
+    blocks: Count | None = None
+    every: Count | None = None
 
     def __post_init__(self) -> None:
         if not self.patterns:
             raise TypeError("match must hold a regular expression")
         for pattern in self.patterns:
             re.compile(pattern)
-        if not isinstance(self.train, bool):
-            raise TypeError(f"train={self.train!r} must be true or false")
-        for name, lowest in {"first": 0, "last": 1, "from_epoch": 0, "blocks": 1, "every": 1}.items():
-            value = getattr(self, name)
-            if value is None and name != "from_epoch":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise TypeError(f"{name}={value!r} must be a whole number, {lowest} or more")
+        for name, annotation in get_type_hints(Rule, include_extras=True).items():
+            if problem := find_problem(name, getattr(self, name), annotation):
+                raise TypeError(problem[0])
         if (self.blocks is None) != (self.every is None):
             raise TypeError("blocks (layers at a time) and every (epochs between) belong together")
         if self.is_schedule and not self.train:
@@ -247,27 +243,29 @@ class Thaw:
         return [name for name in self.model.state_dict() if name in names and name.startswith("backbone.")]
 
 
-def modes(module: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Module, bool]:
-    """Train (true) or eval mode of a module and all within it: train where all parameters train, eval where none does.
+def modes(model: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Module, bool]:
+    """Train (true) or eval mode of a model and all within it: train where all parameters train, eval where none does.
 
     A module without parameters (dropout, drop path) inside a partly frozen one belongs to the module before it: after
     a frozen stem it is frozen, after a thawed block it is thawed.
     """
     found: dict[nn.Module, bool] = {}
-
-    def visit(module: nn.Module, before: bool) -> bool:
-        """Note the modes of a module and return the mode at its end; `before` is that of the module before it."""
-        trains = [parameter in trainable for parameter in module.parameters()]
-        if not any(trains) or all(trains):
-            mode = any(trains) if trains else before
-            found.update(dict.fromkeys(module.modules(), mode))
-            return mode
-        own = [parameter in trainable for parameter in module.parameters(recurse=False)]
-        found[module] = any(own) if own else True
-        mode = any(own) if own else before
-        for child in module.children():
-            mode = visit(child, mode)
-        return mode
-
-    visit(module, before=True)
+    note_modes(model, trainable, True, found)
     return found
+
+
+def note_modes(
+    module: nn.Module, trainable: Collection[nn.Parameter], before: bool, found: dict[nn.Module, bool]
+) -> bool:
+    """Add the modes of a module to `found` and return the mode at its end; `before` is that of the module before it."""
+    trains = [parameter in trainable for parameter in module.parameters()]
+    if not any(trains) or all(trains):
+        mode = any(trains) if trains else before
+        found.update(dict.fromkeys(module.modules(), mode))
+        return mode
+    own = [parameter in trainable for parameter in module.parameters(recurse=False)]
+    found[module] = any(own) if own else True
+    mode = any(own) if own else before
+    for child in module.children():
+        mode = note_modes(child, trainable, mode, found)
+    return mode

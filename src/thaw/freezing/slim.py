@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thaw.freezing.cache import tensors_sha256
+from thaw.freezing.store import tensors_sha256
 
 
 def refer_to_frozen(names: Iterable[str], state: Mapping[str, Tensor], weights: str) -> dict[str, Any]:

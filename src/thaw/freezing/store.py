@@ -1,7 +1,7 @@
-"""Tensors on disk under a key, memory-mapped, verified when read.
+"""A folder of tensors that several processes share: memory-mapped, verified when read.
 
-An entry is `<key>.npy` and `<key>.json`. The JSON is written last: it holds all that the key stands for and the SHA-256
-of the tensor, and what does not match it is no entry.
+An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the facts that the key is a hash of and the
+SHA-256 of the tensor; an entry that does not match its JSON is ignored.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ class FeatureStore:
     """A folder of entries that several processes may use at once.
 
     Args:
-        folder: made when something is written.
-        max_bytes: of all entries together; the least recently used make room for a new one.
+        folder: made at the first write.
+        max_bytes: of all entries together; the least recently used are removed to make room for a new one.
     """
 
     def __init__(self, folder: Path, max_bytes: float) -> None:
@@ -42,25 +42,25 @@ class FeatureStore:
         return self.folder / f"{key}.npy"
 
     def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
-        """The tensor of an entry, mapped copy-on-write; None, with a warning if it is damaged, where there is none."""
+        """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged."""
         path = self.path(key)
         record = path.with_suffix(".json")
         try:
             saved = read_json(record)
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
-            damage = saved["facts"] != facts or saved["sha256"] != sha256(tensor)
+            damage = saved["facts"] != facts or saved["sha256"] != tensors_sha256({key: tensor})
         except FileNotFoundError:
             return None
         except Exception:  # damaged files fail in any way
             damage = True
         if damage:
-            log.warning("%s is damaged and will be made anew.", path)
+            log.warning("%s is damaged and will be computed again.", path)
             with suppress(OSError):
                 record.unlink()
             return None
         with suppress(OSError):  # a read-only folder
-            os.utime(record)  # used now
+            os.utime(record)  # the time of last use
         return tensor
 
     @contextmanager
@@ -80,7 +80,7 @@ class FeatureStore:
             lock.release()
 
     def create(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A writable tensor on disk, to be filled and then given to `commit`; under the key's lock.
+        """A writable tensor on disk, to be filled and then given to `commit`; needs the key's lock.
 
         Raises:
             OSError: the folder cannot be written, or has no room for it.
@@ -89,32 +89,32 @@ class FeatureStore:
         self.make_room(size, key)
         self.part = self.held.enter_context(temporary(self.path(key)))
         array = np.lib.format.open_memmap(self.part, mode="w+", dtype=NUMPY[dtype], shape=shape)
-        with self.part.open("r+b") as file:  # a disk that fills up later would kill the process that writes the map
+        with self.part.open("r+b") as file:  # a write to a map on a full disk kills the process
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
         return torch.from_numpy(array).view(dtype)
 
     def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
-        """Make the tensor that `create` gave, now filled, the entry."""
+        """Make the filled tensor of `create` the entry."""
         path = self.path(key)
         record = {
             "facts": facts,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "sha256": sha256(tensor),
+            "sha256": tensors_sha256({key: tensor}),
         }
         move(self.part, path)
         write_json(record, path.with_suffix(".json"))
 
     def make_room(self, size: int, key: str) -> None:
-        """Remove entries, the least recently used first, until one of `size` bytes keeps to the limit."""
-        ours = self.folder.glob(f"{'[0-9a-f]' * 16}.*")  # other files in the folder are not
+        """Remove the least recently used entries until a new one of `size` bytes fits the limit."""
+        ours = self.folder.glob(f"{'[0-9a-f]' * 16}.*")  # a user's own files stay
         entries = {path.name.split(".")[0] for path in ours if path.suffix != ".lock"} - {key}
         sizes = {entry: sum(map(size_of, self.folder.glob(f"{entry}.*"))) for entry in entries}
         for entry in sorted(entries, key=self.last_used):
             if sum(sizes.values()) + size <= self.max_bytes:
                 return
-            with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # not what is being written
+            with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # a writer keeps its entry
                 for suffix in (".json", ".npy"):
                     self.path(entry).with_suffix(suffix).unlink(missing_ok=True)
                 sizes.pop(entry)
@@ -134,8 +134,10 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def sha256(tensor: Tensor) -> str:
-    """Of type, shape and numbers."""
-    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    total.update(tensor.contiguous().view(torch.uint8).numpy().data)
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and numbers."""
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,31 +65,43 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
     precision = cfg.trainer.precision
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
-    with cleared_up_here():
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
+    with default_dtype(dtype), cleared_up_here():
         return step_on_fake_tensors(cfg.copy(), device)
 
 
 def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
-    """As `dry_step`; all fake tensors are garbage when it has returned."""
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+    # one thread, as torch corrupts memory where the threads of its backward pass free fake tensors
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), set_multithreading_enabled(False):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
-        if cfg.trainer.precision == "bf16-true":
-            model.to(torch.bfloat16)
-        model.thaw.check_fresh()
-        last = int(max(model.thaw.after(0)))
-        model.thaw.apply(last)
-        model.cut = model.thaw.cut(last)
-        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        try:
+            model.thaw.check_fresh()
+            last = int(max(model.thaw.after(0)))
+            model.thaw.apply(last)
+            model.cut = model.thaw.cut(last)
+            return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        finally:
+            del model.thaw  # a cycle; torch corrupts memory where the garbage collector frees fake tensors, too
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
