@@ -3,11 +3,13 @@
 import ctypes
 import logging
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from processes import FORKED
 from small_models import backbone, batch, classifier, fit, policy, tiny  # noqa: F401  (fixtures)
 
+from thaw import evaluation
 from thaw.run.config import clear_errors
 
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
@@ -107,8 +110,20 @@ def linear_probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """Pictures are empty files: drawing them takes longer than the small runs of tests."""
+
+    def touch(*arguments: Any) -> None:
+        for path in arguments:
+            if isinstance(path, Path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+
+    for found in pkgutil.iter_modules(evaluation.__path__, "thaw.evaluation."):
+        import_module(found.name)  # one that is imported under the patch would keep `touch`
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b""))
+        for module in [module for name, module in sys.modules.items() if name.startswith("thaw.")]:
+            for name, value in [*vars(module).items()]:
+                if name.startswith("save_") and getattr(value, "__module__", "").startswith("thaw.evaluation."):
+                    patch.setattr(module, name, touch)
         yield
 
 
