@@ -102,7 +102,7 @@ def write_summary(cfg: DictConfig, trainer: Trainer, results: Mapping[str, Any],
 
 
 def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:
-    """How many parameters train within so many epochs (None or -1: a run without end), and how many there are."""
+    """How many numbers of a model train within so many epochs (None or -1: a run without end), and how many it has."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     if isinstance(module, Classifier):
         end = NEVER if epochs is None or epochs < 0 else epochs
