@@ -50,13 +50,8 @@ def empty_grids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(train: Callable[..., Path]) -> Path:
-    return train(
-        "experiment=vit_linear_probe",
-        "data.source=sample",
-        "data.train_size=1500",
-        "trainer.max_epochs=2",
-        "logger=csv",
-    )
+    few = ["data.source=sample", "data.train_size=1500", "trainer.max_epochs=2"]
+    return train("experiment=vit_linear_probe", *few, "logger=csv")
 
 
 @pytest.mark.slow
