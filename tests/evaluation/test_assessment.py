@@ -38,8 +38,21 @@ def evaluate(folder: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture
+def empty_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids of images, which take long to draw, are empty files."""
+
+    def touch(*arguments: Any) -> None:
+        arguments[-1].parent.mkdir(parents=True, exist_ok=True)
+        arguments[-1].touch()
+
+    for module in ("assessment", "pictures"):
+        monkeypatch.setattr(f"thaw.evaluation.{module}.save_images", touch)
+
+
+@pytest.fixture
 def run(train: Callable[..., Path]) -> Path:
-    return train("experiment=vit_linear_probe", "data.source=sample", "data.train_size=1500", "logger=csv")
+    few = ["data.source=sample", "data.train_size=1500", "trainer.max_epochs=2"]
+    return train("experiment=vit_linear_probe", *few, "logger=csv")
 
 
 @pytest.mark.slow
@@ -71,6 +84,7 @@ def test_report_of_one_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("empty_grids")
 def test_two_models_are_compared(linear_probe: Path, train: Callable[..., Path], tmp_path: Path) -> None:
     few = ["data.source=sample", "logger=csv", "trainer.max_epochs=1", "data.train_size=300", "data.batch_size=100"]
     ckpts = f"ckpt=[{linear_probe},{train('experiment=baseline/mlp', *few, 'test=false')}]"
@@ -127,6 +141,7 @@ def test_second_dataset(linear_probe: Path) -> None:
     assert facts["auroc"] == pytest.approx(roc_auc_score(is_own, torch.cat([own, others])), abs=1e-4)
 
 
+@pytest.mark.usefixtures("empty_grids")
 def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no example among the pictures, no recall and no share in any number."""
     shown: list[torch.Tensor] = []

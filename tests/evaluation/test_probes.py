@@ -307,9 +307,8 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
 def test_sweep_of_two_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each job of a multirun writes a summary into its own folder."""
     GlobalHydra.instance().clear()
-    where = ["--config-path", str(ROOT / "configs"), f"hydra.sweep.dir={tmp_path}"]
-    jobs = ["-m", "probe=knn,logistic_regression", "backbone=pixels", *FEW]
-    monkeypatch.setattr("sys.argv", ["probe.py", *where, *jobs])
+    jobs = ["-m", "probe=knn,logistic_regression", "backbone=pixels", f"hydra.sweep.dir={tmp_path}", *FEW]
+    monkeypatch.setattr("sys.argv", ["probe.py", "--config-path", str(ROOT / "configs"), *jobs])
     import_module("probe").main()
     summaries = [json.loads((tmp_path / job / "summary.json").read_text()) for job in ("0", "1")]
     assert [(summary["probe"], summary["name"]) for summary in summaries] == [(name, name) for name in PROBES]

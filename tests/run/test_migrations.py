@@ -103,3 +103,11 @@ def test_a_later_version_is_named(config: dict[str, Any], tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=said) as raised:
             checkpoints.load_model(checkpoints.read_checkpoint(tmp_path / "new.ckpt"))
         assert "new.ckpt" in str(raised.value) and checkpoint["git_commit"] in str(raised.value)
+
+
+def test_a_run_with_swa_loads_without_it(config: dict[str, Any]) -> None:
+    """Its weights are the average already."""
+    config["average"] = {"_target_": "thaw.callbacks.weight_averaging.SWA", "start": 0.5}
+    migrated, changed = migrations.migrate(config, Path("run.ckpt"), "abc")
+    assert migrated["average"] is None
+    assert "average=null, as thaw.callbacks.weight_averaging.SWA is gone" in changed
