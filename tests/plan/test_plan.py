@@ -37,7 +37,7 @@ def tiny_config(policy: str, *overrides: str, **settings: Any) -> Any:
 
 @cache
 def tiny_step(policy: str, *overrides: str, **settings: Any) -> Step:
-    return dry_step(tiny_config(policy, *overrides, **settings))
+    return dry_step(tiny_config(policy, *overrides, **settings), "cpu")
 
 
 def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
@@ -118,7 +118,7 @@ def test_activations_are_what_a_real_forward_saves(policy: str, precision: str) 
     overrides = ["freeze.k=1"] if policy == "last_blocks" else []
     cfg = tiny_config(policy, *overrides, precision=precision, cache=False)
     model, _, forward = real(cfg)
-    saved, activations = saved_bytes(model, forward), dry_step(cfg).activations
+    saved, activations = saved_bytes(model, forward), dry_step(cfg, "cpu").activations
     passing = (2 * 4 + 5) * WIDTH * TOKENS * BATCH * 4
     assert saved <= activations <= saved + passing
 
@@ -139,12 +139,6 @@ def saved_bytes(model: Any, forward: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(saved.values())
-
-
-def test_bf16_halves_the_tensors() -> None:
-    half, whole = (tiny_step("lora", precision=precision) for precision in ("bf16-true", "32-true"))
-    for name in ("weights", "gradients", "optimizer"):
-        assert getattr(half, name) / getattr(whole, name) == pytest.approx(0.5, rel=0.01)
 
 
 def test_only_what_lies_above_the_cut_is_saved() -> None:

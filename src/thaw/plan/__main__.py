@@ -39,7 +39,7 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
         for policy in settings.policy.split(","):
             cfg = compose_run(settings, model, policy, overrides)
             try:
-                step = dry_step(cfg)
+                step = dry_step(cfg, "cuda")
             except InstantiationException as error:
                 if not isinstance(error.__cause__, ValueError):
                     raise

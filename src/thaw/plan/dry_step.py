@@ -49,13 +49,14 @@ class Step:
     backward_flops: float
 
 
-def dry_step(cfg: DictConfig) -> Step:
-    """Run the second training step of a configuration on fake tensors of a GPU.
+def dry_step(cfg: DictConfig, device: str) -> Step:
+    """Run the second training step of a configuration on fake tensors.
 
     A policy with a schedule is taken in the epoch in which its last layer thaws.
 
     Args:
         cfg: as train.py gets it; `cache.mode=off` runs the frozen layers in every step.
+        device: `cpu`, `cuda` or `mps`, which decides how many tokens at once fill the cache.
 
     Raises:
         ValueError: a policy or precision that is not allowed.
@@ -68,32 +69,22 @@ def dry_step(cfg: DictConfig) -> Step:
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
-    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    with default_dtype(dtype), torch.device("meta"), SameShape():
+    with torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with default_dtype(dtype), cleared_up_here(), warnings.catch_warnings(), fake:
+    with cleared_up_here(), warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
+        if precision == "bf16-true":
+            model.to(torch.bfloat16)
         model.thaw()
         depths = model.depths()
         thaws = model.freeze_policy.thaw_epochs(depths)
         model.freeze_policy.apply(model, depths, frozenset(), int(max(e for e in thaws.values() if e < math.inf)))
-        return DryRun(model, thaws, cfg.data.batch_size, precision).step(cfg.cache.mode != "off")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+        return DryRun(model, thaws, cfg.data.batch_size, precision, device).step(cfg.cache.mode != "off")
 
 
 @contextmanager
@@ -112,8 +103,8 @@ def cleared_up_here() -> Iterator[None]:
 class DryRun:
     """A model of fake tensors, thawed as far as it ever will be, with its optimizer."""
 
-    def __init__(self, model: Any, thaws: dict[str, float], batch_size: int, precision: str) -> None:
-        self.model, self.batch_size, self.precision = model, batch_size, precision
+    def __init__(self, model: Any, thaws: dict[str, float], batch_size: int, precision: str, device: str) -> None:
+        self.model, self.batch_size, self.precision, self.device = model, batch_size, precision, device
         self.autocast = PRECISIONS[precision] if precision.endswith("mixed") else None
         self.backbone = model.backbone
         trained = [self.backbone.layer_of(n) for n, p in self.backbone.named_parameters() if p.requires_grad]
@@ -173,7 +164,7 @@ class DryRun:
         with FlopCounterMode(display=False) as flops:
             features = compute(self.batch_size)
         with Memory(()) as memory:
-            compute(max(1, TOKENS["cuda"] // self.backbone.num_tokens))
+            compute(max(1, TOKENS[self.device] // self.backbone.num_tokens))
         return flops.get_total_flops(), memory.peak, features
 
     def context(self) -> torch.autocast:
