@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RATES = "1e-4,2e-4,5e-4,1e-3,2e-3,3e-3,5e-3,7e-3,1e-2,2e-2,3e-2,5e-2,1e-1"  # 13
 AFFINE = {"degrees": 10.0, "translate": 0.07, "scale": 0.1, "shear": 0.0}
 AFFINE |= {"elastic": 0.0, "elastic_sigma": 4.0, "thickness": 0.0, "erase": 0.0}
-PARTS = ("main_job", "last_blocks", "fine_tuning", "pipeline", "feature_passes", "startup")
+PARTS = ("main_job", "last_blocks", "fine_tuning", "pipeline", "feature_passes")
 HEAD = """# Speed
 
 Written by `make bench`{quick} in {minutes:.0f} minutes on: {machine}.
@@ -83,14 +83,6 @@ class Clock(L.Callback):
         self.training.append(time.perf_counter() - self.begun)
 
 
-class FirstStep(L.Callback):
-    """Prints how long after the command the first training step ended; see `startup`."""
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 1:
-            print(f"first step after {textbook.seconds():.2f}", flush=True)
-
-
 class Bench:
     """The rows of the table; `data` is data.dir, `quick` takes little of everything."""
 
@@ -129,9 +121,9 @@ class Bench:
                 raise SystemExit(f"{' '.join(arguments)}\n{err.read()}")
             return elapsed, out.read(), usage.ru_maxrss * 1024 / 1e9
 
-    def probe(self, *overrides: str, cold: bool = True, sweep: bool = False) -> tuple[float, str, float]:
-        """The main job; `cold` starts with an empty cache."""
-        cache = tempfile.mkdtemp(dir=self.folder) if cold else f"{self.folder}/warm"
+    def probe(self, *overrides: str, sweep: bool = False) -> tuple[float, str, float]:
+        """The main job, with an empty cache."""
+        cache = tempfile.mkdtemp(dir=self.folder)
         self.run = tempfile.mkdtemp(dir=self.folder)
         data = (f"data.dir={self.data}", "data.source=official", f"data.train_size={self.digits}")
         command = ("train.py", *(["-m"] if sweep else []), "experiment=vit_linear_probe", *data, f"cache.dir={cache}")
@@ -177,27 +169,6 @@ class Bench:
         self.row(name, f"{one:.1f} s", f"{many:.1f} s", many / one, "at most 2")
         memory = max(memory for _, memory in found)
         self.row("peak memory of the main job", "", f"{memory:.2f} GB", None, "at most 3 GB")
-
-    def startup(self) -> None:
-        """Where the time from the command to the first training step goes, with a warm cache."""
-        self.probe("trainer.max_epochs=1", cold=False)
-        step = ("trainer.max_epochs=1", "+callbacks.first_step._target_=benchmarks.bench.FirstStep")
-        printed = [self.probe(*step, cold=False)[1] for _ in range(self.rounds)]
-        first = statistics.median(float(text.split("first step after ")[1].split()[0]) for text in printed)
-        imports, before = {}, "hydra"
-        for module in ("torch", "torchvision.datasets", "lightning", "timm", "thaw.classifier"):
-            code = f"import time, {before}; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
-            measured = [float(self.command("-c", code)[1]) for _ in range(self.rounds)]
-            imports[module.split(".")[0]] = statistics.median(measured)
-            before += f", {module}"
-        listed = ", ".join(f"{module} {seconds:.1f} s" for module, seconds in imports.items())
-        self.note(
-            f"Start-up: {first:.1f} s from the command to the first training step, warm cache; "
-            f"imports in turn: {listed}; together {sum(imports.values()):.1f} s."
-        )
-        for flag in (("--help",), ("--cfg", "job")):
-            elapsed = statistics.median(self.command("train.py", *flag)[0] for _ in range(self.rounds))
-            self.note(f"`python train.py {' '.join(flag)}`: {elapsed:.2f} s.")
 
     # Inside this process
 

@@ -42,6 +42,30 @@ class Autoregressive(Objective):
         normalize_pixels: the head draws each patch normalized by its own mean and deviation (He et al. 2021).
     """
 
+    def loss(self, images: Tensor) -> Tensor:
+        images = self.preprocess(self.augment(images))  # (B, C, S, S)
+        given = int(torch.randint(1, self.most_given + 1, ()))  # G
+        order = self.draw_order(len(images), images.device)  # (B, T)
+        drawn = self.predict(images, order, given)  # (B, T - G, p * p * C)
+        wanted = pick(patch_targets(images, self.side, self.normalize_pixels), order[:, given:])
+        return (drawn.float() - wanted).square().mean()
+
+    def draw_order(self, batch: int, device: torch.device) -> Tensor:
+        """The order of each image's patches, (B, T)."""
+        if self.order == "random":
+            return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
+        return torch.arange(self.num_patches, device=device).expand(batch, -1)
+
+    def predict(self, images: Tensor, order: Tensor, given: int) -> Tensor:
+        """Each patch after the first G of its order, from those before it: (B, T - G, p * p * C)."""
+        tokens = self.backbone.prefix(images, 1)  # (B, P + T, D), with their positions
+        start = tokens.shape[1] - self.num_patches  # P
+        tokens = torch.cat([tokens[:, :start], pick(tokens[:, start:], order[:, :-1])], dim=1)  # (B, P + T - 1, D)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        visible = (place <= place[:, None]) | (place < start + given)  # row attends to column
+        states = encode(self.backbone, tokens, visible)[:, start + given - 1 :]  # (B, T - G, D), each before its patch
+        return self.head(states + self.target_pos_embed[order[:, given:]])
+
     def __init__(
         self,
         backbone: Backbone,
@@ -70,30 +94,6 @@ class Autoregressive(Objective):
         )
         self.order, self.normalize_pixels = order, normalize_pixels
         self.most_given = max(1, int(prefix * self.num_patches))
-
-    def loss(self, images: Tensor) -> Tensor:
-        images = self.preprocess(self.augment(images))  # (B, C, S, S)
-        given = int(torch.randint(1, self.most_given + 1, ()))  # G
-        order = self.draw_order(len(images), images.device)  # (B, T)
-        drawn = self.predict(images, order, given)  # (B, T - G, p * p * C)
-        wanted = pick(patch_targets(images, self.side, self.normalize_pixels), order[:, given:])
-        return (drawn.float() - wanted).square().mean()
-
-    def draw_order(self, batch: int, device: torch.device) -> Tensor:
-        """The order of each image's patches, (B, T)."""
-        if self.order == "random":
-            return torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
-        return torch.arange(self.num_patches, device=device).expand(batch, -1)
-
-    def predict(self, images: Tensor, order: Tensor, given: int) -> Tensor:
-        """Each patch after the first G of its order, from those before it: (B, T - G, p * p * C)."""
-        tokens = self.backbone.prefix(images, 1)  # (B, P + T, D), with their positions
-        start = tokens.shape[1] - self.num_patches  # P
-        tokens = torch.cat([tokens[:, :start], pick(tokens[:, start:], order[:, :-1])], dim=1)  # (B, P + T - 1, D)
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        visible = (place <= place[:, None]) | (place < start + given)  # row attends to column
-        states = encode(self.backbone, tokens, visible)[:, start + given - 1 :]  # (B, T - G, D), each before its patch
-        return self.head(states + self.target_pos_embed[order[:, given:]])
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images, their given upper halves, and the completions of these, drawn patch by patch."""

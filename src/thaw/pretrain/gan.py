@@ -67,6 +67,35 @@ class GAN(Objective):
 
     grid: Tensor
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
+        noise = torch.randn(len(real), self.latent, device=real.device)
+        fake = self.augment.transform(self.generator(noise))  # Zhao et al. 2020: gradients pass through
+        scores = self.discriminator(torch.cat([real, fake.detach()]))
+        discriminator_loss = hinge(*scores.chunk(2))
+        generator_loss = -self.frozen_discriminator(fake).mean()
+        loss = discriminator_loss + generator_loss
+        if self.r1 > 0:
+            some = slice(None, None, self.r1_every)  # it costs several times as much as the rest
+            penalty = gradient_penalty(self.discriminator, torch.cat([real[some], fake[some]]))
+            loss = loss + self.r1 / 2 * penalty
+            self.log("train/r1", penalty.detach())
+        self.log("train/loss", loss)
+        self.log("train/discriminator_loss", discriminator_loss, prog_bar=True)
+        self.log("train/generator_loss", generator_loss, prog_bar=True)
+        return loss
+
+    def discriminator(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for what looks real."""
+        images = self.preprocess(255 * pixels[:, 0])  # (B, C, S, S)
+        return self.score(self.backbone(images))[:, 0].float()
+
+    def frozen_discriminator(self, pixels: Tensor) -> Tensor:
+        """The same scores; their gradient reaches the pixels, but no weight of the discriminator."""
+        images = self.preprocess(255 * pixels[:, 0])
+        features = functional_call(self.backbone, detached(self.backbone), images)
+        return functional_call(self.score, detached(self.score), features)[:, 0].float()
+
     def __init__(
         self,
         backbone: Backbone,
@@ -97,35 +126,6 @@ class GAN(Objective):
         self.measured_by = [measured_by]  # in a list it is no submodule: neither trained nor in checkpoints
         self.real_features: list[Tensor] = []  # (N, D) of training and validation images, once computed
         self.register_buffer("grid", fixed_latents(8 * 16, latent))
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
-        noise = torch.randn(len(real), self.latent, device=real.device)
-        fake = self.augment.transform(self.generator(noise))  # Zhao et al. 2020: gradients pass through
-        scores = self.discriminator(torch.cat([real, fake.detach()]))
-        discriminator_loss = hinge(*scores.chunk(2))
-        generator_loss = -self.frozen_discriminator(fake).mean()
-        loss = discriminator_loss + generator_loss
-        if self.r1 > 0:
-            some = slice(None, None, self.r1_every)  # it costs several times as much as the rest
-            penalty = gradient_penalty(self.discriminator, torch.cat([real[some], fake[some]]))
-            loss = loss + self.r1 / 2 * penalty
-            self.log("train/r1", penalty.detach())
-        self.log("train/loss", loss)
-        self.log("train/discriminator_loss", discriminator_loss, prog_bar=True)
-        self.log("train/generator_loss", generator_loss, prog_bar=True)
-        return loss
-
-    def discriminator(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for what looks real."""
-        images = self.preprocess(255 * pixels[:, 0])  # (B, C, S, S)
-        return self.score(self.backbone(images))[:, 0].float()
-
-    def frozen_discriminator(self, pixels: Tensor) -> Tensor:
-        """The same scores; their gradient reaches the pixels, but no weight of the discriminator."""
-        images = self.preprocess(255 * pixels[:, 0])
-        features = functional_call(self.backbone, detached(self.backbone), images)
-        return functional_call(self.score, detached(self.score), features)[:, 0].float()
 
     def draw(self, latents: Tensor) -> Tensor:
         """Latents (N, Z) -> images, uint8 (N, 28, 28), by the averaged generator."""

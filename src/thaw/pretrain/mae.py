@@ -23,6 +23,28 @@ class MAE(Objective):
         normalize_pixels: the decoder draws each patch normalized by its own mean and deviation (section 3).
     """
 
+    def loss(self, images: Tensor) -> Tensor:
+        images = self.preprocess(self.augment(images))  # (B, C, S, S)
+        visible, hidden = self.choose(len(images), images.device)  # (B, K), (B, T) of which T - K are true
+        drawn = self.draw(images, visible)  # (B, T, p * p * C)
+        wanted = patch_targets(images, self.side, self.normalize_pixels)
+        error = (drawn.float() - wanted).square().mean(dim=2)  # (B, T)
+        return error[hidden].mean()  # section 3: on the hidden patches alone
+
+    def choose(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Random places of each image's visible patches, (B, K), and for every patch whether it is hidden, (B, T)."""
+        order = torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
+        visible = order[:, : self.num_visible]
+        return visible, torch.ones_like(order, dtype=torch.bool).scatter(1, visible, False)
+
+    def draw(self, images: Tensor, visible: Tensor) -> Tensor:
+        """All patches (B, T, p * p * C) from the visible ones."""
+        tokens = self.backbone.prefix(images, 1)  # (B, prefix + T, D), with their positions
+        start = tokens.shape[1] - self.num_patches  # class and register tokens are never hidden
+        places = (start + visible)[..., None].expand(-1, -1, tokens.shape[2])
+        seen = torch.cat([tokens[:, :start], tokens.gather(1, places)], dim=1)  # (B, start + K, D)
+        return self.decoder(encode(self.backbone, seen)[:, start:], visible)
+
     def __init__(
         self,
         backbone: Backbone,
@@ -51,28 +73,6 @@ class MAE(Objective):
         values = self.side**2 * backbone.channels
         self.decoder = Decoder(backbone, decoder_width, decoder_depth, decoder_heads, self.num_patches, values)
         self.normalize_pixels = normalize_pixels
-
-    def loss(self, images: Tensor) -> Tensor:
-        images = self.preprocess(self.augment(images))  # (B, C, S, S)
-        visible, hidden = self.choose(len(images), images.device)  # (B, K), (B, T) of which T - K are true
-        drawn = self.draw(images, visible)  # (B, T, p * p * C)
-        wanted = patch_targets(images, self.side, self.normalize_pixels)
-        error = (drawn.float() - wanted).square().mean(dim=2)  # (B, T)
-        return error[hidden].mean()  # section 3: on the hidden patches alone
-
-    def choose(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Random places of each image's visible patches, (B, K), and for every patch whether it is hidden, (B, T)."""
-        order = torch.rand(batch, self.num_patches, device=device).argsort(dim=1)
-        visible = order[:, : self.num_visible]
-        return visible, torch.ones_like(order, dtype=torch.bool).scatter(1, visible, False)
-
-    def draw(self, images: Tensor, visible: Tensor) -> Tensor:
-        """All patches (B, T, p * p * C) from the visible ones."""
-        tokens = self.backbone.prefix(images, 1)  # (B, prefix + T, D), with their positions
-        start = tokens.shape[1] - self.num_patches  # class and register tokens are never hidden
-        places = (start + visible)[..., None].expand(-1, -1, tokens.shape[2])
-        seen = torch.cat([tokens[:, :start], tokens.gather(1, places)], dim=1)  # (B, start + K, D)
-        return self.decoder(encode(self.backbone, seen)[:, start:], visible)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images, the encoder's view of them, and the decoder's drawing in the scale of the true patches."""

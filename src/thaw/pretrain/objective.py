@@ -34,16 +34,6 @@ class Objective(LightningModule):
         output: path of the safetensors file that the trained backbone is written to (fp16).
     """
 
-    def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:
-        super().__init__()
-        if not output.endswith(".safetensors"):
-            raise ValueError(f"model.output={output} must end in .safetensors, the only format it is written in.")
-        self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
-        self.backbone = backbone
-        self.augment = augment
-        self.optim = optim
-        self.output = output
-
     def loss(self, images: Tensor) -> Tensor:
         """The scalar to minimize, of uint8 images (B, 28, 28); it may draw random numbers."""
         raise NotImplementedError
@@ -66,6 +56,16 @@ class Objective(LightningModule):
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 28, 28) -> features for a probe, (B, D)."""
         return self.backbone(self.preprocess(images))
+
+    def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:
+        super().__init__()
+        if not output.endswith(".safetensors"):
+            raise ValueError(f"model.output={output} must end in .safetensors, the only format it is written in.")
+        self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
+        self.backbone = backbone
+        self.augment = augment
+        self.optim = optim
+        self.output = output
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]

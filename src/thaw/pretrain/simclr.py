@@ -50,6 +50,12 @@ class SimCLR(Objective):
         temperature: of NT-Xent; 0.1 to 0.5 is common.
     """
 
+    def loss(self, images: Tensor) -> Tensor:
+        views = self.augment(images.repeat(2, 1, 1))  # (2B, 28, 28) uint8
+        projections = self.projector(self.features(views))  # (2B, P)
+        first, second = (self.gather(z) for z in projections.chunk(2))  # (B, P) of all processes
+        return nt_xent(torch.cat([first, second]), self.temperature)
+
     def __init__(
         self,
         backbone: Backbone,
@@ -68,12 +74,6 @@ class SimCLR(Objective):
         width = backbone.num_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
         self.temperature = temperature
-
-    def loss(self, images: Tensor) -> Tensor:
-        views = self.augment(images.repeat(2, 1, 1))  # (2B, 28, 28) uint8
-        projections = self.projector(self.features(views))  # (2B, P)
-        first, second = (self.gather(z) for z in projections.chunk(2))  # (B, P) of all processes
-        return nt_xent(torch.cat([first, second]), self.temperature)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images, and below each its nearest neighbours among the others by the cosine of the features."""
