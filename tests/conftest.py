@@ -1,7 +1,12 @@
 """Running experiments inside a test, as `python train.py <overrides>` would."""
 
+import ctypes
+import logging
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,9 +14,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+from processes import FORKED
 from small_models import backbone, batch, classifier, fit, policy, tiny  # noqa: F401  (fixtures)
 
+from thaw.run.config import clear_errors
+
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell without job control
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if sys.platform == "linux":  # a forked process that outlives its worker holds the pipe to xdist, which then waits on
+    LIBC, DEATH_SIGNAL = ctypes.CDLL(None), 1
+    os.register_at_fork(after_in_child=lambda: LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL))
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.source=sample", "data.train_size=256", "data.batch_size=32", "logger=csv", "trainer.max_epochs=2"]
 
@@ -34,8 +47,10 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Train with overrides on a few real digits; returns the run's folder."""
+    """Train with overrides on a few real digits, as rank 0 of what they ask for; returns the run's folder."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])  # what other ranks run
+    monkeypatch.setattr("thaw.run.ranks.subprocess", FORKED)
     monkeypatch.setattr("thaw.freezing.cache.VERIFIED", {})  # what earlier tests have at hand
     import train as script
 
@@ -46,6 +61,28 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         return run_dir
 
     return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Run a root script in this process, as `python <script> <arguments>` would; returns the exit status."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("thaw.run.ranks.subprocess", FORKED)
+
+    def run(script: str, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), "--config-path", str(ROOT / "configs"), *arguments])
+        GlobalHydra.instance().clear()
+        try:
+            with clear_errors():
+                import_module(script.removesuffix(".py")).main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield run
+    logging.root.handlers[:] = handlers  # Hydra's write to what this test captures
+    logging.root.setLevel(level)
 
 
 def train_once(folder: Path, *overrides: str) -> Path:

@@ -1,6 +1,6 @@
 """Every command on a run of every kind: policies, heads, backbones and averages meet each command once.
 
-What others show of a ViT is left out: resuming (`test_policies`), start_from (`test_frozen_state`), and what files of
+What others show of a ViT is left out: resuming (`test_resumed_runs`), start_from (`test_slim`), and what files of
 baselines, heads and LoRA compute (`test_export_file`).
 """
 

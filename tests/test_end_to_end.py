@@ -2,33 +2,35 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from conftest import ROOT, SMALL
+from processes import FORKED
+
+from thaw.sweeps import job_queue
 
 PROBE = "experiment=vit_linear_probe"
+Command = Callable[..., int]
 
 
-def script(name: str, *arguments: str, cwd: Path = ROOT, fails: bool = False) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    result = subprocess.run(
-        [sys.executable, ROOT / name, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert result.returncode == int(fails) and "did not end" not in result.stderr, result.stderr
-    return result.stdout
-
-
-@pytest.mark.slow
-def test_linear_probe_on_the_sample(tmp_path: Path) -> None:
+def test_linear_probe_on_the_sample(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The main job as a user types it, and its evaluation."""
-    run_dir, cache = f"hydra.run.dir={tmp_path}", f"cache.dir={tmp_path / 'cache'}"
-    printed = script("train.py", PROBE, "data.source=sample", run_dir, cache)
+    typed = [PROBE, "data.source=sample", f"hydra.run.dir={tmp_path}", f"cache.dir={tmp_path / 'cache'}"]
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    started = [sys.executable, ROOT / "train.py", *typed]
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "did not end" not in done.stderr, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert 0.96 <= summary["test/acc"] < 1.0, "100 % of 500 would be too good to be true"
     assert summary["test/acc_low"] < summary["test/acc"] < summary["test/acc_high"]
@@ -38,55 +40,22 @@ def test_linear_probe_on_the_sample(tmp_path: Path) -> None:
     assert summary["trainable_params"] == 192 * 10 + 10
     assert {"val/acc", "total_params", "seconds", "seed", "git_commit"} <= summary.keys()
     for part in (f"{summary['test/acc']:.2%}", "95 % interval", "n = 500", "1,930 of 2,", "wandb sync"):
-        assert part in printed
+        assert part in done.stdout
     for file in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "record.yaml", "parameters.txt"):
         assert (tmp_path / file).exists()
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    again = script("eval.py", f"ckpt={tmp_path}", "robustness.digits=20", f"hydra.run.dir={tmp_path / 'eval'}")
-    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in again
+    few = ["robustness.digits=20", f"hydra.run.dir={tmp_path / 'eval'}"]
+    assert command("eval.py", f"ckpt={tmp_path}", *few) == 0
+    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_at_the_same_global_batch(tmp_path: Path) -> None:
-    """Gradients are averaged over ranks in another order of summation: equal to about 1e-5, not to the bit."""
-    same = [
-        *("experiment=vit_last_blocks", "augment=none", "data.source=sample", "data.train_size=250", "logger=csv"),
-        *("trainer.max_epochs=2", "trainer.gradient_clip_val=null", "optim.optimizer._target_=torch.optim.SGD"),
-        *("~optim.optimizer.betas", "optim.lr=0.05", "callbacks.early_stopping=null", "trainer.precision=32-true"),
-    ]
-    for name, changes in (("one", ["data.batch_size=50"]), ("two", ["data.batch_size=25", "trainer=ddp_cpu"])):
-        folders = [f"hydra.run.dir={tmp_path / name}", f"cache.dir={tmp_path / name / 'cache'}"]
-        printed = script("train.py", *same, *changes, *folders)
-        assert printed.count("computed in") == 2  # the frozen layers' output for training and validation digits
-    one, two = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
-    assert first["test/acc"] == second["test/acc"]
-    assert first["n_test"] == second["n_test"] == 500
-
-
-@pytest.mark.slow
-def test_sweep_of_two_processes(tmp_path: Path) -> None:
+def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""
     sweep = tmp_path / "sweep"
-    printed = script(
-        *(
-            "train.py",
-            "-m",
-            PROBE,
-            "trainer=ddp_cpu",
-            "data.source=sample",
-            "data.train_size=256",
-            "data.batch_size=16",
-            "trainer.max_epochs=1",
-        ),
-        *("optim.lr=1e-5,1e-2", f"hydra.sweep.dir={sweep}", f"cache.dir={tmp_path / 'cache'}"),
-    )
+    run = ["-m", PROBE, "trainer=ddp_cpu", "trainer.max_epochs=1", "data.source=sample", "data.train_size=256"]
+    run += ["data.batch_size=16", "optim.lr=1e-5,1e-2", f"hydra.sweep.dir={sweep}", f"cache.dir={tmp_path / 'cache'}"]
+    assert command("train.py", *run) == 0
+    printed = capsys.readouterr().out
     assert printed.count("computed in") == printed.count("reused") == 2  # the second job takes the first one's features
     jobs = {path.parent: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
     assert len(jobs) == len(list(sweep.glob("*/config.yaml"))) == 2
@@ -96,44 +65,55 @@ def test_sweep_of_two_processes(tmp_path: Path) -> None:
     assert worse["test/acc"] is None
     assert any(line.startswith("best 0.01") for line in printed.splitlines())
     for job in jobs:
-        (run,) = {path.name.rsplit("-", 1)[1] for path in (job / "wandb").glob("offline-run-*")}
-        assert run
-        config = yaml.safe_load((job / "config.yaml").read_text())
-        assert config["run_dir"] == str(job)
+        (run_id,) = {path.name.rsplit("-", 1)[1] for path in (job / "wandb").glob("offline-run-*")}
+        assert run_id
+        assert yaml.safe_load((job / "config.yaml").read_text())["run_dir"] == str(job)
 
 
-@pytest.mark.slow
-def test_a_disturbed_sweep_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+class Fault(L.Callback):
+    """After two epochs, once for each seed: seed 1 is killed, seed 4 raises an error."""
+
+    def __init__(self, marks: str, seed: int) -> None:
+        self.mark, self.seed = Path(marks) / str(seed), seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch < 2 or self.seed == 0 or self.mark.exists():
+            return
+        self.mark.touch()
+        if self.seed == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("a fault")
+
+
+def test_a_disturbed_sweep_ends_as_an_undisturbed_one(
+    tmp_path: Path,
+    tiny_run: list[str],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """One job is killed and one raises after two of four epochs; the same command runs these to their end."""
     (tmp_path / "calm").mkdir()
     (tmp_path / "disturbed").mkdir()
     for seed in (1, 4):  # have had their fault
         (tmp_path / "calm" / str(seed)).touch()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)  # of the jobs, which import this file
+    monkeypatch.setattr(f"{job_queue.__name__}.subprocess", FORKED)
     states = {}
     for name in ("disturbed", "calm"):
-        sweep = [
-            *(
-                "-m",
-                PROBE,
-                *SMALL,
-                "trainer.max_epochs=4",
-                "seed=0,1,4",
-                "test=false",
-                f"hydra.sweep.dir={tmp_path}/to",
-            ),
-            *(f"cache.dir={tmp_path / 'cache'}", "trainer.plugins.0.seconds=0"),
-            f"+callbacks.fault={{_target_:benchmarks.sweeps.Fault,marks:'{tmp_path / name}',seed:'${{seed}}'}}",
-        ]
+        run = ["-m", *tiny_run, "trainer.max_epochs=4", "seed=0,1,4", "test=false", "trainer.plugins.0.seconds=0"]
+        run += [f"hydra.sweep.dir={tmp_path}/to", f"cache.dir={tmp_path / 'cache'}"]
+        run += [f"+callbacks.fault={{_target_:{__name__}.Fault,marks:'{tmp_path / name}',seed:'${{seed}}'}}"]
         if name == "disturbed":
-            assert sorted(path.name for path in tmp_path.glob("to/*/failure.json")) == []
-            queued = script("train.py", *sweep, "hydra/launcher=queue", fails=True)
-            assert "seed=1: killed" in queued and "seed=4: failed: RuntimeError: a fault" in queued
+            assert command("train.py", *run, "hydra/launcher=queue") == 1
+            said = capsys.readouterr()
+            assert "seed=1: killed" in said.out and "seed=4: failed: RuntimeError: a fault" in said.out
             done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("to/*/summary.json")}
             assert len(done) == 1
-            assert "1 done already, 2 failed" in script("train.py", *sweep)  # in one process this time
+        assert command("train.py", *run) == 0  # in one process
+        if name == "disturbed":
+            assert "1 done already, 2 failed" in capsys.readouterr().out
             assert all(path.stat().st_mtime_ns == before for path, before in done.items())
-        else:
-            script("train.py", *sweep)
         for path in tmp_path.glob("to/*/summary.json"):
             seed = json.loads(path.read_text())["seed"]
             last = torch.load(path.parent / "checkpoints" / "last.ckpt", weights_only=True)

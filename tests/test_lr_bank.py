@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.classifier import Classifier
@@ -216,10 +216,6 @@ def test_a_number_that_is_given_twice() -> None:
 # Whole runs
 
 
-def saved(run_dir: Path, name: str) -> dict[str, Any]:
-    return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
-
-
 def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
     """The curves say which head is best and when; it is what the checkpoint, the test and the summary speak of."""
     run_dir = train(*BANK)
@@ -245,29 +241,3 @@ def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) 
     images = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
     features = model.backbone(model.preprocess(images))
     torch.testing.assert_close(model(images), model.head.logits(features)[:, winner])
-
-
-def test_resume_equals_uninterrupted(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """8 steps an epoch, a checkpoint every 4, a crash in the middle of the second epoch, after one of them."""
-    run = [*BANK, "trainer.val_check_interval=0.5", "test=false", "validate=false"]
-    whole = train(*run, name="whole")
-    step = BankClassifier.training_step
-
-    def crash(self: BankClassifier, batch: Batch, batch_idx: int) -> Tensor:
-        if self.global_step == 14:
-            raise RuntimeError("power cut")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(BankClassifier, "training_step", crash)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(*run, name="cut")
-    monkeypatch.undo()
-    cut = whole.parent / "cut"
-    assert saved(cut, "last")["global_step"] == 12
-    resumed = train(f"resume={cut}", name="resumed")
-    for name in ("last", "best"):
-        expected, got = saved(whole, name), saved(resumed, name)
-        assert expected["heads"] == got["heads"]
-        assert expected["state_dict"].keys() == got["state_dict"].keys()
-        for key, tensor in expected["state_dict"].items():
-            assert torch.equal(tensor, got["state_dict"][key]), key

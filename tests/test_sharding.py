@@ -1,4 +1,4 @@
-"""What trainer=fsdp refuses, and how it finds a saved state; its training is tested in sweeps/test_ranks.py."""
+"""What trainer=fsdp refuses, and how it finds a saved state; its training is tested in test_two_processes.py."""
 
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,16 +1,15 @@
 """Kept features against a naive loop over the digits, and runs that use them against runs that start from pixels."""
 
 import errno
-import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +17,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import ROOT
 from filelock import FileLock
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
+from processes import FORKING
 from torch import Tensor
 
 from thaw.callbacks.step_seed import StepSeed
@@ -278,41 +276,37 @@ def test_an_entry_in_a_folder_that_cannot_be_locked_is_used(
     assert features is not None and torch.equal(features, naive()) and not compute.digits
 
 
-SLOW_RUN = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_cache as t
-class Slow(t.Compute):
-    def __call__(self, indices):
-        if len(self.digits) == 128:  # in the middle
-            print("half", flush=True)
-            time.sleep(float(sys.argv[2]))
-        return super().__call__(indices)
-t.get(t.new(t.Path(sys.argv[1])), Slow())
-"""
+def slow_run(folder: Path, half: Event, seconds: float) -> None:
+    """Fill the cache, with a pause in the middle."""
+
+    class Slow(Compute):
+        def __call__(self, indices: Tensor) -> Tensor:
+            if len(self.digits) == 128:
+                half.set()
+                time.sleep(seconds)
+            return super().__call__(indices)
+
+    get(new(folder), Slow())
 
 
 @pytest.mark.parametrize("end", ["finishes", "is killed"])
 def test_two_runs_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str) -> None:
     """The second waits for the first, and takes what that wrote or, if it was killed in the middle, its place."""
-    script = SLOW_RUN.format(root=str(ROOT / "tests"), tests=str(Path(__file__).parent))
-    wait = "1.5" if end == "finishes" else "600"
-    first = subprocess.Popen([sys.executable, "-c", script, tmp_path, wait], stdout=subprocess.PIPE, text=True)
-    assert first.stdout is not None
-    assert any("half" in line for line in first.stdout)
+    half = FORKING.Event()
+    first = FORKING.Process(target=slow_run, args=(tmp_path, half, 1.5 if end == "finishes" else 600.0), daemon=True)
+    first.start()
+    assert half.wait(60)
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".part"]
     if end == "is killed":
-        kill = subprocess.Popen(["sh", "-c", f"sleep 1; kill -KILL {first.pid}"])
+        threading.Timer(1, first.kill).start()
     started = time.monotonic()
     features = get(new(tmp_path), compute := Compute())
     assert time.monotonic() - started > 0.5
     assert "cache: waiting for another run that computes" in capsys.readouterr().out
     assert features is not None and torch.equal(features, naive())
-    if end == "is killed":
-        assert first.wait() == -signal.SIGKILL and kill.wait() == 0
-        assert len(compute.digits) == 3 * 128
-    else:
-        assert first.wait() == 0 and not compute.digits
+    first.join()
+    assert first.exitcode == (0 if end == "finishes" else -signal.SIGKILL)
+    assert len(compute.digits) == (0 if end == "finishes" else 3 * 128)
     assert {path.suffix for path in tmp_path.iterdir()} == {".npy", ".json", ".lock"}
 
 
@@ -633,43 +627,3 @@ def test_another_model_after_an_interrupted_run_starts_from_pixels(model: Build)
     fitted(model("linear_probe", "off"), data, epochs=1, callbacks=[watch])
     assert all(features is None for features, _ in watch.val)
     assert all(features is None for _, features, _ in watch.train)
-
-
-@pytest.mark.parametrize("step", [5, 7], ids=["after an epoch", "mid-epoch"])
-def test_a_resumed_run_equals_an_uninterrupted_one(model: Build, tmp_path: Path, step: int) -> None:
-    """5 steps an epoch; the kept features are gone when the run goes on."""
-    build = partial(model, "last_blocks", arguments=VIT | {"drop_path_rate": 0.2})
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=step)
-    whole = build()
-    fitted(whole, epochs=3, callbacks=[keep], enable_checkpointing=True)
-    for path in (tmp_path / "cache").iterdir():
-        path.unlink()
-    resumed = build(lr=0.05)
-    with torch.no_grad():
-        resumed.head.linear.weight.zero_()  # type: ignore[operator, union-attr]
-    fitted(resumed, epochs=3, ckpt_path=tmp_path / f"step={step}.ckpt")
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
-
-
-@pytest.mark.slow
-def test_two_ranks_write_the_bytes_that_one_writes(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    overrides = [
-        *("experiment=vit_last_blocks", "augment=none", "cache.mode=disk", "data.source=sample"),
-        *("data.train_size=200", "data.batch_size=50", "trainer.max_epochs=1", "trainer.precision=bf16-mixed"),
-        *("logger=none", "test=false"),
-    ]
-    entries = []
-    for name, trainer in (("one", "cpu"), ("two", "ddp_cpu")):
-        folders = [f"cache.dir={tmp_path / name}", f"hydra.run.dir={tmp_path / 'runs' / name}"]
-        command = [sys.executable, ROOT / "train.py", *overrides, f"trainer={trainer}", *folders]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("MB, computed in") == 2
-        entries.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".lock"})
-    assert entries[0].keys() == entries[1].keys() and len(entries[0]) == 4
-    assert entries[0] == entries[1]
-    facts = [json.loads(content) for name, content in entries[0].items() if name.endswith(".json")]
-    assert sorted(fact["shape"] for fact in facts) == [[200, 16, 192], [500, 16, 192]]

@@ -183,10 +183,8 @@ def state(run_dir: Path) -> dict[str, Any]:
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def test_a_batch_is_a_step_and_a_resumed_run_equals_an_uninterrupted_one(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(*RUN, "model.generator_lr=2", "callbacks.finite_loss=null", name="whole")
+def test_a_batch_is_a_step(train: Callable[..., Path]) -> None:
+    whole = train(*RUN, "model.generator_lr=2", "callbacks.finite_loss=null")
     saved = state(whole)
     assert saved["global_step"] == 8  # 4 batches in each of 2 epochs
     (scheduler,) = saved["lr_schedulers"]
@@ -201,24 +199,6 @@ def test_a_batch_is_a_step_and_a_resumed_run_equals_an_uninterrupted_one(
     logged = (whole / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val/fid", "val/fid_floor", "val/precision", "val/recall", "train/discriminator_loss"} <= set(logged)
     assert {"train/generator_loss", "train/r1", "train/loss"} <= set(logged)
-
-    step = GAN.training_step
-
-    def crash(self: GAN, batch: Batch, batch_idx: int) -> Tensor:
-        if self.global_step == 6:
-            raise RuntimeError("power cut")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(GAN, "training_step", crash)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(*RUN, "model.generator_lr=2", name="cut")
-    monkeypatch.undo()
-    cut = whole.parent / "cut"
-    assert state(cut)["global_step"] == 4
-    resumed = state(train(f"resume={cut}", name="resumed"))
-    assert resumed["state_dict"].keys() == saved["state_dict"].keys()
-    for name, tensor in saved["state_dict"].items():
-        assert torch.equal(tensor, resumed["state_dict"][name]), name
     averages = [name for name in saved["state_dict"] if name.startswith("average.")]
     assert averages and not any(
         torch.equal(saved["state_dict"][n], saved["state_dict"][n.replace("average", "generator")]) for n in averages

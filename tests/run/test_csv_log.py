@@ -1,20 +1,12 @@
 """A run that goes on in its own folder writes the CSV that it would have written without the break."""
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_run
 
-from thaw.classifier import Classifier
 from thaw.run.csv_log import RunCSV
-
-RUN = [
-    *("experiment=vit_linear_probe", "trainer.max_epochs=3", "trainer.log_every_n_steps=1", "cache.mode=off"),
-    *("test=false", "logger=csv"),
-]
 
 
 def logger(folder: Path, resume: str | None) -> RunCSV:
@@ -75,30 +67,3 @@ def test_a_new_column_never_leaves_a_shorter_file(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "replace", watched)
     log.log_metrics({"test/acc": 0.5}, step=1)
     assert seen == [["0"]] and [row["test/acc"] for row in rows(tmp_path)] == ["", "0.5"]
-
-
-def test_equals_the_csv_of_an_uninterrupted_run(
-    train: Callable[..., Path], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """4 steps an epoch; the cut comes in the second epoch, after rows that no checkpoint knows of."""
-    run = [*(setting for setting in tiny_run if setting != "logger=none"), *RUN]
-    run.remove("callbacks.lr_monitor=null")  # its rows too
-    whole = train(*run, name="whole")
-    step = Classifier.training_step
-
-    def crash(self: Classifier, batch: object, batch_idx: int) -> torch.Tensor:
-        if self.global_step == 6:
-            raise KeyboardInterrupt  # what fails starts anew
-        return step(self, batch, batch_idx)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Classifier, "training_step", crash)
-    with pytest.raises(KeyboardInterrupt):
-        train(*run, name="cut")
-    monkeypatch.undo()
-    cut = whole.parent / "cut"
-    assert rows(cut)[-1]["step"] in ("5", "6")
-    assert not (cut / "failure.json").exists()  # cut off, so that it goes on
-    import train as script
-
-    script.main(compose_run(cut, f"cache.dir={tmp_path / 'cache'}", *run))
-    assert (cut / "csv" / "metrics.csv").read_text() == (whole / "csv" / "metrics.csv").read_text()

@@ -8,58 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
 
-from thaw.classifier import Classifier
-
-RUN = [
-    *("experiment=vit_last_blocks", *SMALL, "trainer.max_epochs=3", "trainer.val_check_interval=0.5"),
-    *("backbone.arguments.drop_path_rate=0.2", "callbacks.early_stopping=null"),
-]
-
 
 def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
     return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-
-
-@pytest.mark.parametrize(
-    ("crash_at", "saved_at", "augment"),
-    [(9, 8, "affine"), (14, 12, "affine"), (14, 12, "none")],
-    ids=["after an epoch", "mid-epoch", "mid-epoch on kept features"],
-)
-def test_resume_equals_uninterrupted(
-    train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, crash_at: int, saved_at: int, augment: str
-) -> None:
-    """8 steps an epoch, a checkpoint every 4: the crash comes a little later than the last checkpoint."""
-    run = [*RUN, f"augment={augment}"]
-    whole = train(*run, name="whole")
-    assert (whole.parents[2] / "cache").exists() == (augment == "none")
-
-    step = Classifier.training_step
-
-    def crash(self: Classifier, batch: object, batch_idx: int) -> Tensor:
-        if self.global_step == crash_at:
-            raise RuntimeError("power cut")
-        return step(self, batch, batch_idx)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Classifier, "training_step", crash)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(*run, name="cut")
-    monkeypatch.undo()
-    cut = whole.parent / "cut"
-    assert torch.load(cut / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved_at
-
-    resumed = train(f"resume={cut}", name="resumed")
-
-    expected, got = weights(whole), weights(resumed)
-    assert expected.keys() == got.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
-    for name, tensor in weights(whole, "best").items():
-        assert torch.equal(tensor, weights(resumed, "best")[name]), name
 
 
 def test_pretraining_starts_from_the_weights_of_another_run(train: Callable[..., Path], tiny_run: list[str]) -> None:
