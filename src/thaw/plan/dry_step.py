@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
@@ -75,7 +75,7 @@ def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
+    with warnings.catch_warnings(), SharedFakeMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
@@ -189,6 +189,17 @@ class DryRun:
             unit[0] += parameter.nbytes
             unit[1] += parameter.nbytes * parameter.requires_grad
         return [(weights, gradients) for weights, gradients in units]
+
+
+class SharedFakeMode(FakeTensorMode):
+    """A mode that copies of its tensors share.
+
+    torchmetrics copies the tensors that it counts in. torch copies a fake tensor's mode with it, and the mode's weak
+    references to storages, which are then freed twice: that corrupts the heap, and the process crashes later.
+    """
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return self
 
 
 class Memory(TorchDispatchMode):
