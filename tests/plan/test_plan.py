@@ -273,7 +273,7 @@ def test_imagenet_has_its_classes() -> None:
         ("devices=auto", "devices=auto depends on a machine, .* give a value"),
         ("flops=nan", "flops=.nan. must be a number above 0"),
         ("rate=-1", "rate=-1 must be a number above 0"),
-        ("dataset=cifar", "dataset=.cifar. must be mnist or imagenet1k or a number, 1 or more"),
+        ("dataset=cifar", "dataset=.cifar. must be mnist or imagenet1k, or a number, 1 or more"),
         ("dataset=0", "dataset=0 must be"),
         ("precision=8-true", "precision=.8-true. must be 32-true, bf16-mixed"),
         ("image_size=30", "image_size=30.*multiple of the patch size 7"),
