@@ -73,6 +73,8 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         head: Callable[..., nn.Module] = LINEAR,
         optim: Mapping[str, Any] | None = None,
         loaded: bool = True,
+        augment: Augment = AS_IT_IS,
+        cache: FeatureCache = NO_CACHE,
         **changes: Any,
     ) -> Classifier:
         base = backbone(**changes).train()
@@ -83,7 +85,7 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
         values: dict[str, Any] = {"num_classes": 10, "label_smoothing": 0.0, "compile": False, "self_contained": True}
-        return Classifier(base, head, AS_IT_IS, NO_MIX, chosen, recipe, cache=NO_CACHE, **values)
+        return Classifier(base, head, augment, NO_MIX, chosen, recipe, cache=cache, **values)
 
     return build
 

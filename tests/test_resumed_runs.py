@@ -13,6 +13,7 @@ from torch import Tensor
 from thaw.classifier import Classifier
 
 Train = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 # A checkpoint in the middle and at the end of each epoch of 4 steps.
 EVERY = ["trainer.val_check_interval=0.5", "callbacks.last_checkpoint.filename='{step}'"]

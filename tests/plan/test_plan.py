@@ -1,7 +1,9 @@
 """Plans against timm's parameters, FLOPs worked out by hand, and what real steps on a CPU hold and save."""
 
+import gc
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import timm
 import torch
 from hydra.utils import instantiate
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from thaw.data.datamodule import Batch
 from thaw.plan.__main__ import main, make_plans
@@ -78,6 +81,28 @@ def test_flops_by_hand() -> None:
     assert (step.cut, step.num_tokens, step.frozen_flops) == (0, TOKENS, 0)
     assert step.forward_flops == STEM + DEPTH * BLOCK + HEAD
     assert step.backward_flops == 2 * step.forward_flops - STEM  # images need no gradient
+
+
+def test_no_weak_reference_is_freed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would corrupt the heap, and crash the process some time later."""
+    alive: Counter[int] = Counter()
+    init, delete = StorageWeakRef.__init__, StorageWeakRef.__del__
+
+    def counted_init(self: StorageWeakRef, storage: Any) -> None:
+        init(self, storage)
+        alive[self.cdata] += 1
+
+    def counted_delete(self: StorageWeakRef) -> None:
+        alive[self.cdata] -= 1
+        if alive[self.cdata] >= 0:
+            delete(self)
+
+    gc.collect()
+    monkeypatch.setattr(StorageWeakRef, "__init__", counted_init)
+    monkeypatch.setattr(StorageWeakRef, "__del__", counted_delete)
+    dry_step(tiny_config("last_blocks"), "cpu")
+    gc.collect()
+    assert alive and min(alive.values()) >= 0
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -248,7 +273,7 @@ def test_imagenet_has_its_classes() -> None:
         ("devices=auto", "devices=auto depends on a machine, .* give a value"),
         ("flops=nan", "flops=.nan. must be a number above 0"),
         ("rate=-1", "rate=-1 must be a number above 0"),
-        ("dataset=cifar", "dataset=.cifar. must be mnist or imagenet1k or a number, 1 or more"),
+        ("dataset=cifar", "dataset=.cifar. must be mnist or imagenet1k, or a number, 1 or more"),
         ("dataset=0", "dataset=0 must be"),
         ("precision=8-true", "precision=.8-true. must be 32-true, bf16-mixed"),
         ("image_size=30", "image_size=30.*multiple of the patch size 7"),

@@ -32,16 +32,8 @@ pytest.importorskip(
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-RUN = [
-    *(
-        "experiment=vit_last_blocks",
-        "augment=affine",
-        "data.source=sample",
-        "data.train_size=256",
-        "data.batch_size=16",
-    ),
-    *("trainer.precision=32-true", "callbacks.early_stopping=null"),
-]
+RUN = ["experiment=vit_last_blocks", "augment=affine", "data.source=sample", "data.train_size=256"]
+RUN += ["data.batch_size=16", "trainer.precision=32-true", "callbacks.early_stopping=null"]
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.grad_mode import set_multithreading_enabled
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,22 +75,18 @@ def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
         cfg.backbone.weights = "none"  # nothing to read
     with torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    # one thread, as torch corrupts memory where the threads of its backward pass free fake tensors
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), set_multithreading_enabled(False):
+    with warnings.catch_warnings(), SharedFakeMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
-        try:
-            model.thaw.check_fresh()
-            last = int(max(model.thaw.after(0)))
-            model.thaw.apply(last)
-            model.cut = model.thaw.cut(last)
-            return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
-        finally:
-            del model.thaw  # a cycle; torch corrupts memory where the garbage collector frees fake tensors, too
+        model.thaw.check_fresh()
+        last = int(max(model.thaw.after(0)))
+        model.thaw.apply(last)
+        model.cut = model.thaw.cut(last)
+        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
 
 
 @contextmanager
@@ -202,6 +197,17 @@ class DryRun:
             unit[0] += parameter.nbytes
             unit[1] += parameter.nbytes * parameter.requires_grad
         return [(weights, gradients) for weights, gradients in units]
+
+
+class SharedFakeMode(FakeTensorMode):
+    """A mode that copies of its tensors share.
+
+    torchmetrics copies the tensors that it counts in. torch copies a fake tensor's mode with it, and the mode's weak
+    references to storages, which are then freed twice: that corrupts the heap, and the process crashes later.
+    """
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return self
 
 
 class Memory(TorchDispatchMode):
