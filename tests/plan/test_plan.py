@@ -166,6 +166,12 @@ def saved_bytes(model: Any, forward: Callable[[], torch.Tensor]) -> int:
     return sum(saved.values())
 
 
+def test_bf16_halves_the_tensors() -> None:
+    half, whole = (tiny_step("lora", precision=precision) for precision in ("bf16-true", "32-true"))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(half, name) / getattr(whole, name) == pytest.approx(0.5, rel=0.01)
+
+
 def test_only_what_lies_above_the_cut_is_saved() -> None:
     whole, last, probe = (
         tiny_step(policy, cache=False).activations for policy in ("full", "last_blocks", "linear_probe")

@@ -4,7 +4,6 @@ torch's fake tensors are meta tensors that claim to be on a device, so that the 
 optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
-import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,17 +64,13 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
     if precision not in PRECISIONS:
         raise ValueError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
-    with default_dtype(dtype), cleared_up_here():
-        return step_on_fake_tensors(cfg.copy(), device)
-
-
-def step_on_fake_tensors(cfg: DictConfig, device: str) -> Step:
+    cfg = cfg.copy()
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
-    with torch.device("meta"), SameShape():
+    with default_dtype(dtype), torch.device("meta"), SameShape():
         backbone = build(cfg.backbone)
-    with warnings.catch_warnings(), SharedFakeMode(allow_non_fake_inputs=True):
+    with default_dtype(dtype), warnings.catch_warnings(), SharedFakeMode(allow_non_fake_inputs=True):
         warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # by torchmetrics
         backbone.to_empty(device="cpu")
@@ -97,19 +92,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def cleared_up_here() -> Iterator[None]:
-    """Collect garbage at the end, in this thread: torch crashes where another thread frees fake tensors."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect()
-        if was_on:
-            gc.enable()
 
 
 class DryRun:
