@@ -140,6 +140,7 @@ def test_an_interruption_ends_all(wanted: signal.Signals, sweep: Sweep, tmp_path
             time.sleep(0.05)
         os.kill(os.getpid(), wanted)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell without job control
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=interrupt, daemon=True).start()
     assert sweep(QUEUE, "seed=3,4,5,6") == 130

@@ -164,10 +164,14 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
     for job in jobs:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise ValueError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
-        check_types(job.cfg)
-        check_trainer(job.cfg.trainer)
-        if on_this_machine:
-            check_devices(job.cfg.trainer)
+        check_run(job.cfg, on_this_machine)
+
+
+def check_run(cfg: DictConfig, on_this_machine: bool) -> None:
+    check_types(cfg)
+    check_trainer(cfg.trainer)
+    if on_this_machine:
+        check_devices(cfg.trainer)
 
 
 def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
