@@ -1,6 +1,6 @@
 """A grid of jobs: all are checked, those that are not done are run, and then the table is written.
 
-Hydra's own sweeper checks no values before it starts, runs finished jobs again and ends at the first failure.
+Hydra's own sweeper checks no types and devices beforehand, runs finished jobs again and compares nothing.
 """
 
 import copy

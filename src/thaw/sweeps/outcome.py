@@ -15,30 +15,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.jobs import SUMMARY
 from thaw.run.json_files import read_json
+from thaw.run.targets import targets
 from thaw.sweeps.curves import COLORS, GREY, RED, new_axes, save_picture
+from thaw.sweeps.search_plan import SearchPlan
 from thaw.sweeps.space import as_overrides
 from thaw.sweeps.study import OPEN, STATES, counted
 
 
-def report_study(
-    study: optuna.Study,
-    folder: Path,
-    storage: Path,
-    objectives: Mapping[str, str],
-    test: bool | str,
-    allow: Sequence[str],
-) -> int:
+def report_study(plan: SearchPlan, study: optuna.Study) -> int:
     """Test the winner of one objective, or with `test=always` every trial; write and print the table.
 
-    The winner is tested once no worker can overtake it any more.
-
-    Args:
-        study: with at least one trial.
-        folder: of the study and its trials; the table goes to `report` in it.
-        storage: the study's file.
-        objectives: as in `thaw.sweeps.study.open_study`.
-        test: of the configuration.
-        allow: classes that checkpoints of the trials may name, as for `thaw.run.checkpoint.read`.
+    The winner is tested once no worker can overtake it any more. The table goes to `report` in the study's folder.
 
     Returns:
         how many trials have failed.
@@ -46,16 +33,16 @@ def report_study(
     from thaw.evaluation.evaluate import test_run
     from thaw.sweeps.run_table import write_run_table
 
-    trials = counted(study)
+    folder, objectives, trials = plan.folder, plan.objectives, counted(study)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     running = sum(trial.state in OPEN for trial in trials)
     with FileLock(folder / ".report.lock"):
-        if test and done and not running:
+        if plan.cfg.test and done and not running:
             winners = study.best_trials[:1] if len(objectives) == 1 else []
-            for trial in done if test == "always" else winners:
+            for trial in done if plan.cfg.test == "always" else winners:
                 run = trial.user_attrs["folder"]
                 if read_json(folder / run / SUMMARY)["test/acc"] is None:
-                    test_run(folder / run, allow)
+                    test_run(folder / run, targets(plan.base))
         print(write_run_table([folder], folder / "report", draw_study(study, objectives, folder / "report")).text)
     states = Counter(trial.state for trial in trials)
     counts = ", ".join(
@@ -72,7 +59,7 @@ def report_study(
         values = "  ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=True))
         print(f"best      trial {trial.number}: {values}  {shlex.join(as_overrides(trial.params))}")
         print(f"          {os.path.relpath(folder / trial.user_attrs['folder'])}")
-    address = f"{'sqlite:///' if storage.suffix == '.db' else ''}{os.path.relpath(storage)}"
+    address = f"{'sqlite:///' if plan.storage.suffix == '.db' else ''}{os.path.relpath(plan.storage)}"
     print(f"look      optuna-dashboard {shlex.quote(address)}", flush=True)
     return states[TrialState.FAIL]
 

@@ -20,7 +20,6 @@ from thaw.run.files import write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
 from thaw.run.json_files import read_json
-from thaw.run.targets import targets
 from thaw.sweeps import study as studies
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.search_plan import ACCURACY, SearchPlan, Train, prepare
@@ -68,7 +67,7 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
     except BaseException:
         print("\nTo go on, run the same command again.", file=sys.stderr, flush=True)
         raise
-    failed = report_study(study, plan.folder, plan.storage, plan.objectives, cfg.test, targets(plan.base))
+    failed = report_study(plan, study)
     if failed:
         print(f"{failed} trials have failed; the same command tries them again.", file=sys.stderr)
         sys.exit(1)
@@ -87,7 +86,7 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
                 Path(studies.trial_lock(plan.folder, trial.number).lock_file).unlink(missing_ok=True)
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         drawn = len(studies.counted(study))
-        study.sampler = plan.sampler(drawn)
+        study.sampler = studies.make_sampler(plan.cfg.sweep.sampler, plan.space, drawn)
         limit = plan.cfg.sweep.trials
         if isinstance(study.sampler, OrderedGridSampler):
             limit = min(limit, study.sampler.size)

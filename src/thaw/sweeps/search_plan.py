@@ -76,9 +76,6 @@ class SearchPlan:
         """Held while a worker asks for a trial."""
         return FileLock(self.folder / ".asking.lock")
 
-    def sampler(self, drawn: int) -> optuna.samplers.BaseSampler:
-        return make_sampler(self.cfg.sweep.sampler, self.space, drawn)
-
     def compose(self, params: dict[str, Any]) -> DictConfig:
         """The run of a trial, with its folder."""
         cfg = compose("train", [*self.typed, *as_overrides(params)], return_hydra_config=True)
@@ -123,7 +120,8 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPl
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
     directions: Sequence[Any] = list(plan.objectives.values())
-    study = optuna.create_study(directions=directions, sampler=plan.sampler(0))  # in memory
+    sampler = make_sampler(cfg.sweep.sampler, plan.space, drawn=0)
+    study = optuna.create_study(directions=directions, sampler=sampler)  # in memory
     try:
         study.ask(plan.space)
     except (ValueError, ImportError) as error:
