@@ -134,8 +134,8 @@ def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -
         ("hydra/launcher=nowhere seed=0,1", "nowhere"),
         ("hydra.launcher._target_=hydra_plugins.missing.Launcher seed=0,1", "is not installed"),
         (
-            "hydra/launcher=queue hydra.launcher.threads=0 seed=0,1",
-            "hydra.launcher.threads=0 must be a whole number, 1 or more",
+            "hydra/launcher=queue hydra.launcher.threads=0 hydra.launcher.minutes=-1 seed=0,1",
+            "threads=0 must be a whole number, 1 or more. hydra.launcher.minutes=-1 must be a number above 0 or null.",
         ),
     ],
 )
