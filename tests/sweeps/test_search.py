@@ -260,8 +260,8 @@ def test_the_journal_of_a_killed_worker_is_free(tmp_path: Path) -> None:
     """A killed worker leaves Optuna's own lock behind, for which a new one would wait half a minute."""
     journal = tmp_path / "study.journal"
     program = (
-        "import os, signal, sys; from pathlib import Path; from thaw.sweeps.study import JournalLock;"
-        "path = Path(sys.argv[1]); JournalLock(path.with_suffix('.journal.flock')).acquire();"
+        "import os, signal, sys; from pathlib import Path; from filelock import FileLock;"
+        "path = Path(sys.argv[1]); lock = FileLock(path.with_suffix('.journal.flock')); lock.acquire();"
         "os.symlink(path, f'{path}.lock'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, str(journal)])

@@ -1,6 +1,7 @@
 """Search with Optuna: trials are runs in folders of their own; several workers may share the study."""
 
 import os
+import platform
 import sys
 import time
 import traceback
@@ -95,7 +96,7 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
         asked = study.ask(plan.space)
         lock = studies.trial_lock(plan.folder, asked.number)
         lock.acquire()
-        asked.set_user_attr(studies.WORKER, studies.worker_name())
+        asked.set_user_attr(studies.WORKER, f"{platform.node()}:{os.getpid()}")
     return asked, lock
 
 
