@@ -42,7 +42,7 @@ def accuracy(lr: float, weight_decay: float) -> float:
 
 
 class Fake:
-    """In place of training: remembers what it was asked for."""
+    """A stand-in for training that records its runs."""
 
     def __init__(self, end: Callable[[int, DictConfig, Sequence[Any]], None] = lambda *_: None) -> None:
         self.end, self.runs = end, []  # type: ignore[var-annotated]
@@ -160,7 +160,7 @@ def test_grid_is_optunas_and_complete(sweep: Run) -> None:
 
 
 def test_an_interrupted_study_goes_on_as_if_it_had_not_been(sweep: Run) -> None:
-    """Ctrl-C in the third trial: that run is started again in its folder, and later draws are what they had been."""
+    """Ctrl-C in the third trial: its run starts again in the same folder, and later draws are the same."""
     whole = sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", folder="whole")
     first = Fake(lambda place, *_: interrupt() if place == 2 else None)
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +257,7 @@ def test_several_objectives(sweep: Run, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_journal_of_a_killed_worker_is_free(tmp_path: Path) -> None:
-    """A killed worker leaves Optuna's own lock behind, for which a new one would wait half a minute."""
+    """A killed worker leaves Optuna's own lock behind; a new worker would wait half a minute for it."""
     journal = tmp_path / "study.journal"
     program = (
         "import os, signal, sys; from pathlib import Path; from filelock import FileLock;"
@@ -280,7 +280,7 @@ def test_a_journal(sweep: Run, tmp_path: Path) -> None:
 
 
 def test_another_worker_takes_another_trial(sweep: Run, tmp_path: Path) -> None:
-    """Asked for in the middle of a trial, whose worker lives: neither is taken for dead, none is one too many."""
+    """A second worker asks during a trial: that trial stays with its living worker, and none is one too many."""
     asked = []
 
     def ask(place: int, cfg: DictConfig, callbacks: Sequence[Any]) -> None:
@@ -454,7 +454,7 @@ def start_worker(tmp_path: Path, name: str, seconds: float, *overrides: str) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["study.db", "study.journal"])
 def test_two_workers_share_a_study(storage: str, tmp_path: Path) -> None:
-    """Started at the same time, in an empty folder: together as many trials as asked for, none twice."""
+    """Started at the same time, in an empty folder, they run the wanted number of trials together, none twice."""
     where = f"sweep.storage={tmp_path / 'shared' / storage}"
     workers = [start_worker(tmp_path, name, 0.3, "sweep=lr_random", "sweep.trials=6", where) for name in "ab"]
     assert [worker.wait(120) for worker in workers] == [0, 0]
