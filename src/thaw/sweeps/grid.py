@@ -124,11 +124,11 @@ class GridSweep(Sweeper):
 
 
 def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> Job:
-    """A job of a sweep as it will run.
+    """Compose a job of a sweep.
 
     Args:
-        hydra_context: composes.
-        config: of the sweep, its folder pinned.
+        hydra_context: of the sweep.
+        config: of the sweep; its overrides name the sweep's folder.
         overrides: of the job.
     """
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))

@@ -155,8 +155,7 @@ class JobQueue(Launcher):
         if not (folder / SUMMARY).is_file() and (running.late or failed_at(folder) == running.failure):
             late = "timeout", f"took more than {self.minutes} minutes"
             how, reason = late if running.late else explain_exit(code)
-            output = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines()
-            record_failure(running.job.cfg, how, reason, "\n".join(output[-30:]), running.seconds)
+            record_failure(running.job.cfg, how, reason, tail(folder / OUTPUT), running.seconds)
         status.ended(running.name, f"{outcome_of(folder)} ({running.seconds:.0f} s)")
         return True
 
@@ -173,6 +172,12 @@ def explain_exit(code: int) -> tuple[str, str]:
         hint = "; perhaps memory ran out" if number == signal.SIGKILL else ""
         return "killed", f"ended by {signal.Signals(number).name}{hint}"
     return "failed", f"ended with exit status {code}; see {OUTPUT}"
+
+
+def tail(output: Path) -> str:
+    """The last lines of a job's output."""
+    text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
+    return "\n".join(text.splitlines()[-30:])
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
