@@ -1,7 +1,8 @@
 """The study behind a search: its storage, its samplers, and the state of its trials.
 
 All workers of a study share its folder. They ask for trials one at a time, and each holds a lock during its trial: the
-next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint.
+next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint. (Optuna's
+heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
 import json
