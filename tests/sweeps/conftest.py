@@ -14,7 +14,7 @@ from thaw.run.files import write_json
 
 
 class Trained(list):
-    """The configurations that were trained; `fails` says for a configuration what to raise instead."""
+    """The configurations that were trained; `fails` returns an exception for those that fail."""
 
     fails: Callable[[DictConfig], BaseException | None] = staticmethod(lambda cfg: None)
 

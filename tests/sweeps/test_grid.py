@@ -1,4 +1,4 @@
-"""A grid is checked before its first job, runs what is not done, and tells by its exit status."""
+"""A grid is checked before its first job, runs the jobs that are not done, and exits with 1 if one has failed."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_the_same_command_has_the_same_folder(sweep: Sweep, trained: Trained, tm
 
 
 def test_an_edit_reaches_no_job_that_was_checked(sweep: Sweep, trained: Trained, tmp_path: Path) -> None:
-    """Hydra composes each job again when it starts."""
+    """Although Hydra composes each job again when it starts."""
     configs = tmp_path / "configs"
     shutil.copytree(ROOT / "configs", configs)
 
@@ -134,8 +134,8 @@ def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -
         ("hydra/launcher=nowhere seed=0,1", "nowhere"),
         ("hydra.launcher._target_=hydra_plugins.missing.Launcher seed=0,1", "is not installed"),
         (
-            "hydra/launcher=queue hydra.launcher.threads=0 seed=0,1",
-            "hydra.launcher.threads=0 must be a whole number, 1 or more",
+            "hydra/launcher=queue hydra.launcher.threads=0 hydra.launcher.minutes=-1 seed=0,1",
+            "threads=0 must be a whole number, 1 or more. hydra.launcher.minutes=-1 must be a number above 0 or null.",
         ),
     ],
 )
@@ -153,7 +153,7 @@ def test_nothing_starts_when_a_job_could_not(
 def test_jobs_say_whether_all_are_tested(
     wanted: str | bool, count: int, sweep: Sweep, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As experiments do that are swept themselves."""
+    """An experiment may set `test` for its own jobs."""
     assert sweep("optim.lr=0.01,0.1") == 0
     tested: list[Path] = []
     monkeypatch.setattr("thaw.evaluation.evaluate.test_run", lambda folder, allow: tested.append(folder))

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -22,10 +21,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
+from processes import FORKED, Forked
 
 from thaw.run.files import read_json, write_json
 from thaw.sweeps import search as searches
 from thaw.sweeps import study as studies
+from thaw.sweeps.grid import ConfigSnapshot
 from thaw.sweeps.run_table import RunTable
 
 CHEAP = ["logger=none", "test=false", "sweep/pruner=none"]
@@ -41,7 +42,7 @@ def accuracy(lr: float, weight_decay: float) -> float:
 
 
 class Fake:
-    """In place of training: remembers what it was asked for."""
+    """A stand-in for training that records its runs."""
 
     def __init__(self, end: Callable[[int, DictConfig, Sequence[Any]], None] = lambda *_: None) -> None:
         self.end, self.runs = end, []  # type: ignore[var-annotated]
@@ -68,11 +69,20 @@ def compose_sweep(folder: Path, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
+@pytest.fixture(scope="session")
+def config_files() -> Any:
+    """The files of `configs`, each read once for all searches: reading them takes half of the time of a cheap trial."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return ConfigSnapshot(GlobalHydra.instance().config_loader().repository)  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
-def configs(monkeypatch: pytest.MonkeyPatch) -> Any:
+def configs(monkeypatch: pytest.MonkeyPatch, config_files: ConfigSnapshot) -> Any:
     monkeypatch.chdir(ROOT)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        monkeypatch.setattr(GlobalHydra.instance().config_loader(), "repository", config_files)
         yield
 
 
@@ -150,15 +160,15 @@ def test_grid_is_optunas_and_complete(sweep: Run) -> None:
 
 
 def test_an_interrupted_study_goes_on_as_if_it_had_not_been(sweep: Run) -> None:
-    """Ctrl-C in the third trial: that run is started again in its folder, and later draws are what they had been."""
-    whole = sweep("sweep.trials=5", "sweep.sampler.n_startup_trials=2", folder="whole")
+    """Ctrl-C in the third trial: its run starts again in the same folder, and later draws are the same."""
+    whole = sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", folder="whole")
     first = Fake(lambda place, *_: interrupt() if place == 2 else None)
     with pytest.raises(KeyboardInterrupt):
-        sweep("sweep.trials=5", "sweep.sampler.n_startup_trials=2", train=first)
+        sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", train=first)
     second = Fake()
-    trials = sweep("sweep.trials=5", "sweep.sampler.n_startup_trials=2", train=second)
+    trials = sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", train=second)
     assert second.runs[0] == first.runs[2]
-    assert len(second.runs) == 3
+    assert len(second.runs) == 2
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert [trial.params for trial in complete] == [trial.params for trial in whole]
     assert [trial.state for trial in trials].count(TrialState.FAIL) == 1
@@ -247,11 +257,11 @@ def test_several_objectives(sweep: Run, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_journal_of_a_killed_worker_is_free(tmp_path: Path) -> None:
-    """A killed worker leaves Optuna's own lock behind, for which a new one would wait half a minute."""
+    """A killed worker leaves Optuna's own lock behind; a new worker would wait half a minute for it."""
     journal = tmp_path / "study.journal"
     program = (
-        "import os, signal, sys; from pathlib import Path; from thaw.sweeps.study import JournalLock;"
-        "path = Path(sys.argv[1]); JournalLock(path.with_suffix('.journal.flock')).acquire();"
+        "import os, signal, sys; from pathlib import Path; from filelock import FileLock;"
+        "path = Path(sys.argv[1]); lock = FileLock(path.with_suffix('.journal.flock')); lock.acquire();"
         "os.symlink(path, f'{path}.lock'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", program, str(journal)])
@@ -270,7 +280,7 @@ def test_a_journal(sweep: Run, tmp_path: Path) -> None:
 
 
 def test_another_worker_takes_another_trial(sweep: Run, tmp_path: Path) -> None:
-    """Asked for in the middle of a trial, whose worker lives: neither is taken for dead, none is one too many."""
+    """A second worker asks during a trial: that trial stays with its living worker, and none is one too many."""
     asked = []
 
     def ask(place: int, cfg: DictConfig, callbacks: Sequence[Any]) -> None:
@@ -390,18 +400,18 @@ def test_nsga2(sweep: Run) -> None:
 
 
 def test_real_trials(sweep: Run, tiny_run: list[str], tmp_path: Path) -> None:
-    """Three runs of a second; the winner alone is tested."""
+    """Two runs of a second; the winner alone is tested."""
     import train as script
 
     small = [*tiny_run, "trainer.max_epochs=2", f"cache.dir={tmp_path / 'cache'}"]
-    trials = sweep("sweep.trials=3", train=script.train, cheap=small, report=True)
+    trials = sweep("sweep.trials=2", train=script.train, cheap=small, report=True)
     values = [trial.value for trial in trials]
     assert all(list(trial.intermediate_values) == [0, 1] for trial in trials)
     summaries = [read_json(tmp_path / "study" / trial.user_attrs["folder"] / "summary.json") for trial in trials]
     assert [max(trial.intermediate_values.values()) for trial in trials] == pytest.approx(values, abs=1e-6)
     tested = [place for place, summary in enumerate(summaries) if summary["test/acc"] is not None]
     assert tested == [values.index(max(values))]
-    again = sweep("sweep.trials=3", train=script.train, cheap=small, folder="again")
+    again = sweep("sweep.trials=2", train=script.train, cheap=small, folder="again")
     assert [trial.value for trial in again] == values
     assert not list((tmp_path / "study" / ".running").iterdir())
 
@@ -433,23 +443,23 @@ runpy.run_path({root!r} + "/sweep.py", run_name="__main__")
 """
 
 
-def start_worker(tmp_path: Path, name: str, seconds: float, *overrides: str) -> subprocess.Popen:
+def start_worker(tmp_path: Path, name: str, seconds: float, *overrides: str) -> Forked:
     program = tmp_path / f"{name}.py"
     names = {"root": str(ROOT), "tests": str(ROOT / "tests"), "log": str(tmp_path / "log"), "seconds": seconds}
     program.write_text(WORKER.format(**names))
     command = [sys.executable, str(program), *CHEAP, *overrides, f"hydra.run.dir={tmp_path / 'shared'}"]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Forked(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["study.db", "study.journal"])
 def test_two_workers_share_a_study(storage: str, tmp_path: Path) -> None:
-    """Started at the same time, in an empty folder: together as many trials as asked for, none twice."""
+    """Started at the same time, in an empty folder, they run the wanted number of trials together, none twice."""
     where = f"sweep.storage={tmp_path / 'shared' / storage}"
-    workers = [start_worker(tmp_path, name, 0.5, "sweep=lr_random", "sweep.trials=12", where) for name in "ab"]
+    workers = [start_worker(tmp_path, name, 0.3, "sweep=lr_random", "sweep.trials=6", where) for name in "ab"]
     assert [worker.wait(120) for worker in workers] == [0, 0]
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert len(lines) == len({run for _, run in lines}) == 12
+    assert len(lines) == len({run for _, run in lines}) == 6
     assert len({program for program, _ in lines}) == 2
 
 
@@ -459,7 +469,7 @@ def test_a_killed_worker(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while not (tmp_path / "log").is_file() and worker.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
-    os.kill(worker.pid, signal.SIGKILL)
+    worker.kill()
     worker.wait()
     assert start_worker(tmp_path, "next", 0, "sweep.trials=2").wait(60) == 0
     runs = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
@@ -468,10 +478,16 @@ def test_a_killed_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pruning_of_two_processes_hangs_not(tmp_path: Path, tiny_run: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "sweep.py"), *tiny_run, "trainer=ddp_cpu", "trainer.max_epochs=5"]
-    command += ["sweep.trials=2", "sweep/pruner=threshold", "sweep.pruner.lower=1.1"]
-    command += [f"hydra.run.dir={tmp_path / 'study'}", f"cache.dir={tmp_path}"]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
+def test_pruning_of_two_processes_hangs_not(
+    sweep: Run, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train as script
+
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "sweep.py")])
+    monkeypatch.setattr("thaw.run.ranks.subprocess", FORKED)
+    bound = ["sweep/pruner=threshold", "sweep.pruner.lower=1.1"]
+    small = [*tiny_run, "trainer=ddp_cpu", "trainer.max_epochs=5", f"cache.dir={tmp_path}", "test=false"]
+    trials = sweep("sweep.trials=2", *bound, train=script.train, cheap=small)
+    assert [trial.state for trial in trials] == [TrialState.PRUNED] * 2
     failures = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/failure.json")]
     assert [failure["status"] for failure in failures] == ["pruned", "pruned"]

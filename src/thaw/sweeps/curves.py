@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from thaw.pages.figures import accuracy_axis, save_figure
+from thaw.pages.figures import accuracy_axis, new_figure, plain_axes, save_figure
 from thaw.sweeps.groups import Group
 from thaw.sweeps.runs import DONE, Run
 
@@ -120,46 +120,58 @@ def grouped_by(groups: Sequence[Group], identity: Callable[[Group], str]) -> lis
     return list(found.values())
 
 
+def new_axes(heights: Sequence[float] = (), height: float = 4.4) -> Axes:
+    """Axes of a new picture, the y axis stretched for accuracies if these are its `heights`."""
+    axes = new_figure(8, height).add_subplot()
+    if heights:
+        accuracy_axis(axes, min(heights), max(heights))
+    plain_axes(axes)
+    return axes
+
+
+def save_picture(axes: Axes, path: Path, legend_columns: int) -> None:
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    if legend_columns:
+        figure.legend(loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
 def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     """Draw `swept_curves`: the first eight in colors, the rest in grey. A ring marks the best setting."""
     columns = 1 if max(len(one.label) for one in curves[: len(COLORS)]) > 40 else 2
     rows = -(-min(len(curves), len(COLORS) + 1) // columns)  # of the legend
-    figure = Figure(figsize=(8, 4.3 + 0.2 * rows), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
     points = [point for one in curves for point in one.points]
-    accuracy_axis(axes, min(point.low for point in points), max(point.high for point in points))
-    for place, one in reversed([*enumerate(curves)]):  # the best on top
+    axes = new_axes([height for point in points for height in (point.low, point.high)], 4.3 + 0.2 * rows)
+    for place, one in enumerate(curves):
         named = place < len(COLORS)
         color, marker = (COLORS[place], MARKERS[place]) if named else (GREY, ".")
+        style: dict[str, Any] = {"color": color, "zorder": 3 - place / len(curves)}  # the best on top
         x, y = [point.x for point in one.points], [point.mean for point in one.points]
         low, high = [point.low for point in one.points], [point.high for point in one.points]
         label = textwrap.shorten(one.label, 100, placeholder=" ...") if named else None
         line = "-" if one.joined else "none"
-        axes.plot(x, y, linestyle=line, marker=marker, markersize=5, linewidth=1.6, color=color, label=label)
+        axes.plot(x, y, linestyle=line, marker=marker, markersize=5, linewidth=1.6, label=label, **style)
         if one.joined and len(x) > 1:
             axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         else:
             axes.vlines(x, low, high, color=color, alpha=0.4)
         along = axes.get_xaxis_transform()  # x in data units, y as a share of the height
-        axes.plot(one.lost, [0.03] * len(one.lost), "x", color=color, transform=along)
+        axes.plot(one.lost, [0.03] * len(one.lost), "x", transform=along, **style)
+    if len(curves) > len(COLORS):
+        axes.plot([], [], ".-", color=GREY, label=f"{len(curves) - len(COLORS)} others")
     best = max(points, key=lambda point: point.mean)
     axes.plot(best.x, best.mean, "o", markersize=13, markerfacecolor="none", color=RED, zorder=5)
     scale_x(axes, sorted({point.x for point in points} | {x for one in curves for x in one.lost}), key)
-    axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
-    axes.set_ylabel("best validation accuracy")
+    name = "peak learning rate (optim.lr)" if key == LEARNING_RATE else key
+    axes.set(xlabel=name, ylabel="best validation accuracy")
     band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
     lost = "; x: no run finished" if any(one.lost for one in curves) else ""
     axes.set_title(f"{band}{lost}; ring: best", fontsize=10, loc="left", color="#555555")
-    handles, labels = axes.get_legend_handles_labels()
-    handles, labels = handles[::-1], labels[::-1]
-    if len(curves) > len(COLORS):
-        handles.append(Line2D([], [], color=GREY, marker="."))
-        labels.append(f"{len(curves) - len(COLORS)} others")
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    save_picture(axes, path, columns)
 
 
-def scale_x(axes: Any, values: list[float], key: str) -> None:
+def scale_x(axes: Axes, values: list[float], key: str) -> None:
     """Logarithmic for learning rates and for wide ranges; up to eight values have a tick each."""
     if values[0] > 0 and (key == LEARNING_RATE or values[-1] >= 20 * values[0]):
         axes.set_xscale("log")
@@ -197,22 +209,17 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     curves = [(run, points) for run in runs[: 10 * EPOCH_LINES] if (points := epoch_curve(run))][:EPOCH_LINES]
     if not curves:
         return False
-    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
-    heights = [accuracy for _, points in curves for _, accuracy in points]
-    accuracy_axis(axes, min(heights), max(heights))
-    kinds = {}
-    for place, (run, points) in reversed([*enumerate(curves)]):
+    axes = new_axes([accuracy for _, points in curves for _, accuracy in points])
+    kinds = set()
+    for place, (run, points) in enumerate(curves):
         color, width, kind = (RED, 2.4, f"best: {groups[0].label}") if place == 0 else (GREY, 1.2, "other runs")
         if run.state != DONE:
             color, kind = "#e08214", "not finished"
-        line = "-o" if run.state == DONE else "--o"
-        x, y = zip(*points, strict=True)
-        (kinds[kind],) = axes.plot(x, y, line, color=color, linewidth=width, markersize=1.5 * width)
+        label = None if kind in kinds else textwrap.shorten(kind, 90, placeholder=" ...")
+        kinds.add(kind)
+        style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width, "label": label}
+        axes.plot(*zip(*points, strict=True), "-o" if run.state == DONE else "--o", zorder=3 - place / 100, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("validation accuracy")
-    labels = [textwrap.shorten(kind, 90, placeholder=" ...") for kind in kinds]
-    figure.legend([*kinds.values()][::-1], labels[::-1], loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    axes.set(xlabel="epochs", ylabel="validation accuracy")
+    save_picture(axes, path, 3)
     return True

@@ -1,6 +1,6 @@
 """A grid of jobs: all are checked, those that are not done are run, and then the table is written.
 
-Hydra's own sweeper checks no values before it starts, runs finished jobs again and ends at the first failure.
+Hydra's own sweeper checks no types and devices beforehand, runs finished jobs again and compares nothing.
 """
 
 import copy
@@ -124,11 +124,11 @@ class GridSweep(Sweeper):
 
 
 def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> Job:
-    """A job of a sweep as it will run.
+    """Compose a job of a sweep.
 
     Args:
-        hydra_context: composes.
-        config: of the sweep, its folder pinned.
+        hydra_context: of the sweep.
+        config: of the sweep; its overrides name the sweep's folder.
         overrides: of the job.
     """
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
@@ -164,10 +164,14 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
     for job in jobs:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise ValueError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
-        check_types(job.cfg)
-        check_trainer(job.cfg.trainer)
-        if on_this_machine:
-            check_devices(job.cfg.trainer)
+        check_run(job.cfg, on_this_machine)
+
+
+def check_run(cfg: DictConfig, on_this_machine: bool) -> None:
+    check_types(cfg)
+    check_trainer(cfg.trainer)
+    if on_this_machine:
+        check_devices(cfg.trainer)
 
 
 def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:

@@ -20,6 +20,9 @@ class Group:
     runs: list[Run]
     tokens: list[str]
 
+    def __post_init__(self) -> None:
+        self.val, self.test, self.seconds = map(self.score, ("val_acc", "test_acc", "seconds"))
+
     @property
     def done(self) -> list[Run]:
         return [run for run in self.runs if run.state == DONE]
@@ -37,18 +40,6 @@ class Group:
     @property
     def trainable_params(self) -> int | None:
         return next((run.trainable_params for run in self.done if run.trainable_params is not None), None)
-
-    @property
-    def val(self) -> SeedScore | None:
-        return self.score("val_acc")
-
-    @property
-    def test(self) -> SeedScore | None:
-        return self.score("test_acc")
-
-    @property
-    def seconds(self) -> SeedScore | None:
-        return self.score("seconds")
 
     def score(self, field: str) -> SeedScore | None:
         """A field of the finished runs over seeds; repeated runs of one seed count once, with their mean."""

@@ -1,6 +1,6 @@
 """Jobs of a sweep as processes of their own, as many at once as there is room for.
 
-submitit and joblib start all jobs or a fixed number of them, without giving each its GPUs or cores.
+submitit and joblib start all jobs at once, or a fixed number of them, and give none its own GPUs or cores.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
@@ -26,9 +26,9 @@ from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
 from thaw.run.values import Count, Positive
 from thaw.sweeps import machine
 from thaw.sweeps.grid import Job, compose_job, short_names
-from thaw.sweeps.status import Status
+from thaw.sweeps.status import Status, outcome_of
 
-OUTPUT = "output.log"  # what a job prints, in its folder
+OUTPUT = "output.log"  # the output of a job, in its folder
 STOP_SECONDS = 30.0  # in which a job that is told to end may write its checkpoint
 POLL_SECONDS = 0.2
 
@@ -75,11 +75,16 @@ class JobQueue(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs in their order, each as soon as there is room; the result of each is in its folder."""
         waiting = [compose_job(self.hydra_context, self.config, overrides) for overrides in job_overrides]
-        names = short_names([job.overrides for job in waiting])
         self.cores, self.devices = machine.free_cores(), machine.free_gpus(self.gpus)
         self.free: dict[machine.Kind, list[str]] = {"core": list(self.cores), "gpu": list(self.devices)}
-        self.check(waiting)
-        queue = list(zip(waiting, names, strict=True))
+        for job in waiting:
+            kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
+            if count > len(self.free[kind]):
+                raise ValueError(
+                    f"{' '.join(job.overrides)} needs {count} GPUs, but {len(self.free['gpu'])} are free here; "
+                    "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
+                )
+        queue = list(zip(waiting, short_names([job.overrides for job in waiting]), strict=True))
         running: list[Running] = []
         with Status(len(queue)) as status, sigterm_interrupts():
             try:
@@ -93,16 +98,6 @@ class JobQueue(Launcher):
                 raise
         return []
 
-    def check(self, jobs: Sequence[Job]) -> None:
-        """Refuse jobs that need more GPUs than are free, before the first one starts."""
-        for job in jobs:
-            kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
-            if count > len(self.free[kind]):
-                raise ValueError(
-                    f"{' '.join(job.overrides)} needs {count} GPUs, but {len(self.free['gpu'])} are free here; "
-                    "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
-                )
-
     def start_what_fits(self, queue: list[tuple[Job, str]], running: list[Running], status: Status) -> None:
         """Start waiting jobs in their order; jobs that wait for a GPU do not hold up those that train on the CPU."""
         full: set[machine.Kind] = set()
@@ -114,12 +109,11 @@ class JobQueue(Launcher):
             if kind in full or count > len(self.free[kind]):
                 full.add(kind)
                 continue
+            queue.remove(entry)
             if (state := read_state(job.folder)) in ("done", "running"):
-                queue.remove(entry)
-                status.elsewhere(name, state)
+                status.ended(name, f"{state} in another process")
                 continue
             units, self.free[kind] = self.free[kind][:count], self.free[kind][count:]
-            queue.remove(entry)
             before = failed_at(job.folder)
             process = self.start(job, kind, units)
             running.append(Running(job, name, process, kind, units, time.monotonic(), before))
@@ -160,9 +154,9 @@ class JobQueue(Launcher):
         folder = running.job.folder
         if not (folder / SUMMARY).is_file() and (running.late or failed_at(folder) == running.failure):
             late = "timeout", f"took more than {self.minutes} minutes"
-            how, reason = late if running.late else killed(code)
+            how, reason = late if running.late else explain_exit(code)
             record_failure(running.job.cfg, how, reason, tail(folder / OUTPUT), running.seconds)
-        status.ended(running.name, folder, running.seconds)
+        status.ended(running.name, f"{outcome_of(folder)} ({running.seconds:.0f} s)")
         return True
 
 
@@ -171,7 +165,7 @@ def failed_at(folder: Path) -> float | None:
     return (folder / FAILURE).stat().st_mtime if (folder / FAILURE).is_file() else None
 
 
-def killed(code: int) -> tuple[str, str]:
+def explain_exit(code: int) -> tuple[str, str]:
     """Status and reason of a process that ended without a record, by its exit status."""
     number = -code if code < 0 else code - 128  # as shells and thaw.callbacks.preemption report a signal
     if number in set(signal.Signals):
@@ -187,7 +181,7 @@ def tail(output: Path) -> str:
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """End processes and their children; each has `STOP_SECONDS` to write its checkpoint."""
+    """End processes and their children; all together have `STOP_SECONDS` to write their checkpoints."""
     print(f"Stopping {len(processes)} jobs.", file=sys.stderr)
     for process in processes:
         process.terminate()
@@ -208,11 +202,7 @@ def kill(process: subprocess.Popen) -> None:
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, so that the jobs end too."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ import csv
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Literal
 
 from omegaconf import DictConfig
@@ -30,10 +30,10 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
     names = visible.split(",")[:found]
     if wanted != "auto":
-        wrong = [number for number in wanted if not isinstance(number, int) or not 0 <= number < found]
-        if wrong:
+        if wrong := [number for number in wanted if number not in range(found)]:
             raise ValueError(
-                f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is not one of the {found} GPUs seen here."
+                f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is not one of the {found} GPUs seen here; "
+                "give numbers from 0, or auto."
             )
         return [names[int(number)] for number in wanted]
     used = used_mib() if found else {}
@@ -48,7 +48,7 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
 def used_mib() -> Mapping[str, float]:
     """Memory in use on each GPU, in MiB, by its number and by its UUID; empty where nvidia-smi is missing.
 
-    torch.cuda.mem_get_info would tell it too, but takes memory on every GPU as long as this process lives.
+    torch.cuda.mem_get_info tells it too, but takes memory on every GPU for as long as this process lives.
     """
     command = ["nvidia-smi", "--query-gpu=index,uuid,memory.used", "--format=csv,noheader,nounits"]
     try:
@@ -87,5 +87,6 @@ def environment(kind: Kind, units: Sequence[str], cores: int, gpus: int) -> dict
 
 def pin(pid: int, cores: Sequence[str]) -> None:
     """Let a new process and its children run on these cores only, where the system supports it."""
-    if hasattr(os, "sched_setaffinity") and Path(f"/proc/{pid}").exists():
-        os.sched_setaffinity(pid, [int(core) for core in cores])
+    if hasattr(os, "sched_setaffinity"):
+        with suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(pid, map(int, cores))

@@ -10,40 +10,22 @@ from pathlib import Path
 
 import optuna
 from filelock import FileLock
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization.matplotlib import plot_param_importances
 
-from thaw.pages.figures import accuracy_axis, save_figure
 from thaw.run.files import read_json
 from thaw.run.jobs import SUMMARY
-from thaw.sweeps.curves import COLORS, GREY, RED
+from thaw.run.targets import targets
+from thaw.sweeps.curves import COLORS, GREY, RED, new_axes, save_picture
+from thaw.sweeps.search_plan import SearchPlan
 from thaw.sweeps.space import as_overrides
 from thaw.sweeps.study import OPEN, STATES, counted
 
 
-def report_study(
-    study: optuna.Study,
-    folder: Path,
-    storage: Path,
-    objectives: Mapping[str, str],
-    test: bool | str,
-    allow: Sequence[str],
-) -> int:
+def report_study(plan: SearchPlan, study: optuna.Study) -> int:
     """Test the winner of one objective, or with `test=always` every trial; write and print the table.
 
-    The winner is tested once no worker can overtake it any more.
-
-    Args:
-        study: with at least one trial.
-        folder: of the study and its trials; the table goes to `report` in it.
-        storage: the study's file.
-        objectives: as in `thaw.sweeps.study.open_study`.
-        test: of the configuration.
-        allow: classes that checkpoints of the trials may name, as for `thaw.run.checkpoint.read_checkpoint`.
+    The winner is tested once no worker can overtake it any more. The table goes to `report` in the study's folder.
 
     Returns:
         how many trials have failed.
@@ -51,16 +33,16 @@ def report_study(
     from thaw.evaluation.evaluate import test_run
     from thaw.sweeps.run_table import write_run_table
 
-    trials = counted(study)
+    folder, objectives, trials = plan.folder, plan.objectives, counted(study)
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     running = sum(trial.state in OPEN for trial in trials)
     with FileLock(folder / ".report.lock"):
-        if test and done and not running:
+        if plan.cfg.test and done and not running:
             winners = study.best_trials[:1] if len(objectives) == 1 else []
-            for trial in done if test == "always" else winners:
+            for trial in done if plan.cfg.test == "always" else winners:
                 run = trial.user_attrs["folder"]
                 if read_json(folder / run / SUMMARY)["test/acc"] is None:
-                    test_run(folder / run, allow)
+                    test_run(folder / run, targets(plan.base))
         print(write_run_table([folder], folder / "report", draw_study(study, objectives, folder / "report")).text)
     states = Counter(trial.state for trial in trials)
     counts = ", ".join(
@@ -77,7 +59,7 @@ def report_study(
         values = "  ".join(f"{name} {value:.6g}" for name, value in zip(objectives, trial.values, strict=True))
         print(f"best      trial {trial.number}: {values}  {shlex.join(as_overrides(trial.params))}")
         print(f"          {os.path.relpath(folder / trial.user_attrs['folder'])}")
-    address = f"{'sqlite:///' if storage.suffix == '.db' else ''}{os.path.relpath(storage)}"
+    address = f"{'sqlite:///' if plan.storage.suffix == '.db' else ''}{os.path.relpath(plan.storage)}"
     print(f"look      optuna-dashboard {shlex.quote(address)}", flush=True)
     return states[TrialState.FAIL]
 
@@ -99,7 +81,7 @@ def draw_study(study: optuna.Study, objectives: Mapping[str, str], out: Path) ->
             save_history(trials, pruned, place, metric, direction, pictures[-1][1])
         if len(varied) > 1 and len(set(values)) > 1:
             pictures.append((f"Importance for {metric}", out / f"importance_{short}.png"))
-            save_importance(study, place, metric, direction, pictures[-1][1])
+            save_importance(study, place, direction, pictures[-1][1])
         if trials and place > 0:
             pictures.append((f"{next(iter(objectives))} against {metric}", out / f"front_{short}.png"))
             save_front(trials, study.best_trials, place, list(objectives), pictures[-1][1])
@@ -120,32 +102,34 @@ def save_history(
 
     Optuna's plot_optimization_history leaves out pruned trials, often most of them, and cannot stretch accuracies.
     """
-    figure, axes = new_picture([trial.values[place] for trial in [*trials, *pruned]], metric)
-    numbers, values = [trial.number for trial in trials], [trial.values[place] for trial in trials]
-    best = list(accumulate(values, max if direction == "maximize" else min))
-    axes.plot(numbers, best, drawstyle="steps-post", color=RED, linewidth=1.6, label="best so far")
+    values, ends = [trial.values[place] for trial in trials], [trial.values[place] for trial in pruned]
+    axes = new_axes(values + ends if metric == "val/acc" else ())
+    numbers, best = [trial.number for trial in trials], accumulate(values, max if direction == "maximize" else min)
+    axes.plot(numbers, [*best], drawstyle="steps-post", color=RED, linewidth=1.6, label="best so far")
     axes.plot(numbers, values, "o", color=COLORS[0], markersize=5, label="trial")
     if pruned:
-        ends = [trial.values[place] for trial in pruned]
         axes.plot([trial.number for trial in pruned], ends, "x", color=GREY, label="pruned, at its last epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="trial", ylabel=metric)
-    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
-    save_figure(figure, path)
+    save_picture(axes, path, 3)
 
 
-def save_importance(study: optuna.Study, place: int, metric: str, direction: str, path: Path) -> None:
-    """How much each key matters for an objective: PED-ANOVA (Watanabe et al. 2023)."""
+def save_importance(study: optuna.Study, place: int, direction: str, path: Path) -> None:
+    """The share of each key in what separates good trials from the rest: PED-ANOVA (Watanabe et al. 2023).
+
+    Optuna's plot_param_importances changes pyplot's style for the whole process, and its labels run into the bars.
+    """
     sign = -1 if direction == "maximize" else 1  # with a target of its own, PED-ANOVA takes the lowest for the best
-    with pyplot.rc_context(), warnings.catch_warnings():  # Optuna sets a style for the whole process
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*low `target` values")
-        axes = plot_param_importances(study, target=lambda trial: sign * trial.values[place], target_name=metric)
-        figure = axes.figure
-        assert isinstance(figure, Figure)
-        figure.set_layout_engine("constrained")  # which leaves room for long keys
-        figure.set_size_inches(8, 2 + 0.4 * len(axes.get_yticks()))
-        save_figure(figure, path)
-        pyplot.close(figure)
+        shares = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[place])
+    axes = new_axes(height=1.2 + 0.4 * len(shares))
+    axes.grid(visible=False)
+    bars = axes.barh([*shares][::-1], [*shares.values()][::-1], color=COLORS[0], height=0.6)
+    axes.bar_label(bars, fmt="{:.0%}", padding=4)
+    axes.set_xlim(0, 1.08 * max(shares.values()))
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    save_picture(axes, path, 0)
 
 
 def save_front(
@@ -155,26 +139,15 @@ def save_front(
 
     Optuna's plot_pareto_front cannot name the points of the front by what was chosen there, such as the policy.
     """
-    figure, axes = new_picture([trial.values[0] for trial in trials], metrics[0])
-    across = [trial.values[place] for trial in trials]
-    axes.plot(across, [trial.values[0] for trial in trials], "o", color=GREY, markersize=5, label="trial")
-    front = sorted({(trial.values[place], trial.values[0]) for trial in best})
-    axes.plot(*zip(*front, strict=True), "o-", color=RED, markersize=7, linewidth=1, label="Pareto front")
-    for point, trial in {(trial.values[place], trial.values[0]): trial for trial in best}.items():
+    across, heights = ([trial.values[index] for trial in trials] for index in (place, 0))
+    axes = new_axes(heights if metrics[0] == "val/acc" else ())
+    axes.plot(across, heights, "o", color=GREY, markersize=5, label="trial")
+    front = {(trial.values[place], trial.values[0]): trial for trial in best}
+    axes.plot(*zip(*sorted(front), strict=True), "o-", color=RED, markersize=7, linewidth=1, label="Pareto front")
+    for point, trial in front.items():
         chosen = " ".join(value for value in trial.params.values() if isinstance(value, str))
         axes.annotate(chosen, point, xytext=(6, -11), textcoords="offset points", fontsize=8, color=RED)
     if min(across) > 0 and max(across) >= 20 * min(across):
         axes.set_xscale("log")
     axes.set(xlabel=metrics[place], ylabel=metrics[0])
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
-    save_figure(figure, path)
-
-
-def new_picture(heights: Sequence[float], metric: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.4), layout="constrained", dpi=110)
-    axes = figure.add_subplot()
-    if metric == "val/acc":
-        accuracy_axis(axes, min(heights), max(heights))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    save_picture(axes, path, 2)

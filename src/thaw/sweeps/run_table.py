@@ -139,7 +139,9 @@ def format_notes(groups: Sequence[Group]) -> list[str]:
     if any(group.val and group.val[2] > 1 for group in groups):
         notes.append("± is the sample standard deviation over n seeds.")
     tested = sum(run.state == DONE and run.test_acc is not None for run in runs)
-    which = {0: "none is tested", 1: "one run is tested"}.get(tested, f"{tested} runs are tested, none chosen by that")
+    which = {0: "none is tested", 1: "one run is tested"}.get(
+        tested, f"{tested} runs are tested, none chosen by test accuracy"
+    )
     return [*notes, f"Ranked by validation; {which}."]
 
 

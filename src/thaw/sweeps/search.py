@@ -1,6 +1,7 @@
 """Search with Optuna: trials are runs in folders of their own; several workers may share the study."""
 
 import os
+import platform
 import sys
 import time
 import traceback
@@ -19,7 +20,6 @@ from thaw.run.config import USER_ERRORS, explain
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
-from thaw.run.targets import targets
 from thaw.sweeps import study as studies
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.search_plan import ACCURACY, SearchPlan, Train, prepare
@@ -67,7 +67,7 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
     except BaseException:
         print("\nTo go on, run the same command again.", file=sys.stderr, flush=True)
         raise
-    failed = report_study(study, plan.folder, plan.storage, plan.objectives, cfg.test, targets(plan.base))
+    failed = report_study(plan, study)
     if failed:
         print(f"{failed} trials have failed; the same command tries them again.", file=sys.stderr)
         sys.exit(1)
@@ -86,7 +86,7 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
                 Path(studies.trial_lock(plan.folder, trial.number).lock_file).unlink(missing_ok=True)
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         drawn = len(studies.counted(study))
-        study.sampler = plan.sampler(drawn)
+        study.sampler = studies.make_sampler(plan.cfg.sweep.sampler, plan.space, drawn)
         limit = plan.cfg.sweep.trials
         if isinstance(study.sampler, OrderedGridSampler):
             limit = min(limit, study.sampler.size)
@@ -95,7 +95,7 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
         asked = study.ask(plan.space)
         lock = studies.trial_lock(plan.folder, asked.number)
         lock.acquire()
-        asked.set_user_attr(studies.WORKER, studies.worker_name())
+        asked.set_user_attr(studies.WORKER, f"{platform.node()}:{os.getpid()}")
     return asked, lock
 
 

@@ -15,11 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, NopPruner
 
 from thaw.run.command_line import override_key
-from thaw.run.config import build, check_devices, explain
+from thaw.run.config import build, explain
 from thaw.run.folders import job_key
 from thaw.run.ranks import is_launched
-from thaw.run.trainer_settings import check_trainer
-from thaw.run.values import check_types
+from thaw.sweeps.grid import check_run
 from thaw.sweeps.space import Space, as_overrides, corners, read_space, readable
 from thaw.sweeps.study import make_sampler
 
@@ -77,9 +76,6 @@ class SearchPlan:
         """Held while a worker asks for a trial."""
         return FileLock(self.folder / ".asking.lock")
 
-    def sampler(self, drawn: int) -> optuna.samplers.BaseSampler:
-        return make_sampler(self.cfg.sweep.sampler, self.space, drawn)
-
     def compose(self, params: dict[str, Any]) -> DictConfig:
         """The run of a trial, with its folder."""
         cfg = compose("train", [*self.typed, *as_overrides(params)], return_hydra_config=True)
@@ -113,29 +109,24 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPl
         raise ValueError(f"sweep.trials={trials!r} must be a whole number, 1 or more.")
     typed = [override for override in overrides if override_key(override).replace("/", ".").split(".")[0] != "sweep"]
     plan = SearchPlan(cfg, typed, Path(cfg.run_dir).resolve(), train)
-    check_run(plan.base)
+    check_run(plan.base, on_this_machine=True)
     check_objectives(plan)
     both = [override for override in typed if override_key(override) in plan.space]
     if both:
         raise ValueError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
     for params in corners(plan.space):
         try:
-            check_run(plan.compose(params))
+            check_run(plan.compose(params), on_this_machine=True)
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
     directions: Sequence[Any] = list(plan.objectives.values())
-    study = optuna.create_study(directions=directions, sampler=plan.sampler(0))  # in memory
+    sampler = make_sampler(cfg.sweep.sampler, plan.space, drawn=0)
+    study = optuna.create_study(directions=directions, sampler=sampler)  # in memory
     try:
         study.ask(plan.space)
     except (ValueError, ImportError) as error:
         raise ValueError(f"sweep.sampler cannot draw: {error}. Choose another sweep/sampler.") from error
     return plan
-
-
-def check_run(cfg: DictConfig) -> None:
-    check_types(cfg)
-    check_trainer(cfg.trainer)
-    check_devices(cfg.trainer)
 
 
 def check_objectives(plan: SearchPlan) -> None:

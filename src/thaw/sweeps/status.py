@@ -24,11 +24,11 @@ class Status:
     """
 
     def __init__(self, total: int) -> None:
-        self.total, self.over = total, 0
+        self.total, self.over, self.updated = total, 0, 0.0
+        self.width = 2 * len(str(total)) + 1
         self.console = Console(highlight=False, soft_wrap=True)
         self.can_redraw = self.console.is_terminal and not self.console.is_dumb_terminal
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
-        self.shown = 0.0
 
     def __enter__(self) -> "Status":
         if self.can_redraw:
@@ -40,22 +40,12 @@ class Status:
 
     def started(self, name: str, kind: str, units: Sequence[str]) -> None:
         if not self.can_redraw:
-            self.say(f"{'':{self.width}} {name}: starts on {units_in_words(kind, units)}")
+            word = {"gpu": "GPU", "core": "core"}[kind] + "s" * (len(units) > 1)
+            self.console.print(f"{'':{self.width}} {name}: starts on {word} {','.join(units)}", markup=False)
 
-    def ended(self, name: str, folder: Path, seconds: float) -> None:
+    def ended(self, name: str, outcome: str) -> None:
         self.over += 1
-        if (folder / SUMMARY).is_file():
-            accuracy = read_json(folder / SUMMARY)["val/acc"]
-            outcome = "done" if accuracy is None else f"done, val/acc {accuracy:.2%}"
-        else:
-            failure = read_json(folder / FAILURE)
-            outcome = f"{failure['status']}: {failure['reason']}"
-        self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome} ({seconds:.0f} s)")
-
-    def elsewhere(self, name: str, state: str) -> None:
-        """Print that another process has started, or finished, a job meanwhile."""
-        self.over += 1
-        self.say(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {state} in another process")
+        self.console.print(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome}", markup=False)
 
     def show(self, jobs: Sequence[tuple[str, Sequence[str], float, Path]]) -> None:
         """Update the lines of the running jobs, at most twice a second.
@@ -63,25 +53,22 @@ class Status:
         Args:
             jobs: name, GPUs or cores, seconds so far and log file of each.
         """
-        if not self.can_redraw or time.monotonic() - self.shown < 0.5:
+        if not self.can_redraw or time.monotonic() - self.updated < 0.5:
             return
-        self.shown = time.monotonic()
+        self.updated = time.monotonic()
         table = Table.grid(padding=(0, 2))
         for name, units, seconds, log in jobs:
             table.add_row(f"  {name}", f"on {','.join(units)}", f"{seconds:.0f} s", last_epoch_line(log))
         self.live.update(table, refresh=True)
 
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
 
-    @property
-    def width(self) -> int:
-        return 2 * len(str(self.total)) + 1
-
-
-def units_in_words(kind: str, units: Sequence[str]) -> str:
-    word = "GPU" if kind == "gpu" else "core"
-    return f"{word}{'s' * (len(units) > 1)} {','.join(units)}"
+def outcome_of(folder: Path) -> str:
+    """How the job in a folder ended."""
+    if (folder / SUMMARY).is_file():
+        accuracy = read_json(folder / SUMMARY)["val/acc"]
+        return "done" if accuracy is None else f"done, val/acc {accuracy:.2%}"
+    failure = read_json(folder / FAILURE)
+    return f"{failure['status']}: {failure['reason']}"
 
 
 def last_epoch_line(log: Path) -> str:

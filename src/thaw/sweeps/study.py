@@ -1,12 +1,11 @@
 """The study behind a search: its storage, its samplers, and the state of its trials.
 
 All workers of a study share its folder. They ask for trials one at a time, and each holds a lock during its trial: the
-next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint.
+next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint. (Optuna's
+heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
 import json
-import os
-import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,20 +46,6 @@ def silence_optuna() -> None:
     warnings.filterwarnings("ignore", ".*already reported")  # a continued trial may repeat epochs
 
 
-class JournalLock:
-    """A lock that the operating system frees when its process dies; Optuna's own would block others for 30 seconds."""
-
-    def __init__(self, path: Path) -> None:
-        self.lock = FileLock(path)
-
-    def acquire(self) -> bool:
-        self.lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self.lock.release()
-
-
 def open_storage(path: Path) -> BaseStorage:
     """SQLite for `*.db`, a journal for `*.journal`; created if it does not exist.
 
@@ -72,7 +57,7 @@ def open_storage(path: Path) -> BaseStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".journal":
-            lock: Any = JournalLock(path.with_suffix(".journal.flock"))
+            lock: Any = FileLock(path.with_suffix(".journal.flock"))  # free once its process dies; Optuna's: after 30 s
             return JournalStorage(JournalFileBackend(str(path), lock))
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": STORAGE_SECONDS}})
     except Exception as error:  # of SQLAlchemy, alembic or json: a strange file may raise any
@@ -205,7 +190,3 @@ def is_abandoned(folder: Path, trial: FrozenTrial) -> bool:
         return False
     lock.release()
     return True
-
-
-def worker_name() -> str:
-    return f"{platform.node()}:{os.getpid()}"
