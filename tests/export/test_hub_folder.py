@@ -1,4 +1,6 @@
 import re
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +134,7 @@ def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path
     assert str(tmp_path) not in text and str(ROOT) not in text
     config = read_json(tmp_path / "hub" / "config.json")
     assert config["thaw"] == facts
+    assert config["pretrained_cfg"]["license"] is config["pretrained_cfg"]["tag"] is None, "those of published weights"
 
     official = source._replace(name="official")
     export_folder(predictor, official, "apache-2.0", tmp_path / "hub")  # replaces the first
@@ -150,6 +153,20 @@ def test_card_of_a_checkpoint_that_holds_all_weights(
     export_folder(load_predictor(str(run), None, "cpu", "32-true"), source, None, tmp_path / "hub")
     text = (tmp_path / "hub" / "README.md").read_text()
     assert "# digits_vit, train, on MNIST" in text and "license: mit" in text and "pretrained by SimCLR" in text
+
+
+@pytest.mark.parametrize("head", ["head=mlp", "head.norm=none"])
+def test_a_full_disk(head: str, tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path) -> None:
+    predictor, before = tiny_vit(head), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"hub cannot be written \(.*\)\. Free some space"):
+            export_folder(predictor, source, None, tmp_path / "hub")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_is_left_alone(

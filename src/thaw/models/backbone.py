@@ -122,16 +122,18 @@ class Backbone(nn.Module):
             classifier: becomes timm's own; None for a model that gives features.
             classes: names of the classes.
         """
-        model, labels = self.model, dict[str, Any]()
+        published = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+        config: dict[str, Any] = {"pretrained_cfg": dict.fromkeys(published)}  # facts about weights of timm, not these
+        model = self.model
         if classifier:
             made, name = self.architecture, self.model.pretrained_cfg["classifier"]
             model = create(made["name"], self.image_size, self.channels, made["arguments"], len(classes))
             weights = {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
             model.load_state_dict(self.model.state_dict() | weights)
-            labels = {"label_names": list(classes)}
+            config["label_names"] = list(classes)
         image = {"input_size": (self.channels, self.image_size, self.image_size), "mean": self.mean, "std": self.std}
         crop = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
-        timm.models.save_for_hf(model, str(folder), labels, safe_serialization=True, data_config=image | crop)
+        timm.models.save_for_hf(model, str(folder), config, safe_serialization=True, data_config=image | crop)
 
     def new_block(self, width: int, heads: int) -> nn.Module:
         """A transformer block of timm's with random weights and this backbone's kind of attention, (B, T, width)."""
