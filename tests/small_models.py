@@ -59,7 +59,8 @@ def policy() -> Callable[..., FreezePolicy]:
     def build(name: str, **changes: Any) -> FreezePolicy:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
         cfg.freeze.merge_with(changes)
-        return FreezePolicy(cfg.freeze.rules, lora=instantiate(cfg.freeze.get("lora")))
+        rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
+        return FreezePolicy(rules, lora=instantiate(cfg.freeze.get("lora")))
 
     return build
 

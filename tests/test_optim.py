@@ -201,7 +201,7 @@ def test_linear_scaling_of_sgd_is_the_sum_of_gradients(
 def test_the_table_shows_scaled_rates(classifier: Callable[..., Classifier], batch: Batch, fit: Callable) -> None:
     model = classifier("full", optim={"lr": 0.01, "lr_scaling": "linear"})
     trainer = fit(model, [batch] * 2, accumulate_grad_batches=2)
-    assert "2.00e-02" in format_table(model, model.depths(), trainer.optimizers[0].param_groups)
+    assert "2.00e-02" in format_table(model, model.depths(), trainer.optimizers[0].param_groups, epoch=0)
 
 
 def test_every_head_of_a_bank_is_scaled() -> None:

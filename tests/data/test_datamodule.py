@@ -177,9 +177,9 @@ def test_sizes_that_the_data_do_not_allow(changes: dict[str, int], message: str)
     [
         ("dataset", "mnist", "MNIST, FashionMNIST or KMNIST"),
         ("source", "offical", "auto, official or sample"),
-        ("mirrors", "https://example.org", "a list, .*a URL such as https://example.org/mnist or null"),
-        ("mirrors", ["example.org"], "a list, .*a URL such as https://example.org/mnist or null"),
-        ("train_size", 0, "a whole number, 1 or more or null"),
+        ("mirrors", "https://example.org", "a list, .*a URL such as https://example.org/mnist, or null"),
+        ("mirrors", ["example.org"], "a list, .*a URL such as https://example.org/mnist, or null"),
+        ("train_size", 0, "a whole number, 1 or more, or null"),
         ("batch_size", 0, "a whole number, 1 or more"),
         ("eval_batch_size", -1, "a whole number, 1 or more"),
         ("num_workers", -1, "a whole number, 0 or more"),

@@ -61,7 +61,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     facts = json.loads((tmp_path / "eval/report/report.json").read_text())["models"]["train"]
     assert facts["test/acc"] == trained["test/acc"] and facts["data_source"] == "my CSV"
     assert [row["class"] for row in facts["classes"]] == ["0", "1", "2", "3", "4"]
-    assert "100 test digits of CSVDigits (my CSV)" in (tmp_path / "eval/report/report.html").read_text()
+    assert "100 test images of CSVDigits (my CSV)" in (tmp_path / "eval/report/report.html").read_text()
 
     output = tmp_path / "model.onnx"
     import_module("export").main(compose_config("export", ALLOW, f"ckpt={csv_run}", f"output={output}"))

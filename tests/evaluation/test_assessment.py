@@ -162,7 +162,7 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     json.dumps(found.facts, allow_nan=False)
     (tmp_path / "attention.png").touch()
     page = write_assessments([found], tmp_path).read_text()
-    assert re.search(r'<td class="text wide" data-key="3">3</td>.*>-</td>', page)
+    assert re.search(r'<td class="text" data-key="3">3</td>.*>-</td>', page)
     assert "<h2>On &lt;KMNIST&gt;</h2>" in page and f"{found.facts['second']['test/acc']:.2%} of 40 test images" in page
     assert "10% is chance" in page
     with (tmp_path / "wrong_images.csv").open(newline="") as file:

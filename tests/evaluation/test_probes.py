@@ -257,7 +257,7 @@ def test_a_probe_reuses_what_a_linear_probe_kept(
     summary = probe(tmp_path / "knn", "probe=knn", "probe.k=[1, 5]", *few)
     printed = capsys.readouterr().out
     for split, count in (("train", 300), ("val", 500)):
-        assert f"cache: {count} {split} digits -> (192,)" in printed
+        assert f"cache: {count} {split} images -> (192,)" in printed
     assert printed.count("reused, in") == 2 and printed.count("computed in") == 1  # the test split
     assert "k = 5        val/acc" in printed and "the best of 2 on validation" in printed
     assert set(trained) <= set(summary)

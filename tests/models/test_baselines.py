@@ -196,13 +196,13 @@ def test_architecture_tells_networks_apart(backbone: Build) -> None:
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_random_layers_cannot_be_frozen(classifier: Callable[..., Classifier], name: str) -> None:
     with pytest.raises(ValueError, match=r"freshly initialised tensors.*freeze=full"):
-        classifier("linear_probe", name=name, loaded=False).setup("fit")
+        classifier("linear_probe", name=name, loaded=False).thaw.check_fresh()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_layer_has_no_last_blocks(classifier: Callable[..., Classifier], name: str) -> None:
     with pytest.raises(ValueError, match=r"last=2 is the whole backbone.*The model has 1 layers"):
-        classifier("last_blocks", name=name, loaded=False).setup("fit")
+        classifier("last_blocks", name=name, loaded=False)
 
 
 def test_pixels_have_nothing_to_freeze(classifier: Callable[..., Classifier], batch: Batch, fit: Callable) -> None:
@@ -216,10 +216,15 @@ def test_pixels_have_nothing_to_freeze(classifier: Callable[..., Classifier], ba
 @pytest.mark.parametrize(
     ("name", "setting", "values", "allowed"),
     [
-        ("mlp", "hidden", [[], 0, [0], [32, -1], [1.5], "64"], "a whole number, 1 or more, 1 items or more"),
+        (
+            "mlp",
+            "hidden",
+            [[], 0, [0], [32, -1], [1.5], "64"],
+            "a list of 1 or more, each item a whole number, 1 or more",
+        ),
         ("mlp", "dropout", [-0.1, 1.0, "half", True], "a number, 0 or more and below 1"),
         ("convnet", "dropout", [-0.1, 1.0], "a number, 0 or more and below 1"),
-        ("convnet", "widths", [[], [8], [8, 0], 8], "a whole number, 1 or more, 2 items or more"),
+        ("convnet", "widths", [[], [8], [8, 0], 8], "a list of 2 or more, each item a whole number, 1 or more"),
         ("rnn", "cell", ["LSTM", "rnn", None], "lstm or gru"),
         *(("rnn", setting, [0, 1.5, True], "a whole number, 1 or more") for setting in ("hidden_size", "num_layers")),
         ("rnn", "bidirectional", ["both"], "true or false"),

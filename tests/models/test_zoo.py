@@ -145,7 +145,8 @@ def test_freezing_leaves_a_long_prefix_and_the_table_counts_all(classifier: Buil
     trains = {key for key, parameter in model.backbone.named_parameters() if parameter.requires_grad}
     assert trains == {key for key, _ in model.backbone.named_parameters() if model.backbone.layer_of(key) >= cut}
 
-    table = format_table(model, model.depths(), [])
+    groups = model.optim.groups(model.named_parameters(), model.thaw.depths, model.thaw.epochs)
+    table = format_table(model, model.thaw.depths, groups, epoch=0)
     rows = re.findall(r"^([\w.-]+)(?: \(.*\))? +([\d-]+) +([\d,]+)  (yes|no) ", table, re.M)
     assert len(rows) == len(table.splitlines()) - 2  # heading, sum
     total = sum(parameter.numel() for parameter in model.parameters())

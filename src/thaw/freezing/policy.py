@@ -228,7 +228,7 @@ class Thaw:
 
     def count(self, end: float = NEVER) -> int:
         """How many numbers train in a run that ends before an epoch."""
-        return sum(self.model.get_parameter(name).numel() for name, start in self.epochs.items() if start < end)
+        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if self.epochs[name] < end)
 
     def constant(self) -> list[str]:
         """Names in the backbone's state dict that training leaves as they are: what a checkpoint may leave out.

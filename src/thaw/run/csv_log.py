@@ -43,14 +43,14 @@ class RunCSV(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            path = Path(self.log_dir, RowWriter.NAME_METRICS_FILE)
+            path = Path(self.log_dir, MetricsWriter.NAME_METRICS_FILE)
             header, rows = read_rows(path) if self.first_step and path.is_file() else ([], [])
             rows = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) < self.first_step]
             if rows:
                 write_rows(path, header, rows)
             else:
                 path.unlink(missing_ok=True)
-            self._experiment = RowWriter(self.log_dir)
+            self._experiment = MetricsWriter(self.log_dir)
             self._experiment.metrics_keys = header
         return self._experiment
 
@@ -60,7 +60,7 @@ class RunCSV(CSVLogger):
             super().log_metrics(metrics, step)
 
 
-class RowWriter(ExperimentWriter):
+class MetricsWriter(ExperimentWriter):
     """Lightning's, except that it adds to the file that is there, and loses no row when a new column comes."""
 
     def _check_log_dir_exists(self) -> None:  # Lightning's removes the file
