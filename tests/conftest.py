@@ -145,3 +145,12 @@ def tiny_run(tmp_path: Path) -> list[str]:
         *("+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2", "trainer.precision=32-true"),
         *("trainer.enable_progress_bar=false", *(f"callbacks.{name}=null" for name in off)),
     ]
+
+
+# xdist hands whole files to its workers; those with few slow tests come first, so that no worker waits for another at
+# the end.
+SLOW_FILES = ("test_notebooks", "test_page", "test_server", "test_end_to_end", "test_two_processes", "test_preemption")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)

@@ -172,10 +172,10 @@ def test_mixing_keeps_no_features(train: Callable[..., Path], capsys: pytest.Cap
     """One line says so; and a last batch of one digit is no obstacle."""
     probe = ["experiment=vit_linear_probe", *SMALL, "data.train_size=33", "trainer.max_epochs=1", "mix=cutmix"]
     run_dir = train(*probe)
-    assert capsys.readouterr().out.count("cache: off, images are mixed anew in every step (mix=none would") == 1
+    assert capsys.readouterr().out.count("cache: off, images are mixed at random (mix=none would") == 1
     assert not (run_dir.parents[2] / "cache").exists()
     for asked in ("mode=memory", "mode=disk"):
-        with pytest.raises(ValueError, match=f"cache.{asked} can cache nothing: images are mixed anew"):
+        with pytest.raises(ValueError, match=f"cache.{asked} can cache nothing: images are mixed at random"):
             train(*probe, f"cache.{asked}", name=asked.replace("=", "_"))
 
 

@@ -88,7 +88,7 @@ class OptimizerRecipe:
         thaw_epochs: Mapping[str, float],
         trainer: Trainer,
     ) -> OptimizerLRSchedulerConfig:
-        """What `LightningModule.configure_optimizers` returns.
+        """The return value of `LightningModule.configure_optimizers`.
 
         The optimizer knows from its first step every parameter that will ever train: what is still frozen has no
         gradient, and so is left alone.
@@ -128,7 +128,7 @@ class OptimizerRecipe:
         return scale
 
     def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:
-        """Fraction of the peak learning rate at a step, counted from 0, of what trains from `thaw_step` on.
+        """Fraction of the peak learning rate at a step, counted from 0, for parameters that train from `thaw_step` on.
 
         One cosine for all, and for each group a linear rise from the step at which it thaws.
         """

@@ -527,8 +527,8 @@ def test_images_that_are_augmented_are_not_cached(model: Build, capsys: pytest.C
     watch = Watch()
     fitted(model(mode="auto", augment=MOVED), epochs=1, callbacks=[watch])
     assert all(features is None for _, features, _ in watch.train)
-    assert "cache: off, images are augmented anew in every epoch" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"cache\.mode=disk can cache nothing: images are augmented anew"):
+    assert "cache: off, images are augmented at random (augment=none" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cache\.mode=disk can cache nothing: images are augmented at random"):
         fitted(model(mode="disk", augment=MOVED))
 
 

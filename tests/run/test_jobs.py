@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(tmp_path: Path, caplog: pytest
     last.write_bytes(last.read_bytes()[:100])
     assert jobs.read_state(tmp_path) == "cut off"
     assert jobs.run_job(cfg, done) == 0.5
-    assert cfg.resume is None and "Starting anew" in caplog.text
+    assert cfg.resume is None and "Starting from scratch" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", '{"val/', "[]", "{}"])

@@ -1,4 +1,4 @@
-"""What a pretraining run learns, while it learns: nearest neighbours, signs of collapse, pictures."""
+"""The quality of features during pretraining: nearest neighbours, signs of collapse, pictures."""
 
 import warnings
 from pathlib import Path

@@ -92,7 +92,7 @@ def way_back(trainer: Trainer) -> str:
 
 
 def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
-    """What to look at first, from the state of the model."""
+    """The likely cause, from the state of the model."""
     broken = not_finite(pl_module)
     if broken:
         loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]

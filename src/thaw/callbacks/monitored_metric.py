@@ -1,4 +1,4 @@
-"""What other callbacks monitor: a mistyped metric is found before training, and a run that no longer improves stops."""
+"""The metric that callbacks monitor: a mistyped name is found before training; early stopping."""
 
 from typing import Any
 

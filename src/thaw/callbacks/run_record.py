@@ -1,4 +1,4 @@
-"""What a run needs to be understood and rebuilt later: in its folder and in every checkpoint."""
+"""The record from which a run is understood and rebuilt later: in its folder and in every checkpoint."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What eval.py leaves behind: `report.html`, `report.json` and the figures, on disk and in W&B."""
+"""The files that eval.py writes: `report.html`, `report.json` and the figures, on disk and in W&B."""
 
 from collections.abc import Sequence
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""What a model costs to use: parameters, floating-point operations, time and size."""
+"""The cost of using a model: parameters, floating-point operations, time and size."""
 
 import time
 from statistics import median

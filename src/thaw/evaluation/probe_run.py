@@ -1,4 +1,4 @@
-"""What a probe needs: the frozen backbone, and its features of a split."""
+"""The inputs of a probe: a frozen backbone, and its features of a split."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -39,7 +39,7 @@ class Choice:
 
 
 def score(choice: Choice, test: Labelled) -> dict[str, Any]:
-    """The accuracy on the test split of what validation chose, as values of JSON."""
+    """The test accuracy of the candidate that validation chose, as values of JSON."""
     check_finite("test", test.features)
     return accuracy_facts(choice.predict(test.features), test.labels)
 

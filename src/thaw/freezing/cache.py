@@ -1,4 +1,4 @@
-"""The cache of what frozen layers give for every image: in memory, or in a folder that runs share.
+"""The cache of the frozen layers' output for every image: in memory, or in a folder that runs share.
 
 Shapes: N images; one image's features are (D,) pooled or (T, D) tokens.
 """
@@ -27,11 +27,11 @@ VERIFIED: dict[str, Tensor] = {}  # by key: what this process has in memory for 
 
 
 class FeatureCache:
-    """Caches what a function gives for every image, in memory or memory-mapped from a folder that runs share.
+    """Caches the output of a function for every image, in memory or memory-mapped from a folder that runs share.
 
     Args:
         mode: `auto` caches features on disk, in memory where the folder cannot be used, and not at all where images are
-            augmented anew in every epoch or their features are larger than `max_gb`; `memory` and `disk` insist; `off`.
+            augmented at random or their features are larger than `max_gb`; `memory` and `disk` insist; `off`.
         dir: the folder.
         max_gb: of all that it holds, in 1e9 bytes; what was used least recently makes room.
     """
@@ -68,7 +68,7 @@ class FeatureCache:
         """The features of all images of a split; those that are not cached yet are computed by all processes together.
 
         Args:
-            split: its name, for what is printed.
+            split: its name, printed.
             count: N.
             compute: indices (B,) of images -> features (B, ...).
             tokens: that an image is in `compute`; decides how many images are computed at once.

@@ -55,9 +55,9 @@ class FrozenFeatures(Callback):
             some_frozen = not all(parameter.requires_grad for parameter in pl_module.backbone.parameters())
             self.cache.explain_no_layer(some_frozen, trainer)
         elif pl_module.mix.is_on:
-            self.cache.refuse("images are mixed anew in every step (mix=none would cache features)", trainer)
+            self.cache.refuse("images are mixed at random (mix=none would cache features)", trainer)
         elif pl_module.augment.is_random:
-            self.cache.refuse("images are augmented anew in every epoch (augment=none would cache features)", trainer)
+            self.cache.refuse("images are augmented at random (augment=none would cache features)", trainer)
         elif self.cache.mode != "off":
             for split in ("train", "val"):
                 dataset = datamodule.split_dataset(split)
@@ -96,7 +96,7 @@ def frozen_features(
     """The output of the first `cut` layers for all images, in the trainer's precision and on its device.
 
     Args:
-        split: its name, for what is printed and as part of the key.
+        split: its name, printed and part of the key.
         images: uint8 (N, 28, 28), on any device.
         preprocess: uint8 (B, 28, 28) -> (B, C, S, S), as the backbone takes it.
         backbone: in eval mode, on the trainer's device.

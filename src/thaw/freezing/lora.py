@@ -88,5 +88,5 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """What a parameter of an adapted layer was called before: `parametrizations.weight.original` -> `weight`."""
+    """The name of an adapted layer's parameter without LoRA: `parametrizations.weight.original` -> `weight`."""
     return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)

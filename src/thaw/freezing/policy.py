@@ -1,4 +1,4 @@
-"""What is frozen, what trains, and from which epoch: ordered rules over parameter names decide it for everything else.
+"""The freezing policy: ordered rules over parameter names decide which parameters train, and from which epoch.
 
 Frozen means four things at once: no gradient, eval mode (dropout, drop path, norm statistics), no optimizer update
 (weight decay included), and therefore bit-identical after training, buffers too.

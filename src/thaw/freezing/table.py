@@ -1,4 +1,4 @@
-"""The table of what is frozen and what trains, which a run prints at its start."""
+"""The table of frozen and trainable parameters, which a run prints at its start."""
 
 import re
 from collections.abc import Mapping, Sequence

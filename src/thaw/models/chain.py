@@ -25,7 +25,7 @@ def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
         return stem, [in_turn(block) for block in blocks_of(model)], model.norm
     # EVA: each block rotates its queries and keys by the rotary embedding of the grid (Fang et al. 2023, section 2.1)
     if model.patch_drop is not None or getattr(rope, "aug_active", False):
-        raise ValueError("this rotary embedding is drawn anew for every batch")
+        raise ValueError("this rotary embedding is random in every batch")
     angles = rope.get_embed(model.patch_embed.grid_size if model.dynamic_img_size else None)
     stem = in_turn([model.patch_embed, lambda patches: model._pos_embed(patches)[0], model.norm_pre])
     return stem, [partial(block, rope=angles) for block in model.blocks], model.norm

@@ -1,4 +1,4 @@
-"""What a policy costs on a model, before a machine is rented.    python -m thaw.plan model=vit_small policy=last_blocks
+"""The cost of a policy on a model, before renting a machine.    python -m thaw.plan model=vit_small policy=last_blocks
 
 It trains, downloads and allocates nothing: see thaw.plan.dry_step.
 """

@@ -15,7 +15,7 @@ from thaw.run.values import Count, Positive, check_types
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What configs/plan.yaml explains, key by key."""
+    """The settings of configs/plan.yaml, which explains each key."""
 
     model: str
     policy: str

@@ -55,7 +55,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
     files, left_out = [], []
     for name in inputs:
         path = Path(name).expanduser()
-        if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises an error for what is too long to be a name
+        if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises an error for a text longer than a name can be
             below = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
             seen = [file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts)]
             inside = [file for file in seen if file.name.lower().endswith(SUFFIXES) or begins_as_picture(file)]

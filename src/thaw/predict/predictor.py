@@ -32,7 +32,7 @@ class DigitModel(Protocol):
         """uint8 (N, 28, 28) -> each patch's share in what the head sees (N, h, w)."""
 
     def facts(self) -> dict[str, Any]:
-        """What identifies the model, as values of JSON."""
+        """Facts that identify the model, as values of JSON."""
 
 
 class Predictor:
@@ -105,7 +105,7 @@ class Predictor:
         return by_batches(on_device, images, self.batch_size)
 
     def facts(self) -> dict[str, Any]:
-        """What identifies the model, as values of JSON."""
+        """Facts that identify the model, as values of JSON."""
         return {
             "name": self.cfg.name,
             "backbone": self.name,

@@ -86,7 +86,7 @@ class GAN(Objective):
         return loss
 
     def discriminator(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for what looks real."""
+        """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for images that look real."""
         images = self.preprocess(255 * pixels[:, 0])  # (B, C, S, S)
         return self.score(self.backbone(images))[:, 0].float()
 
@@ -123,7 +123,7 @@ class GAN(Objective):
         self.latent, self.generator_lr, self.average_decay = latent, generator_lr, average_decay
         self.r1, self.r1_every = r1, r1_every
         self.samples = samples
-        self.measured_by = [measured_by]  # in a list it is no submodule: neither trained nor in checkpoints
+        self.measured_by = [measured_by]  # in a list it is not a submodule: neither trained nor in checkpoints
         self.real_features: list[Tensor] = []  # (N, D) of training and validation images, once computed
         self.register_buffer("grid", fixed_latents(8 * 16, latent))
 

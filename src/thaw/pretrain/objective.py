@@ -1,4 +1,4 @@
-"""What every pretraining objective shares: a backbone learns from images without labels and is written to a file.
+"""The base of every pretraining objective: a backbone learns from images without labels and is written to a file.
 
 Shapes: B batch, D feature width, C channels, S image side.
 """

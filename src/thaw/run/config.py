@@ -18,7 +18,7 @@ from thaw.run.files import FULL
 from thaw.run.ranks import drop_stray_ranks
 from thaw.run.targets import config_leaves, refers_outside
 
-USER_ERRORS = (ValueError, OSError)  # what thaw raises for settings and files that cannot work
+USER_ERRORS = (ValueError, OSError)  # raised for settings and files that cannot work
 SETTING_ERRORS = (*USER_ERRORS, HydraException, OmegaConfBaseException)
 BUNDLED_NAME = "digits_vit"  # of the weights that `backbone.weights=bundled` means
 
@@ -113,7 +113,7 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def backbone_name(backbone: DictConfig) -> str:
-    """What people call a backbone, which depends on its weights.
+    """The name of a backbone, which depends on its weights.
 
     Bundled weights have the name of their file, those of the hub timm's name, a baseline that of its class. Otherwise
     it is `vit_tiny_patch16_224 with patch_size 7, depth 6 from w.safetensors`: changed sizes, and a file of weights.

@@ -1,4 +1,4 @@
-"""What a program prints does not end it: neither characters that the console lacks nor a reader who has left."""
+"""Printing never ends a program, whether the console lacks a character or its reader has left."""
 
 import io
 import logging

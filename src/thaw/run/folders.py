@@ -44,7 +44,7 @@ def job_key(_root_: DictConfig) -> str:
 
 
 def sweep_key(_root_: DictConfig) -> str:
-    """Name of the experiment and a hash of what was typed after `train.py -m`, in any order."""
+    """Name of the experiment and a hash of the overrides after `train.py -m`, in any order."""
     return f"{_root_.name}_{short_hash(sorted(_root_.hydra.overrides.task))}"
 
 

@@ -72,7 +72,7 @@ def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) 
 
 
 def read_state(run_dir: Path) -> State:
-    """What has become of the run in a folder."""
+    """The state of the run in a folder."""
     if has_summary(run_dir):
         return "done"
     if (run_dir / LOCK).is_file():
@@ -109,7 +109,7 @@ def go_on(cfg: DictConfig) -> None:
     try:
         last = read_checkpoint(run_dir / LAST_CHECKPOINT, targets(cfg))
     except ValueError as error:
-        log.warning("%s Starting anew.", error)
+        log.warning("%s Starting from scratch.", error)
         return
     log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))
     cfg.resume = str(run_dir / LAST_CHECKPOINT)

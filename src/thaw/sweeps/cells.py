@@ -1,4 +1,4 @@
-"""What the table over runs shows of a setting and of a run: each cell as text, and the value that it is sorted by."""
+"""Cells of the table over runs: the text of each, and the value that it is sorted by."""
 
 import os
 from collections.abc import Sequence

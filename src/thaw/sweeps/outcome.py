@@ -137,7 +137,7 @@ def save_front(
 ) -> None:
     """The first objective against another, with the Pareto front of all in red.
 
-    Optuna's plot_pareto_front cannot name the points of the front by what was chosen there, such as the policy.
+    Optuna's plot_pareto_front cannot name the points of the front by their settings, such as the policy.
     """
     across, heights = ([trial.values[index] for trial in trials] for index in (place, 0))
     axes = new_axes(heights if metrics[0] == "val/acc" else ())

@@ -97,7 +97,7 @@ def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: M
 
 
 def identify(space: Space, objectives: Mapping[str, str], typed: str, key: str) -> dict[str, str]:
-    """What must stay the same when a study goes on. The number of trials and the sampler may change."""
+    """Settings that must stay the same when a study is continued. The number of trials and the sampler may change."""
     return {
         "space": json.dumps({name: json.loads(distribution_to_json(space[name])) for name in sorted(space)}),
         "objectives": json.dumps(objectives),
