@@ -57,6 +57,7 @@ def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None
         raise ValueError(
             f"The checkpoint holds the trained tensors and refers to backbone.weights={reference['weights']} for the "
             f"frozen ones, but the weights found are others ({why}). Give the file that it was trained on: "
-            "weights=<file> for eval.py, backbone.weights=<file> for train.py; model.self_contained=true keeps them in checkpoints."
+            "weights=<file> for eval.py, backbone.weights=<file> for train.py; model.self_contained=true keeps them in "
+            "checkpoints."
         )
     checkpoint["state_dict"] = {**checkpoint["state_dict"], **{name: state[name] for name in names}}
