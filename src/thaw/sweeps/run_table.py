@@ -90,7 +90,7 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
         run_columns=[(name, name in RUN_TEXTS) for name in RUN_COLUMNS],
         runs=[run_cells(run, group.label, above) for group in table.groups for run in group.runs],
     )
-    table.text += f"\nKept in {os.path.relpath(out)}: report.html, report.md, report.csv"
+    table.text += f"\nWritten to {os.path.relpath(out)}: report.html, report.md, report.csv"
     return table
 
 
