@@ -2,8 +2,8 @@
 
 from typing import Any
 
-import lightning.pytorch.callbacks as lightning
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from torch import Tensor
 
 from thaw.classifier import Classifier
@@ -34,7 +34,7 @@ class MonitorCheck(Callback):
                 )
 
 
-class EarlyStopping(lightning.EarlyStopping):
+class EarlyStopping(LightningEarlyStopping):
     """Lightning's EarlyStopping, except that the end of an epoch counts only once something was validated.
 
     A resumed run has the patience of its configuration, where Lightning's has that of the checkpoint, and trains no
