@@ -30,7 +30,7 @@ from thaw.data.augment import Augment
 from thaw.data.datamodule import MNISTDataModule
 from thaw.data.mnist import load_mnist
 from thaw.data.preprocess import Preprocess
-from thaw.freezing import features as feature_cache
+from thaw.freezing import cache as feature_cache
 from thaw.models.backbone import Backbone
 from thaw.run.config import build_list, settle
 from thaw.run.console import lenient, quiet_libraries
