@@ -14,7 +14,7 @@ from thaw.run.config import build, build_list, clear_errors, plain, settle
 def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     """One run in `cfg.run_dir`; returns its best validation accuracy, which sweeps maximise.
 
-    `callbacks` are what no configuration knows, beside those of `cfg`.
+    `callbacks` are added to those of `cfg`; sweep.py adds the one that prunes a trial.
     """
     started = time.monotonic()
     import lightning as L

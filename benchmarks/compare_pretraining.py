@@ -118,7 +118,7 @@ def measurements(start: str, seeds: int) -> dict[str, list[str]]:
 
 
 def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: int, overrides: list[str]) -> None:
-    """Run what is not finished, so many runs at once; a failure is printed and ends no other run."""
+    """Run the unfinished runs, several at once; a run that fails is printed, and the others continue."""
     threads = max(1, (os.cpu_count() or 1) // parallel)
 
     def run(name: str, command: list[str], before: Future[str | None] | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """Whether a sweep whose jobs are killed and raise ends as an undisturbed one.    python -m benchmarks.sweeps
 
-20 jobs in a queue, of which 3 are killed and 2 raise; then the same command again. It takes some minutes on two cores.
+A queue of 20 jobs, of which 3 are killed and 2 raise an error; then the same command runs again.
+It takes some minutes on two cores.
 """
 
 import json

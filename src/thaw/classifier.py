@@ -86,7 +86,7 @@ class Classifier(LightningModule):
             head: called with the width D, gives a module (B, D) -> logits (B, K).
             augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), in training only.
             mix: images (B, C, S, S) and labels (B,) -> images and shares of the classes (B, K), in training only.
-            freeze: decides what trains; bound to this model, it is `self.thaw`.
+            freeze: the freezing policy, which is bound to this model as `self.thaw`.
             optim: groups, optimizer and schedule.
             num_classes: K.
             label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
@@ -133,7 +133,8 @@ class Classifier(LightningModule):
         if stage != "fit":
             return
         self.reference = None
-        if getattr(self.trainer.datamodule, "batch_size", None) == 1:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        if getattr(trainer.datamodule, "batch_size", None) == 1:
             if self.mix.is_on:
                 raise ValueError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
             if isinstance(getattr(self.head, "norm", None), _BatchNorm):

@@ -36,6 +36,7 @@ class BankClassifier(Classifier):
 
     Attributes:
         best_acc: the best validation accuracy of each head so far (H,).
+        winner: after training, learning rate and weight decay of the head in the best checkpoint (set by `LRCurve`).
 
     Raises:
         ValueError: when training starts, if the heads would depend on each other, or could not be chosen.
@@ -43,6 +44,7 @@ class BankClassifier(Classifier):
 
     head: "LRBank"
     best_acc: Tensor
+    winner: dict[str, float]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, targets = self.training_features(batch)

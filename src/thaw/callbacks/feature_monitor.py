@@ -48,7 +48,7 @@ class FeatureMonitor(Callback):
         pl_module.log("val/knn_acc", knn_accuracy(features, labels), prog_bar=True)
         self.check_collapse(trainer, pl_module, "val", features)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
@@ -57,7 +57,7 @@ class FeatureMonitor(Callback):
         images = validation_images(trainer).images[: self.images]
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             torch.manual_seed(0)  # the same masks each time, and a run that pictures do not change
-            rows, titles = pl_module.contact_sheet(images)  # type: ignore[operator]
+            rows, titles = pl_module.contact_sheet(images)
         save_contact_sheet([row.cpu() for row in rows], titles, path)
         log_image(trainer.loggers, "val/pretraining", path)
 
@@ -81,17 +81,17 @@ class FeatureMonitor(Callback):
             )
 
 
-def validation_images(trainer: Trainer) -> Any:
+def validation_images(trainer: Any) -> Any:
     """All validation images and their labels, on the training device."""
-    return trainer.datamodule.split_dataset("val").data  # type: ignore[attr-defined]
+    return trainer.datamodule.split_dataset("val").data
 
 
-def features_of(pl_module: LightningModule, images: Tensor) -> Tensor:
+def features_of(pl_module: Any, images: Tensor) -> Tensor:
     """Features (N, D) in float32 and eval mode, which leaves the model as it was."""
     mode = pl_module.training
     pl_module.eval()
     with torch.no_grad(), pl_module.trainer.precision_plugin.forward_context():
-        features = by_batches(lambda batch: pl_module.features(batch).float(), images)  # type: ignore[operator]
+        features = by_batches(lambda batch: pl_module.features(batch).float(), images)
     pl_module.train(mode)
     return features
 

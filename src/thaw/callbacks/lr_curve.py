@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from thaw.lr_bank import BankClassifier
 from thaw.run.loggers import log_image
@@ -19,7 +19,7 @@ class LRCurve(Callback):
     def __init__(self, run_dir: str) -> None:
         self.path = Path(run_dir) / "report" / "lr_bank.png"
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not isinstance(pl_module, BankClassifier) or not trainer.is_global_zero:
             return
         from thaw.pages.lr_curve import save_lr_curve  # matplotlib, only for pictures
@@ -28,7 +28,7 @@ class LRCurve(Callback):
         state: Any = trainer.strategy.load_checkpoint(best)["state_dict"] if best else pl_module.state_dict()
         number, bank = int(state["head.chosen"]), pl_module.head
         lr, weight_decay = bank.settings[number]
-        pl_module.winner = {"best_lr": lr, "best_weight_decay": weight_decay, "heads": len(bank.names)}  # type: ignore
+        pl_module.winner = {"best_lr": lr, "best_weight_decay": weight_decay, "heads": len(bank.names)}
         save_lr_curve(bank.settings, pl_module.best_acc.tolist(), number, self.path)
         log_image(trainer.loggers, "val/lr_bank", self.path)
         for logger in trainer.loggers:

@@ -16,13 +16,14 @@ class MonitorCheck(Callback):
     leaves the run's random numbers as they are. Metrics of training, `train/...`, are not known before the first epoch.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it at run time
-        monitors = {str(each.monitor): type(each).__name__ for each in callbacks if getattr(each, "monitor", None)}
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        monitors = {
+            str(each.monitor): type(each).__name__ for each in trainer.callbacks if getattr(each, "monitor", None)
+        }
         self.monitors = {name: callback for name, callback in monitors.items() if not name.startswith("train/")}
         if isinstance(pl_module, Classifier) and list(self.monitors) == ["val/acc"]:
             return
-        if stage == "fit" and self.monitors and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and self.monitors and not trainer.fast_dev_run:
             trainer.num_sanity_val_steps = max(1, trainer.num_sanity_val_steps)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -52,6 +52,6 @@ class LogInterval(Callback):
     Loggers then get losses and learning rates at least once an epoch.
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         steps = trainer.num_training_batches / trainer.accumulate_grad_batches  # infinite for a stream
-        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))  # type: ignore[attr-defined]  # set at run time
+        trainer.log_every_n_steps = math.ceil(min(trainer.log_every_n_steps, steps))

@@ -47,10 +47,10 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class PacedCheckpointIO(TorchCheckpointIO):
-    """Writes each checkpoint file at most once in so many seconds; what is held back is written when the loop ends.
+    """Writes each checkpoint file at most once in so many seconds, and delayed checkpoints when the loop ends.
 
-    Writing takes longer than an epoch on cached features. A run that is interrupted or fails still writes what is held
-    back; one that is killed loses the work of these seconds. A load gets the newest checkpoint.
+    Writing takes longer than an epoch on cached features. A run that is interrupted or fails still writes its delayed
+    checkpoints; one that is killed loses the work of these seconds. A load gets the newest checkpoint.
 
     Lightning's own writer puts a file into $TMPDIR first and copies it from there: a full $TMPDIR, or an end in the
     middle of the copy, leaves no file.
@@ -85,7 +85,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
 
     def teardown(self) -> None:
-        """Write what is held back; Lightning calls this at the end of every loop, also after an exception."""
+        """Write the delayed checkpoints; Lightning calls this at the end of every loop, also after an exception."""
         held, self.held = self.held, {}
         for path, checkpoint in held.items():
             write_checkpoint(checkpoint, path)

@@ -43,13 +43,13 @@ class RunRecord(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_same_config(self.config)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         computer = {"device": str(trainer.strategy.root_device), "threads": torch.get_num_threads()}
         record = self.software | computer
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        table = format_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)  # type: ignore[operator]
+        table = format_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)
         print(table, flush=True)
         write_text(table + "\n", self.run_dir / "parameters.txt")
         write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")

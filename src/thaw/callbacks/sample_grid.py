@@ -1,9 +1,10 @@
 """A picture of training images under the run's augmentation."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback
 
 from thaw.run.loggers import log_image
 from thaw.run.values import Count
@@ -22,13 +23,13 @@ class SampleGrid(Callback):
         self.path = Path(run_dir) / "report" / "augmented_digits.png"
         self.columns, self.draws = digits, draws
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or not pl_module.augment.is_random:  # type: ignore[union-attr]
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero or not pl_module.augment.is_random:
             return
         from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
 
-        images = trainer.datamodule.load().train.images[: self.columns]  # type: ignore[attr-defined]
+        images = trainer.datamodule.load().train.images[: self.columns]
         with torch.random.fork_rng():  # a picture must not change the run
-            rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]  # type: ignore[operator]
+            rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]
         save_contact_sheet(rows, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
         log_image(trainer.loggers, "train/augmented_digits", self.path)

@@ -75,9 +75,9 @@ class BatchSampler(DistributedSampler):
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.batch_size = batch_size
-        self.num_images = len(dataset)  # type: ignore[arg-type]
+        self.num_images = len(dataset)  # type: ignore[arg-type]  # torch declares no length for a Dataset
 
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]  # the parent yields single indices
         order = torch.arange(self.num_images)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -60,7 +60,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
         mirrors: base URLs tried in order; None stands for torchvision's, an empty list for no download.
 
     Raises:
-        ValueError: a file is not the official one, or there is no such sample or folder.
+        ValueError: a file is not the official one, or the sample or the folder does not exist.
         OSError: the folder cannot be written.
         ConnectionError: official files are missing and no mirror gives them; names what lies in the folder.
     """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run import checkpoint as checkpoints
@@ -50,9 +50,7 @@ def evaluate_checkpoint(
     return {**validated, **test.results, "data_source": datamodule.load().name}
 
 
-def best_weights(
-    trainer: Trainer, model: LightningModule, datamodule: LightningDataModule, again: bool
-) -> tuple[float | None, str | None]:
+def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: bool) -> tuple[float | None, str | None]:
     """Validation accuracy and file of a run's best weights, None where there is none.
 
     Where validation has chosen none, these are the last weights. `again` validates the best ones once more, from
@@ -71,7 +69,7 @@ def best_weights(
         if best and best.monitor and best.save_top_k and trainer.current_epoch:
             path = best.best_model_path = best.format_checkpoint_name({})
             trainer.save_checkpoint(path)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not trainer.fast_dev_run:
             print(f"validation has chosen no weights: those of step {trainer.global_step}, the last, count", flush=True)
     if trainer.limit_val_batches == 0 or not is_overridden("test_step", model):
         return None, path or None
@@ -79,7 +77,7 @@ def best_weights(
     now = metrics["val/acc"]
     if best and best.monitor == "val/acc" and best.best_model_score is not None:
         before = float(best.best_model_score)
-        if abs(now - before) > ACCURACY_TOLERANCE + 1 / len(datamodule.split_dataset("val")):  # type: ignore[attr-defined]
+        if abs(now - before) > ACCURACY_TOLERANCE + 1 / len(datamodule.split_dataset("val")):
             log.warning("Validation accuracy is %.4f from pixels, but was %.4f from cached features.", now, before)
     return round(now, 6), path or None
 

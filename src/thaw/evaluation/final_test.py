@@ -35,7 +35,7 @@ class FinalTest(Callback):
         parts = (outputs.float(), batch.labels, batch.images, batch.indices)
         self.parts.append(tuple(part.cpu() for part in parts))
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
         parts = [tuple(torch.cat(part) for part in zip(*self.parts, strict=True))]
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -47,7 +47,7 @@ class FinalTest(Callback):
             return
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
-        names = trainer.datamodule.load().classes  # type: ignore[attr-defined]  # Lightning sets it at run time
+        names = trainer.datamodule.load().classes
         draw_errors(images, logits, labels, indices, with_numbers(names, logits.shape[1]), self.folder)
         for picture in ("confusion_matrix", "worst_digits"):
             log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.data.datamodule import change_settings
@@ -48,14 +47,14 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     return model.backbone
 
 
-def probe_features(split: str, trainer: Trainer, backbone: Any, cache: FeatureCache) -> Labelled:
+def probe_features(split: str, trainer: Any, backbone: Any, cache: FeatureCache) -> Labelled:
     """The features of a split in float32 and its labels, on the trainer's device.
 
     Training and validation features are those that a run with a frozen backbone caches and reuses; the test split, and
     whatever `cache` does not cache, starts from pixels.
     """
     device = trainer.strategy.root_device
-    images, labels = (part.to(device) for part in getattr(trainer.datamodule.load(), split))  # type: ignore[attr-defined]
+    images, labels = (part.to(device) for part in getattr(trainer.datamodule.load(), split))
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
     preprocess.to(device)
     in_memory = FeatureCache("memory", "", float("inf"))

@@ -26,7 +26,7 @@ NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_
 LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 
 
-def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds: float) -> None:
+def report_run(cfg: DictConfig, trainer: Any, val_acc: float | None, seconds: float) -> None:
     """Write `summary.json` of a run and print it.
 
     Args:
@@ -37,7 +37,7 @@ def report_run(cfg: DictConfig, trainer: Trainer, val_acc: float | None, seconds
     """
     if not trainer.is_global_zero:
         return
-    tests = [each for each in trainer.callbacks if isinstance(each, FinalTest)]  # type: ignore[attr-defined]
+    tests = [each for each in trainer.callbacks if isinstance(each, FinalTest)]
     results = {
         **(tests[0].results if tests else {}),
         "val/acc": val_acc,
@@ -77,9 +77,9 @@ def report_probe(
     write_summary(cfg, trainer, results, seconds)
 
 
-def write_summary(cfg: DictConfig, trainer: Trainer, results: Mapping[str, Any], seconds: float) -> None:
+def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], seconds: float) -> None:
     """Add to the results what runs and probes share, and write, log and print that."""
-    source = trainer.datamodule.load()  # type: ignore[attr-defined]  # set at run time
+    source = trainer.datamodule.load()
     facts = {
         "name": cfg.name,
         "overrides": cfg.overrides,

@@ -47,8 +47,8 @@ class FrozenFeatures(Callback):
         while self.datasets:
             self.datasets.pop().features = None
 
-    def compute(self, trainer: Trainer, pl_module: Any) -> None:
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+    def compute(self, trainer: Any, pl_module: Any) -> None:
+        datamodule = trainer.datamodule
         if datamodule is None:
             return
         if not pl_module.cut:

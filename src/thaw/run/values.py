@@ -15,6 +15,7 @@ Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=T
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1, strict=True)]
 
+AUTO = ("precision", "fused_attention")  # settings whose `auto` `thaw.run.config.settle` replaces
 TYPE_WORDS = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
     list: "a list",
@@ -52,7 +53,7 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
         elif OmegaConf.is_list(value) and any(isinstance(item, DictConfig) for item in value):
             blocks = [(number, item) for number, item in enumerate(value) if isinstance(item, DictConfig)]
             problems += [line for number, item in blocks for line in find_problems(item, f"{place}{key}.{number}.")]
-        elif key in annotations and value != "auto":  # `thaw.run.config.settle` replaces it
+        elif key in annotations and not (value == "auto" and key in AUTO):
             given = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
             problems += find_problem(f"{place}{key}", given, annotations[key])
     return problems
