@@ -44,6 +44,8 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
         ("optim.lr=fast", "optim.lr='fast' must be a number above 0."),
         ("optim.lr=null", "optim.lr=null must be a number above 0."),
         ("data.batch_size=12.5", "data.batch_size=12.5 must be a whole number"),
+        ("data.batch_size=auto", "data.batch_size='auto' must be a whole number"),
+        ("optim.lr=auto", "optim.lr='auto' must be a number above 0."),
         ("data.batch_size=true", "data.batch_size=true must be a whole number"),
         ("optim.layer_decay=1.5", "optim.layer_decay=1.5 must be a number above 0 and at most 1."),
         ("optim.lr=inf", "optim.lr=inf must be a number above 0."),
