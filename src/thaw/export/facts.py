@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from thaw.data.batches import by_batches, evenly_spread
 from thaw.data.images import Images, Source
-from thaw.evaluation.metrics import accuracy_interval
+from thaw.evaluation.metrics import accuracy_facts
 from thaw.predict.predictor import Predictor
 from thaw.run.record import git_commit
 
@@ -77,11 +77,10 @@ def probabilities_of(model: Callable[[Tensor], Tensor], images: Tensor, title: s
 
 def tested_facts(probabilities: Tensor, source: Source) -> dict[str, Any]:
     """Accuracy on the test split and its 95 % interval, as facts."""
-    labels = source.test.labels
-    correct = int((probabilities.argmax(dim=1) == labels).sum())
+    found = accuracy_facts(probabilities.argmax(dim=1), source.test.labels)
     return {
-        "test_accuracy": round(correct / len(labels), 6),
-        "test_accuracy_interval": [round(end, 6) for end in accuracy_interval(correct, len(labels))],
-        "test_digits": len(labels),
+        "test_accuracy": round(found["test/acc"], 6),
+        "test_accuracy_interval": [round(found[end], 6) for end in ("test/acc_low", "test/acc_high")],
+        "test_digits": found["n_test"],
         **source.facts(),
     }
