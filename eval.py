@@ -4,13 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.config import clear_errors
+from thaw.run.command import command
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+@command("eval")
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from tqdm import tqdm
@@ -64,5 +63,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

@@ -1,12 +1,11 @@
 """A checkpoint as one file for other programs, or as a folder to share.    python export.py ckpt=last format=onnx"""
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import clear_errors
+from thaw.run.command import command
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="export")
+@command("export")
 def main(cfg: DictConfig) -> None:
     from thaw.data.datamodule import load_source
     from thaw.export.destination import check_request, destination, summary
@@ -30,5 +29,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

@@ -4,10 +4,10 @@ import os
 import sys
 from itertools import islice, pairwise
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import clear_errors
+from thaw.run.command import command
+from thaw.run.errors import UserError
 
 TAKE_A_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
 
@@ -27,7 +27,7 @@ def take_inputs(arguments: list[str]) -> list[str]:
 inputs: list[str] = []
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="predict")
+@command("predict")
 def main(cfg: DictConfig) -> None:
     from tqdm import tqdm
 
@@ -55,10 +55,9 @@ def main(cfg: DictConfig) -> None:
     if doubtful:
         print(f"{doubtful:,} of {read + failed:,} rows are doubtful; the column `warning` says why.", file=sys.stderr)
     if failed:
-        raise ValueError(f"{failed:,} of {read + failed:,} rows have no answer; the column `error` says why.")
+        raise UserError(f"{failed:,} of {read + failed:,} rows have no answer; the column `error` says why.")
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        inputs = take_inputs(sys.argv)
-        main()
+    inputs = take_inputs(sys.argv)
+    main()

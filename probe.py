@@ -2,13 +2,14 @@
 
 import time
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import build, clear_errors, settle
+from thaw.run.command import command
+from thaw.run.config import build, settle
+from thaw.run.errors import UserError
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="probe")
+@command("probe")
 def main(cfg: DictConfig) -> float:
     """One probe; returns its validation accuracy."""
     started = time.monotonic()
@@ -26,7 +27,7 @@ def main(cfg: DictConfig) -> float:
     L.seed_everything(cfg.seed, verbose=False)
     trainer = build(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
     if trainer.world_size > 1:
-        raise ValueError(f"trainer.devices={cfg.trainer.devices}: a probe runs on one; choose trainer=cpu, gpu or mps.")
+        raise UserError(f"trainer.devices={cfg.trainer.devices}: a probe runs on one; choose trainer=cpu, gpu or mps.")
     trainer.datamodule, cache = build(cfg.data), build(cfg.cache)
     backbone = build(cfg.backbone) if backbone is None else backbone
     backbone.eval().requires_grad_(False).to(trainer.strategy.root_device)
@@ -39,5 +40,4 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import clear_errors
+from thaw.run.command import command
+from thaw.run.errors import UserError
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="serve")
+@command("serve")
 def main(cfg: DictConfig) -> None:
     import torch
 
@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         from thaw.serve.app import create_app
         from thaw.serve.server import open_port, serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
+        raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 
     limits = limits_of(cfg)
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
@@ -43,5 +43,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

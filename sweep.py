@@ -2,13 +2,13 @@
 
 import sys
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import clear_errors
+from thaw.run.command import command
+from thaw.run.errors import UserError
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="sweep")
+@command("sweep")
 def main(cfg: DictConfig) -> None:
     """Work at a study until it has its trials, alone or beside other workers, and report."""
     from hydra.core.hydra_config import HydraConfig
@@ -21,12 +21,11 @@ def main(cfg: DictConfig) -> None:
     try:
         from thaw.sweeps.search import search
     except ModuleNotFoundError as error:
-        raise ValueError(f"sweep.py needs {error.name}: pip install 'thaw-vit[search]'.") from error
+        raise UserError(f"sweep.py needs {error.name}: pip install 'thaw-vit[search]'.") from error
     from train import train
 
     search(cfg, list(HydraConfig.get().overrides.task), train)
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

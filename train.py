@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from thaw.run.config import build, build_list, clear_errors, plain, settle
+from thaw.run.command import command
+from thaw.run.config import build, build_list, plain, settle
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     return val_acc
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@command("train")
 def main(cfg: DictConfig) -> float | None:
     """Train, go on with an earlier run, or do a job of a sweep, if it is not done already."""
     from hydra.core.hydra_config import HydraConfig
@@ -79,5 +79,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    main()

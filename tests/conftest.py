@@ -20,7 +20,7 @@ from processes import FORKED
 from small_models import backbone, batch, classifier, fit, policy, tiny  # noqa: F401  (fixtures)
 
 from thaw import evaluation
-from thaw.run.config import clear_errors
+from thaw.run.command import clear_errors
 
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell without job control

@@ -25,6 +25,7 @@ from thaw.freezing.schedule import FreezeSchedule
 from thaw.freezing.slim import drop_frozen, fill_frozen, refer_to_frozen
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
+from thaw.run.errors import UserError
 from thaw.run.values import Count, Probability
 
 
@@ -136,9 +137,9 @@ class Classifier(LightningModule):
         trainer: Any = self.trainer
         if getattr(trainer.datamodule, "batch_size", None) == 1:
             if self.mix.is_on:
-                raise ValueError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
+                raise UserError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
             if isinstance(getattr(self.head, "norm", None), _BatchNorm):
-                raise ValueError("data.batch_size=1 has no statistics for head.norm=batch; set it to 2 or more.")
+                raise UserError("data.batch_size=1 has no statistics for head.norm=batch; set it to 2 or more.")
 
     def on_train_epoch_end(self) -> None:
         if self.train_acc.update_called:  # a run that resumes from the end of an epoch ends it once more

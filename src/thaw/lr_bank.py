@@ -25,6 +25,7 @@ from thaw.data.mix import main_labels
 from thaw.freezing.policy import NEVER
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
+from thaw.run.errors import UserError
 from thaw.run.values import NonNegative, Positive
 
 
@@ -83,7 +84,7 @@ class BankClassifier(Classifier):
 
     def setup(self, stage: str) -> None:
         if not isinstance(self.head, LRBank):
-            raise ValueError(f"model=lr_bank needs head=lr_bank, not {type(self.head).__name__}; leave model= out.")
+            raise UserError(f"model=lr_bank needs head=lr_bank, not {type(self.head).__name__}; leave model= out.")
         super().setup(stage)
         if not hasattr(self, "best_acc"):
             self.best_acc = torch.zeros(len(self.head.names))
@@ -91,18 +92,18 @@ class BankClassifier(Classifier):
             return
         others = [name for name, epoch in self.thaw.epochs.items() if epoch < NEVER and not name.startswith("head.")]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"head=lr_bank trains {len(self.head.names)} heads on one frozen backbone, but the freezing policy "
                 f"trains {others[0]} and {len(others) - 1} more tensors: no head would be independent of the others. "
                 "Use freeze=linear_probe, or a run for each rate: -m head=linear optim.lr=1e-4,1e-3."
             )
         if self.trainer.precision == "16-mixed":
-            raise ValueError(
+            raise UserError(
                 "head=lr_bank cannot train with trainer.precision=16-mixed, whose loss scaler skips a step of all "
                 "heads when the gradient of one overflows; use bf16-mixed or 32-true."
             )
         if self.trainer.limit_val_batches == 0:
-            raise ValueError(
+            raise UserError(
                 "head=lr_bank chooses a head on validation, but trainer.limit_val_batches=0; set it to null."
             )
 
@@ -143,7 +144,7 @@ class BankClassifier(Classifier):
         super().on_load_checkpoint(checkpoint)
         heads = checkpoint["heads"]
         if list(heads) != self.head.names:
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint has the heads {', '.join(heads)}, but head.lrs and head.weight_decays ask for "
                 f"{', '.join(self.head.names)}; a resumed run keeps its own, so leave these settings out."
             )
@@ -183,7 +184,7 @@ class LRBank(nn.Module):
         for key, values in {"lrs": lrs, "weight_decays": weight_decays}.items():
             names = [f"{value:g}" for value in values]  # as in the names of the heads
             if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"head.{key}={list(values)} holds {twice[0]} twice; give each once, up to 6 digits.")
+                raise UserError(f"head.{key}={list(values)} holds {twice[0]} twice; give each once, up to 6 digits.")
         self.settings = list(itertools.product(lrs, weight_decays))
         self.names = [f"lr={lr:g}_wd={weight_decay:g}" for lr, weight_decay in self.settings]
         single = LinearHead(in_features, num_classes, norm)
@@ -200,7 +201,7 @@ class LRBank(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> the logits of the chosen head (B, K)."""
         if self.training:
-            raise ValueError("head=lr_bank trains with model=lr_bank, which it selects; leave model= out.")
+            raise UserError("head=lr_bank trains with model=lr_bank, which it selects; leave model= out.")
         return self.logits(features).index_select(1, self.chosen).squeeze(1)
 
     def choose(self, accuracies: Tensor) -> None:

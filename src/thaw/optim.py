@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from thaw.run.errors import UserError
 from thaw.run.values import NonNegative, Positive
 
 EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
@@ -95,7 +96,7 @@ class OptimizerRecipe:
         """
         total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
         if not math.isfinite(total_steps):
-            raise ValueError(
+            raise UserError(
                 "The cosine of the learning rate needs an end: set trainer.max_epochs to a number (not -1), or add "
                 "+trainer.max_steps=<steps>."
             )

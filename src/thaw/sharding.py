@@ -28,6 +28,7 @@ from thaw.classifier import Classifier
 from thaw.freezing.slim import fill_frozen
 from thaw.models.backbone import Backbone
 from thaw.models.chain import blocks_of
+from thaw.run.errors import UserError
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -79,7 +80,7 @@ class FullyShard(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         if any(isinstance(optimizer, SGD) and optimizer.defaults["fused"] for optimizer in self.optimizers):
-            raise ValueError(
+            raise UserError(
                 "trainer=fsdp: torch has no fused SGD for sharded tensors; set optim.optimizer.fused=false."
             )
 
@@ -114,13 +115,13 @@ def layers(backbone: nn.Module) -> Sequence[nn.Module]:
 def check(model: nn.Module, trainer: Trainer) -> None:
     """Refuse what has not been seen to train the same weights when it is sharded."""
     if type(model) is not Classifier:
-        raise ValueError(
+        raise UserError(
             f"trainer=fsdp shards a Classifier, not a {type(model).__name__}; use trainer=ddp, or trainer=gpu."
         )
     if trainer.state.fn != TrainerFn.FITTING:
         return
     if later := model.thaw.after(1):
-        raise ValueError(
+        raise UserError(
             f"trainer=fsdp cannot thaw on the way, and the freezing policy thaws after {min(later)} epochs; use "
             "trainer=ddp, or a policy without a schedule (freeze=full, last_blocks, lora, ...)."
         )

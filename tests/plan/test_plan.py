@@ -20,7 +20,7 @@ from thaw.plan.__main__ import main, make_plans
 from thaw.plan.costs import Plan, plan_devices
 from thaw.plan.dry_step import Step, dry_step
 from thaw.plan.settings import compose_run, read_arguments
-from thaw.run.config import clear_errors
+from thaw.run.command import clear_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # real steps without a trainer
 

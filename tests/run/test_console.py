@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from thaw.run.config import clear_errors
+from thaw.run.command import clear_errors
 with clear_errors():
     for _ in range(20000):
         print("m\\u00fc \\u2500 \\udcfc", flush=True)
@@ -49,7 +49,7 @@ def test_nobody_reads(tmp_path: Path, reader: str) -> None:
 
 
 RESULTS = """
-from thaw.run.config import clear_errors
+from thaw.run.command import clear_errors
 from thaw.run.console import results
 with clear_errors(), results() as file:
     for _ in range(20000):

@@ -23,7 +23,7 @@ from thaw.callbacks.run_checkpoint import PacedCheckpointIO
 from thaw.export.torch_program import save_program
 from thaw.pages import figures
 from thaw.predict.prediction import open_output
-from thaw.run.config import explain
+from thaw.run.command import explain
 from thaw.run.csv_log import RunCSV
 from thaw.run.files import atomic, atomic_folder, write_bytes, write_json, write_text
 

@@ -49,7 +49,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> Callable[..., int]:
     """Run `train.py -m <overrides>` in this process in a folder of the test's own; returns the exit status."""
     import train as script
-    from thaw.run.config import clear_errors
+    from thaw.run.command import clear_errors
 
     monkeypatch.chdir(ROOT)
 

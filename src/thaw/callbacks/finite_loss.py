@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from thaw.run.command_line import setting
+from thaw.run.errors import UserError
 
 EVERY = 50  # steps between two checks of the losses on an accelerator
 
@@ -51,7 +52,7 @@ class FiniteLoss(Callback):
             return
         loss, images, step, epoch, batch_idx = unchecked[finite.index(False)]
         indices = images.tolist()
-        raise ValueError(
+        raise UserError(
             f"The loss is {loss.item()} at step {step} (epoch {epoch}, batch {batch_idx}, training images "
             f"{indices[:8]}{' ...' if len(indices) > 8 else ''}). "
             f"Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
@@ -60,7 +61,7 @@ class FiniteLoss(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise before the file is written, whoever saves it."""
         if not_finite(pl_module):
-            raise ValueError(
+            raise UserError(
                 f"The weights after step {trainer.global_step} are not finite and were not saved, although the losses "
                 f"were. Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
             )

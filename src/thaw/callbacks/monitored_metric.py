@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from torch import Tensor
 
 from thaw.classifier import Classifier
+from thaw.run.errors import UserError
 
 
 class MonitorCheck(Callback):
@@ -30,7 +31,7 @@ class MonitorCheck(Callback):
         logged = trainer.callback_metrics
         for monitor, callback in self.monitors.items():
             if monitor not in logged:
-                raise ValueError(
+                raise UserError(
                     f"monitor={monitor} of {callback} is not logged by a validation; choose from {', '.join(logged)}."
                 )
 
@@ -52,7 +53,7 @@ class EarlyStopping(LightningEarlyStopping):
 
     def _validate_condition_metric(self, logs: dict[str, Tensor]) -> bool:
         if self.strict and self.monitor not in logs:
-            raise ValueError(f"monitor={self.monitor} of EarlyStopping is not logged; choose from {', '.join(logs)}.")
+            raise UserError(f"monitor={self.monitor} of EarlyStopping is not logged; choose from {', '.join(logs)}.")
         return super()._validate_condition_metric(logs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

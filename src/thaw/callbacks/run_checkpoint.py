@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from thaw.run.errors import UserError
 from thaw.run.files import atomic, write_bytes
 
 
@@ -100,7 +101,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
 def check_readable(checkpoint: dict[str, Any]) -> None:
     """Raise ValueError for the first value that `torch.load(..., weights_only=True)` would not read."""
     for place, kind in unreadable(checkpoint, "checkpoint"):
-        raise ValueError(
+        raise UserError(
             f"{place} is of type {kind.__module__}.{kind.__qualname__}, with which the checkpoint could not be read "
             "again; it was not written. Allowed are tensors, numbers, strings, None, and dicts, lists and tuples of "
             "them. Give plain values to the optimizer, callback or module that keeps it: `_convert_: all` beside its "

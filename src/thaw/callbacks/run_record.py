@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import format_table
 from thaw.run.checkpoint import run_folder
+from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
 from thaw.run.record import software_facts
@@ -123,7 +124,7 @@ def check_same_config(config: dict[str, Any]) -> None:
                 for value, ranks in ranks_with.items()
             )
             problems[key] = f"{key} is {' and '.join(values)}"
-    raise ValueError(
+    raise UserError(
         f"The {len(configs)} processes of this run have different configurations, so that none of them trains: "
         f"{'; '.join(problems.values())}. Start all of them with the same command line and the same code; run_dir too "
         "must be one folder for all (hydra.run.dir=<folder>)."

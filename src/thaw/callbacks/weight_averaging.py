@@ -10,6 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from thaw.run.errors import UserError
+
 
 class EMA(Callback):
     """Exponential moving average of the trained weights after every optimizer step (Polyak & Juditsky 1992).
@@ -38,7 +40,7 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError("trainer=fsdp cannot average weights; set average=none, or use trainer=ddp.")
+            raise UserError("trainer=fsdp cannot average weights; set average=none, or use trainer=ddp.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.live = trained_tensors(pl_module, trainer)

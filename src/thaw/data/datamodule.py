@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from thaw.data.images import Images, Source
 from thaw.data.mnist import load_mnist
 from thaw.run.config import build
+from thaw.run.errors import UserError
 from thaw.run.values import Count, check_types
 
 MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
@@ -170,7 +171,7 @@ class MNISTDataModule(LightningDataModule):
             source = load_mnist(self.dataset, self.dir, self.source, self.mirrors)
             available = len(source.train.labels)
             if self.train_size is not None and self.train_size > available:
-                raise ValueError(
+                raise UserError(
                     f"data.train_size={self.train_size} but the training split of the {source.name} data has "
                     f"{available:,} images; choose 1 to {available} or null for all."
                 )
@@ -181,7 +182,7 @@ class MNISTDataModule(LightningDataModule):
         size = len(self.split_dataset("train"))
         ranks = self.trainer.world_size if self.trainer else 1
         if self.batch_size * ranks > size:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {size:,} "
                 f"training images; choose at most {size // ranks}."
             )
@@ -221,7 +222,7 @@ class MNISTDataModule(LightningDataModule):
 
     def loader(self, split: str, batch_size: int, shuffle: bool) -> ImageLoader:
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler
-            raise ValueError(
+            raise UserError(
                 f"trainer.overfit_batches={overfit} is not supported; "
                 f"to overfit, train on few images: data.train_size={self.batch_size}."
             )
@@ -250,7 +251,7 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
     change_settings(data, changes)
     datamodule = build(data)
     if not hasattr(datamodule, "load"):
-        raise ValueError(
+        raise UserError(
             f"data._target_={data._target_} has no method load() that returns a thaw.data.images.Source, from which "
             "a checkpoint is tested; see thaw.data.datamodule."
         )
@@ -272,12 +273,12 @@ def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:
         ValueError: it has no such setting, or does not allow the value, or would not read the folder.
     """
     if unknown := [key for key in changes if key not in data]:
-        raise ValueError(
+        raise UserError(
             f"data.{unknown[0]}={changes[unknown[0]]}: the checkpoint's data module {data._target_} has no such "
             f"setting; it has {setting_names(data)}."
         )
     if changes.get("dir") and "source" not in changes and data.get("source") == "sample":
-        raise ValueError(
+        raise UserError(
             f"data.dir={changes['dir']} would not be read: the checkpoint's run took the bundled sample. Add "
             "data.source=official, or leave data.dir out."
         )

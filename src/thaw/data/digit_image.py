@@ -22,6 +22,7 @@ from skimage.measure import regionprops
 from skimage.morphology import closing, disk, opening
 
 from thaw.data.idx import read_idx
+from thaw.run.errors import UserError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
 SIDE, BOX = 28, 20  # pixels: of the field, and of the box that the digit fits
@@ -71,11 +72,11 @@ def unpack(content: bytes, name: str) -> bytes:
             with gzip.open(io.BytesIO(content)) as file:
                 content = file.read(MAX_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{name} is a damaged gzip file ({error}).") from error
+            raise UserError(f"{name} is a damaged gzip file ({error}).") from error
         if len(content) > MAX_BYTES:
-            raise ValueError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
+            raise UserError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
     if not content:
-        raise ValueError(f"{name} is empty; give a {READABLE}.")
+        raise UserError(f"{name} is empty; give a {READABLE}.")
     return content
 
 
@@ -88,7 +89,7 @@ def read_images(content: bytes, name: str) -> np.ndarray:
     """The images of an IDX file, uint8 (N, H, W), N at least 1."""
     images = read_idx(content, name).numpy()
     if images.ndim != 3 or not images.size:
-        raise ValueError(f"{name}: IDX data of shape {images.shape}, expected images (N, height, width).")
+        raise UserError(f"{name}: IDX data of shape {images.shape}, expected images (N, height, width).")
     return images
 
 
@@ -146,12 +147,12 @@ def open_picture(content: bytes, name: str) -> tuple[Image.Image, list[str]]:
         picture.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at about that size
         picture.load()
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a {READABLE}; convert it to PNG or JPEG.") from error
+        raise UserError(f"{name} is not a {READABLE}; convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
         size = int(re.findall(r"\d+", str(error))[0])
-        raise ValueError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+        raise UserError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
     except Exception as error:  # decoders raise nearly anything for damaged data
-        raise ValueError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
+        raise UserError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
     doubts = ["only the first of its frames is read"] if several else []
     for key in ("xmp", "XML:com.adobe.xmp"):  # ignored as in browsers: programs that turn a picture leave it unchanged
         picture.info.pop(key, None)
@@ -260,7 +261,7 @@ def find_strokes(pixels: np.ndarray, sheets: int) -> tuple[np.ndarray, str]:
     """
     ink = contrast(pixels)
     if ink.max() < FAINTEST:
-        raise ValueError("shows no digit: all its pixels have about the same colour.")
+        raise UserError("shows no digit: all its pixels have about the same colour.")
     surely = threshold_otsu(ink)
     faint = np.clip(1.5 * np.quantile(border(ink), 0.98), 0.05, surely / 2)
     labels, count = ndimage.label(ink > faint, structure=np.ones((3, 3)))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from thaw.run.errors import UserError
+
 UINT8 = 0x08  # the only IDX element type that the MNIST family uses
 
 
@@ -17,17 +19,17 @@ def read_idx(content: bytes, name: str) -> Tensor:
         ValueError: the content is not such a file; begins with `name`.
     """
     if len(content) < 4 or content[:2] != b"\0\0":
-        raise ValueError(f"{name} is not an IDX file: it starts with {content[:16]!r}, expected two zero bytes.")
+        raise UserError(f"{name} is not an IDX file: it starts with {content[:16]!r}, expected two zero bytes.")
     if content[2] != UINT8:
-        raise ValueError(f"{name}: IDX element type 0x{content[2]:02x} is not supported, only 0x08 (unsigned byte).")
+        raise UserError(f"{name}: IDX element type 0x{content[2]:02x} is not supported, only 0x08 (unsigned byte).")
     ndim = content[3]
     header = 4 + 4 * ndim
     if ndim == 0 or len(content) < header:
-        raise ValueError(f"{name}: the IDX header states {ndim} dimensions in a file of {len(content)} bytes.")
+        raise UserError(f"{name}: the IDX header states {ndim} dimensions in a file of {len(content)} bytes.")
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4)]
     found, stated = len(content) - header, math.prod(shape)
     if found != stated:
-        raise ValueError(f"{name}: the IDX header states shape {shape} = {stated} bytes, but {found} bytes follow it.")
+        raise UserError(f"{name}: the IDX header states shape {shape} = {stated} bytes, but {found} bytes follow it.")
     # The header is cut off after the copy, as frombuffer(offset=header) refuses to return no bytes.
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 

@@ -22,6 +22,7 @@ from torchvision.datasets.utils import download_url
 
 from thaw.data.idx import read_idx
 from thaw.data.images import Images, Source
+from thaw.run.errors import UserError, UserFileError
 from thaw.run.files import atomic
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
     try:
         folder = Path(directory).expanduser()
     except RuntimeError as error:  # ~name of a user that this machine does not have
-        raise ValueError(f"data.dir={directory}: {error} Give the whole path.") from error
+        raise UserError(f"data.dir={directory}: {error} Give the whole path.") from error
     try:
         return load_official(dataset, folder, mirrors)
     except ConnectionError as error:
@@ -93,7 +94,7 @@ def class_names(dataset: str) -> list[str]:
 def load_sample(dataset: str) -> Source:
     """The bundled 5,000 MNIST digits (500 a class), split 4,000 / 500 / 500 with 400 / 50 / 50 of each class."""
     if dataset != "MNIST":
-        raise ValueError(f"There is no bundled sample of {dataset}, only of MNIST; set data.source=official.")
+        raise UserError(f"There is no bundled sample of {dataset}, only of MNIST; set data.source=official.")
     folder = files("thaw.data") / "sample"
     images, labels = (
         read_idx(gzip.decompress((folder / name).read_bytes()), f"bundled {name}")
@@ -148,7 +149,7 @@ def find_official(dataset: str, name: str, directory: Path) -> Tensor | None:
                     return found
                 wrong = wrong or (found if folder in own else None)  # elsewhere it may be another dataset
     if wrong:
-        raise ValueError(wrong)
+        raise UserError(wrong)
     return None
 
 
@@ -231,7 +232,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
         raise ConnectionError(f"{error} {next_step(directory, dataset, names)}") from error
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", error)
-        raise OSError(
+        raise UserFileError(
             f"data.dir: cannot write to {folder} ({reason}). Free some space, or point data.dir at another folder."
         ) from error
 

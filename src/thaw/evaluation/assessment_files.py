@@ -14,6 +14,7 @@ from thaw.evaluation.evaluate import wandb_logger_of
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import WRONG_IMAGES, save_robustness
 from thaw.pages.html import write_page
+from thaw.run.errors import UserError
 from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
 
@@ -27,7 +28,7 @@ def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
     pairs = []
     for first, second in combinations(assessments, 2):
         if not torch.equal(first.test.images, second.test.images):
-            raise ValueError(
+            raise UserError(
                 f"{first.label} and {second.label} have other test images ({first.facts['dataset']}, "
                 f"{first.facts['data_source']}, and {second.facts['dataset']}, {second.facts['data_source']}), so that "
                 "they cannot be compared; set data.source=official or data.source=sample for both."

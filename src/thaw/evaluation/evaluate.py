@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import build, build_list, settle
 from thaw.run.console import quiet_libraries
+from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def evaluate_checkpoint(
     settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not is_overridden("test_step", model):
-        raise ValueError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
+        raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
     datamodule, test = build(cfg.data), FinalTest(str(run_dir))
     settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
     trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[test], logger=loggers)

@@ -16,6 +16,8 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
+from thaw.run.errors import UserError
+
 BINS = 15  # of confidence, as in Guo et al. 2017
 
 
@@ -33,7 +35,7 @@ def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
     """
     correct, total = int((predictions == labels).sum()), len(labels)
     if not total:
-        raise ValueError("There are no test images, so there is no accuracy; give a test split, or set test=false.")
+        raise UserError("There are no test images, so there is no accuracy; give a test split, or set test=false.")
     low, high = accuracy_interval(correct, total)
     return {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high, "n_test": total}
 

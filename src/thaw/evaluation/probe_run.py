@@ -13,6 +13,7 @@ from thaw.freezing.cache import FeatureCache
 from thaw.freezing.features import frozen_features
 from thaw.run import checkpoint as checkpoints
 from thaw.run.command_line import override_key
+from thaw.run.errors import UserError
 from thaw.run.targets import targets
 
 
@@ -31,12 +32,12 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
     if wrong:
-        raise ValueError(f"ckpt={cfg.ckpt} brings its own backbone; leave out {', '.join(wrong)}, or ckpt.")
+        raise UserError(f"ckpt={cfg.ckpt} brings its own backbone; leave out {', '.join(wrong)}, or ckpt.")
     if "backbone.weights" in typed:
         checkpoint["config"]["backbone"]["weights"] = cfg.backbone.weights
     model = checkpoints.load_model(checkpoint)
     if not hasattr(model, "backbone"):
-        raise ValueError(f"{path} holds a {type(model).__name__}, which has no backbone; give the run of a classifier.")
+        raise UserError(f"{path} holds a {type(model).__name__}, which has no backbone; give the run of a classifier.")
     saved = OmegaConf.create(checkpoint["config"])
     if "data" not in typed:
         data = OmegaConf.select(cfg, "data")

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thaw.evaluation.metrics import accuracy_facts
+from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
 SIMILARITIES = 2**25  # and votes that are held at a time: 128 MiB
@@ -68,11 +69,11 @@ def knn(
     """
     candidates = sorted(set(k))
     if candidates[-1] > len(train.labels):
-        raise ValueError(
+        raise UserError(
             f"probe.k={candidates[-1]} is more than the {len(train.labels):,} training images; choose that or less."
         )
     if vote == "weighted" and metric != "cosine":
-        raise ValueError(f"probe.vote=weighted needs probe.metric=cosine, not {metric}; or set probe.vote=majority.")
+        raise UserError(f"probe.vote=weighted needs probe.metric=cosine, not {metric}; or set probe.vote=majority.")
     check_data(train, val)
     classes, targets = train.labels.unique(return_inverse=True)  # (K,), (N,)
 
@@ -205,7 +206,7 @@ def check_data(train: Labelled, val: Labelled) -> None:
     check_finite("training", train.features)
     check_finite("validation", val.features)
     if len(found := train.labels.unique()) < 2:
-        raise ValueError(
+        raise UserError(
             f"All {len(train.labels):,} training images are of class {int(found[0])}; a probe needs two: raise "
             "data.train_size."
         )
@@ -214,7 +215,7 @@ def check_data(train: Labelled, val: Labelled) -> None:
 def check_finite(split: str, features: Tensor) -> None:
     """Raise ValueError for features (N, D) that are not finite; `split` names their images."""
     if bad := int((~features.isfinite().all(dim=1)).sum()):
-        raise ValueError(
+        raise UserError(
             f"{bad:,} of {len(features):,} {split} images have features that are not finite. Check the backbone's "
             "weights, or compute in full precision with trainer.precision=32-true."
         )

@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from thaw.run.errors import UserError
+
 FILE_NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "hub_folder": "hub"}
 ACCURACY_LOSS = 0.01  # by int8, above which there is a warning
 SIZE_LEFT = 0.7  # of the float32 file, above which there is a warning
@@ -15,14 +17,14 @@ SIZE_LEFT = 0.7  # of the float32 file, above which there is a warning
 def check_request(cfg: DictConfig) -> None:
     """Raise a ValueError for settings that do not go together, before anything is loaded."""
     if cfg.format not in FILE_NAMES:
-        raise ValueError(f"format={cfg.format!r} is unknown; choose one of {', '.join(FILE_NAMES)}.")
+        raise UserError(f"format={cfg.format!r} is unknown; choose one of {', '.join(FILE_NAMES)}.")
     if cfg.quantize not in (None, "int8"):
-        raise ValueError(f"quantize={cfg.quantize!r} is unknown; choose int8, or null for float32.")
+        raise UserError(f"quantize={cfg.quantize!r} is unknown; choose int8, or null for float32.")
     if cfg.quantize and cfg.format != "onnx":
-        raise ValueError(f"quantize={cfg.quantize} is for format=onnx, not {cfg.format}; leave quantize out.")
+        raise UserError(f"quantize={cfg.quantize} is for format=onnx, not {cfg.format}; leave quantize out.")
     for key in ("push", "license"):
         if cfg[key] is not None and cfg.format != "hub_folder":
-            raise ValueError(f"{key}={cfg[key]} is for format=hub_folder, not {cfg.format}; leave {key} out.")
+            raise UserError(f"{key}={cfg[key]} is for format=hub_folder, not {cfg.format}; leave {key} out.")
     if cfg.push is not None:
         from thaw.export.push import check_push
 
@@ -46,9 +48,9 @@ def destination(cfg: DictConfig, checkpoint: Path) -> Path:
         path = checkpoint.with_name(checkpoint.stem + "_hub" if cfg.format == "hub_folder" else checkpoint.stem)
         path = path.with_name(path.name + "".join(name.suffixes))
     if path.suffix != name.suffix and name.suffix:
-        raise ValueError(f"output={cfg.output} must end in {name.suffix}, by which programs know format={cfg.format}.")
+        raise UserError(f"output={cfg.output} must end in {name.suffix}, by which programs know format={cfg.format}.")
     if cfg.format != "hub_folder" and path.is_dir():
-        raise ValueError(f"output={path} is a folder; give the name of a file in it, e.g. {path / name}.")
+        raise UserError(f"output={path} is a folder; give the name of a file in it, e.g. {path / name}.")
     return path
 
 

@@ -12,6 +12,7 @@ from thaw.data.batches import by_batches, evenly_spread
 from thaw.data.images import Images, Source
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.predict.predictor import Predictor
+from thaw.run.errors import UserError
 from thaw.run.record import git_commit
 
 PARITY_DIGITS = 1000
@@ -56,7 +57,7 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
     others = int((given.argmax(dim=1) != wanted.argmax(dim=1)).sum())
     difference = float((given - wanted).abs().max())
     if others or not difference <= PARITY_TOLERANCE:  # `not`, so that NaN fails, too
-        raise ValueError(
+        raise UserError(
             f"The exported model is not the trained one: on {len(given):,} test digits {others} classes differ, "
             f"and a probability by up to {difference:.2g}; allowed are none and {PARITY_TOLERANCE:g}. Nothing was "
             "written. Try another format=, or another version of torch."

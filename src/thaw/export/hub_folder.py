@@ -26,6 +26,7 @@ from thaw.models.baselines import Baseline
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
+from thaw.run.errors import UserError, UserFileError
 from thaw.run.files import atomic_folder, read_json, write_json, write_text
 
 HEADS: dict[str, type[nn.Module]] = {head.__name__: head for head in (LinearHead, MLPHead)}
@@ -70,7 +71,7 @@ def export_folder(
     if path.exists() and not (
         path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
     ):
-        raise ValueError(f"{path} exists and export.py did not write it; give another output=, or remove it.")
+        raise UserError(f"{path} exists and export.py did not write it; give another output=, or remove it.")
     checkpoint = checkpoints.read_checkpoint(predictor.checkpoint, allow)
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
@@ -80,7 +81,7 @@ def export_folder(
             code = write_model(part, model, predictor)
         except SafetensorError as error:  # its class for a full disk, too
             number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else None, str(error), str(part / WEIGHTS)) from error
+            raise UserFileError(int(number[1]) if number else None, str(error), str(part / WEIGHTS)) from error
         written = CardModel(code, part)
         facts |= check_parity(written, *sample)
         right = probabilities_of(written, source.val.images, "validation").argmax(dim=1) == source.val.labels
@@ -100,7 +101,7 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
     """
     head, backbone = model.head, model.backbone
     if type(head) not in HEADS.values():
-        raise ValueError(
+        raise UserError(
             f"format=hub_folder knows {', '.join(HEADS)} and the lr_bank, not {type(head).__name__}; use format=onnx."
         )
     classifier = None
@@ -172,7 +173,7 @@ def load_folder(folder: str | Path) -> Portable:
     baselines = {kind.__name__: kind for kind in Baseline.__subclasses__()}
     given, wanted = config.get("backbone", {}), config.get("head", {})
     if given.get("class") not in baselines or wanted.get("class") not in HEADS:
-        raise ValueError(f"{folder} holds no baseline of thaw's; its README.md says how its model is loaded.")
+        raise UserError(f"{folder} holds no baseline of thaw's; its README.md says how its model is loaded.")
     backbone = baselines[given.pop("class")](**given)
     head = HEADS[wanted.pop("class")](backbone.num_features, config["num_classes"], **wanted)
     model = Portable(Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std), backbone, head)

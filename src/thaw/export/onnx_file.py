@@ -14,6 +14,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from thaw.export.onnx_model import MISSING
+from thaw.run.errors import UserError
 
 OPSET = 20  # onnxruntime reads it since 1.17
 
@@ -25,7 +26,7 @@ def check_onnx_installed() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{MISSING} ({error})") from error
+        raise UserError(f"{MISSING} ({error})") from error
 
 
 def to_onnx(program: ExportedProgram, name: str) -> Any:
@@ -38,7 +39,7 @@ def to_onnx(program: ExportedProgram, name: str) -> Any:
 
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size > 0.95 * 2**31:  # bytes, the limit of one file
-        raise ValueError(
+        raise UserError(
             f"{name} has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2; use format=torch_export."
         )
     try:
@@ -49,7 +50,7 @@ def to_onnx(program: ExportedProgram, name: str) -> Any:
             model = converted.model_proto
     except Exception as error:  # torch.onnx has classes of its own, around the cause
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), "no message")
-        raise ValueError(
+        raise UserError(
             f"torch.onnx cannot convert {name} ({type(error).__name__}: {reason}); "
             "format=torch_export keeps torch's own operators."
         ) from error
@@ -93,7 +94,7 @@ def to_int8(model: Any) -> tuple[Any, dict[str, int]]:
         result = onnx.load(quantised)
     counts = Counter(node.op_type for node in result.graph.node if node.op_type.endswith("Integer"))
     if not counts:
-        raise ValueError("quantize=int8 found no matrix product with weights in this model; leave quantize out.")
+        raise UserError("quantize=int8 found no matrix product with weights in this model; leave quantize out.")
     return result, dict(counts)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from thaw.data.batches import by_batches
+from thaw.run.errors import UserError
 
 MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install -e '.[export]'."
 
@@ -28,7 +29,7 @@ class OnnxModel:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 28, 28) -> probabilities (N, 10)."""
         if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
-            raise ValueError(
+            raise UserError(
                 f"Digits must be uint8 (N, 28, 28), not {images.dtype} {tuple(images.shape)}; convert and stack them."
             )
         if not len(images):  # an empty batch could end the process
@@ -39,7 +40,7 @@ class OnnxModel:
         return torch.from_numpy(self.session.run(["probabilities"], {"images": images.numpy()})[0])
 
     def attention(self, images: Tensor) -> Tensor:
-        raise ValueError("An ONNX file gives probabilities only; for attention maps load the checkpoint of the run.")
+        raise UserError("An ONNX file gives probabilities only; for attention maps load the checkpoint of the run.")
 
     def facts(self) -> dict[str, Any]:
         return dict(self.metadata)
@@ -54,9 +55,9 @@ def load_onnx(path: Path) -> OnnxModel:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError(MISSING) from error
+        raise UserError(MISSING) from error
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; give one that export.py wrote.")
+        raise UserError(f"{path} is not a file; give one that export.py wrote.")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()  # onnxruntime does not read OMP_NUM_THREADS
@@ -65,7 +66,7 @@ def load_onnx(path: Path) -> OnnxModel:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no other parent
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as an ONNX model ({reason}). Give a file that export.py wrote."
         ) from error
     inputs = [(given.name, given.type, given.shape[1:]) for given in session.get_inputs()]
@@ -73,7 +74,7 @@ def load_onnx(path: Path) -> OnnxModel:
     stored = session.get_modelmeta().custom_metadata_map
     known = inputs == [("images", "tensor(uint8)", [28, 28])] and outputs[:1] == ["probabilities"]
     if not known or "thaw" not in stored:
-        raise ValueError(
+        raise UserError(
             f"{path} is an ONNX model, but not one of thaw's: it takes {inputs} and gives {outputs}, expected uint8 "
             "images (N, 28, 28), probabilities and thaw's metadata. Give a file that export.py wrote."
         )

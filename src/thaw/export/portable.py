@@ -13,6 +13,7 @@ from thaw.lr_bank import LRBank
 from thaw.models.attention import attention_layers
 from thaw.models.heads import LinearHead
 from thaw.predict.predictor import Predictor
+from thaw.run.errors import UserError
 
 
 class Portable(nn.Module):
@@ -56,7 +57,7 @@ def trace(model: Portable, name: str) -> ExportedProgram:
             program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
     except Exception as error:  # torch.export raises dozens of classes
         reason = next(iter(str(error).strip().splitlines()), "no message")
-        raise ValueError(
+        raise UserError(
             f"torch.export cannot follow {name} ({type(error).__name__}: {reason}); "
             "format=hub_folder shares the weights without a graph."
         ) from error

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from thaw.run.errors import UserError
+
 MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface.co/settings/tokens"
 
 
@@ -11,9 +13,9 @@ def check_push(repository: str) -> None:
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise ValueError(f"push={repository!r} must be <user>/<name>, e.g. push=ada/mnist-vit.")
+        raise UserError(f"push={repository!r} must be <user>/<name>, e.g. push=ada/mnist-vit.")
     if get_token() is None:
-        raise ValueError(f"push={repository} needs a token of the Hugging Face hub, and there is none: {MAKE_TOKEN}.")
+        raise UserError(f"push={repository} needs a token of the Hugging Face hub, and there is none: {MAKE_TOKEN}.")
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -38,7 +40,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A model exported by thaw")
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
+        raise UserError(
             f"push={repository}: the hub refuses ({reason}). {later}, with a token that may write there: {MAKE_TOKEN}."
         ) from error
     except Exception as error:  # the client raises a dozen unrelated classes for a failed connection

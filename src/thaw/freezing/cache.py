@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thaw.freezing.store import FeatureStore
+from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
 
 FORMAT = 3  # part of every key
@@ -47,7 +48,7 @@ class FeatureCache:
             ValueError: mode `memory` or `disk` asked for it.
         """
         if self.mode in ("memory", "disk"):
-            raise ValueError(f"cache.mode={self.mode} can cache nothing: {reason}. Set cache.mode=auto or off.")
+            raise UserError(f"cache.mode={self.mode} can cache nothing: {reason}. Set cache.mode=auto or off.")
         if self.mode == "auto":
             report(trainer, f"off, {reason}")
 
@@ -94,7 +95,7 @@ class FeatureCache:
         if size > self.max_gb * 1e9:
             reason = f"the {split} features take {size / 1e9:.1f} GB, more than cache.max_gb={self.max_gb:g}"
             if self.mode != "auto":
-                raise ValueError(f"cache.mode={self.mode}: {reason}; raise it, or set cache.mode=auto or off.")
+                raise UserError(f"cache.mode={self.mode}: {reason}; raise it, or set cache.mode=auto or off.")
             report(trainer, f"off, {reason}")
             return None
         first, started = trainer.is_global_zero, time.monotonic()
@@ -118,7 +119,7 @@ class FeatureCache:
                 trainer.strategy.barrier()
             features = cached if target is None else target
             if features is None and (features := self.store.read(key, facts)) is None:
-                raise OSError(
+                raise UserFileError(
                     f"cache.dir={self.store.folder} does not show rank {trainer.global_rank} what rank 0 wrote; "
                     "set it to a folder that all nodes share, or cache.mode=memory."
                 )
@@ -147,7 +148,9 @@ class FeatureCache:
     def give_up_folder(self, error: OSError) -> None:
         """An error in mode `disk`, a line in mode `auto`."""
         if self.mode == "disk":
-            raise OSError(f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir.") from error
+            raise UserFileError(
+                f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
+            ) from error
         print(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})", flush=True)
 
 

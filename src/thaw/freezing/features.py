@@ -11,6 +11,7 @@ from torch import Tensor
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.store import tensors_sha256
 from thaw.models.backbone import Backbone
+from thaw.run.errors import UserError
 
 
 class FrozenFeatures(Callback):
@@ -78,7 +79,7 @@ def check_frozen(backbone: Backbone, cut: int) -> None:
     """Refuse to train on cached features when one of the layers that they come from trains."""
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad and backbone.layer_of(name) < cut:
-            raise ValueError(
+            raise UserError(
                 f"backbone.{name} trains now, but lies in the {cut} layers that were frozen when their output was "
                 "cached. Name it in the freezing policy (from_epoch says when), or set cache.mode=off."
             )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from thaw.models.backbone import Backbone
+from thaw.run.errors import UserError
 
 
 class LoRA(nn.Module):
@@ -48,9 +49,9 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     depths = backbone.depths()
     num_layers = max(depths.values()) + 1
     if last is not None and not 1 <= last <= num_layers:
-        raise ValueError(f"freeze.lora.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
+        raise UserError(f"freeze.lora.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
     if not alpha > 0:
-        raise ValueError(f"freeze.lora.alpha={alpha} must be above 0.")
+        raise UserError(f"freeze.lora.alpha={alpha} must be above 0.")
     linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     lowest = 0 if last is None else num_layers - last
     chosen = {
@@ -60,14 +61,14 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     }
     if not chosen:
         kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in linear})
-        raise ValueError(
+        raise UserError(
             f"freeze.lora.match={match!r} is the name of no linear layer"
             f"{'' if last is None else f' in the last {last} layers'}; this backbone has "
             f"{', '.join(kinds) or 'none, so that LoRA cannot be used'}."
         )
     smallest = min(min(module.weight.shape) for module in chosen.values())
     if not 1 <= rank <= smallest:
-        raise ValueError(f"freeze.lora.rank={rank} must be from 1 to {smallest}, the smallest side of a matrix.")
+        raise UserError(f"freeze.lora.rank={rank} must be from 1 to {smallest}, the smallest side of a matrix.")
     for module in chosen.values():
         parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank, alpha))
 

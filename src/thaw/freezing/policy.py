@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from torch import nn
 
 from thaw.freezing.lora import plain_name
+from thaw.run.errors import UserError
 from thaw.run.values import Count, CountOrZero, find_problem
 
 NEVER = math.inf  # the epoch from which a frozen parameter trains
@@ -98,7 +99,7 @@ class FreezePolicy:
             try:
                 self.rules.append(Rule(**rule))
             except (TypeError, re.error) as error:
-                raise ValueError(
+                raise UserError(
                     f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression or a list), "
                     f"train (true or false) and, if wanted, {', '.join(each.name for each in fields(Rule)[2:])}."
                 ) from error
@@ -113,12 +114,12 @@ class FreezePolicy:
         epochs = self.thaw_epochs(depths)
         useless = [name for name, epoch in epochs.items() if "lora_" in name and epoch == NEVER]
         if useless:
-            raise ValueError(
+            raise UserError(
                 f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
                 r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
             )
         if min(epochs.values()) > 0:
-            raise ValueError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
+            raise UserError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
         return Thaw(model, depths, epochs)
 
     def thaw_epochs(self, depths: Mapping[str, int]) -> dict[str, float]:
@@ -158,7 +159,7 @@ class FreezePolicy:
                 break
         if problems:
             tops = sorted({".".join(name.split(".")[:3]) for name in depths})
-            raise ValueError(
+            raise UserError(
                 f"freeze.rules: {'; '.join(sorted(problems)[:6])}. The model has {num_layers} layers and parameters "
                 f"under {', '.join(tops)}."
             )
@@ -208,7 +209,7 @@ class Thaw:
         fresh = {f"backbone.{name}" for name in self.model.backbone.fresh}
         frozen = sorted(name for name, epoch in self.epochs.items() if plain_name(name) in fresh and epoch > 0)
         if frozen:
-            raise ValueError(
+            raise UserError(
                 f"freeze: {len(frozen)} freshly initialised tensors would be frozen while random, e.g. {frozen[0]}. "
                 "Load weights (backbone.weights=bundled, hub or a file) or train them (freeze=full)."
             )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from thaw.freezing.store import tensors_sha256
+from thaw.run.errors import UserError
 
 
 def refer_to_frozen(names: Iterable[str], state: Mapping[str, Tensor], weights: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None
             if missing
             else f"SHA-256 {found[:12]} instead of {reference['sha256'][:12]}"
         )
-        raise ValueError(
+        raise UserError(
             f"The checkpoint holds the trained tensors and refers to backbone.weights={reference['weights']} for the "
             f"frozen ones, but the weights found are others ({why}). Give the file that it was trained on: "
             "weights=<file> for eval.py, backbone.weights=<file> for train.py; model.self_contained=true keeps them in "

@@ -6,6 +6,7 @@ from typing import Any
 
 from thaw.freezing.lora import merge_lora, plain_name
 from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
+from thaw.run.errors import UserError
 
 
 def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str:
@@ -32,7 +33,7 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str
     differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
     differ += list(theirs)
     if differ:
-        raise ValueError(
+        raise UserError(
             f"start_from={wanted}: {path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
             "Choose the backbone and head that it was trained with."
         )

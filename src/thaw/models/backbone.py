@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, places
 from thaw.models.pretrained import check_fit, locate, read_weights
+from thaw.run.errors import UserError
 from thaw.run.values import Count
 
 
@@ -77,7 +78,7 @@ class Backbone(nn.Module):
         self.num_features: int = self.model.head_hidden_size  # after forward_head; its num_features is before
         if pool == "class_and_mean":
             if getattr(self.model, "cls_token", None) is None:
-                raise ValueError(f"backbone.pool=class_and_mean needs a class token, {name} has none; use pool=model.")
+                raise UserError(f"backbone.pool=class_and_mean needs a class token, {name} has none; use pool=model.")
             self.num_features = 2 * self.model.num_features
         self.architecture: dict[str, Any] = {  # everything but the weights that shapes the features, as values of JSON
             **{"timm": timm.__version__, "name": name, "arguments": arguments, "image_size": image_size},
@@ -183,7 +184,7 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
     """Build a timm model with random weights; without classifier for 0 classes."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.4)
-        raise ValueError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
+        raise UserError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
     taken: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
     try:
         try:
@@ -195,16 +196,16 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
         unit, meaning = size_unit(model)
         if image_size % unit:  # timm would fail, or ignore the rest of the image
             nearest = max(unit, round(image_size / unit) * unit)
-            raise ValueError(f"the size must be a multiple of {meaning} {unit}, e.g. {nearest}")
+            raise UserError(f"the size must be a multiple of {meaning} {unit}, e.g. {nearest}")
         try:
             with torch.no_grad():
                 model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
         except RuntimeError as error:
             trained_at = model.pretrained_cfg["input_size"][-1]
-            raise ValueError(f"{error}; {trained_at} is the size of its weights' images") from error
+            raise UserError(f"{error}; {trained_at} is the size of its weights' images") from error
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UserError(
             f"backbone.name={name} cannot be built with backbone.image_size={image_size} and "
             f"backbone.arguments={arguments}: {reason}"
         ) from error
@@ -226,7 +227,7 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
         ValueError: code for a CPU needs a C++ compiler, and there is none.
     """
     if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false.")
+        raise UserError("model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false.")
     for module in modules:
         module.compile()
 
@@ -234,7 +235,7 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
 def match_channels(key: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Mean or std as one number for all channels or one each; three are averaged for one grey channel."""
     if len(values) not in (1, 3):
-        raise ValueError(f"backbone.{key}={list(values)} must hold 1 number or 3.")
+        raise UserError(f"backbone.{key}={list(values)} must hold 1 number or 3.")
     return tuple(values) if len(values) <= channels else (sum(values) / 3,)
 
 
@@ -259,7 +260,7 @@ def load_weights(model: TimmModel, name: str, weights: str) -> None:
                 state[stem] = timm.models.adapt_input_conv(1, state[stem])
         state = {key: value for key, value in state.items() if key in wanted or not key.startswith(classifiers)}
     except Exception as error:  # conversions raise nearly anything for weights of another model
-        raise ValueError(
+        raise UserError(
             f"backbone.weights={path} cannot be converted for backbone.name={name} ({error}). "
             "Choose the backbone that the weights were made for, or other weights."
         ) from error

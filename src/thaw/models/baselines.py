@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from thaw.models.backbone import compile_each, match_channels
 from thaw.models.heads import DropRate, FeatureNorm
+from thaw.run.errors import UserError
 from thaw.run.values import Count
 
 Channels: TypeAlias = Literal[1, 3]
@@ -156,7 +157,7 @@ class ConvNet(Baseline):
         self, widths: StageWidths, dropout: DropRate, image_size: Count, channels: Channels, mean: Numbers, std: Numbers
     ) -> None:
         if image_size < (smallest := 2 ** (len(widths) - 1)):
-            raise ValueError(
+            raise UserError(
                 f"backbone.image_size={image_size} must be {smallest} or more for backbone.widths={widths}."
             )
         layers = convolution(channels, widths[0], kernel=5, stride=2)  # (B, widths[0], S / 2, S / 2)

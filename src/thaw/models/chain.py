@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from thaw.run.errors import UserError
+
 TimmModel: TypeAlias = Any  # an nn.Module with forward_features, pretrained_cfg, group_matcher and more
 Layer: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -25,7 +27,7 @@ def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
         return stem, [in_turn(block) for block in blocks_of(model)], model.norm
     # EVA: each block rotates its queries and keys by the rotary embedding of the grid (Fang et al. 2023, section 2.1)
     if model.patch_drop is not None or getattr(rope, "aug_active", False):
-        raise ValueError("this rotary embedding is random in every batch")
+        raise UserError("this rotary embedding is random in every batch")
     angles = rope.get_embed(model.patch_embed.grid_size if model.dynamic_img_size else None)
     stem = in_turn([model.patch_embed, lambda patches: model._pos_embed(patches)[0], model.norm_pre])
     return stem, [partial(block, rope=angles) for block in model.blocks], model.norm

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thaw.run.config import BUNDLED_NAME
+from thaw.run.errors import UserError
 
 BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
@@ -30,11 +31,11 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
     if weights != "hub":
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise ValueError(f"backbone.weights={weights!r} is not a file; choose none, bundled, hub or a path.")
+            raise UserError(f"backbone.weights={weights!r} is not a file; choose none, bundled, hub or a path.")
         return path
     name, repository = stated["architecture"], stated.get("hf_hub_id")
     if not repository:
-        raise ValueError(f"timm names no hub weights for {name}; set backbone.weights to none or to a file.")
+        raise UserError(f"timm names no hub weights for {name}; set backbone.weights to none or to a file.")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -67,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for other files
-        raise ValueError(
+        raise UserError(
             f"backbone.weights={path} is not a readable weights file ({type(error).__name__}); allowed are "
             ".safetensors, and .pth of tensors only (pickled code is not run). Save the state dict as .safetensors."
         ) from error
@@ -75,7 +76,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"backbone.weights={path} holds {type(state).__name__}; save a state dict of tensors there.")
+        raise UserError(f"backbone.weights={path} holds {type(state).__name__}; save a state dict of tensors there.")
     return state
 
 
@@ -92,7 +93,7 @@ def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mappin
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise ValueError(
+        raise UserError(
             f"backbone.weights={path} does not fit backbone.name={name} ({len(problems)} differences: {shown}). "
             "Choose the backbone that the weights were made for, or other weights."
         )

@@ -14,7 +14,8 @@ from hydra.errors import InstantiationException
 from thaw.plan.costs import Plan, format_plans, plan_devices
 from thaw.plan.dry_step import dry_step
 from thaw.plan.settings import PlanSettings, compose_run, options, read_arguments
-from thaw.run.config import clear_errors
+from thaw.run.command import clear_errors
+from thaw.run.errors import UserError
 from thaw.run.files import write_text
 
 DATASET_SIZES = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # images to train on, classes
@@ -44,7 +45,7 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
                 if not isinstance(error.__cause__, ValueError):
                     raise
                 presets = "" if model in options("backbone") else f" Presets are {', '.join(options('backbone'))}."
-                raise ValueError(f"model={model}: {error.__cause__}{presets}") from error
+                raise UserError(f"model={model}: {error.__cause__}{presets}") from error
             plans.append(plan_devices(model, policy, step, images, settings.devices, settings.strategy == "fsdp"))
     return settings, plans
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from thaw.data.datamodule import Batch
 from thaw.freezing.cache import TOKENS
 from thaw.run.config import build
+from thaw.run.errors import UserError
 
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 
@@ -62,7 +63,7 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
     """
     precision = cfg.trainer.precision
     if precision not in PRECISIONS:
-        raise ValueError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
+        raise UserError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
     cfg = cfg.copy()
     loaded = cfg.backbone.get("weights", "none") != "none"

@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
+from thaw.run.errors import UserError
 from thaw.run.migrations import CONFIGS
 from thaw.run.values import Count, Positive, check_types
 
@@ -40,7 +41,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[PlanSettings, list[str]]:
         ValueError: an unknown key or a value that is not allowed.
     """
     if not CONFIGS.is_dir():
-        raise ValueError(f"{CONFIGS} is not a folder: thaw.plan reads the configs of a checkout; pip install -e it.")
+        raise UserError(f"{CONFIGS} is not a folder: thaw.plan reads the configs of a checkout; pip install -e it.")
     settings = OmegaConf.load(CONFIGS / "plan.yaml")
     own: list[str] = []
     overrides: list[str] = []
@@ -48,9 +49,9 @@ def read_arguments(arguments: Sequence[str]) -> tuple[PlanSettings, list[str]]:
         key, equals, value = argument.partition("=")
         if not equals or not (key in settings or "." in key):
             keys = ", ".join(map(str, settings))
-            raise ValueError(f"{argument!r} is not a setting of thaw.plan; give key=value, with a key of {keys}.")
+            raise UserError(f"{argument!r} is not a setting of thaw.plan; give key=value, with a key of {keys}.")
         if key in settings and value == "auto":
-            raise ValueError(f"{key}=auto depends on a machine, and a plan is made without one; give a value.")
+            raise UserError(f"{key}=auto depends on a machine, and a plan is made without one; give a value.")
         (own if key in settings else overrides).append(argument)
     settings.merge_with(OmegaConf.from_dotlist(own))
     target = {"_target_": f"{PlanSettings.__module__}.{PlanSettings.__name__}"}
@@ -63,7 +64,7 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
     """The configuration that train.py would get, for a GPU."""
     for key, group, name in (("policy", "freeze", policy), ("optimizer", "optim", settings.optimizer)):
         if name not in options(group):
-            raise ValueError(f"{key}={name} is unknown; choose {', '.join(options(group))}.")
+            raise UserError(f"{key}={name} is unknown; choose {', '.join(options(group))}.")
     known = model in options("backbone")
     size = settings.image_size or (None if known else 224)
     chosen = [f"backbone={model}"] if known else ["backbone=vit_small", f"backbone.name={model}"]

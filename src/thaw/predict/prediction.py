@@ -16,6 +16,7 @@ from PIL import Image
 from thaw.data.digit_image import PICTURE_FORMATS, Digit, read_digits
 from thaw.predict.predictor import DigitModel
 from thaw.run.console import ESCAPES, results
+from thaw.run.errors import UserError
 from thaw.run.files import atomic
 
 # Files with these endings are taken from a folder. Formats that Pillow does not read here get a row with an error.
@@ -64,7 +65,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
             counts += [f"{len(others):,} that are not pictures ({first_names(others)})"] if others else []
             rest = " and ".join(counts)
             if not inside:
-                raise ValueError(
+                raise UserError(
                     f"{printable(path)} holds no picture and no IDX file{', but files ' + rest if rest else ''}; "
                     "name files, or another folder."
                 )
@@ -73,12 +74,12 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
         elif os.path.exists(path):  # noqa: PTH110, as above
             files.append(path)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{printable(name)!r} is neither a file nor a folder; give {', '.join(PICTURE_FORMATS)} or IDX files, "
                 "or folders of them."
             )
     if not files:
-        raise ValueError("Nothing to predict: name pictures, IDX files, or folders of them, after ckpt=...")
+        raise UserError("Nothing to predict: name pictures, IDX files, or folders of them, after ckpt=...")
     return list(dict.fromkeys(files)), left_out
 
 
@@ -105,7 +106,7 @@ def read_file(path: Path) -> Iterator[Read]:
     name = printable(path)
     try:
         if path.stat().st_size > LARGEST:
-            raise ValueError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read: split it.")
+            raise UserError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read: split it.")
         for index, digit in enumerate(read_digits(path.read_bytes(), name)):
             yield Read(name, index, digit)
     except (ValueError, OSError) as error:
@@ -153,7 +154,7 @@ def open_output(output: str | None, format: str) -> Iterator[tuple[TextIO, str]]
     wanted = format if output is None else Path(output).suffix.removeprefix(".")
     if wanted not in ("csv", "jsonl"):
         key = f"format={format!r}" if output is None else f"output={output!r}"
-        raise ValueError(f"{key} is unknown; choose csv or jsonl, for a file as its suffix.")
+        raise UserError(f"{key} is unknown; choose csv or jsonl, for a file as its suffix.")
     if output is None:
         with results() as file:
             yield file, wanted

@@ -18,6 +18,7 @@ from thaw.models.attention import attention_layers, recorded_attention, share_of
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries
+from thaw.run.errors import UserError
 
 
 class DigitModel(Protocol):
@@ -78,7 +79,7 @@ class Predictor:
             ValueError: the backbone has no attention between all its patches.
         """
         if not self.has_attention:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has no attention between all its patches; attention maps need a ViT or an EVA."
             )
 
@@ -162,7 +163,7 @@ def load_predictor(
     settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
-        raise ValueError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
+        raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
     dataset = cfg.data.get("dataset")
     classes = checkpoint.get("classes", class_names(dataset) if dataset in DATASETS else [])
     return Predictor(model, cfg, path, checkpoint["git_commit"], classes)

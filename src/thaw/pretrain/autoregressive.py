@@ -25,6 +25,7 @@ from thaw.pretrain.patches import (
     show_patches,
     unpatchify,
 )
+from thaw.run.errors import UserError
 from thaw.run.values import Count
 
 
@@ -81,7 +82,7 @@ class Autoregressive(Objective):
         self.side = patch_side(backbone, "autoregressive")
         self.num_patches = (backbone.image_size // self.side) ** 2
         if self.num_patches < 2:
-            raise ValueError(
+            raise UserError(
                 f"model=autoregressive needs several patches, and backbone.image_size={backbone.image_size} is one of "
                 f"side {self.side}; use a larger image or smaller patches."
             )

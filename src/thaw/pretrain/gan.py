@@ -21,6 +21,7 @@ from thaw.evaluation.generation import frechet_distance, image_features, precisi
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
+from thaw.run.errors import UserError
 from thaw.run.values import Count, NonNegative, Positive
 
 NEIGHBOURS = 3  # Kynkäänniemi et al. 2019, section 3
@@ -113,7 +114,7 @@ class GAN(Objective):
     ) -> None:
         super().__init__(backbone, augment, optim, output)
         if r1 > 0 and getattr(backbone, "architecture", {}).get("fused"):
-            raise ValueError(
+            raise UserError(
                 f"model.r1={r1} needs the gradient of a gradient, which fused attention lacks, and "
                 "backbone.fused_attention=true; set that to false (or model.r1=0)."
             )
@@ -185,7 +186,7 @@ class GAN(Objective):
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision in ("64-true", "bf16-true"):
-            raise ValueError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
+            raise UserError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
 
 
 class Generator(nn.Sequential):

@@ -11,6 +11,7 @@ from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
 from thaw.pretrain.patches import encode, grey, patch_scale, patch_side, patch_targets, patchify, show_patches
+from thaw.run.errors import UserError
 from thaw.run.values import Count
 
 
@@ -62,12 +63,12 @@ class MAE(Objective):
         self.num_patches = (backbone.image_size // self.side) ** 2
         self.num_visible = round((1 - mask_ratio) * self.num_patches)
         if not 0 < self.num_visible < self.num_patches:
-            raise ValueError(
+            raise UserError(
                 f"model.mask_ratio={mask_ratio} hides {self.num_patches - self.num_visible} of {self.num_patches} "
                 "patches, and must hide some and leave some; 0.6 to 0.75 is common."
             )
         if decoder_width % decoder_heads:
-            raise ValueError(
+            raise UserError(
                 f"model.decoder_width={decoder_width} must be a multiple of model.decoder_heads={decoder_heads}."
             )
         values = self.side**2 * backbone.channels

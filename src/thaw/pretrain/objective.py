@@ -19,6 +19,7 @@ from thaw.data.datamodule import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
+from thaw.run.errors import UserError
 from thaw.run.files import write_bytes
 
 
@@ -60,7 +61,7 @@ class Objective(LightningModule):
     def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:
         super().__init__()
         if not output.endswith(".safetensors"):
-            raise ValueError(f"model.output={output} must end in .safetensors, the only format it is written in.")
+            raise UserError(f"model.output={output} must end in .safetensors, the only format it is written in.")
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
         self.augment = augment
@@ -82,7 +83,7 @@ class Objective(LightningModule):
         norms = {name: module for name, module in self.named_modules() if isinstance(module, _BatchNorm)}
         alone = [name for name, module in norms.items() if not isinstance(module, SyncBatchNorm)]
         if alone and self.trainer.world_size > 1:
-            raise ValueError(
+            raise UserError(
                 f"{alone[0]} would take its statistics from the images of one process alone. On GPUs set "
                 "trainer.sync_batchnorm=true; on CPUs, which cannot, trainer.devices=1."
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
+from thaw.run.errors import UserError
 
 
 def patchify(images: Tensor, side: int) -> Tensor:
@@ -61,7 +62,7 @@ def patch_side(backbone: Backbone, objective: str) -> int:
     model: Any = getattr(backbone, "model", None)
     is_vit = hasattr(model, "pos_embed") and hasattr(model, "blocks") and hasattr(model, "patch_embed")
     if not is_vit or getattr(model, "rope", None) is not None or getattr(model, "attn_pool", None) is not None:
-        raise ValueError(
+        raise UserError(
             f"model={objective} hides patches of a plain vision transformer, which backbone.name="
             f"{getattr(backbone, 'architecture', {}).get('name', type(backbone).__name__)} is not; "
             "choose e.g. backbone=digits_vit, or model=simclr."

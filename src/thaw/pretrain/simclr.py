@@ -11,6 +11,7 @@ from thaw.data.augment import Augment
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
+from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
 
@@ -28,7 +29,7 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         ValueError: a single image, which leaves nothing to contrast.
     """
     if len(projections) < 4:
-        raise ValueError(
+        raise UserError(
             "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
             "data.eval_batch_size of 2 or more that leave no single image over."
         )
@@ -67,7 +68,7 @@ class SimCLR(Objective):
     ) -> None:
         super().__init__(backbone, augment, optim, output)
         if not augment.is_random:
-            raise ValueError(
+            raise UserError(
                 "model=simclr compares two views of an image, and augment=none makes them equal; "
                 "choose augment=strong or augment=affine."
             )

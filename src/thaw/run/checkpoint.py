@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from thaw.run.command_line import setting
 from thaw.run.config import build
+from thaw.run.errors import UserError
 from thaw.run.migrations import migrate
 from thaw.run.targets import check_targets
 
@@ -40,7 +41,7 @@ def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
     if wanted == "last":
         found = max(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime, default=None)
         if found is None:
-            raise ValueError(
+            raise UserError(
                 f"`last` was asked for, but no run below {runs} has a {name}; give a run folder or a .ckpt file."
             )
         return found.resolve()
@@ -50,10 +51,10 @@ def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
         if file.is_file():
             return file.resolve()
         if (path / "backbone.safetensors").is_file():
-            raise ValueError(pretraining_hint(path))
-        raise ValueError(f"{path} holds no checkpoints/{name}; give a run folder that has one, or a .ckpt file.")
+            raise UserError(pretraining_hint(path))
+        raise UserError(f"{path} holds no checkpoints/{name}; give a run folder that has one, or a .ckpt file.")
     if not path.is_file():
-        raise ValueError(f"{wanted!r} is neither `last`, a run folder nor a checkpoint file; give one of these.")
+        raise UserError(f"{wanted!r} is neither `last`, a run folder nor a checkpoint file; give one of these.")
     return path.resolve()
 
 
@@ -72,14 +73,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, holds pickled code, or was not written by thaw.
     """
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a checkpoint that train.py wrote.")
+        raise UserError(f"{path} does not exist; give a checkpoint that train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
-        raise ValueError(f"{path} {what_is_wrong(path, error)}") from error
+        raise UserError(f"{path} {what_is_wrong(path, error)}") from error
     parts = [checkpoint.get(key) for key in ("config", "state_dict")] if isinstance(checkpoint, dict) else [None]
     if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint of thaw: it has no config and state_dict. Give one from train.py; weights "
             "alone are for backbone.weights=<file>."
         )
@@ -98,7 +99,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
     wandb_id = checkpoint.setdefault("wandb_id", None)  # becomes part of a configuration
     if wandb_id is not None and (not isinstance(wandb_id, str) or "${" in wandb_id):
-        raise ValueError(
+        raise UserError(
             f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
         )
     config = checked_config(checkpoint["config"], path, allow, commit)
@@ -163,7 +164,7 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
         cfg.model.compile = False  # takes longer than an evaluation
     weights = cfg.backbone.get("weights", "none")
     if weights not in ("none", "bundled", "hub") and not Path(weights).expanduser().is_file():
-        raise ValueError(
+        raise UserError(
             f"{path} refers to frozen weights in {weights}, which is not a file here. "
             "Say where they lie now: weights=<file>, for train.py and probe.py backbone.weights=<file>."
         )
@@ -176,12 +177,12 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
         if isinstance(cause, (ValueError, OSError)):
             raise
         reason = " ".join(str(cause).split())[:300]
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that out to use it."
         ) from error
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(
+        raise UserError(
             f"{path} holds weights that are not finite ({len(broken)} tensors, e.g. {broken[0]}), as after training "
             "that diverged; give another checkpoint."
         )

@@ -2,24 +2,15 @@
 
 import copy
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from thaw.run.command_line import quote_path
-from thaw.run.console import lenient
-from thaw.run.files import FULL
-from thaw.run.ranks import drop_stray_ranks
+from thaw.run.errors import UserError
 from thaw.run.targets import config_leaves, refers_outside
 
-USER_ERRORS = (ValueError, OSError)  # raised for settings and files that cannot work
-SETTING_ERRORS = (*USER_ERRORS, HydraException, OmegaConfBaseException)
 BUNDLED_NAME = "digits_vit"  # of the weights that `backbone.weights=bundled` means
 
 
@@ -40,60 +31,9 @@ def build_list(blocks: Mapping[str, Any] | None, group: str) -> list[Any]:
         if block is None:  # switched off: callbacks.early_stopping=null
             continue
         if not isinstance(block, DictConfig) or "_target_" not in block:
-            raise ValueError(
-                f"{group}.{name}={block} has no _target_, so it names no class. Set it to null to drop it."
-            )
+            raise UserError(f"{group}.{name}={block} has no _target_, so it names no class. Set it to null to drop it.")
         built.append(build(block))
     return built
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Print a user's error as one message without traceback, and exit with status 1.
-
-    Other exceptions, which are faults of the program, keep their traceback. HYDRA_FULL_ERROR=1 shows it for all.
-    """
-    sys.argv[1:] = map(quote_path, sys.argv[1:])
-    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    drop_stray_ranks()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands exceptions on instead of printing them
-    try:
-        with lenient():
-            yield
-    except SETTING_ERRORS as error:
-        cause: BaseException = error
-        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        if full or (isinstance(error, InstantiationException) and not isinstance(cause, (*SETTING_ERRORS, TypeError))):
-            raise
-        print(f"\nerror: {explain(error if isinstance(error, ConfigCompositionException) else cause)}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if not full:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
-
-
-def explain(error: BaseException) -> str:
-    """The message of an error; for an unknown key also the keys that exist in its place."""
-    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
-        return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
-    message = str(error).split("\n    full_key:")[0].strip()
-    if not isinstance(error, SETTING_ERRORS):
-        message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    if isinstance(error, OverrideParseException):
-        message = (
-            f"{error.override}: {message.splitlines()[0]}. A value with spaces, commas, brackets or = needs quotes for "
-            "Hydra inside those for the shell: \"key='a value'\"."
-        )
-    cause = error.__cause__ or error
-    parent = getattr(cause, "parent_node", None)
-    if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
-        place = str(cause.full_key or cause.key).rpartition(".")[0] or "the top level"
-        message += f"\nallowed in {place}: {', '.join(map(str, parent))}"
-    return message
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -142,16 +82,14 @@ def check_devices(trainer: DictConfig) -> None:
     if accelerator in ("gpu", "cuda"):
         found = torch.cuda.device_count()
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"trainer.accelerator={accelerator} but torch sees no GPU here; use trainer.accelerator=cpu."
             )
         wanted = len(devices) if OmegaConf.is_list(devices) else devices
         if isinstance(wanted, int) and wanted > found:
-            raise ValueError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
+            raise UserError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(
-            "trainer.accelerator=mps but this is not a Mac with Metal; use trainer.accelerator=cpu or gpu."
-        )
+        raise UserError("trainer.accelerator=mps but this is not a Mac with Metal; use trainer.accelerator=cpu or gpu.")
 
 
 def settle(cfg: DictConfig) -> None:

@@ -1,18 +1,27 @@
-"""Printing never ends a program, whether the console lacks a character or its reader has left."""
+"""What a program prints: lines, tables and progress, in colour on a terminal and plain in a file.
+
+Printing never ends a program, whether the console lacks a character or its reader has left.
+"""
 
 import io
 import logging
 import os
 import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.console import Console, RenderableType
+
 from thaw.run.files import write_errors
 
+LINE_SECONDS = 10.0  # between two lines about the progress of a task, where there is no terminal
+UNBOUNDED = 10_000  # columns of a file
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
 EXPECTED_WARNINGS = (
     "does not have many workers",  # a batch is one indexing operation
@@ -25,6 +34,64 @@ EXPECTED_WARNINGS = (
     "`trainer.*` .* was configured so ",
     "could not find the monitored key",  # nothing was validated yet; later it is an error
 )
+
+
+@cache
+def console(stderr: bool = False) -> Console:
+    """The console of all that this process prints, so that lines stay apart from a bar that is open on it."""
+    return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
+    """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
+    console(stderr).print(text, style=style)
+
+
+def say_fitted(content: RenderableType) -> None:
+    """Print a table or a panel in the width of the terminal; in a file it is as wide as it needs to be."""
+    out = console()
+    out.print(content, soft_wrap=False, width=None if out.is_terminal else UNBOUNDED)
+
+
+@contextmanager
+def progress(
+    title: str, total: int, unit: str = "images", stderr: bool = False, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Show how far a long task is: a bar on a terminal, elsewhere a line every `LINE_SECONDS`.
+
+    Yields a function that adds to what is done. `hidden` is for processes whose progress another one shows.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out, started = console(stderr), time.monotonic()
+    done, printed = 0, started
+    if hidden:
+        yield lambda count: None
+    elif out.is_terminal:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(compact=True))
+        with Progress(TextColumn("{task.description}"), *columns, console=out, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+    else:
+
+        def advance(count: int) -> None:
+            nonlocal done, printed
+            done, now = done + count, time.monotonic()
+            if now - printed > LINE_SECONDS and done < total:
+                printed = now
+                left = (now - started) * (total - done) / done
+                say(f"{title}: {done:,} of {total:,} {unit}, about {left:.0f} s left", stderr=stderr)
+
+        yield advance
+
+
+class LogLines(logging.Handler):
+    """Prints log records as lines of the console: a warning with that word before it, information as it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        say(level + self.format(record), style)
 
 
 class Stream(io.FileIO):

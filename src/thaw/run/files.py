@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from thaw.run.errors import UserError, UserFileError
+
 SUFFIX = ".thaw.part"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -67,9 +69,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
-            raise ValueError("no object")
+            raise UserError("no object")
     except ValueError as error:  # bytes that are not UTF-8, too
-        raise ValueError(f"{path} is damaged ({error}); remove it to run that again.") from error
+        raise UserError(f"{path} is damaged ({error}); remove it to run that again.") from error
     return facts
 
 
@@ -84,7 +86,9 @@ def write_errors(path: Path) -> Iterator[None]:
             raise  # it names its file already
         shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
         step = "Free some space, or choose" if error.errno in FULL else "Choose"
-        raise OSError(f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder.") from error
+        raise UserFileError(
+            f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder."
+        ) from error
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.config import USER_ERRORS, explain, plain
+from thaw.run.command import explain, show
+from thaw.run.config import plain
 from thaw.run.console import lenient
+from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.targets import targets
@@ -52,9 +54,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
             raise  # which has put the job back into the queue
-        if not isinstance(error, USER_ERRORS):
-            traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr, flush=True)
+        print(show(error), file=sys.stderr, flush=True)
         return None
 
 
@@ -120,7 +120,7 @@ def go_on(cfg: DictConfig) -> None:
 def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
     """Refuse Hydra's change of the working folder: relative paths are meant before it."""
     if hydra.job.chdir:
-        raise ValueError(
+        raise UserError(
             "hydra.job.chdir=true is not supported: data.dir, cache.dir and logs are relative to the folder in which "
             "the command is typed. Leave it out; the run's own files go to its folder anyway."
         )
@@ -150,11 +150,11 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"{run_dir} is being written by another process; wait until it ends.") from error
+        raise UserError(f"{run_dir} is being written by another process; wait until it ends.") from error
     try:
         job = run_dir / JOB
         if job.is_file() and read_json(job).get("key") != key:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} holds a run of another configuration; choose another hydra.run.dir, or remove that folder."
             )
         write_json({"key": key, "pid": os.getpid(), "host": platform.node()}, job)

@@ -18,6 +18,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
+from thaw.run.errors import UserError
+
 log = logging.getLogger(__name__)
 
 WANDB_TIMEOUT = 3.0  # seconds to connect
@@ -99,7 +101,7 @@ def wandb_logger(
     wandb.setup()  # reads both before it prints anything
     reason = None if mode == "offline" else why_offline()
     if mode == "online" and reason == NO_KEY:
-        raise ValueError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
+        raise UserError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
     if mode == "auto" and reason not in (None, NO_KEY):
         log.warning("W&B runs offline: %s.", reason)
     return RunWandb(

@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from thaw.run.errors import UserError
+
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 RENAMED = {  # class -> its name today
@@ -77,14 +79,14 @@ def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot:
         changed.append(f"{place}{RENAMED_KEYS[target, key]} was once {key}")
     for key in [key for key in block if (target, key) in REMOVED_KEYS]:
         if block.pop(key) != REMOVED_KEYS[target, key]:
-            raise ValueError(f"{cannot} has {place}{key}={REMOVED_KEYS[target, key]} alone. Check that commit out.")
+            raise UserError(f"{cannot} has {place}{key}={REMOVED_KEYS[target, key]} alone. Check that commit out.")
         changed.append(f"{place}{key} is gone")
     today = blocks_of_today(target)
     common = set.intersection(*map(set, today)) if today else set()
     for key in sorted(common - block.keys() - {"defaults"}):
         values = [ADDED_KEYS[target, key]] if (target, key) in ADDED_KEYS else [other[key] for other in today]
         if any(value != values[0] for value in values):
-            raise ValueError(f"{cannot} needs {place}{key}, whose value is not known. Check that commit out.")
+            raise UserError(f"{cannot} needs {place}{key}, whose value is not known. Check that commit out.")
         block[key] = copy.deepcopy(values[0])
         changed.append(f"{place}{key}={values[0]}")
 

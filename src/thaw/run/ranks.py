@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command_line import quoted
+from thaw.run.errors import UserError
 from thaw.run.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
@@ -120,14 +121,14 @@ def check_world(count: int, nodes: int) -> None:
     """Refuse other numbers of processes than were started: they would wait for each other, or each train alone."""
     if not is_launched():
         if nodes > 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.num_nodes={nodes} needs a process for each device on {nodes} machines: start them with srun "
                 "(docs/slurm.sh) or torchrun, or set it to 1."
             )
         return
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or count * nodes)
     if started != count * nodes:
-        raise ValueError(
+        raise UserError(
             f"A launcher started {started} process(es), but trainer.devices={count} and trainer.num_nodes={nodes} ask "
             f"for {count * nodes}. Set trainer.devices to the number on each machine, with trainer.strategy=ddp for "
             "several, or start train.py without a launcher."

@@ -9,6 +9,7 @@ from yaml import YAMLError
 
 from thaw.run.checkpoint import checked_config, find_checkpoint, read_checkpoint
 from thaw.run.command_line import override_key, setting
+from thaw.run.errors import UserError
 from thaw.run.targets import targets
 
 
@@ -17,10 +18,10 @@ def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
     try:
         config = OmegaConf.load(path)
         if "trainer" not in config:
-            raise ValueError("it has no trainer")
+            raise UserError("it has no trainer")
     except (OSError, YAMLError, ValueError) as error:
         hint = "give the folder of a run of train.py"
-        raise ValueError(f"{path} cannot be read as a configuration of a run ({error}); {hint}.") from error
+        raise UserError(f"{path} cannot be read as a configuration of a run ({error}); {hint}.") from error
     values: Any = OmegaConf.to_container(config, resolve=False)
     return OmegaConf.create(checked_config(values, path, allow, "unknown"))
 
@@ -57,7 +58,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     runs = runs if {"experiment", "name"} & set(typed) else runs.parent
     saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
-        raise ValueError(
+        raise UserError(
             f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
             "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
             "trainer=gpu."
@@ -68,7 +69,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             place = key.replace("/", ".")
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
     if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
-        raise ValueError(
+        raise UserError(
             f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
             "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
             f"{setting('start_from', path)} instead of resume=."

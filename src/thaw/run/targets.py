@@ -11,6 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from thaw.run.errors import UserError
+
 OWN = "thaw"
 OPTIMIZERS = ("torch.optim", "timm.optim")
 LIGHTNING = {
@@ -50,7 +52,7 @@ def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], c
     """
     for place, value in config_leaves(config, ""):
         if refers_outside(value):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {place}={value!r} is not run, as it comes from a file; allowed are references to other keys, "
                 "such as ${data.batch_size}. Give a checkpoint that train.py wrote."
             )
@@ -63,12 +65,12 @@ def check_target(place: str, name: str, file: Path, allow: Sequence[str], commit
     try:
         found = import_target(name) if any(is_in(name, package) for package in packages) else None
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{file}: {place}={name} cannot be imported ({error}). The file was written by commit {commit}; check "
             "that out, or install the package that it needs."
         ) from error
     if found is None or not any(is_part(found, name, package) for package in packages):
-        raise ValueError(
+        raise UserError(
             f"{file}: {place}={name!r} is refused and was not run: a checkpoint may name models, callbacks, loggers "
             f"and data modules of thaw, and optimizers of torch and timm. Code of your own in a file that you trust is "
             "allowed by the name of its package: 'allow=[mypackage]'."

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, Field
 
 from thaw.run.config import build
+from thaw.run.errors import UserError
 from thaw.run.values import Count, CountOrZero, NonNegative, find_problem
 
 if TYPE_CHECKING:  # takes seconds
@@ -24,9 +25,9 @@ def as_duration(value: Any) -> timedelta:
     try:
         length = timedelta(**value)
     except TypeError as error:
-        raise ValueError("unknown unit") from error
+        raise UserError("unknown unit") from error
     if length <= timedelta(0):
-        raise ValueError("too short")
+        raise UserError("too short")
     return length
 
 
@@ -95,7 +96,7 @@ def check_trainer(trainer: DictConfig) -> None:
             "trainer.check_val_every_n_epoch=null counts across epochs"
         )
     if wrong:
-        raise ValueError("; ".join(wrong) + ".")
+        raise UserError("; ".join(wrong) + ".")
 
 
 def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[Any]) -> "Trainer":
@@ -118,7 +119,7 @@ def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") ->
         datamodule.prepare_data()
         count = len(datamodule.test_dataloader())
         if int(share * count) < 1:
-            raise ValueError(
+            raise UserError(
                 f"trainer.limit_test_batches={share} leaves no batch of the {count} there are; set it to at least "
                 f"{1 / count:.3g}, to a number of batches, or lower data.eval_batch_size."
             )
@@ -136,4 +137,4 @@ def lightning_errors() -> Iterator[None]:
         if not isinstance(cause, MisconfigurationException | ModuleNotFoundError):
             raise
         place = re.search(r"full_key: (\S+)", str(error))
-        raise ValueError(f"{place[1]}: {cause}" if place else str(cause)) from error
+        raise UserError(f"{place[1]}: {cause}" if place else str(cause)) from error

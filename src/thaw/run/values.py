@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_orig
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
+from thaw.run.errors import UserError
+
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
@@ -33,7 +35,7 @@ def check_types(node: DictConfig, place: str = "") -> None:
         ValueError: names every key whose value is not allowed, the value and what is allowed.
     """
     if problems := find_problems(node, place):
-        raise ValueError(". ".join(problems) + ".")
+        raise UserError(". ".join(problems) + ".")
 
 
 def find_problems(node: DictConfig, place: str) -> list[str]:
@@ -43,7 +45,7 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
         annotations = annotated_arguments(get_object(node._target_)) if "_target_" in node else {}
     except (ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
+        raise UserError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
     problems = []
     for key in map(str, node):
         value: Any = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]

@@ -4,6 +4,7 @@ import dataclasses
 
 from omegaconf import DictConfig, OmegaConf
 
+from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive, check_types
 
 
@@ -24,7 +25,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_queue < self.max_images:
-            raise ValueError(
+            raise UserError(
                 f"max_queue={self.max_queue} has no room for the {self.max_images} images that one request may hold; "
                 "give max_queue at least max_images."
             )

@@ -23,6 +23,7 @@ from thaw.data.digit_image import (
     read_picture,
     unpack,
 )
+from thaw.run.errors import UserError
 from thaw.serve.limits import Limits, RefusedError
 
 FILE_TYPES = (*(f"image/{kind.lower()}" for kind in PICTURE_FORMATS), "image/jpg", "application/octet-stream")
@@ -184,14 +185,14 @@ def read_base64(text: str, name: str) -> Digit:
     """The digit of a picture in base64, also with wrapped lines, in the URL-safe alphabet or without padding."""
     head, comma, rest = text.partition(",")
     if comma and not (head.lower().startswith("data:image/") and head.lower().endswith(";base64")):
-        raise ValueError(
+        raise UserError(
             f"{name} starts with {head[:40]!r}; give base64, with data:image/png;base64, or nothing before it."
         )
     letters = "".join((rest if comma else head).split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         content = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{name} is not base64 ({error}); send a picture in base64, or rows of pixels.") from error
+        raise UserError(f"{name} is not base64 ({error}); send a picture in base64, or rows of pixels.") from error
     if is_idx(content) or content[:2] == b"\x1f\x8b":
-        raise ValueError(f"{name} is not a picture; send an IDX file as the whole body, as application/octet-stream.")
+        raise UserError(f"{name} is not a picture; send an IDX file as the whole body, as application/octet-stream.")
     return read_picture(content, name)

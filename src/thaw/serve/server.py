@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from thaw.run.errors import UserError
 from thaw.serve.connection import Connection
 
 
@@ -25,12 +26,12 @@ def open_port(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(
+            raise UserError(
                 f"port={port} on host={host} is taken; choose another, or port=0 for any free one."
             ) from error
         if error.errno == errno.EACCES:
-            raise ValueError(f"port={port} is reserved for the system; choose one of 1024 or above.") from error
-        raise ValueError(
+            raise UserError(f"port={port} is reserved for the system; choose one of 1024 or above.") from error
+        raise UserError(
             f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
         ) from error
 

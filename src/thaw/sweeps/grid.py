@@ -24,8 +24,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from thaw.run.command import explain
 from thaw.run.command_line import override_key, quoted
-from thaw.run.config import check_devices, explain
+from thaw.run.config import check_devices
+from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
 from thaw.run.targets import targets
@@ -67,12 +69,12 @@ class GridSweep(Sweeper):
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(self.folder)}")
         if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
-            raise ValueError(
+            raise UserError(
                 f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} is not installed; for clusters run: "
                 "pip install 'thaw-vit[slurm]', for one machine choose basic or queue."
             )
         if "SlurmLauncher" in config.hydra.launcher._target_ and shutil.which("sbatch") is None:
-            raise ValueError(
+            raise UserError(
                 "hydra/launcher=submitit_slurm needs SLURM's sbatch, which is not installed here; choose queue or "
                 "submitit_local."
             )
@@ -113,12 +115,12 @@ class GridSweep(Sweeper):
         overrides = parser.parse_overrides(arguments)
         for override in overrides:
             if override.is_sweep_override() and not override.is_discrete_sweep():
-                raise ValueError(
+                raise UserError(
                     f"{override.input_line} is a range, but a grid needs values: name them, as in optim.lr=1e-3,1e-2; "
                     "sweep.py searches ranges."
                 )
             if override.is_discrete_sweep() and not list(override.sweep_string_iterator()):
-                raise ValueError(f"{override.input_line} gives no value at all; name at least one.")
+                raise UserError(f"{override.input_line} gives no value at all; name at least one.")
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         return [compose_job(self.hydra_context, self.config, overrides) for overrides in batch]
 
@@ -160,10 +162,10 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:
         same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
-        raise ValueError(f"The sweep holds the same job {len(same)} times: {same[0]}. Name each value once.")
+        raise UserError(f"The sweep holds the same job {len(same)} times: {same[0]}. Name each value once.")
     for job in jobs:
         if missing := OmegaConf.missing_keys(job.cfg):
-            raise ValueError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
+            raise UserError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
         check_run(job.cfg, on_this_machine)
 
 

@@ -20,6 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.config import plain
+from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
 from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
@@ -80,7 +81,7 @@ class JobQueue(Launcher):
         for job in waiting:
             kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
             if count > len(self.free[kind]):
-                raise ValueError(
+                raise UserError(
                     f"{' '.join(job.overrides)} needs {count} GPUs, but {len(self.free['gpu'])} are free here; "
                     "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
                 )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from thaw.run.errors import UserError
 from thaw.run.ranks import num_processes
 
 Kind = Literal["gpu", "core"]
@@ -31,7 +32,7 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     names = visible.split(",")[:found]
     if wanted != "auto":
         if wrong := [number for number in wanted if number not in range(found)]:
-            raise ValueError(
+            raise UserError(
                 f"hydra.launcher.gpus={list(wanted)}: {wrong[0]} is not one of the {found} GPUs seen here; "
                 "give numbers from 0, or auto."
             )
@@ -39,7 +40,7 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     used = used_mib() if found else {}
     free = [name for name in names if used.get(name, 0) < FREE_MIB]
     if found and not free:
-        raise ValueError(
+        raise UserError(
             f"Other programs use all {found} GPUs seen here; wait, or name those to share: hydra.launcher.gpus=[0]."
         )
     return free

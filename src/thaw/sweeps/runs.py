@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from thaw.run.command_line import override_key
+from thaw.run.errors import UserError
 from thaw.run.folders import NOT_THE_RUN
 
 DONE, UNFINISHED = "done", "unfinished"
@@ -62,14 +63,14 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     found: dict[Path, None] = {}  # a set that keeps the order
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; give the folder of a sweep or of runs, such as logs/sweeps.")
+            raise UserError(f"{folder} is not a folder; give the folder of a sweep or of runs, such as logs/sweeps.")
         here = []
         for path, inner, files in os.walk(folder.resolve()):
             inner[:] = sorted(name for name in inner if name not in NOT_SEARCHED and not name.startswith("."))
             if set(RUN_FILES) & set(files):
                 here.append(Path(path))
         if not here:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds no run: no folder at or below it has a {', a '.join(RUN_FILES)}. "
                 "Give the folder of a sweep or of runs, such as logs/sweeps."
             )
@@ -113,7 +114,7 @@ def read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=fast)
         if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__} where keys and values were expected")
+            raise UserError(f"holds a {type(content).__name__} where keys and values were expected")
     except (ValueError, OSError, yaml.YAMLError) as error:
         warnings.append(f"{os.path.relpath(path)} cannot be read and is left out: {' '.join(str(error).split())}")
         return {}

@@ -4,7 +4,6 @@ import os
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from thaw.run.config import USER_ERRORS, explain
+from thaw.run.command import explain, show
+from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
@@ -110,8 +110,8 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except Exception as error:
-        if not isinstance(error, USER_ERRORS):
-            traceback.print_exc()
+        if not isinstance(error, UserError):
+            print(show(error), file=sys.stderr)
         reason = explain(error)
         study.tell(trial, state=TrialState.FAIL)
     else:
@@ -141,5 +141,5 @@ def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:
         trial.set_user_attr(key, summary.get(key))
     for metric in plan.objectives:
         if summary.get(metric) is None:
-            raise ValueError(f"{metric} was not measured by {run_dir}; choose other sweep.objectives.")
+            raise UserError(f"{metric} was not measured by {run_dir}; choose other sweep.objectives.")
     return {metric: summary[metric] for metric in plan.objectives}

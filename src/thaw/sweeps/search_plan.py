@@ -14,8 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.pruners import BasePruner, NopPruner
 
+from thaw.run.command import explain
 from thaw.run.command_line import override_key
-from thaw.run.config import build, explain
+from thaw.run.config import build
+from thaw.run.errors import UserError
 from thaw.run.folders import job_key
 from thaw.run.ranks import is_launched
 from thaw.sweeps.grid import check_run
@@ -96,48 +98,48 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPl
         ValueError: names the wrong setting and what is allowed.
     """
     if is_launched():
-        raise ValueError(
+        raise UserError(
             "sweep.py starts the processes of its trials itself: start each worker as `python sweep.py ...`, on a "
             "cluster as a task of its own (srun --ntasks=1)."
         )
     if cfg.resume:
-        raise ValueError(
+        raise UserError(
             f"resume={cfg.resume} continues one run; leave it out: the same command as before continues a search."
         )
     trials = cfg.sweep.trials
     if not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"sweep.trials={trials!r} must be a whole number, 1 or more.")
+        raise UserError(f"sweep.trials={trials!r} must be a whole number, 1 or more.")
     typed = [override for override in overrides if override_key(override).replace("/", ".").split(".")[0] != "sweep"]
     plan = SearchPlan(cfg, typed, Path(cfg.run_dir).resolve(), train)
     check_run(plan.base, on_this_machine=True)
     check_objectives(plan)
     both = [override for override in typed if override_key(override) in plan.space]
     if both:
-        raise ValueError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
+        raise UserError(f"{both[0]} was typed, but sweep.space searches it; leave one of them out.")
     for params in corners(plan.space):
         try:
             check_run(plan.compose(params), on_this_machine=True)
         except (ValueError, HydraException, OmegaConfBaseException) as error:
-            raise ValueError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
+            raise UserError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
     directions: Sequence[Any] = list(plan.objectives.values())
     sampler = make_sampler(cfg.sweep.sampler, plan.space, drawn=0)
     study = optuna.create_study(directions=directions, sampler=sampler)  # in memory
     try:
         study.ask(plan.space)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"sweep.sampler cannot draw: {error}. Choose another sweep/sampler.") from error
+        raise UserError(f"sweep.sampler cannot draw: {error}. Choose another sweep/sampler.") from error
     return plan
 
 
 def check_objectives(plan: SearchPlan) -> None:
     objectives = plan.cfg.sweep.objectives
     if not OmegaConf.is_list(objectives) or not objectives or len(set(objectives)) < len(objectives):
-        raise ValueError(f"sweep.objectives={objectives} must be a list of different metrics, such as [val/acc].")
+        raise UserError(f"sweep.objectives={objectives} must be a list of different metrics, such as [val/acc].")
     for metric in objectives:
         if metric not in OBJECTIVES:
-            raise ValueError(f"sweep.objectives: {metric} is not an objective; choose from {', '.join(OBJECTIVES)}.")
+            raise UserError(f"sweep.objectives: {metric} is not an objective; choose from {', '.join(OBJECTIVES)}.")
     if not isinstance(plan.pruner, NopPruner) and plan.objectives != ACCURACY:
-        raise ValueError(
+        raise UserError(
             f"sweep.pruner looks at validation accuracy alone, but the objectives are {', '.join(objectives)}; choose "
             "sweep/pruner=none."
         )

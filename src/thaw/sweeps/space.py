@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import GridSampler
 
 from thaw.run.command_line import quoted
+from thaw.run.errors import UserError
 from thaw.run.folders import NOT_THE_RUN
 
 Space = dict[str, BaseDistribution]
@@ -49,24 +50,24 @@ def read_space(block: DictConfig, base: DictConfig) -> Space:
     space: Space = {}
     for key, leaf in find_dimensions(OmegaConf.to_container(block, resolve=True)):
         if key in space:
-            raise ValueError(f"sweep.space names {key} twice; leave one of them out.")
+            raise UserError(f"sweep.space names {key} twice; leave one of them out.")
         if any(key == aside or key.startswith(f"{aside}.") for aside in NOT_THE_RUN):
-            raise ValueError(f"sweep.space.{key}: {key} changes nothing in what is trained; leave it out.")
+            raise UserError(f"sweep.space.{key}: {key} changes nothing in what is trained; leave it out.")
         is_float = isinstance(OmegaConf.select(base, key.lstrip("+")), float)
         space[key] = read_choices(key, leaf) if "choices" in leaf else read_range(key, leaf, is_float)
     if not space:
-        raise ValueError(f"sweep.space is empty: name a key of the configuration, such as optim.lr. {HELP}")
+        raise UserError(f"sweep.space is empty: name a key of the configuration, such as optim.lr. {HELP}")
     return space
 
 
 def find_dimensions(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
     """The ranges and choices with their dotted keys."""
     if not isinstance(node, dict):
-        raise ValueError(f"sweep.space.{key}={node!r} is neither a range nor choices. {HELP}")
+        raise UserError(f"sweep.space.{key}={node!r} is neither a range nor choices. {HELP}")
     if node.keys() & (RANGE | CHOICES):
         if wrong := node.keys() - (CHOICES if "choices" in node else RANGE):
             names = ", ".join(sorted(wrong))
-            raise ValueError(f"sweep.space.{key}: {names} is unknown beside {', '.join(sorted(node))}. {HELP}")
+            raise UserError(f"sweep.space.{key}: {names} is unknown beside {', '.join(sorted(node))}. {HELP}")
         return [(key, node)]
     return [
         found
@@ -79,32 +80,32 @@ def find_dimensions(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]
 def read_choices(key: str, leaf: dict[str, Any]) -> BaseDistribution:
     values = leaf["choices"]
     if not isinstance(values, list) or not values:
-        raise ValueError(f"sweep.space.{key}: choices={values!r} must be a list of at least one value.")
+        raise UserError(f"sweep.space.{key}: choices={values!r} must be a list of at least one value.")
     for value in values:
         if not isinstance(value, str | int | float | bool | None):
-            raise ValueError(
+            raise UserError(
                 f"sweep.space.{key}: {value!r} is not allowed in choices; give numbers, words, booleans or null."
             )
     if len({(type(value), value) for value in values}) < len(values):
-        raise ValueError(f"sweep.space.{key}: choices={values} holds a value twice; name each once.")
+        raise UserError(f"sweep.space.{key}: choices={values} holds a value twice; name each once.")
     return CategoricalDistribution(values)
 
 
 def read_range(key: str, leaf: dict[str, Any], is_float: bool) -> BaseDistribution:
     if missing := {"low", "high"} - leaf.keys():
-        raise ValueError(f"sweep.space.{key} has no {' and no '.join(sorted(missing))}. {HELP}")
+        raise UserError(f"sweep.space.{key} has no {' and no '.join(sorted(missing))}. {HELP}")
     low, high, step, log = leaf["low"], leaf["high"], leaf.get("step"), leaf.get("log", False)
     for name, value in {"low": low, "high": high, "step": 1 if step is None else step}.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"sweep.space.{key}: {name}={value!r} must be a number.")
+            raise UserError(f"sweep.space.{key}: {name}={value!r} must be a number.")
     if not isinstance(log, bool):
-        raise ValueError(f"sweep.space.{key}: log={log!r} must be true or false.")
+        raise UserError(f"sweep.space.{key}: log={log!r} must be true or false.")
     if low >= high:
-        raise ValueError(f"sweep.space.{key}: low={low} must be less than high={high}.")
+        raise UserError(f"sweep.space.{key}: low={low} must be less than high={high}.")
     if log and low <= 0:
-        raise ValueError(f"sweep.space.{key}: low={low} must be more than 0, as log is true.")
+        raise UserError(f"sweep.space.{key}: low={low} must be more than 0, as log is true.")
     if step is not None and (step <= 0 or log):
-        raise ValueError(f"sweep.space.{key}: step={step} must be more than 0, and not beside log: true.")
+        raise UserError(f"sweep.space.{key}: step={step} must be more than 0, and not beside log: true.")
     if is_float or not all(isinstance(value, int) for value in (low, high, step or 1)):
         return FloatDistribution(float(low), float(high), log, step)
     return IntDistribution(low, high, log, step or 1)
@@ -120,7 +121,7 @@ def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
         return list(distribution.choices)
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     if distribution.step is None or distribution.log:
-        raise ValueError(f"sweep.space.{key} has no end of values, but a grid visits each: give choices, or a step.")
+        raise UserError(f"sweep.space.{key} has no end of values, but a grid visits each: give choices, or a step.")
     low, high, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
     kind = int if isinstance(distribution, IntDistribution) else float
     return [kind(low + place * step) for place in range(int((high - low) / step) + 1)]

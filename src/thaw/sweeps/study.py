@@ -24,6 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.config import build
+from thaw.run.errors import UserError
 from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
 CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or goes on with
@@ -53,7 +54,7 @@ def open_storage(path: Path) -> BaseStorage:
         ValueError: another suffix, or a file that this version of Optuna cannot read.
     """
     if path.suffix not in (".db", ".journal"):
-        raise ValueError(f"sweep.storage={path} must end in .db, for SQLite, or .journal, for a journal.")
+        raise UserError(f"sweep.storage={path} must end in .db, for SQLite, or .journal, for a journal.")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if path.suffix == ".journal":
@@ -62,7 +63,7 @@ def open_storage(path: Path) -> BaseStorage:
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": STORAGE_SECONDS}})
     except Exception as error:  # of SQLAlchemy, alembic or json: a strange file may raise any
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
         ) from error
 
@@ -89,7 +90,7 @@ def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: M
     for key, value in identity.items():
         stored = study.user_attrs.get(key)
         if stored != value:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds the study {name} of another search: its {key} is {stored}, but here it is {value}. "
                 "Choose a name for this one with sweep.study=<name>, or remove the old one's folder."
             )
@@ -120,7 +121,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
         assert issubclass(kind, BaseSampler)
     except Exception as error:  # Hydra raises ImportError, ValueError and its own
         known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler") and name[:4] != "Base")
-        raise ValueError(
+        raise UserError(
             f"sweep.sampler._target_={block._target_} is not a sampler; choose sweep/sampler=tpe, cmaes, grid, random, "
             f"or one of optuna.samplers: {known}."
         ) from error
@@ -131,7 +132,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
         settings["seed"] = int(np.random.SeedSequence([block.seed, drawn]).generate_state(1)[0])
     ranges = [key for key, one in space.items() if not isinstance(one, CategoricalDistribution)]
     if issubclass(kind, CmaEsSampler) and len(ranges) < 2:
-        raise ValueError(
+        raise UserError(
             f"CMA-ES searches two or more numbers at once, but sweep.space has {len(ranges)} with low and high; choose "
             "sweep/sampler=tpe or random, or add a range."
         )
@@ -139,7 +140,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
         return build(block, **settings)
     except (InstantiationException, ImportError) as error:
         reason = str(error.__cause__ or error).strip()
-        raise ValueError(f"sweep.sampler cannot be built: {reason}. Compare it with configs/sweep/sampler.") from error
+        raise UserError(f"sweep.sampler cannot be built: {reason}. Compare it with configs/sweep/sampler.") from error
 
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:

@@ -1,0 +1,13 @@
+"""Errors of whoever uses thaw, which are shown as one message without a traceback."""
+
+
+class UserError(ValueError):
+    """A setting, a file or an input that cannot work. The message names it, what is allowed and the next step.
+
+    Only errors that thaw raises on purpose are shown without a traceback. Another ValueError, of a library or of a
+    user's own class, needs its place in the code.
+    """
+
+
+class UserFileError(OSError, UserError):
+    """A file or folder that cannot be read or written."""
