@@ -40,7 +40,7 @@ class BankClassifier(Classifier):
         winner: after training, learning rate and weight decay of the head in the best checkpoint (set by `LRCurve`).
 
     Raises:
-        ValueError: when training starts, if the heads would depend on each other, or could not be chosen.
+        UserError: when training starts, if the heads would depend on each other, or could not be chosen.
     """
 
     head: "LRBank"
@@ -167,7 +167,7 @@ class LRBank(nn.Module):
         chosen: buffer (), the head that `forward` uses: the best of the latest validation, of equals the earlier.
 
     Raises:
-        ValueError: a number that is given twice.
+        UserError: a number that is given twice.
     """
 
     chosen: Tensor

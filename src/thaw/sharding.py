@@ -37,7 +37,7 @@ class FullyShard(ModelParallelStrategy):
     """Shards a `Classifier` over all processes, block by block; a checkpoint is one file and holds all tensors.
 
     Raises:
-        ValueError: when training starts, for a model or callback that cannot be sharded.
+        UserError: when training starts, for a model or callback that cannot be sharded.
     """
 
     def __init__(self) -> None:

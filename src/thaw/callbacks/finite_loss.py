@@ -15,7 +15,7 @@ EVERY = 50  # steps between two checks of the losses on an accelerator
 
 
 class FiniteLoss(Callback):
-    """Raises ValueError when a training loss is infinite or NaN, before a checkpoint holds weights that it spoiled.
+    """Raises UserError when a training loss is infinite or NaN, before a checkpoint holds weights that it spoiled.
 
     On a CPU that is before the loss's gradient is taken. On an accelerator each check makes the host wait: losses are
     checked together every `EVERY` steps, and before weights are validated or saved.

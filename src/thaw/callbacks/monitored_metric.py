@@ -11,7 +11,7 @@ from thaw.run.errors import UserError
 
 
 class MonitorCheck(Callback):
-    """Raises ValueError before training for a callback whose `monitor` is not among the metrics of a validation.
+    """Raises UserError before training for a callback whose `monitor` is not among the metrics of a validation.
 
     Every classifier logs `val/acc`. For other metrics a validation batch is run first, Lightning's sanity check, which
     leaves the run's random numbers as they are. Metrics of training, `train/...`, are not known before the first epoch.
@@ -40,7 +40,7 @@ class EarlyStopping(LightningEarlyStopping):
     """Lightning's EarlyStopping, except that the end of an epoch counts only once something was validated.
 
     A resumed run has the patience of its configuration, where Lightning's has that of the checkpoint, and trains no
-    further epoch if that has run out. A missing metric is a ValueError.
+    further epoch if that has run out. A missing metric is a UserError.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

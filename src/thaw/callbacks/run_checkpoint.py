@@ -99,7 +99,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str) -> None:
 
 
 def check_readable(checkpoint: dict[str, Any]) -> None:
-    """Raise ValueError for the first value that `torch.load(..., weights_only=True)` would not read."""
+    """Raise UserError for the first value that `torch.load(..., weights_only=True)` would not read."""
     for place, kind in unreadable(checkpoint, "checkpoint"):
         raise UserError(
             f"{place} is of type {kind.__module__}.{kind.__qualname__}, with which the checkpoint could not be read "

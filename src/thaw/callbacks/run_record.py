@@ -104,7 +104,7 @@ def check_same_config(config: dict[str, Any]) -> None:
         config: as plain values; interpolations are resolved here.
 
     Raises:
-        ValueError: they differ; it names each key that does and its value on each rank.
+        UserError: they differ; it names each key that does and its value on each rank.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return

@@ -245,7 +245,7 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
         changes: other values of some keys, e.g. `{"dir": "/data"}`.
 
     Raises:
-        ValueError: see `change_settings`, or the data module has no `load`.
+        UserError: see `change_settings`, or the data module has no `load`.
         OSError: its files are gone or cannot be read.
     """
     change_settings(data, changes)
@@ -270,7 +270,7 @@ def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:
     """Change settings of a checkpoint's data module in place.
 
     Raises:
-        ValueError: it has no such setting, or does not allow the value, or would not read the folder.
+        UserError: it has no such setting, or does not allow the value, or would not read the folder.
     """
     if unknown := [key for key in changes if key not in data]:
         raise UserError(

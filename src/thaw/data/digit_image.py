@@ -54,7 +54,7 @@ def read_digits(content: bytes, name: str) -> Iterator[Digit]:
     """The digits in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
 
     Raises:
-        ValueError: an IDX or .gz file is damaged or too large; begins with `name`.
+        UserError: an IDX or .gz file is damaged or too large; begins with `name`.
     """
     content = unpack(content, name)
     if not is_idx(content):
@@ -119,7 +119,7 @@ def read_picture(content: bytes, name: str) -> Digit:
     """The digit in a file of one of `PICTURE_FORMATS`."""
     try:
         picture, doubts = open_picture(content, name)
-    except ValueError as error:
+    except UserError as error:
         return Digit(None, str(error))
     return read_opened(picture, name, doubts)
 
@@ -128,7 +128,7 @@ def read_opened(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit
     try:
         image, doubt = find_digit(picture)
     except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
-        reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({type(error).__name__}: {error})."
+        reason = str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
         return Digit(None, f"{name} {reason}")
     return Digit(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
 
@@ -137,7 +137,7 @@ def open_picture(content: bytes, name: str) -> tuple[Image.Image, list[str]]:
     """Decode the first frame of a picture, upright, and list doubts about it; checks the stated size before decoding.
 
     Raises:
-        ValueError: not a picture, or too large or damaged.
+        UserError: not a picture, or too large or damaged.
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
@@ -168,7 +168,7 @@ def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:
     Ink is what differs from the background, so that neither inversion nor colour matters.
 
     Raises:
-        ValueError: the picture is of one colour. The message needs a name before it.
+        UserError: the picture is of one colour. The message needs a name before it.
     """
     ink, doubt = find_strokes(as_rgb(picture), sheets=2)  # (H, W) from 0 to 1
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))

@@ -16,7 +16,7 @@ def read_idx(content: bytes, name: str) -> Tensor:
     Layout: two zero bytes, the element type, the number of dimensions n, n big-endian 32-bit sizes, the data.
 
     Raises:
-        ValueError: the content is not such a file; begins with `name`.
+        UserError: the content is not such a file; begins with `name`.
     """
     if len(content) < 4 or content[:2] != b"\0\0":
         raise UserError(f"{name} is not an IDX file: it starts with {content[:16]!r}, expected two zero bytes.")

@@ -61,7 +61,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
         mirrors: base URLs tried in order; None stands for torchvision's, an empty list for no download.
 
     Raises:
-        ValueError: a file is not the official one, or the sample or the folder does not exist.
+        UserError: a file is not the official one, or the sample or the folder does not exist.
         OSError: the folder cannot be written.
         ConnectionError: official files are missing and no mirror gives them; names what lies in the folder.
     """
@@ -136,7 +136,7 @@ def find_official(dataset: str, name: str, directory: Path) -> Tensor | None:
     """The content of an official file, under any usual name in any usual place; None where there is none.
 
     Raises:
-        ValueError: another file of that name lies where the official one belongs, and the official one lies nowhere.
+        UserError: another file of that name lies where the official one belongs, and the official one lies nowhere.
     """
     own = [directory / dataset / "raw", directory / dataset, directory / "raw", directory]
     wrong = None
@@ -202,7 +202,7 @@ def describe_wrong_file(content: bytes) -> str:
         return f"it is truncated at {len(content):,} bytes"
     except (OSError, zlib.error):
         return "its content is corrupt"
-    except ValueError as error:
+    except UserError as error:
         return str(error).rstrip(".")
     return f"it holds other data, of shape {shape}"
 

@@ -23,7 +23,7 @@ def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
     """McNemar's test between each two checkpoints.
 
     Raises:
-        ValueError: they were not tested on the same images.
+        UserError: they were not tested on the same images.
     """
     pairs = []
     for first, second in combinations(assessments, 2):

@@ -31,7 +31,7 @@ def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy of predicted labels (N,) on test images with its 95 % interval, as values of JSON.
 
     Raises:
-        ValueError: there are no images.
+        UserError: there are no images.
     """
     correct, total = int((predictions == labels).sum()), len(labels)
     if not total:

@@ -24,7 +24,7 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     weights lie that the checkpoint refers to.
 
     Raises:
-        ValueError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
+        UserError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
     """
     typed = [override_key(override) for override in overrides]
     path = checkpoints.find_checkpoint(cfg.ckpt, Path("logs"), "best.ckpt")

@@ -65,7 +65,7 @@ def knn(
         temperature: of the weighted vote.
 
     Raises:
-        ValueError: settings that do not go together, features that are not finite, labels of one class only.
+        UserError: settings that do not go together, features that are not finite, labels of one class only.
     """
     candidates = sorted(set(k))
     if candidates[-1] > len(train.labels):
@@ -131,7 +131,7 @@ def logistic_regression(
         tolerance: the largest entry of the gradient at which a fit has converged.
 
     Raises:
-        ValueError: features that are not finite, labels of one class only.
+        UserError: features that are not finite, labels of one class only.
     """
     check_data(train, val)
     classes, targets = train.labels.unique(return_inverse=True)  # (K,), (N,)
@@ -213,7 +213,7 @@ def check_data(train: Labelled, val: Labelled) -> None:
 
 
 def check_finite(split: str, features: Tensor) -> None:
-    """Raise ValueError for features (N, D) that are not finite; `split` names their images."""
+    """Raise UserError for features (N, D) that are not finite; `split` names their images."""
     if bad := int((~features.isfinite().all(dim=1)).sum()):
         raise UserError(
             f"{bad:,} of {len(features):,} {split} images have features that are not finite. Check the backbone's "

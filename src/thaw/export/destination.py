@@ -15,7 +15,7 @@ SIZE_LEFT = 0.7  # of the float32 file, above which there is a warning
 
 
 def check_request(cfg: DictConfig) -> None:
-    """Raise a ValueError for settings that do not go together, before anything is loaded."""
+    """Raise a UserError for settings that do not go together, before anything is loaded."""
     if cfg.format not in FILE_NAMES:
         raise UserError(f"format={cfg.format!r} is unknown; choose one of {', '.join(FILE_NAMES)}.")
     if cfg.quantize not in (None, "int8"):
@@ -35,7 +35,7 @@ def destination(cfg: DictConfig, checkpoint: Path) -> Path:
     """The file or folder to write: `output`, else in the run's folder, else beside a checkpoint without a run.
 
     Raises:
-        ValueError: `output` does not end as the format does, or is a folder where a file is wanted.
+        UserError: `output` does not end as the format does, or is a folder where a file is wanted.
     """
     name = Path(FILE_NAMES[cfg.format])
     if cfg.quantize:

@@ -38,7 +38,7 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
         the facts in the file.
 
     Raises:
-        ValueError: the model cannot be exported, or the file does not compute what the model does.
+        UserError: the model cannot be exported, or the file does not compute what the model does.
     """
     if format == "onnx":
         check_onnx_installed()

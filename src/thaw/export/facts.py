@@ -51,7 +51,7 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
         images, wanted: see `parity_sample`.
 
     Raises:
-        ValueError: another class for any digit, or a difference above the tolerance.
+        UserError: another class for any digit, or a difference above the tolerance.
     """
     given = model(images)
     others = int((given.argmax(dim=1) != wanted.argmax(dim=1)).sum())

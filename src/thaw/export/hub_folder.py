@@ -66,7 +66,7 @@ def export_folder(
         what was measured.
 
     Raises:
-        ValueError: something else lies at `path`, or the folder does not compute what the model does.
+        UserError: something else lies at `path`, or the folder does not compute what the model does.
     """
     if path.exists() and not (
         path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
@@ -97,7 +97,7 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
     """Write weights and config; returns the code that computes probabilities with them.
 
     Raises:
-        ValueError: a head of a class that is not thaw's.
+        UserError: a head of a class that is not thaw's.
     """
     head, backbone = model.head, model.backbone
     if type(head) not in HEADS.values():
@@ -166,7 +166,7 @@ def load_folder(folder: str | Path) -> Portable:
     Nothing that the folder says is run: only thaw's own classes are built.
 
     Raises:
-        ValueError: the folder holds no such model.
+        UserError: the folder holds no such model.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}

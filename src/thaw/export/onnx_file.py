@@ -20,7 +20,7 @@ OPSET = 20  # onnxruntime reads it since 1.17
 
 
 def check_onnx_installed() -> None:
-    """Raise a ValueError that names what to install."""
+    """Raise a UserError that names what to install."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -33,7 +33,7 @@ def to_onnx(program: ExportedProgram, name: str) -> Any:
     """Convert a traced program, images -> (probabilities,), to an ONNX model.
 
     Raises:
-        ValueError: it has an operator that ONNX lacks, or is too large for one file.
+        UserError: it has an operator that ONNX lacks, or is too large for one file.
     """
     import torch
 
@@ -80,7 +80,7 @@ def to_int8(model: Any) -> tuple[Any, dict[str, int]]:
     of each batch. The rest computes in float32.
 
     Raises:
-        ValueError: there is no matrix to quantise.
+        UserError: there is no matrix to quantise.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic

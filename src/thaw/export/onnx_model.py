@@ -50,7 +50,7 @@ def load_onnx(path: Path) -> OnnxModel:
     """Load an ONNX file that `export.py` wrote.
 
     Raises:
-        ValueError: there is no such file, export.py did not write it, or onnxruntime is not installed.
+        UserError: there is no such file, export.py did not write it, or onnxruntime is not installed.
     """
     try:
         import onnxruntime

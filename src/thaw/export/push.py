@@ -9,7 +9,7 @@ MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface
 
 
 def check_push(repository: str) -> None:
-    """Raise a ValueError for a name that no repository can have, or without a token; needs no network."""
+    """Raise a UserError for a name that no repository can have, or without a token; needs no network."""
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
@@ -27,7 +27,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         private: whether it is created as a private one.
 
     Raises:
-        ValueError: the hub refuses.
+        UserError: the hub refuses.
         ConnectionError: it cannot be reached.
     """
     from huggingface_hub import HfApi

@@ -45,7 +45,7 @@ class FeatureCache:
         """Print why nothing can be cached.
 
         Raises:
-            ValueError: mode `memory` or `disk` asked for it.
+            UserError: mode `memory` or `disk` asked for it.
         """
         if self.mode in ("memory", "disk"):
             raise UserError(f"cache.mode={self.mode} can cache nothing: {reason}. Set cache.mode=auto or off.")
@@ -80,7 +80,7 @@ class FeatureCache:
             (N, ...), or None in mode `auto` where that is larger than `max_gb`.
 
         Raises:
-            ValueError: larger than `max_gb` in another mode.
+            UserError: larger than `max_gb` in another mode.
             OSError: the folder cannot be used, in mode `disk`.
         """
         own = {"format": FORMAT, "torch": torch.__version__, "device": trainer.strategy.root_device.type}

@@ -44,7 +44,7 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
         alpha: scale of the update.
 
     Raises:
-        ValueError: no linear layer has such a name, or a number out of its range.
+        UserError: no linear layer has such a name, or a number out of its range.
     """
     depths = backbone.depths()
     num_layers = max(depths.values()) + 1

@@ -89,7 +89,7 @@ class FreezePolicy:
         lora: adds low-rank updates to the backbone, see `thaw.freezing.lora.add_lora`; None adds none.
 
     Raises:
-        ValueError: a rule with unknown fields or an invalid regular expression.
+        UserError: a rule with unknown fields or an invalid regular expression.
     """
 
     def __init__(self, rules: Sequence[Mapping], lora: Callable[[nn.Module], None] | None) -> None:
@@ -108,7 +108,7 @@ class FreezePolicy:
         """Decide for every parameter of a classifier from which epoch it trains.
 
         Raises:
-            ValueError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
+            UserError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
         """
         depths = model.depths()
         epochs = self.thaw_epochs(depths)
@@ -130,7 +130,7 @@ class FreezePolicy:
                 so its depth is the number of the backbone's layers.
 
         Raises:
-            ValueError: a parameter that no rule covers, a rule that decides nothing, one that asks for more layers
+            UserError: a parameter that no rule covers, a rule that decides nothing, one that asks for more layers
                 than there are, or two schedules for one parameter.
         """
         num_layers = max(depths.values())
@@ -204,7 +204,7 @@ class Thaw:
         """Refuse to freeze random numbers.
 
         Raises:
-            ValueError: a parameter that no weights filled is frozen in epoch 0.
+            UserError: a parameter that no weights filled is frozen in epoch 0.
         """
         fresh = {f"backbone.{name}" for name in self.model.backbone.fresh}
         frozen = sorted(name for name, epoch in self.epochs.items() if plain_name(name) in fresh and epoch > 0)

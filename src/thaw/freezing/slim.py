@@ -41,7 +41,7 @@ def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None
         state: of a model that was built with the same frozen weights.
 
     Raises:
-        ValueError: the model has other frozen weights.
+        UserError: the model has other frozen weights.
     """
     reference = checkpoint.get("frozen")
     if reference is None:

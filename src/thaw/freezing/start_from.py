@@ -21,7 +21,7 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str
         the earlier run's `backbone.weights`, which those of the new run descend from, too.
 
     Raises:
-        ValueError: no such checkpoint, or one of another architecture.
+        UserError: no such checkpoint, or one of another architecture.
     """
     path = find_checkpoint(wanted, runs, "best.ckpt")
     checkpoint = read_checkpoint(path, allow)

@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         num_tokens: T after the stem; without tokens, the number of positions at a stride of 16.
 
     Raises:
-        ValueError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
+        UserError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
         ConnectionError: hub weights that cannot be fetched.
     """
 
@@ -224,7 +224,7 @@ def compile_each(modules: Iterable[nn.Module]) -> None:
     """Have torch.compile turn each module into fast code at its first call; state dicts keep their names.
 
     Raises:
-        ValueError: code for a CPU needs a C++ compiler, and there is none.
+        UserError: code for a CPU needs a C++ compiler, and there is none.
     """
     if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("model.compile=true needs a C++ compiler such as g++, and none is installed; set it to false.")

@@ -150,7 +150,7 @@ class ConvNet(Baseline):
         dropout: probability of zeroing a feature in training.
 
     Raises:
-        ValueError: the image is too small for so many stages.
+        UserError: the image is too small for so many stages.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
         stated: timm's `pretrained_cfg` of the model.
 
     Raises:
-        ValueError: there is no such file, or the model has no hub weights.
+        UserError: there is no such file, or the model has no hub weights.
         ConnectionError: the hub weights cannot be fetched.
     """
     if weights == "bundled":
@@ -59,7 +59,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict without executing code.
 
     Raises:
-        ValueError: the file is not one.
+        UserError: the file is not one.
     """
     try:
         if path.suffix == ".safetensors":
@@ -81,7 +81,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a file's tensors have exactly the names and shapes of the model `name`."""
+    """Raise UserError unless a file's tensors have exactly the names and shapes of the model `name`."""
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
         *(f"unexpected {key}" for key in state.keys() - wanted.keys()),

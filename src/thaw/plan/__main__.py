@@ -28,7 +28,7 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
         arguments: of the command line, e.g. `["model=vit_small", "devices=8", "freeze.k=4"]`.
 
     Raises:
-        ValueError: an argument that is not allowed.
+        UserError: an argument that is not allowed.
     """
     settings, overrides = read_arguments(arguments)
     dataset = settings.dataset
@@ -42,7 +42,7 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
             try:
                 step = dry_step(cfg, "cuda")
             except InstantiationException as error:
-                if not isinstance(error.__cause__, ValueError):
+                if not isinstance(error.__cause__, UserError):
                     raise
                 presets = "" if model in options("backbone") else f" Presets are {', '.join(options('backbone'))}."
                 raise UserError(f"model={model}: {error.__cause__}{presets}") from error

@@ -58,8 +58,8 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         device: `cpu`, `cuda` or `mps`, which decides how many tokens at once fill the cache.
 
     Raises:
-        ValueError: a policy or precision that is not allowed.
-        InstantiationException: caused by a ValueError: a model that cannot be built.
+        UserError: a policy or precision that is not allowed.
+        InstantiationException: caused by a UserError: a model that cannot be built.
     """
     precision = cfg.trainer.precision
     if precision not in PRECISIONS:

@@ -38,7 +38,7 @@ def read_arguments(arguments: Sequence[str]) -> tuple[PlanSettings, list[str]]:
     """The settings in configs/plan.yaml with the arguments in their place, and the arguments that are train.yaml's.
 
     Raises:
-        ValueError: an unknown key or a value that is not allowed.
+        UserError: an unknown key or a value that is not allowed.
     """
     if not CONFIGS.is_dir():
         raise UserError(f"{CONFIGS} is not a folder: thaw.plan reads the configs of a checkout; pip install -e it.")

@@ -51,7 +51,7 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
     Hidden and other files are left out and counted. A file that is named is always taken.
 
     Raises:
-        ValueError: a name does not exist, or a folder holds nothing to read.
+        UserError: a name does not exist, or a folder holds nothing to read.
     """
     files, left_out = [], []
     for name in inputs:

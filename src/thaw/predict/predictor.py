@@ -76,7 +76,7 @@ class Predictor:
         """(N, 28, 28) -> (N, h, w): each patch's share in what the head sees.
 
         Raises:
-            ValueError: the backbone has no attention between all its patches.
+            UserError: the backbone has no attention between all its patches.
         """
         if not self.has_attention:
             raise UserError(
@@ -145,7 +145,7 @@ def load_predictor(
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
     Raises:
-        ValueError: no such checkpoint, or its model does not classify.
+        UserError: no such checkpoint, or its model does not classify.
     """
     quiet_libraries()
     path = checkpoints.find_checkpoint(ckpt, Path("logs"), "best.ckpt")

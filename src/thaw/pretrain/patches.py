@@ -57,7 +57,7 @@ def patch_side(backbone: Backbone, objective: str) -> int:
     """Side p of the square patches of a plain ViT.
 
     Raises:
-        ValueError: the backbone is not a plain ViT (it has windows, stages, rotary positions or an attention pool).
+        UserError: the backbone is not a plain ViT (it has windows, stages, rotary positions or an attention pool).
     """
     model: Any = getattr(backbone, "model", None)
     is_vit = hasattr(model, "pos_embed") and hasattr(model, "blocks") and hasattr(model, "patch_embed")

@@ -26,7 +26,7 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         the mean over all 2B rows of -log(exp(positive) / sum of exp over the other 2B - 1 rows).
 
     Raises:
-        ValueError: a single image, which leaves nothing to contrast.
+        UserError: a single image, which leaves nothing to contrast.
     """
     if len(projections) < 4:
         raise UserError(

@@ -13,7 +13,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,7 +35,7 @@ def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
         name: of the file in a run's folder, `last.ckpt` or `best.ckpt`.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        UserError: there is no such checkpoint.
     """
     if wanted == "last":
         found = max(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime, default=None)
@@ -70,10 +69,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's tensors and plain values; pickled code in it is not run.
 
     Raises:
-        ValueError: it is damaged, holds pickled code, or was not written by thaw.
+        UserError: it is damaged, holds pickled code, or was not written by thaw.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a checkpoint that train.py wrote.")
+    import torch  # takes a second, in which a wrong path is told
+
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many classes for files that are not its own
@@ -93,7 +94,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     `allow` holds packages, modules or classes beside thaw's that the configuration may name.
 
     Raises:
-        ValueError: as `load_checkpoint`, or it names code that is not allowed.
+        UserError: as `load_checkpoint`, or it names code that is not allowed.
     """
     checkpoint = load_checkpoint(path)
     commit = str(checkpoint.setdefault("git_commit", "unknown"))
@@ -154,7 +155,7 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
     `backbone.weights` of its configuration.
 
     Raises:
-        ValueError: the frozen weights cannot be found or are others, some weights are not finite, or the model is of
+        UserError: the frozen weights cannot be found or are others, some weights are not finite, or the model is of
             another version of the code.
     """
     cfg, path = OmegaConf.create(checkpoint["config"]), checkpoint["path"]

@@ -65,7 +65,7 @@ def write_json(facts: Mapping[str, Any], path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote; ValueError if it is not a JSON object."""
+    """Read what `write_json` wrote; UserError if it is not a JSON object."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command_line import override_key
+from thaw.run.errors import UserError
 from thaw.run.targets import targets
 
 # Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
@@ -55,7 +56,7 @@ def run_name(_root_: DictConfig) -> str:
         from thaw.run.resume import find_saved
 
         runs = Path("logs", "runs") / (_root_.name if "experiment" in typed else "")
-        with suppress(ValueError):  # the program itself reports it
+        with suppress(UserError):  # the program itself reports it
             saved = find_saved(_root_.resume, runs, [*_root_.allow, *targets(_root_)])[0]
             return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
     return _root_.name

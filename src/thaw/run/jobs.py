@@ -43,7 +43,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
     In a sweep a failure ends this job only.
 
     Raises:
-        ValueError: the folder belongs to another configuration, or another process works there.
+        UserError: the folder belongs to another configuration, or another process works there.
     """
     if not is_sweep_job():
         return run_in_folder(cfg, train)
@@ -90,7 +90,7 @@ def has_summary(run_dir: Path) -> bool:
     """Whether a run came to its end and its summary can be read."""
     try:
         return "val/acc" in read_json(run_dir / SUMMARY)
-    except (ValueError, OSError):
+    except (UserError, OSError):
         return False
 
 
@@ -108,7 +108,7 @@ def go_on(cfg: DictConfig) -> None:
         return
     try:
         last = read_checkpoint(run_dir / LAST_CHECKPOINT, targets(cfg))
-    except ValueError as error:
+    except UserError as error:
         log.warning("%s Starting from scratch.", error)
         return
     log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))

@@ -48,7 +48,7 @@ def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[st
     are whole groups, such as `trainer`.
 
     Raises:
-        ValueError: a removed key with a value that today's code lacks, or a missing one without a single value today.
+        UserError: a removed key with a value that today's code lacks, or a missing one without a single value today.
     """
     config = dict(copy.deepcopy(config))
     missing = {group: copy.deepcopy(block) for group, block in default_keys().items() if group not in config}

@@ -33,7 +33,7 @@ def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfi
     had started, from the beginning or from the checkpoint of another run.
 
     Raises:
-        ValueError: no such run.
+        UserError: no such run.
     """
     config = Path(wanted).expanduser() / "config.yaml"
     if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
@@ -51,7 +51,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     It has a folder of its own, and `resume` is the checkpoint's path, or null for a run that starts from the beginning.
 
     Raises:
-        ValueError: no such run, or another experiment or freezing policy than the saved one.
+        UserError: no such run, or another experiment or freezing policy than the saved one.
     """
     typed = [override_key(override) for override in overrides]
     runs = Path(cfg.run_dir).parent  # logs/runs/<name>

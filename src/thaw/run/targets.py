@@ -48,7 +48,7 @@ def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], c
     counts by the module that defines it, so that `thaw.run.config.os.makedirs` is not thaw's.
 
     Raises:
-        ValueError: names the first key that is refused.
+        UserError: names the first key that is refused.
     """
     for place, value in config_leaves(config, ""):
         if refers_outside(value):

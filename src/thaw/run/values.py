@@ -32,7 +32,7 @@ def check_types(node: DictConfig, place: str = "") -> None:
     `place` is where the configuration lies in the whole, with a dot at its end.
 
     Raises:
-        ValueError: names every key whose value is not allowed, the value and what is allowed.
+        UserError: names every key whose value is not allowed, the value and what is allowed.
     """
     if problems := find_problems(node, place):
         raise UserError(". ".join(problems) + ".")

@@ -13,7 +13,7 @@ class Limits:
     """Bounds on memory and time, explained in `configs/serve.yaml`.
 
     Raises:
-        ValueError: the queue is shorter than one request may be.
+        UserError: the queue is shorter than one request may be.
     """
 
     max_batch: Count
@@ -42,7 +42,7 @@ class Limits:
 
 
 def limits_of(cfg: DictConfig) -> Limits:
-    """The limits in a configuration; a ValueError names each value that is out of its range."""
+    """The limits in a configuration; a UserError names each value that is out of its range."""
     values = {field.name: cfg[field.name] for field in dataclasses.fields(Limits)}
     check_types(OmegaConf.create({"_target_": f"{__name__}.Limits", **values}))
     return Limits(**values)

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -153,7 +152,7 @@ class RequestReader:
         """A function's result, computed by a decoder; a refusal gives the client thaw.data's reason for no digit."""
         try:
             result = await asyncio.get_running_loop().run_in_executor(self.decoders, function, *arguments)
-        except ValueError as error:
+        except UserError as error:
             raise RefusedError(422, str(error)) from error
         if isinstance(result, Digit) and result.image is None:
             raise RefusedError(422, result.error)
@@ -191,7 +190,7 @@ def read_base64(text: str, name: str) -> Digit:
     letters = "".join((rest if comma else head).split()).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
         content = base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{name} is not base64 ({error}); send a picture in base64, or rows of pixels.") from error
     if is_idx(content) or content[:2] == b"\x1f\x8b":
         raise UserError(f"{name} is not a picture; send an IDX file as the whole body, as application/octet-stream.")

@@ -19,7 +19,7 @@ def open_port(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes any free one.
 
     Raises:
-        ValueError: the port is taken, or the address is not this machine's.
+        UserError: the port is taken, or the address is not this machine's.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

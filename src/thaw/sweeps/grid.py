@@ -87,7 +87,7 @@ class GridSweep(Sweeper):
         """Run the jobs of a command line; exits with status 1 if one of them has failed.
 
         Raises:
-            ValueError: a job that cannot run, before the first one starts.
+            UserError: a job that cannot run, before the first one starts.
         """
         refuse_chdir(self.config.hydra)
         jobs = self.jobs(arguments)
@@ -109,7 +109,7 @@ class GridSweep(Sweeper):
         """Every job of the grid, composed.
 
         Raises:
-            ValueError: a list of values that is empty, or a range.
+            UserError: a list of values that is empty, or a range.
         """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(arguments)
@@ -157,7 +157,7 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
         on_this_machine: the jobs run here, so that their devices must be here.
 
     Raises:
-        ValueError: two jobs are the same, a value has the wrong type, or a job needs devices that are not there.
+        UserError: two jobs are the same, a value has the wrong type, or a job needs devices that are not there.
     """
     twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
     if twice:

@@ -23,7 +23,7 @@ def free_gpus(wanted: str | Sequence[int]) -> list[str]:
         wanted: `auto` for those that no other program uses, or numbers among those that this process sees.
 
     Raises:
-        ValueError: a number that does not exist, or all are in use.
+        UserError: a number that does not exist, or all are in use.
     """
     import torch
 

@@ -49,7 +49,7 @@ def read_run_table(folders: Sequence[Path]) -> RunTable:
     """Read the runs in and below some folders; nothing is written.
 
     Raises:
-        ValueError: a folder does not exist or holds no run.
+        UserError: a folder does not exist or holds no run.
     """
     warnings: list[str] = []
     groups = group_runs([read_run(folder, warnings) for folder in find_runs(folders)])
@@ -65,7 +65,7 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
         extra_pictures: title and PNG file of each picture to be shown after those of the table.
 
     Raises:
-        ValueError: as in `read_run_table`.
+        UserError: as in `read_run_table`.
     """
     table = read_run_table(folders)
     out.mkdir(parents=True, exist_ok=True)

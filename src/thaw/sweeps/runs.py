@@ -58,7 +58,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """All run folders at and below the given ones, each once; links below them are not followed.
 
     Raises:
-        ValueError: a folder does not exist or holds no run.
+        UserError: a folder does not exist or holds no run.
     """
     found: dict[Path, None] = {}  # a set that keeps the order
     for folder in folders:

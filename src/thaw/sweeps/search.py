@@ -45,7 +45,7 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
         train: as in `SearchPlan`.
 
     Raises:
-        ValueError: settings that cannot work, before the first trial starts.
+        UserError: settings that cannot work, before the first trial starts.
     """
     studies.silence_optuna()
     plan = prepare(cfg, overrides, train)

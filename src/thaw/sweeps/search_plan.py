@@ -95,7 +95,7 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPl
     """Check whatever can be known before the first trial.
 
     Raises:
-        ValueError: names the wrong setting and what is allowed.
+        UserError: names the wrong setting and what is allowed.
     """
     if is_launched():
         raise UserError(
@@ -119,7 +119,7 @@ def prepare(cfg: DictConfig, overrides: Sequence[str], train: Train) -> SearchPl
     for params in corners(plan.space):
         try:
             check_run(plan.compose(params), on_this_machine=True)
-        except (ValueError, HydraException, OmegaConfBaseException) as error:
+        except (UserError, HydraException, OmegaConfBaseException) as error:
             raise UserError(f"sweep.space leads to {readable(params)}, which cannot run: {explain(error)}") from error
     directions: Sequence[Any] = list(plan.objectives.values())
     sampler = make_sampler(cfg.sweep.sampler, plan.space, drawn=0)

@@ -45,7 +45,7 @@ def read_space(block: DictConfig, base: DictConfig) -> Space:
         base: a composed run. Where it has a float, a range of integers is one of floats.
 
     Raises:
-        ValueError: a range or a list of choices that is empty or cannot be drawn from.
+        UserError: a range or a list of choices that is empty or cannot be drawn from.
     """
     space: Space = {}
     for key, leaf in find_dimensions(OmegaConf.to_container(block, resolve=True)):
@@ -115,7 +115,7 @@ def values_of(key: str, distribution: BaseDistribution) -> list[Any]:
     """Every value of choices or of a range with steps.
 
     Raises:
-        ValueError: the range has no steps.
+        UserError: the range has no steps.
     """
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)

@@ -51,7 +51,7 @@ def open_storage(path: Path) -> BaseStorage:
     """SQLite for `*.db`, a journal for `*.journal`; created if it does not exist.
 
     Raises:
-        ValueError: another suffix, or a file that this version of Optuna cannot read.
+        UserError: another suffix, or a file that this version of Optuna cannot read.
     """
     if path.suffix not in (".db", ".journal"):
         raise UserError(f"sweep.storage={path} must end in .db, for SQLite, or .journal, for a journal.")
@@ -78,7 +78,7 @@ def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: M
         identity: as of `identify`; stored in the study when it is created.
 
     Raises:
-        ValueError: the storage cannot be read, or has a study of this name with another identity.
+        UserError: the storage cannot be read, or has a study of this name with another identity.
     """
     storage = open_storage(path)
     directions: Any = list(objectives.values())
@@ -114,7 +114,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
     have one order for all trials.
 
     Raises:
-        ValueError: no such sampler, or one that cannot draw from this space.
+        UserError: no such sampler, or one that cannot draw from this space.
     """
     try:
         kind = get_class(block._target_)
