@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
     for line in left_out:
         print(line, file=sys.stderr)
     with open_output(cfg.output, cfg.format) as (file, format):
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
-        print(f"model: {model.checkpoint}", file=sys.stderr)
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, True)
         writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
         with tqdm(files, desc="files", unit="file", disable=None, leave=False) as bar:

@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
 
         model, on_cpu = load_onnx(Path(cfg.ckpt).expanduser()), True
     else:
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, True)
         on_cpu = model.fabric.device.type == "cpu"
     app = create_app(model, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]

@@ -24,6 +24,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.freezing.start_from import start_from
+    from thaw.run.checkpoint import find_checkpoint
     from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
     from thaw.run.ranks import ranks
@@ -36,6 +37,9 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
+    if cfg.start_from and not cfg.resume:  # all ranks start from the same, which the record names
+        cfg.start_from = str(find_checkpoint(cfg.start_from, "best.ckpt"))
+
     with ranks(cfg, plain(cfg)), lightning_errors():
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = build(cfg.data)
@@ -43,8 +47,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         if cfg.resume:
             model.backbone.fresh = frozenset()  # the checkpoint fills all
         elif cfg.start_from:
-            allow = [*cfg.allow, *targets(cfg)]
-            weights = start_from(model, cfg.start_from, Path(cfg.run_dir).parent.parent, allow)
+            weights = start_from(model, Path(cfg.start_from), [*cfg.allow, *targets(cfg)])
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
         loggers = build_list(cfg.logger, "logger")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import re
 import time
@@ -12,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, compose_run, train_once
+from conftest import ROOT, SMALL, compose_config, compose_run, train_once
 from omegaconf import OmegaConf
 
 from thaw.data.datamodule import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate_checkpoint
+from thaw.evaluation.probe_run import checkpoint_backbone
 from thaw.models.pretrained import BUNDLED
 from thaw.predict.predictor import load_predictor
-from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
+from thaw.run.checkpoint import ago, find_checkpoint, load_model, origin, read_checkpoint
 from thaw.run.resume import resumed_config
 
 PROBE = ROOT / "tests" / "checkpoints" / "linear_probe.ckpt"
@@ -174,21 +176,52 @@ def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
     assert steps == [4, 12]
 
 
-def test_find(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no run below .* has a last\.ckpt"):
-        find_checkpoint("last", tmp_path, "last.ckpt")
-    for name in ("old", "new"):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
-        time.sleep(0.02)
-    new = tmp_path / "new" / "checkpoints" / "last.ckpt"
-    assert find_checkpoint("last", tmp_path, "last.ckpt") == new
-    assert find_checkpoint(str(tmp_path / "new"), tmp_path, "last.ckpt") == new
-    assert find_checkpoint(str(new), tmp_path, "last.ckpt") == new
+def test_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`last` is the newest run for all commands, and never a job of a sweep."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"`last` means the newest run in logs/runs, but none there has a last\.ckpt"):
+        find_checkpoint("last", "last.ckpt")
+    files = [
+        tmp_path / "logs" / folder / "checkpoints" / "last.ckpt" for folder in ("runs/a/1", "runs/b/2", "sweeps/b/3")
+    ]
+    for age, file in enumerate(reversed(files)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time.time() - age, time.time() - age))
+    assert find_checkpoint("last", "last.ckpt") == files[1]
+    assert find_checkpoint("last", "last.ckpt", "a") == files[0]
+    for wanted in ("logs/sweeps/b/3", str(files[2])):
+        assert find_checkpoint(wanted, "last.ckpt") == files[2]
     with pytest.raises(ValueError, match=r"holds no checkpoints/best\.ckpt"):
-        find_checkpoint(str(tmp_path / "new"), tmp_path, "best.ckpt")
+        find_checkpoint("logs/runs/a/1", "best.ckpt")
     with pytest.raises(ValueError, match="neither `last`, a run folder nor"):
-        find_checkpoint(str(tmp_path / "none.ckpt"), tmp_path, "last.ckpt")
+        find_checkpoint("none.ckpt", "last.ckpt")
+
+
+def test_which_checkpoint_is_used(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its file, which can be copied whole, its run, its age and its validation accuracy."""
+    best = run_dir / "checkpoints" / "best.ckpt"
+    accuracy = f"best validation accuracy {json.loads((run_dir / 'summary.json').read_text())['val/acc']:.2%}"
+    expected = f"checkpoint: {os.path.relpath(best)} (vit_linear_probe, less than a minute ago, {accuracy})\n"
+    load_predictor(str(run_dir))
+    assert capsys.readouterr().out == expected
+    load_predictor(str(run_dir), stderr=True)
+    assert capsys.readouterr().err == expected
+    probed = compose_config("probe", "probe=knn", f"ckpt={run_dir}")
+    checkpoint_backbone(probed, [])
+    assert capsys.readouterr().out == expected
+
+    old = read_checkpoint(best) | {"callbacks": {}}
+    old["config"]["overrides"] = "optim.lr=0.01 " + "x" * 200
+    os.utime(best, (time.time() - 130, time.time() - 130))
+    assert origin(old) == f"checkpoint: {os.path.relpath(best)} (vit_linear_probe optim.lr=0.01 ..., 2 minutes ago)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "less than a minute ago"), (3600, "1 hour ago"), (3e5, "3 days ago"), (-5, "less than")]
+)
+def test_ages(seconds: float, said: str) -> None:
+    assert said in ago(seconds)
 
 
 def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:

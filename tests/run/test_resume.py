@@ -1,6 +1,7 @@
 """A resumed run equals one that was never interrupted, to the last bit."""
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -18,10 +19,14 @@ def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
     return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
 
-def test_pretraining_starts_from_the_weights_of_another_run(train: Callable[..., Path], tiny_run: list[str]) -> None:
+def test_pretraining_starts_from_the_weights_of_another_run(
+    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ["experiment=pretrain_mae", *tiny_run, "trainer.max_epochs=1"]
     first = train(*run, name="first")
     second = train(*run, f"start_from={first}/checkpoints/last.ckpt", "optim.lr=1e-12", name="second")
+    assert f"checkpoint: {os.path.relpath(first)}/checkpoints/last.ckpt (pretrain_mae, " in capsys.readouterr().out
+    assert f"start_from: {first}/checkpoints/last.ckpt" in (second / "config.yaml").read_text()
     expected, got = weights(first), weights(second)
     assert all(torch.allclose(tensor, got[name], atol=1e-6) for name, tensor in expected.items())
 
@@ -53,6 +58,7 @@ def test_a_finished_run_says_what_to_type(
     first = run.rename(run.with_name("first, [a]=b"))
     again = train(f"resume='{first}'", name="again")
     said = capsys.readouterr().out
+    assert f"checkpoint: {os.path.relpath(first)}/checkpoints/last.ckpt (train, less than a minute ago, best " in said
     assert "training has ended, after all of trainer.max_epochs=1. To train longer: " in said
     command = said.split("To train longer: python train.py ")[1].splitlines()[0]
     assert epochs_of(again) == 1 and not (again / "checkpoints" / "last.ckpt").exists()

@@ -39,7 +39,8 @@ def started(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, s
     )
     try:
         assert process.stdout
-        line = process.stdout.readline()
+        checkpoint, line = process.stdout.readline(), process.stdout.readline()
+        assert "/best.ckpt (vit_linear_probe, " in checkpoint, checkpoint + line
         found = re.search(r"http://\S+", line)
         assert found, line + process.stdout.read()
         yield process, found[0]

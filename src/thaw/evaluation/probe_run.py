@@ -1,7 +1,6 @@
 """The inputs of a probe: a frozen backbone, and its features of a split."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +12,7 @@ from thaw.freezing.cache import FeatureCache
 from thaw.freezing.features import frozen_features
 from thaw.run import checkpoint as checkpoints
 from thaw.run.command_line import override_key
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.targets import targets
 
@@ -27,8 +27,9 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         UserError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
     """
     typed = [override_key(override) for override in overrides]
-    path = checkpoints.find_checkpoint(cfg.ckpt, Path("logs"), "best.ckpt")
+    path = checkpoints.find_checkpoint(cfg.ckpt, "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
+    say(checkpoints.origin(checkpoint))
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
     if wrong:

@@ -5,26 +5,29 @@ from pathlib import Path
 from typing import Any
 
 from thaw.freezing.lora import merge_lora, plain_name
-from thaw.run.checkpoint import find_checkpoint, load_model, read_checkpoint
+from thaw.run.checkpoint import load_model, origin, read_checkpoint
+from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.jobs import is_first_rank
 
 
-def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str:
-    """Copy the weights of an earlier run's best checkpoint into `model`; policy, optimizer and schedule stay its own.
+def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
+    """Copy the weights of an earlier run's checkpoint into `model`; policy, optimizer and schedule stay its own.
 
     Args:
         model: changed in place. Either of the two models may have LoRA.
-        wanted, runs: as for `find_checkpoint`.
+        path: of the checkpoint.
         allow: as for `read_checkpoint`.
 
     Returns:
         the earlier run's `backbone.weights`, which those of the new run descend from, too.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture.
+        UserError: the checkpoint is of another architecture.
     """
-    path = find_checkpoint(wanted, runs, "best.ckpt")
     checkpoint = read_checkpoint(path, allow)
+    if is_first_rank():
+        say(origin(checkpoint))
     source = load_model(checkpoint)
     merge_lora(source)
     theirs, own = source.state_dict(), model.state_dict()
@@ -34,7 +37,7 @@ def start_from(model: Any, wanted: str, runs: Path, allow: Sequence[str]) -> str
     differ += list(theirs)
     if differ:
         raise UserError(
-            f"start_from={wanted}: {path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
+            f"start_from={path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
             "Choose the backbone and head that it was trained with."
         )
     model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})

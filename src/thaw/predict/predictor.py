@@ -17,7 +17,7 @@ from thaw.freezing.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
-from thaw.run.console import quiet_libraries
+from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 
 
@@ -134,22 +134,25 @@ def load_predictor(
     accelerator: str | None = None,
     precision: str | None = None,
     allow: Sequence[str] = (),
+    stderr: bool = False,
 ) -> Predictor:
-    """Load the classifier of a run's best checkpoint, or of a checkpoint file.
+    """Load the classifier of a run's best checkpoint, or of a checkpoint file, and say which one it is.
 
     Args:
-        ckpt: `last`, a run's folder or a checkpoint file.
+        ckpt: as for `thaw.run.checkpoint.find_checkpoint`.
         weights: file of the frozen weights, if it has moved since training.
         accelerator: of Lightning; None means the best device of this machine.
         precision: of Lightning; None means as in training on a device of the same kind, else the device's best.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
+        stderr: say it on standard error.
 
     Raises:
         UserError: no such checkpoint, or its model does not classify.
     """
     quiet_libraries()
-    path = checkpoints.find_checkpoint(ckpt, Path("logs"), "best.ckpt")
+    path = checkpoints.find_checkpoint(ckpt, "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, allow)
+    say(checkpoints.origin(checkpoint), stderr=stderr)
     if weights:
         checkpoint["config"]["backbone"]["weights"] = weights
     cfg = OmegaConf.create(checkpoint["config"])

@@ -6,11 +6,13 @@ A checkpoint is self-contained: it holds the composed configuration as plain val
 import logging
 import os
 import re
+import time
 import zipfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -25,23 +27,29 @@ from thaw.run.targets import check_targets
 
 log = logging.getLogger(__name__)
 
+RUNS = Path("logs", "runs")
+UNITS = {"day": 86_400, "hour": 3_600, "minute": 60}
 
-def find_checkpoint(wanted: str, runs: Path, name: str) -> Path:
-    """The checkpoint file that a `resume` or `ckpt` setting means.
+
+def find_checkpoint(wanted: str, name: str, experiment: str = "") -> Path:
+    """The checkpoint file that a setting such as `resume`, `start_from` or `ckpt` means.
 
     Args:
-        wanted: `last` for the newest run with a checkpoint below `runs`, a run's folder, or a checkpoint file.
-        runs: a folder.
+        wanted: a checkpoint file, a run's folder, or `last`: the newest run in `logs/runs` that has such a file. Jobs
+            of sweeps and searches lie elsewhere, so that only their own folders name them.
         name: of the file in a run's folder, `last.ckpt` or `best.ckpt`.
+        experiment: that `last` has to be a run of; empty for any.
 
     Raises:
         UserError: there is no such checkpoint.
     """
     if wanted == "last":
+        runs = RUNS / experiment
         found = max(runs.glob(f"**/checkpoints/{name}"), key=lambda path: path.stat().st_mtime, default=None)
         if found is None:
             raise UserError(
-                f"`last` was asked for, but no run below {runs} has a {name}; give a run folder or a .ckpt file."
+                f"`last` means the newest run in {runs}, but none there has a {name}; give a run's folder (that of a "
+                "sweep's job, too) or a .ckpt file."
             )
         return found.resolve()
     path = Path(wanted).expanduser()
@@ -114,6 +122,24 @@ def checked_config(config: dict[str, Any], path: Path, allow: Sequence[str], com
     if changed:
         warn_once(f"{path} was written by commit {commit} of thaw. Taken from today's configs: {', '.join(changed)}.")
     return config
+
+
+def origin(checkpoint: dict[str, Any]) -> str:
+    """One line about a checkpoint that `read_checkpoint` returned: its file, run, age and validation accuracy."""
+    path, config = Path(checkpoint["path"]), checkpoint["config"]
+    overrides = shorten(str(config.get("overrides", "")), 60, placeholder=" ...")
+    facts = [f"{config.get('name')} {overrides}".strip(), ago(time.time() - path.stat().st_mtime)]
+    states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
+    if states and states[0]["best_model_score"] is not None:
+        facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
+    return f"checkpoint: {os.path.relpath(path)} ({', '.join(facts)})"
+
+
+def ago(seconds: float) -> str:
+    for unit, size in UNITS.items():
+        if (count := int(seconds / size)) > 0:
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "less than a minute ago"
 
 
 def run_folder(path: Path) -> Path:

@@ -55,9 +55,9 @@ def run_name(_root_: DictConfig) -> str:
     if _root_.resume and "name" not in typed:
         from thaw.run.resume import find_saved
 
-        runs = Path("logs", "runs") / (_root_.name if "experiment" in typed else "")
+        experiment = _root_.name if "experiment" in typed else ""
         with suppress(UserError):  # the program itself reports it
-            saved = find_saved(_root_.resume, runs, [*_root_.allow, *targets(_root_)])[0]
+            saved = find_saved(_root_.resume, experiment, [*_root_.allow, *targets(_root_)])[0]
             return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
     return _root_.name
 

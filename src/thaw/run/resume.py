@@ -7,8 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from thaw.run.checkpoint import checked_config, find_checkpoint, read_checkpoint
+from thaw.run.checkpoint import checked_config, find_checkpoint, origin, read_checkpoint
 from thaw.run.command_line import override_key, setting
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.targets import targets
 
@@ -26,7 +27,7 @@ def read_config(path: Path, allow: Sequence[str]) -> DictConfig:
     return OmegaConf.create(checked_config(values, path, allow, "unknown"))
 
 
-def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
+def find_saved(wanted: str, experiment: str, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
     """The configuration of the run that `resume` means, its last checkpoint's file and content.
 
     A folder without a checkpoint is that of a run that ended before its first one: its own `config.yaml` says how it
@@ -38,9 +39,9 @@ def find_saved(wanted: str, runs: Path, allow: Sequence[str]) -> tuple[DictConfi
     config = Path(wanted).expanduser() / "config.yaml"
     if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
         saved = read_config(config, allow)
-        path = find_checkpoint(saved.resume, runs, "last.ckpt") if saved.resume else None
+        path = find_checkpoint(saved.resume, "last.ckpt") if saved.resume else None
         return saved, path, read_checkpoint(path, allow) if path else {}
-    path = find_checkpoint(wanted, runs, "last.ckpt")
+    path = find_checkpoint(wanted, "last.ckpt", experiment)
     checkpoint = read_checkpoint(path, allow)
     return OmegaConf.create(checkpoint["config"]), path, checkpoint
 
@@ -54,9 +55,8 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
         UserError: no such run, or another experiment or freezing policy than the saved one.
     """
     typed = [override_key(override) for override in overrides]
-    runs = Path(cfg.run_dir).parent  # logs/runs/<name>
-    runs = runs if {"experiment", "name"} & set(typed) else runs.parent
-    saved, path, checkpoint = find_saved(cfg.resume, runs, [*cfg.allow, *targets(cfg)])
+    experiment = cfg.name if {"experiment", "name"} & set(typed) else ""
+    saved, path, checkpoint = find_saved(cfg.resume, experiment, [*cfg.allow, *targets(cfg)])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise UserError(
             f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
@@ -78,10 +78,12 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if saved.logger and "wandb" in saved.logger:
         saved.logger.wandb.id = checkpoint.get("wandb_id")
     if path is None:
-        print(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
-    elif ended := why_ended(checkpoint, saved):
+        say(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
+        return saved
+    say(origin(checkpoint))
+    if ended := why_ended(checkpoint, saved):
         reason, longer = ended
-        print(f"{path}: {reason}. To train longer: python train.py {setting('resume', path)} {longer}")
+        say(f"{reason}. To train longer: python train.py {setting('resume', path)} {longer}")
     return saved
 
 
