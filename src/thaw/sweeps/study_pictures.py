@@ -6,9 +6,11 @@ from itertools import accumulate
 from pathlib import Path
 
 import optuna
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
 
+from thaw.pages.figures import accuracy_axis, label_ends, number_axis
 from thaw.sweeps.curves import COLORS, GREY, RED, new_axes, save_picture
 from thaw.sweeps.study import counted
 
@@ -39,6 +41,19 @@ def draw_study(study: optuna.Study, objectives: Mapping[str, str], out: Path) ->
     return pictures
 
 
+def value_axis(axes: Axes, metric: str, values: Sequence[float]) -> None:
+    """The y axis of an objective; the figure must have all else."""
+    if metric == "val/acc":
+        accuracy_axis(axes, min(values), max(values), "validation accuracy (val/acc)")
+    else:
+        axes.set_ylabel(metric)
+        number_axis(axes.yaxis, spans_decades(values))
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) >= 20 * min(values)
+
+
 def save_history(
     trials: Sequence[FrozenTrial],
     pruned: Sequence[FrozenTrial],
@@ -52,14 +67,15 @@ def save_history(
     Optuna's plot_optimization_history leaves out pruned trials, often most of them, and cannot stretch accuracies.
     """
     values, ends = [trial.values[place] for trial in trials], [trial.values[place] for trial in pruned]
-    axes = new_axes(values + ends if metric == "val/acc" else ())
+    axes = new_axes()
     numbers, best = [trial.number for trial in trials], accumulate(values, max if direction == "maximize" else min)
     axes.plot(numbers, [*best], drawstyle="steps-post", color=RED, linewidth=1.6, label="best so far")
     axes.plot(numbers, values, "o", color=COLORS[0], markersize=5, label="trial")
     if pruned:
         axes.plot([trial.number for trial in pruned], ends, "x", color=GREY, label="pruned, at its last epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="trial", ylabel=metric)
+    axes.set_xlabel("trial")
+    value_axis(axes, metric, values + ends)
     save_picture(axes, path, 3)
 
 
@@ -89,14 +105,15 @@ def save_front(
     Optuna's plot_pareto_front cannot name the points of the front by their settings, such as the policy.
     """
     across, heights = ([trial.values[index] for trial in trials] for index in (place, 0))
-    axes = new_axes(heights if metrics[0] == "val/acc" else ())
+    axes = new_axes()
     axes.plot(across, heights, "o", color=GREY, markersize=5, label="trial")
     front = {(trial.values[place], trial.values[0]): trial for trial in best}
     axes.plot(*zip(*sorted(front), strict=True), "o-", color=RED, markersize=7, linewidth=1, label="Pareto front")
-    for point, trial in front.items():
-        chosen = " ".join(value for value in trial.params.values() if isinstance(value, str))
-        axes.annotate(chosen, point, xytext=(6, -11), textcoords="offset points", fontsize=8, color=RED)
-    if min(across) > 0 and max(across) >= 20 * min(across):
-        axes.set_xscale("log")
-    axes.set(xlabel=metrics[place], ylabel=metrics[0])
+    axes.set_xlabel(metrics[place])
+    value_axis(axes, metrics[0], heights)
+    number_axis(axes.xaxis, spans_decades(across))
+    chosen = {
+        point: [value for value in trial.params.values() if isinstance(value, str)] for point, trial in front.items()
+    }
+    label_ends(axes, [(*point, RED, " ".join(names)) for point, names in chosen.items() if names])
     save_picture(axes, path, 2)
