@@ -1,12 +1,13 @@
-"""The stretched axis of accuracies, and figures that are written whole."""
+"""Axes of accuracies and of numbers, names at the ends of lines, and figures that are written whole."""
 
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from pages.texts import overlapping
 
-from thaw.pages.figures import accuracy_axis, new_figure, save_figure, squeeze, stretch
+from thaw.pages.figures import accuracy_axis, label_ends, new_figure, number_axis, save_figure, squeeze, stretch
 from thaw.pages.lr_curve import save_lr_curve
 
 
@@ -21,13 +22,41 @@ def test_stretching_can_be_undone_and_keeps_the_order() -> None:
 def test_ticks_lie_within_the_axis(lowest: float, highest: float) -> None:
     axes = new_figure(4, 3).add_subplot()
     axes.plot([0, 1], [lowest, highest])
-    accuracy_axis(axes, lowest, highest)
+    accuracy_axis(axes, lowest, highest, "validation accuracy")
+    assert axes.get_ylabel() == "validation accuracy\n(log scale of the error)"
     low, high = axes.get_ylim()
     ticks = axes.get_yticks()
     assert low < lowest <= highest < high and len(ticks) >= 2
     assert all(low <= tick <= min(high, 1) for tick in ticks)
     labels = [axes.yaxis.get_major_formatter()(tick) for tick in ticks]
-    assert len(set(labels)) == len(labels)
+    assert len(set(labels)) == len(labels) and all(label.endswith("%") for label in labels)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 9, 50])
+@pytest.mark.parametrize("log", [True, False])
+def test_labels_of_ticks_never_overlap(count: int, log: bool) -> None:
+    random = np.random.default_rng(count)
+    spreads = [10 ** random.uniform(-4, 0, count), 0.05 + 1e-4 * np.arange(count), 1e5 + np.arange(count)]
+    for values in spreads:
+        for ticks in (sorted(values.tolist()), []):
+            axes = new_figure(8, 4).add_subplot()
+            axes.plot(values, values, "o")
+            axes.set_yticks([])
+            number_axis(axes.xaxis, log, ticks)
+            assert not overlapping(axes.figure)  # type: ignore[arg-type]
+            if ticks and count <= 8:
+                assert axes.get_xticks() == pytest.approx(ticks), "a label may be missing, but no tick"
+
+
+def test_names_at_the_ends_of_lines_lie_apart_and_in_their_order() -> None:
+    axes = new_figure(8, 3).add_subplot()
+    heights = [0.5, 0.501, 0.502, 0.503, 0.9, 0.1, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    axes.plot([0] * 12, heights, "o")
+    label_ends(axes, [(0, height, "black", f"line {place}") for place, height in enumerate(heights)])
+    assert not overlapping(axes.figure)  # type: ignore[arg-type]
+    texts = sorted(axes.texts, key=lambda text: text.get_position()[1])
+    ordered = [heights[int(text.get_text().split()[1])] for text in texts]
+    assert ordered == sorted(heights)
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:

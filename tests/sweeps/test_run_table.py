@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
+from pages.texts import overlapping
 from sweeps.test_runs import make_run
 
-from thaw.sweeps.curves import epoch_curve, save_swept, swept_curves, swept_keys
+from thaw.sweeps.curves import epoch_curve, epoch_lines, save_epochs, save_swept, swept_curves, swept_keys
 from thaw.sweeps.groups import group_runs
 from thaw.sweeps.run_table import read_run_table, write_run_table
 from thaw.sweeps.runs import find_runs, read_run
@@ -216,6 +218,63 @@ def test_validation_over_the_epochs_leaves_out_the_last_look_at_the_best(sweep: 
     assert epoch_curve(read_run(sweep / "full0.1_0", []))[-1] == (3.0, 0.8)  # nothing of it says that it ended
     (sweep / "lora0.1_0" / "csv" / "metrics.csv").write_text("epoch,val/acc\n0,abc\n")
     assert epoch_curve(run) == []
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures, in place of their files."""
+    figures: list[Figure] = []
+    monkeypatch.setattr("thaw.sweeps.curves.save_figure", lambda figure, path: figures.append(figure))
+    return figures
+
+
+def log_epochs(run: Path, *accuracies: float) -> None:
+    rows = [f"{epoch},{accuracy}\n" for epoch, accuracy in enumerate(accuracies)]
+    (run / "csv").mkdir()
+    (run / "csv" / "metrics.csv").write_text("epoch,val/acc\n" + "".join(rows))
+
+
+def test_settings_have_a_named_line_each_and_many_are_grey(tmp_path: Path, drawn: list[Figure]) -> None:
+    for place in range(13):
+        for seed in range(2):
+            name = f"policy{place:02}"
+            run = make_run(tmp_path / f"{place}_{seed}", f"name={name}", 0.9 + place / 1000, name=name, seed=seed)
+            log_epochs(run, 0.5, 0.9 + place / 1000 + seed / 50)
+    runs = [read_run(folder, []) for folder in find_runs([tmp_path])]
+    twelve, all_of_them = group_runs(runs[2:]), group_runs(runs)
+    assert [accuracies for _, accuracies in epoch_lines(twelve)[0].points] == [
+        [0.5, 0.5],
+        pytest.approx([0.912, 0.932]),
+    ]
+    assert save_epochs(twelve, tmp_path / "epochs.png") and save_epochs(all_of_them, tmp_path / "epochs.png")
+    few, many = (figure.axes[0] for figure in drawn)
+    assert {text.get_text() for text in few.texts} == {f"policy{place:02}" for place in range(1, 13)}
+    assert len({line.get_color() for line in few.lines}) == 12
+    assert [line.get_linewidth() for line in few.lines] == [2.6] + 11 * [1.4], "the best is thick"
+    assert [text.get_text() for text in many.get_legend().get_texts()] == ["best: policy12", "other settings"]
+    assert len({line.get_color() for line in many.lines}) == 2 and not many.texts
+    for figure in drawn:
+        assert not overlapping(figure)
+
+
+def test_one_epoch_is_no_curve(tmp_path: Path, drawn: list[Figure]) -> None:
+    for place in range(2):
+        log_epochs(make_run(tmp_path / str(place), f"optim.lr={place}", 0.9, optim__lr=place), 0.9)
+    assert not save_epochs(group_runs([read_run(tmp_path / str(place), []) for place in range(2)]), tmp_path / "x.png")
+    assert not drawn
+
+
+@pytest.mark.parametrize("objectives", [["val/acc"], ["val/acc", "trainable_params"]])
+def test_rings_are_where_the_table_has_its_marks(tmp_path: Path, drawn: list[Figure], objectives: list[str]) -> None:
+    """Of equal settings one is the best; a search for two objectives has its Pareto front."""
+    for lr, accuracy, params in [(0.1, 0.9, 20), (0.2, 0.9, 10), (0.3, 0.9, 10), (0.4, 0.8, 5), (0.5, 0.7, 9)]:
+        make_run(tmp_path / str(lr), f"optim.lr={lr}", accuracy, params=params, optim__lr=lr)
+    groups = group_runs([read_run(folder, []) for folder in find_runs([tmp_path])], objectives)
+    save_swept(swept_curves(groups, "optim.lr"), "optim.lr", tmp_path / "curve.png")
+    rings = [line for line in drawn[0].axes[0].lines if line.get_markersize() == 13]
+    marked = [group.runs[0].settings["optim.lr"] for group in groups if group.mark]
+    assert sorted(x for line in rings for x in line.get_xdata()) == sorted(marked)
+    assert marked == ([0.2] if len(objectives) == 1 else [0.2, 0.3, 0.4])
 
 
 def test_nothing_done_is_a_report_all_the_same(tmp_path: Path) -> None:

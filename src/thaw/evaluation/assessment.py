@@ -127,7 +127,7 @@ def draw_pictures(
     save_reliability(logits, labels, temperature, folder / "reliability.png")
     unsure = least_certain(logits, MOST_EXAMPLES)
     order, path = "Least certain first", folder / "least_certain.png"
-    save_images(images[unsure], logits[unsure], labels[unsure], order, path)
+    save_images(images[unsure], logits[unsure], labels[unsure], unsure, predictor.classes, order, path)
     pictures = {
         "Where it errs": "confusion_matrix",
         "How sure it is": "reliability",

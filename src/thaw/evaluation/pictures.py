@@ -32,9 +32,10 @@ def draw_errors(
 
     `indices` (N,) are the images' places in their split, `classes` the names of the K classes.
     """
-    save_confusion_matrix(labels, logits.argmax(dim=1), logits.shape[1], folder / "confusion_matrix.png")
+    save_confusion_matrix(labels, logits.argmax(dim=1), classes, folder / "confusion_matrix.png")
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
-    save_images(images[worst], logits[worst], labels[worst], "Highest loss first", folder / "worst_digits.png")
+    shown = (images[worst], logits[worst], labels[worst], indices[worst])
+    save_images(*shown, classes, "Highest loss first", folder / "worst_digits.png")
     write_wrong_images(indices, logits, labels, classes, folder / WRONG_IMAGES)
 
 
@@ -51,20 +52,21 @@ def write_wrong_images(indices: Tensor, logits: Tensor, labels: Tensor, classes:
             rows.writerow([int(indices[n]), label, answer, f"{float(confidences[n]):.6f}"])
 
 
-def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: int, path: Path) -> None:
-    """Counts by true class (rows) and predicted class (columns), which are both below `classes`.
+def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:
+    """Counts by true class (rows) and predicted class (columns), both by number; `classes` are the names of all.
 
-    Colour shows the errors, not the many right answers.
+    Colour shows the errors, not the many correct answers.
     """
+    size = len(classes)
     # 15 times as fast as torchmetrics' confusion matrix, on 10,000 images
-    counts = torch.bincount(classes * labels + predictions, minlength=classes**2).reshape(classes, classes)
+    counts = torch.bincount(size * labels + predictions, minlength=size**2).reshape(size, size)
     errors = counts.clone().fill_diagonal_(0)
-    side = max(6.0, 0.5 * classes)
+    side = max(6.0, 0.5 * size)
     figure = new_figure(side, side)
     axes = figure.add_subplot()
     most = int(errors.max())
     axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, most))
-    for row, column in product(range(classes), repeat=2):
+    for row, column in product(range(size), repeat=2):
         count = int(counts[row, column])
         if row == column:
             axes.text(column, row, str(count), ha="center", va="center", color="#2a6f2a", weight="bold")
@@ -72,28 +74,50 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: int, pat
             colour = "white" if count > 0.6 * most else INK
             axes.text(column, row, str(count), ha="center", va="center", color=colour)
     axes.set_title(f"{int(errors.sum())} of {len(labels):,} images wrong", fontsize=12)
-    axes.set(xlabel="predicted", ylabel="true", xticks=range(classes), yticks=range(classes))
+    names = [shorten_name(name) for name in classes]
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 4 else 0)
+    axes.set_yticks(range(size), names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     save_figure(figure, path)
 
 
-def save_images(images: Tensor, logits: Tensor, labels: Tensor, order: str, path: Path) -> None:
-    """The given images in a grid, each with its label and the model's answer; `order` says how they are sorted."""
-    chances = logits.softmax(dim=1)
+def save_images(
+    images: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    indices: Tensor,
+    classes: Sequence[str],
+    order: str,
+    path: Path,
+) -> None:
+    """The given images in a grid, each with its index, the model's confidence, its label and the model's answer.
+
+    `indices` and `classes` are as in `draw_errors`; `order` says how the images are sorted.
+    """
+    confidences, answers = logits.softmax(dim=1).max(dim=1)
+    names = [[shorten_name(classes[n]) for n in pair] for pair in zip(labels.tolist(), answers.tolist(), strict=True)]
+    short = all(len(label + answer) < 12 for label, answer in names)
+    gap = " " if short else "\n"
     columns = 8
     rows = max(1, -(-len(images) // columns))
-    figure = new_figure(1.25 * columns, 1.55 * rows)
+    figure = new_figure(1.25 * columns, (1.65 if short else 1.8) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel in panels:
         panel.axis("off")
-    for panel, image, chance, label in zip(panels, images, chances, labels.tolist(), strict=False):
-        prediction = int(chance.argmax())
+    facts = zip(indices.tolist(), confidences.tolist(), names, (answers != labels).tolist(), strict=True)
+    for panel, image, (index, confidence, (label, answer), wrong) in zip(panels, images, facts, strict=False):
         show_image(panel, image)
-        title = f"{label} {ARROW} {prediction} ({chance[prediction]:.0%})"
-        panel.set_title(title, fontsize=9, color=ACCENT if label != prediction else INK)
-    figure.suptitle(f"{order}: true {ARROW} predicted (confidence)", fontsize=11)
+        title = f"#{index}  {confidence:.0%}\n{label}{gap}{ARROW} {answer}"
+        panel.set_title(title, fontsize=9, color=ACCENT if wrong else INK)
+    figure.suptitle(f"{order}: #index, confidence, true {ARROW} predicted (red: wrong)", fontsize=11)
     save_figure(figure, path)
+
+
+def shorten_name(name: str) -> str:
+    """The name of a class in at most 14 characters."""
+    return name if len(name) <= 14 else f"{name[:11]}..."
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
@@ -130,6 +154,8 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
             axes.text(edge + 0.5 / BINS, y, f"{count:,}", **text)
         error = calibration_error(scaled, labels)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=f"{title}: ECE {error:.2%}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(xmax=1.0))
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("accuracy (bars: number of images)")
     save_figure(figure, path)

@@ -1,18 +1,22 @@
-"""The common style of all figures, and an axis on which accuracies near 100 % can be told apart."""
+"""The common style of all figures: axes of accuracies, ticks that do not overlap, names at the ends of lines."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from thaw.run.files import atomic
 
 NEARLY_1 = 1.001  # keeps 100 % at a finite height
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
 INK, ACCENT, FILL = "#333333", "#b2182b", "#4878a8"
+FEW = 8  # values on an axis that have a tick each
+LINE_HEIGHT = 12.0  # of a name at the end of a line, in points
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -36,8 +40,8 @@ def squeeze(height: Any) -> Any:
     return NEARLY_1 - np.exp(-height)
 
 
-def accuracy_axis(axes: Axes, lowest: float, highest: float) -> None:
-    """Stretch the y axis, for accuracies from `lowest` to `highest`, both from 0 to 1."""
+def accuracy_axis(axes: Axes, lowest: float, highest: float, label: str) -> None:
+    """Stretch the y axis, for accuracies from `lowest` to `highest`, both from 0 to 1; its label says so."""
     axes.set_yscale("function", functions=(stretch, squeeze))
     margin = 0.05 * (stretch(highest) - stretch(lowest)) + 0.02
     axes.set_ylim(squeeze(stretch(lowest) - margin), squeeze(stretch(highest) + margin))
@@ -46,9 +50,71 @@ def accuracy_axis(axes: Axes, lowest: float, highest: float) -> None:
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= min(high, 1.0)]
     axes.set_yticks(ticks)
-    fine = any(round(100 * tick, 1) != round(100 * tick, 6) for tick in ticks)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=2 if fine else 1))
+    decimals = max(len(f"{100 * tick:.2f}".rstrip("0").partition(".")[2]) for tick in ticks)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
+    axes.set_ylabel(f"{label}\n(log scale of the error)")
     plain_axes(axes)
+
+
+def number_axis(axis: Axis, log: bool, ticks: Sequence[float] = ()) -> None:
+    """Scale an axis, with a tick at each of `ticks`, or if there are none or many, at round numbers.
+
+    Labels are left out where they would overlap, so the figure must have its size, its data and its other texts.
+    """
+    axes = axis.axes
+    assert isinstance(axes, Axes)
+    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log" if log else "linear")
+    low, high = sorted(axis.get_view_interval())
+    if not 0 < len(ticks) <= FEW:
+        wide = np.log10(high / low) if log else 0.0  # in decades
+        steps = (1, 2, 5) if wide < 2.5 else (1, 3) if wide < 5 else (1,)
+        locator = LogLocator(subs=steps, numticks=50) if wide > 1 else MaxNLocator(FEW, steps=[1, 2, 5, 10])
+        ticks = [tick for tick in map(float, locator.tick_values(low, high)) if low <= tick <= high]
+    axis.set_ticks(ticks, [f"{tick:,.0f}" if tick == round(tick) else f"{tick:g}" for tick in ticks])
+    axis.set_minor_locator(NullLocator())
+    thin_labels(axis)
+
+
+def thin_labels(axis: Axis) -> None:
+    """Hide each label of a tick that would touch the one before; the tick stays."""
+    figure = axis.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    end, texts = -np.inf, []
+    for label in axis.get_ticklabels():
+        box = label.get_window_extent().padded(3)
+        start, stop = (box.x0, box.x1) if axis is axis.axes.xaxis else (box.y0, box.y1)
+        fits = start > end
+        texts.append(label.get_text() if fits else "")
+        end = stop if fits else end
+    axis.set_ticks(axis.get_majorticklocs(), texts)
+
+
+def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names to the right of the axes, apart from each other, and join each to the end of its line.
+
+    Args:
+        axes: with their size, labels and data.
+        ends: x, y, color and name of each line's end.
+    """
+    figure = axes.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    box = axes.get_window_extent()
+    gap = LINE_HEIGHT / 72 * figure.dpi / box.height  # as a share of the axes' height
+    ordered = sorted(ends, key=lambda end: end[1])
+    blocks: list[list[float]] = []  # names that touch: the height of the lowest one that all of them wish for
+    for place, (x, y, *_) in enumerate(ordered):
+        height = (axes.transData.transform((x, y))[1] - box.y0) / box.height
+        blocks.append([height - place * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    highest = max(0.0, 1 - gap * (len(ends) - 1))
+    heights = [float(np.clip(np.mean(block), 0, highest)) for block in blocks for _ in block]
+    for place, ((x, y, color, name), height) in enumerate(zip(ordered, heights, strict=True)):
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "relpos": (0, 0.5), "shrinkB": 0}
+        style: Any = {"fontsize": 9, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}
+        axes.annotate(name, (x, y), (1.03, height + place * gap), textcoords="axes fraction", **style)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 
-from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, save_figure
+from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, number_axis, save_figure
 
 
 def save_lr_curve(
@@ -25,11 +25,12 @@ def save_lr_curve(
         points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)
         color = (0.13, 0.4, 0.67) if len(decays) == 1 else colormaps["viridis"](0.85 * place / (len(decays) - 1))
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
-    accuracy_axis(axes, min(accuracies), max(accuracies))
+    accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
     lr, decay = settings[chosen]
     axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=ACCENT)
     axes.set_title(f"Chosen of {len(settings)} heads: lr {lr:g}, weight decay {decay:g}", fontsize=12)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation accuracy")
+    axes.set_xlabel("peak learning rate")
     if len(decays) > 1:
         axes.legend(title="weight decay", frameon=False)
+    number_axis(axes.xaxis, log=True)
     save_figure(figure, path)

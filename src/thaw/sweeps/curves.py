@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +11,20 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from thaw.pages.figures import accuracy_axis, new_figure, plain_axes, save_figure
-from thaw.sweeps.groups import Group
+from thaw.pages.figures import accuracy_axis, label_ends, new_figure, number_axis, plain_axes, save_figure
+from thaw.sweeps.groups import Group, Mark
 from thaw.sweeps.runs import DONE, Run
 
 LEARNING_RATE = "optim.lr"
-COLORS = ("#2166ac", "#e08214", "#1b7837", "#762a83", "#35978f", "#c51b7d", "#8c510a", "#4d4d4d")
-MARKERS = "os^Dv<>P"
+COLORS = (
+    *("#2166ac", "#e08214", "#1b7837", "#762a83", "#35978f", "#c51b7d"),
+    *("#8c510a", "#4d4d4d", "#6baed6", "#7fbc41", "#c9a400", "#9e9ac8"),
+)
+MARKERS = "os^Dv<>PXhp*"
 RED, GREY = "#b2182b", "#9aa5b1"
+MARKS: dict[Mark, str] = {"best": "best", "Pareto": "on the Pareto front"}
 EPOCH_LINES = 20
 
 
@@ -32,6 +37,7 @@ class Point:
     low: float
     high: float
     seeds: int
+    mark: Mark
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def swept_keys(groups: Sequence[Group]) -> list[str]:
 
 
 def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
-    """Validation accuracy against `key`: a curve for each combination of the other settings, the best first."""
+    """Validation accuracy against `key`: a curve for each combination of the other settings, the highest first."""
     numbers, swept = numeric_keys(groups), swept_keys(groups)
     curves = []
     for members in grouped_by(
@@ -87,7 +93,7 @@ def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> 
             lost.append(x)
             continue
         accuracies = [run.val_acc for run in group.done if run.val_acc is not None]
-        points.append(Point(x, score[0], min(accuracies), max(accuracies), score[2]))
+        points.append(Point(x, score[0], min(accuracies), max(accuracies), score[2], group.mark))
     tokens = [token for token, (key, _) in zip(groups[0].tokens, groups[0].parts, strict=True) if key not in swept]
     return SweptCurve(tokens or [groups[0].runs[0].name], sorted(points, key=lambda p: p.x), joined, sorted(lost))
 
@@ -120,11 +126,9 @@ def grouped_by(groups: Sequence[Group], identity: Callable[[Group], str]) -> lis
     return list(found.values())
 
 
-def new_axes(heights: Sequence[float] = (), height: float = 4.4) -> Axes:
-    """Axes of a new picture, the y axis stretched for accuracies if these are its `heights`."""
-    axes = new_figure(8, height).add_subplot()
-    if heights:
-        accuracy_axis(axes, min(heights), max(heights))
+def new_axes(width: float = 8.0, height: float = 4.4) -> Axes:
+    """Axes of a new picture; its size in inches."""
+    axes = new_figure(width, height).add_subplot()
     plain_axes(axes)
     return axes
 
@@ -138,15 +142,17 @@ def save_picture(axes: Axes, path: Path, legend_columns: int) -> None:
 
 
 def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
-    """Draw `swept_curves`: the first eight in colors, the rest in grey. A ring marks the best setting."""
+    """Draw `swept_curves`: the first twelve in colors, the rest in grey. Rings mark the best settings."""
     columns = 1 if max(len(one.label) for one in curves[: len(COLORS)]) > 40 else 2
     rows = -(-min(len(curves), len(COLORS) + 1) // columns)  # of the legend
     points = [point for one in curves for point in one.points]
-    axes = new_axes([height for point in points for height in (point.low, point.high)], 4.3 + 0.2 * rows)
+    axes = new_axes(height=4.3 + 0.2 * rows)
+    accuracies = [accuracy for point in points for accuracy in (point.low, point.high)]
+    accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
     for place, one in enumerate(curves):
         named = place < len(COLORS)
         color, marker = (COLORS[place], MARKERS[place]) if named else (GREY, ".")
-        style: dict[str, Any] = {"color": color, "zorder": 3 - place / len(curves)}  # the best on top
+        style: dict[str, Any] = {"color": color, "zorder": 3 - place / len(curves)}  # the highest on top
         x, y = [point.x for point in one.points], [point.mean for point in one.points]
         low, high = [point.low for point in one.points], [point.high for point in one.points]
         label = textwrap.shorten(one.label, 100, placeholder=" ...") if named else None
@@ -160,26 +166,19 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
         axes.plot(one.lost, [0.03] * len(one.lost), "x", transform=along, **style)
     if len(curves) > len(COLORS):
         axes.plot([], [], ".-", color=GREY, label=f"{len(curves) - len(COLORS)} others")
-    best = max(points, key=lambda point: point.mean)
-    axes.plot(best.x, best.mean, "o", markersize=13, markerfacecolor="none", color=RED, zorder=5)
-    scale_x(axes, sorted({point.x for point in points} | {x for one in curves for x in one.lost}), key)
-    name = "peak learning rate (optim.lr)" if key == LEARNING_RATE else key
-    axes.set(xlabel=name, ylabel="best validation accuracy")
+    marked = [point for point in points if point.mark]
+    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": RED, "zorder": 5}
+    axes.plot([point.x for point in marked], [point.mean for point in marked], "o", **ring)
+    axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
     band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
     lost = "; x: no run finished" if any(one.lost for one in curves) else ""
-    axes.set_title(f"{band}{lost}; ring: best", fontsize=10, loc="left", color="#555555")
+    rings = f"; ring: {MARKS[marked[0].mark]}" if marked else ""
+    axes.set_title(f"{band}{lost}{rings}", fontsize=10, loc="left", color="#555555")
+    values = sorted({point.x for point in points} | {x for one in curves for x in one.lost})
+    log = values[0] > 0 and (key == LEARNING_RATE or values[-1] >= 20 * values[0])
+    typed = all(x == float(f"{x:.3g}") or x == round(x) for x in values)  # and not drawn at random
+    number_axis(axes.xaxis, log, values if typed else ())
     save_picture(axes, path, columns)
-
-
-def scale_x(axes: Axes, values: list[float], key: str) -> None:
-    """Logarithmic for learning rates and for wide ranges; up to eight values have a tick each."""
-    if values[0] > 0 and (key == LEARNING_RATE or values[-1] >= 20 * values[0]):
-        axes.set_xscale("log")
-    elif all(float(x).is_integer() for x in values):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(values) <= 8:
-        axes.set_xticks(values, [f"{x:g}" for x in values])
-        axes.xaxis.set_minor_locator(NullLocator())
 
 
 def epoch_curve(run: Run) -> list[tuple[float, float]]:
@@ -202,24 +201,75 @@ def epoch_curve(run: Run) -> list[tuple[float, float]]:
     ]
 
 
+@dataclass(frozen=True)
+class EpochLine:
+    """Validation accuracy over the epochs: the mean over the seeds of a setting, or a single run."""
+
+    label: str
+    mark: Mark
+    finished: bool
+    points: list[tuple[float, list[float]]]  # epoch, accuracy of each seed
+
+    @property
+    def means(self) -> list[float]:
+        return [statistics.mean(accuracies) for _, accuracies in self.points]
+
+
+def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
+    """A line for each of the first settings of which runs have logged accuracies, or for each seed of the only one."""
+    members = [(group.label, group.mark, group.done or group.runs) for group in groups]
+    if len(groups) == 1:
+        members = [(f"seed {run.seed}", "", [run]) for run in groups[0].runs]
+    lines = []
+    for label, mark, runs in members[: 10 * EPOCH_LINES]:
+        curves = [dict(logged) for run in runs if (logged := epoch_curve(run))]
+        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+        points = [(epoch, [accuracies[epoch] for accuracies in curves]) for epoch in epochs]
+        if points:
+            lines.append(EpochLine(label, mark, runs[0].state == DONE, points))
+    return lines[:EPOCH_LINES]
+
+
 def save_epochs(groups: Sequence[Group], path: Path) -> bool:
-    """Draw validation accuracy over the epochs, a line for each of the best runs; False if no run has logged any."""
-    runs = [run for group in groups for run in group.runs]
-    runs.sort(key=lambda run: (run.state != DONE, run is not groups[0].runs[0], -(run.val_acc or 0.0)))
-    curves = [(run, points) for run in runs[: 10 * EPOCH_LINES] if (points := epoch_curve(run))][:EPOCH_LINES]
-    if not curves:
+    """Draw `epoch_lines`: up to twelve in colors, with their names; of more, the best in red and the others in grey.
+
+    Returns:
+        False, and draws nothing, if no line has two points, as after a single epoch.
+    """
+    lines = epoch_lines(groups)
+    if not any(len(line.points) > 1 for line in lines):
         return False
-    axes = new_axes([accuracy for _, points in curves for _, accuracy in points])
-    kinds = set()
-    for place, (run, points) in enumerate(curves):
-        color, width, kind = (RED, 2.4, f"best: {groups[0].label}") if place == 0 else (GREY, 1.2, "other runs")
-        if run.state != DONE:
-            color, kind = "#e08214", "not finished"
-        label = None if kind in kinds else textwrap.shorten(kind, 90, placeholder=" ...")
-        kinds.add(kind)
-        style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width, "label": label}
-        axes.plot(*zip(*points, strict=True), "-o" if run.state == DONE else "--o", zorder=3 - place / 100, **style)
+    named = len(lines) <= len(COLORS)
+    labels = [textwrap.shorten(line.label, 60, placeholder=" ...") for line in lines]
+    axes = new_axes(7 + 0.08 * max(map(len, labels)) if named else 8.0)
+    accuracies = [accuracy for line in lines for _, seeds in line.points for accuracy in seeds]
+    accuracy_axis(axes, min(accuracies), max(accuracies), "validation accuracy")
+    for place, line in enumerate(lines):
+        color = COLORS[place] if named else RED if line.mark else GREY
+        width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
+        epochs, seeds = zip(*line.points, strict=True)
+        kind = (
+            "not finished"
+            if not line.finished
+            else f"{MARKS[line.mark]}: {labels[place]}"
+            if line.mark
+            else "other settings"
+        )
+        style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}
+        axes.plot(epochs, line.means, dashes, label=kind, zorder=3 - place / 100, **style)
+        if named:
+            axes.fill_between(epochs, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.12, linewidth=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="epochs", ylabel="validation accuracy")
-    save_picture(axes, path, 3)
+    axes.set_xlabel("epochs")
+    if not named:
+        handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        axes.legend(handles.values(), handles, frameon=False, fontsize=9)
+    else:
+        several = max(len(seeds) for line in lines for _, seeds in line.points) > 1
+        notes = ["mean over seeds; band: lowest to highest"] * several
+        notes += [f"thick: {MARKS[line.mark]}" for line in lines if line.mark][:1]
+        notes += ["dashed: not finished"] * any(not line.finished for line in lines)
+        axes.set_title("; ".join(notes), fontsize=10, loc="left", color="#555555")
+        label_ends(axes, [(line.points[-1][0], line.means[-1], COLORS[n], labels[n]) for n, line in enumerate(lines)])
+    save_picture(axes, path, 0)
     return True

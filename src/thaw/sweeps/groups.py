@@ -5,11 +5,12 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from thaw.sweeps.runs import DONE, Run
+from thaw.sweeps.runs import ACCURACY, DONE, NUMBERS, Run
 
 SeedScore = tuple[float, float | None, int]  # mean, sample standard deviation (None for one seed), number of seeds
+Mark = Literal["", "best", "Pareto"]
 ABSENT = "-"
 
 
@@ -19,6 +20,7 @@ class Group:
 
     runs: list[Run]
     tokens: list[str]
+    mark: Mark = ""  # `best`, or `Pareto` in a search with several objectives; see `mark_winners`
 
     def __post_init__(self) -> None:
         self.val, self.test, self.seconds = map(self.score, ("val_acc", "test_acc", "seconds"))
@@ -53,10 +55,10 @@ class Group:
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run], objectives: Sequence[str] = ACCURACY) -> list[Group]:
     """Runs by setting: the best mean validation accuracy first, then fewer trained parameters, then the name.
 
-    Within a setting the finished runs come first, the best of them at the head.
+    Within a setting the finished runs come first, the best of them at the head. `mark_winners` marks groups.
     """
     members: dict[str, list[Run]] = {}
     for run in runs:
@@ -64,13 +66,38 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for group in members.values():
         group.sort(key=lambda run: (run.state != DONE, run.val_acc is None, -(run.val_acc or 0.0), str(run.folder)))
     groups = [*members.values()]
-    return sorted(map(Group, groups, distinguish(groups)), key=best_first)
+    ordered = sorted(map(Group, groups, distinguish(groups)), key=best_first)
+    mark_winners(ordered, objectives)
+    return ordered
+
+
+def mark_winners(groups: Sequence[Group], objectives: Sequence[str]) -> None:
+    """Mark the settings that a sweep is about: they are tested, and stand out in the table and in pictures.
+
+    With one objective that is the first of the best settings in the order of the groups. With several objectives it is
+    every setting of the Pareto front: no other one is better in one objective and at least as good in the others.
+    """
+    costs = [(group, [cost(group, metric) for metric in objectives]) for group in groups]
+    measured = [(group, own) for group, own in costs if None not in own]
+    front = [group for group, own in measured if not any(dominates(other, own) for _, other in measured)]
+    for group in front if len(objectives) > 1 else front[:1]:
+        group.mark = "Pareto" if len(objectives) > 1 else "best"
+
+
+def cost(group: Group, metric: str) -> float | None:
+    """The mean of a metric over seeds, negative for an accuracy: less is better."""
+    score = group.score(NUMBERS.get(metric, metric))
+    mean = score and round(score[0], 9)  # so that the order of a sum decides no tie
+    return mean if mean is None or metric not in ACCURACY else -mean
+
+
+def dominates(costs: Sequence[Any], others: Sequence[Any]) -> bool:
+    return costs != others and all(one <= other for one, other in zip(costs, others, strict=True))
 
 
 def best_first(group: Group) -> tuple[Any, ...]:
-    mean = round(group.val[0], 9) if group.val else None  # so that the order of a sum decides no tie
-    params = group.trainable_params
-    return not group.done, mean is None, -(mean or 0.0), params is None, params or 0, group.label
+    accuracy, params = cost(group, "val/acc"), group.trainable_params
+    return not group.done, accuracy is None, accuracy or 0.0, params is None, params or 0, group.label
 
 
 def distinguish(groups: list[list[Run]]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from thaw.pages.html import write_page
 from thaw.run.files import write_text
 from thaw.sweeps.cells import MEASURES, RUN_COLUMNS, RUN_TEXTS, group_cells, run_cells, setting_columns
 from thaw.sweeps.groups import Group, group_runs
-from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_run
+from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_objectives, read_run
 
 CSV_FIELDS = {  # header -> field of a run, or what is said of its group
     **{name: name for name in ("rank", "setting", "name", "overrides", "state")},
@@ -52,7 +52,7 @@ def read_run_table(folders: Sequence[Path]) -> RunTable:
         UserError: a folder does not exist or holds no run.
     """
     warnings: list[str] = []
-    groups = group_runs([read_run(folder, warnings) for folder in find_runs(folders)])
+    groups = group_runs([read_run(folder, warnings) for folder in find_runs(folders)], read_objectives(folders))
     return RunTable(groups, warnings, format_text(groups, warnings))
 
 

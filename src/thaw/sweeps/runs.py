@@ -19,6 +19,12 @@ from thaw.run.folders import NOT_THE_RUN
 DONE, UNFINISHED = "done", "unfinished"
 FAILURES = ("failed", "pruned", "killed", "timeout")
 RUN_FILES = ("config.yaml", "summary.json", "failure.json")
+ACCURACY = ("val/acc",)
+COSTS = ("trainable_params", "total_params", "seconds", "peak_memory_gb", "checkpoint_mb")
+NUMBERS = {  # key in summary.json or failure.json -> field of a run
+    **{"val/acc": "val_acc", "test/acc": "test_acc", "test/acc_low": "test_low", "test/acc_high": "test_high"},
+    **{name: name for name in (*COSTS, "epochs")},
+}
 NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
 
 NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir")  # runs that differ in these alone are of one setting
@@ -42,8 +48,11 @@ class Run:
     test_low: float | None = None
     test_high: float | None = None
     trainable_params: int | None = None
-    epochs: int | None = None
+    total_params: int | None = None
     seconds: float | None = None
+    peak_memory_gb: float | None = None
+    checkpoint_mb: float | None = None
+    epochs: int | None = None
     reason: str = ""
     traceback: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -88,17 +97,13 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         state = failure["status"] if failure.get("status") in FAILURES else "failed"
     facts = failure | summary
     said = config | facts
-    numbers = {
-        **{"val_acc": "val/acc", "test_acc": "test/acc", "test_low": "test/acc_low", "test_high": "test/acc_high"},
-        **{name: name for name in ("trainable_params", "epochs", "seconds")},
-    }
     return Run(
         folder=folder,
         state=state,
         name=str(said.get("name", folder.name)),
         overrides=split_overrides(said.get("overrides")),
         seed=finite_number(said, "seed", folder, warnings),
-        **{name: finite_number(facts, key, folder, warnings) for name, key in numbers.items()},
+        **{name: finite_number(facts, key, folder, warnings) for key, name in NUMBERS.items()},
         reason="" if state == DONE else str(failure.get("reason") or "cut off, or still running"),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
         settings={key: value for key, value in dotted(config).items() if not is_aside(key)},
@@ -119,6 +124,12 @@ def read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
         warnings.append(f"{os.path.relpath(path)} cannot be read and is left out: {' '.join(str(error).split())}")
         return {}
     return content
+
+
+def read_objectives(folders: Sequence[Path]) -> list[str]:
+    """What a search looked for, from its `multirun.yaml`; validation accuracy for other folders."""
+    found = [read_mapping(folder / "multirun.yaml", []).get("sweep") for folder in folders]
+    return [*found[0]["objectives"]] if len(found) == 1 and found[0] else [*ACCURACY]
 
 
 def finite_number(facts: dict[str, Any], key: str, folder: Path, warnings: list[str]) -> Any:

@@ -22,7 +22,8 @@ from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
 from thaw.sweeps import study as studies
 from thaw.sweeps.outcome import report_study
-from thaw.sweeps.search_plan import ACCURACY, SearchPlan, Train, prepare
+from thaw.sweeps.runs import ACCURACY
+from thaw.sweeps.search_plan import SearchPlan, Train, prepare
 from thaw.sweeps.space import OrderedGridSampler, readable
 
 
@@ -134,7 +135,7 @@ def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(run_dir / "job.lock"):  # another worker may have drawn the same values: wait for its result
         pass
-    callbacks = [Pruning(trial, monitor="val/acc")] if plan.objectives == ACCURACY else []
+    callbacks = [Pruning(trial, monitor="val/acc")] if [*plan.objectives] == [*ACCURACY] else []
     run_in_folder(cfg, partial(plan.train, callbacks=callbacks))
     summary = read_json(run_dir / SUMMARY)
     for key in ("trainable_params", "epochs", "seconds"):

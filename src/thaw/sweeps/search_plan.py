@@ -21,14 +21,13 @@ from thaw.run.errors import UserError
 from thaw.run.folders import job_key
 from thaw.run.ranks import is_launched
 from thaw.sweeps.grid import check_run
+from thaw.sweeps.runs import ACCURACY, COSTS
 from thaw.sweeps.space import Space, as_overrides, corners, read_space, readable
 from thaw.sweeps.study import make_sampler
 
 Train = Callable[..., float | None]  # of a configuration, and of callbacks that it does not name
 
-COSTS = ("trainable_params", "total_params", "seconds", "peak_memory_gb", "checkpoint_mb")
-OBJECTIVES = {"val/acc": "maximize", **dict.fromkeys(COSTS, "minimize")}
-ACCURACY = {"val/acc": "maximize"}
+OBJECTIVES = dict.fromkeys(ACCURACY, "maximize") | dict.fromkeys(COSTS, "minimize")
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def check_objectives(plan: SearchPlan) -> None:
     for metric in objectives:
         if metric not in OBJECTIVES:
             raise UserError(f"sweep.objectives: {metric} is not an objective; choose from {', '.join(OBJECTIVES)}.")
-    if not isinstance(plan.pruner, NopPruner) and plan.objectives != ACCURACY:
+    if not isinstance(plan.pruner, NopPruner) and [*objectives] != [*ACCURACY]:
         raise UserError(
             f"sweep.pruner looks at validation accuracy alone, but the objectives are {', '.join(objectives)}; choose "
             "sweep/pruner=none."
