@@ -59,7 +59,7 @@ def run(train: Callable[..., Path]) -> Path:
 def test_report_of_one_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = evaluate(tmp_path / "eval", f"ckpt={run}")
     summary = json.loads((run / "summary.json").read_text())
-    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
+    assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
     names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_digits"]
     assert sorted(path.stem for path in folder.glob("*.png")) == names
     facts = json.loads((folder / "report.json").read_text())["models"]["vit_linear_probe"]
