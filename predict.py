@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
         say(line, stderr=True)
     with open_output(cfg.output, cfg.format) as (file, format):
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
-        say(f"model: {os.path.relpath(model.checkpoint)}", stderr=True)
+        say(f"checkpoint: {os.path.relpath(model.checkpoint)}", stderr=True)
         writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
         rows_on_terminal = cfg.output is None and sys.stdout.isatty()

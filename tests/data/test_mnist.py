@@ -428,7 +428,7 @@ def test_a_mirror_that_fails_leads_to_the_next_one(
     with pytest.raises(ConnectionError) as caught:
         load_mnist("MNIST", tmp_path, "official", [bad.url, nowhere])
     assert time.monotonic() - started < 1.5
-    for part in (f"{bad.url}/{TRAIN_IMAGES}: {reason}", f"{nowhere}{TRAIN_IMAGES}: [Errno 111]", "Set data.dir"):
+    for part in (f"{bad.url}/{TRAIN_IMAGES}: {reason}", f"{nowhere}{TRAIN_IMAGES}: Connection refused", "Set data.dir"):
         assert part in str(caught.value)
     assert files_in(tmp_path) == set()
     assert_synthetic(load_mnist("MNIST", tmp_path, "official", [bad.url, good.url]), digits)
@@ -459,8 +459,8 @@ def test_out_of_reach_falls_back_to_the_sample(tmp_path: Path, caplog: pytest.Lo
     assert found.name == "sample"
     assert len(found.train.labels) == 4000
     [record] = [record for record in caplog.records if record.name == mnist.__name__]
-    assert record.levelno == logging.WARNING and len(f"warning: {record.getMessage()}") <= 3 * 80
-    for part in ("the 5,000 bundled MNIST images", "127.0.0.1: [Errno 111] Connection refused", "data.source=sample"):
+    assert record.levelno == logging.WARNING and len(f"warning: {record.getMessage()}") < 3 * 80
+    for part in ("the 5,000 bundled images", "127.0.0.1: Connection refused", "data.source=sample"):
         assert part in record.getMessage()
 
 

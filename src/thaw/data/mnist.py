@@ -24,7 +24,7 @@ from torch import Tensor
 from thaw.data.idx import read_idx
 from thaw.data.images import Images, Source
 from thaw.run.console import progress, say
-from thaw.run.errors import UserError, UserFileError
+from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.files import atomic
 
 log = logging.getLogger(__name__)
@@ -54,19 +54,6 @@ UNPACKED_MD5 = {
 FAILED: dict[str, str] = {}  # by URL: why this process could not download from there; it does not try again
 
 
-class DownloadError(UserFileError, ConnectionError):
-    """Official files are missing and no mirror gives them.
-
-    Args:
-        message: which files, what each mirror answered, the next step.
-        reason: the last mirror's answer, in a few words.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str] | None) -> Source:
     """Load one dataset and split it.
 
@@ -81,7 +68,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
     Raises:
         ValueError: a file is not the official one, or the sample or the folder does not exist.
         OSError: the folder cannot be written.
-        DownloadError: official files are missing and no mirror gives them; names what lies in the folder.
+        UnreachableError: official files are missing and no mirror gives them; names what lies in the folder.
     """
     if source == "sample":
         return load_sample(dataset)
@@ -91,7 +78,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
         raise UserError(f"data.dir={directory}: {error} Give the whole path.") from error
     try:
         return load_official(dataset, folder, mirrors)
-    except DownloadError as error:
+    except UnreachableError as error:
         if source == "official" or dataset != "MNIST" or contents(folder, dataset):
             raise
         warn_of_sample(error.reason)
@@ -101,8 +88,8 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
 @cache  # once in a process, not for each job of a sweep
 def warn_of_sample(reason: str) -> None:
     log.warning(
-        "using the 5,000 bundled MNIST images: the official 70,000 could not be downloaded (%s). Set data.dir to "
-        "their folder, data.mirrors to another host, or data.source=sample to hide this.",
+        "using the 5,000 bundled images: MNIST's 70,000 could not be downloaded (%s). Set data.dir to their folder, "
+        "data.mirrors to another host, or data.source=sample to hide this.",
         reason,
     )
 
@@ -234,7 +221,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
     """Fetch official files to `<directory>/<dataset>/raw`, each from the first mirror that has it.
 
     Raises:
-        DownloadError: no mirror gave a file; says what each answered, and what lies in the folder instead.
+        UnreachableError: no mirror gave a file; says what each answered, and what lies in the folder instead.
         OSError: the folder cannot be written.
     """
     official, folder = getattr(torchvision.datasets, dataset), directory / dataset / "raw"
@@ -248,13 +235,13 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
                 fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
             if wanted:
                 say(f"downloaded {len(wanted)} files of {dataset} to {folder}")
-    except DownloadError as error:
+    except UnreachableError as error:
         if contents(directory, dataset):  # leave a user's folder of other data as it was
             with suppress(OSError):  # of folders that hold files
                 (folder / ".download.lock").unlink()
                 folder.rmdir()
                 folder.parent.rmdir()
-        raise DownloadError(f"{error} {next_step(directory, dataset, names)}", error.reason) from error
+        raise UnreachableError(f"{error} {next_step(directory, dataset, names)}", error.reason) from error
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", error)
         raise UserFileError(
@@ -275,7 +262,7 @@ def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
                 FAILED[url] = str(error)
     answers = "; ".join(f"{url}: {FAILED[url]}" for url in urls) or "data.mirrors is empty"
     reason = f"{urlsplit(urls[-1]).hostname}: {FAILED[urls[-1]]}" if urls else answers
-    raise DownloadError(f"{name} could not be downloaded to {folder} ({answers}).", reason)
+    raise UnreachableError(f"{name} could not be downloaded to {folder} ({answers}).", reason)
 
 
 def retrieve(url: str, md5: str, path: Path) -> None:
@@ -289,7 +276,8 @@ def retrieve(url: str, md5: str, path: Path) -> None:
                     file.write(block)
                     advance(len(block))
     except (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-        raise ConnectionError(error.reason if type(error) is URLError else error) from error
+        reason = error.reason if type(error) is URLError else error
+        raise ConnectionError(getattr(reason, "strerror", None) or reason) from error
     content = path.read_bytes()
     if hashlib.md5(content).hexdigest() != md5:
         raise ConnectionError(describe_wrong_file(content))

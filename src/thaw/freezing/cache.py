@@ -62,9 +62,9 @@ class FeatureCache:
     def summarise(self, trainer: Trainer) -> None:
         """Print one line about the splits that `features` has computed or read since the last call."""
         if self.splits:
-            size, how = self.bytes / 1e6, f"computed in {self.seconds:.1f} s" if self.seconds else "reused"
+            size, how = self.bytes / 1e6, f"{self.seconds:.1f} s" if self.seconds else "reused"
             splits = " + ".join(self.splits)
-            report(trainer, f"cached features: {splits} images, {size:,.0f} MB, {how} ({self.place})")
+            report(trainer, f"cached features: {splits} images, {size:,.0f} MB in {self.place} ({how})")
         self.splits, self.bytes, self.seconds = [], 0, 0.0
 
     def features(
@@ -136,7 +136,7 @@ class FeatureCache:
         self.splits.append(f"{count:,} {split}")
         self.bytes += size
         self.seconds += time.monotonic() - started if place != "cached" else 0
-        self.place = "in memory" if place == "memory" else os.path.relpath(self.store.folder)
+        self.place = "memory" if place == "memory" else os.path.relpath(self.store.folder)
         while len(VERIFIED) >= 4:  # the train and val features of two models
             VERIFIED.pop(next(iter(VERIFIED)))
         VERIFIED[key] = features
