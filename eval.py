@@ -1,5 +1,6 @@
 """Test checkpoints and write a report: they hold all that is needed.    python eval.py ckpt=<run folder>"""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from thaw.run.command import command
 @command("eval")
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
-    from tqdm import tqdm
 
     from thaw.data.datamodule import load_source
     from thaw.data.images import dataset_name
@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
     from thaw.run.command_line import override_key
+    from thaw.run.console import progress, say
 
     typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
@@ -44,22 +45,18 @@ def main(cfg: DictConfig) -> None:
         source = load_source(predictor.cfg.data, own)
         total = images_to_predict(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
-        with tqdm(total=total, desc=label, unit=" digits", unit_scale=True, disable=None, leave=False) as bar:
-            assessment = assess(label, predictor, source, second, robustness, pictures, bar.update)
+        say(f"evaluating {label}: {total:,} test, validation and corrupted images")
+        with progress(label, total) as advance:
+            assessment = assess(label, predictor, source, second, robustness, pictures, advance)
         facts = assessment.facts
-        print(
-            f"{label}: "
-            * (len(predictors) > 1)
-            + f"test/acc {facts['test/acc']:.4%} on {facts['n_test']:,} {facts['data_source']} digits, 95 % interval "
-            f"[{facts['test/acc_low']:.2%}, {facts['test/acc_high']:.2%}]",
-            flush=True,
-        )
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} {facts['data_source']} images")
         assessments.append(assessment)
     page = write_assessments(assessments, folder)
     if cfg.wandb:
         for predictor, assessment in zip(predictors, assessments, strict=True):
             log_assessment(assessment, checkpoints.read_checkpoint(predictor.checkpoint, cfg.allow), page)
-    print(f"report: {page}")
+    say(f"report:\n{os.path.relpath(page)}")
 
 
 if __name__ == "__main__":

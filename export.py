@@ -11,6 +11,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.export.destination import check_request, destination, summary
     from thaw.export.export_file import export_file
     from thaw.predict.predictor import load_predictor
+    from thaw.run.console import say
 
     check_request(cfg)
     predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
@@ -21,11 +22,12 @@ def main(cfg: DictConfig) -> None:
         from thaw.export.push import push
 
         facts = export_folder(predictor, source, cfg.license, path, cfg.allow)
-        print(summary(facts, path))
+        say(summary(facts, path))
         if cfg.push:
-            print(push(path, cfg.push, cfg.private))
+            say(f"uploading to {cfg.push}")
+            say(push(path, cfg.push, cfg.private))
     else:
-        print(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path))
+        say(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path))
 
 
 if __name__ == "__main__":

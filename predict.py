@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from itertools import islice, pairwise
 
 from omegaconf import DictConfig
@@ -29,30 +30,36 @@ inputs: list[str] = []
 
 @command("predict")
 def main(cfg: DictConfig) -> None:
-    from tqdm import tqdm
-
     from thaw.data.batches import EVAL_BATCH
-    from thaw.predict.prediction import RowWriter, find_files, open_output, predictions, read_file
+    from thaw.predict.prediction import Read, RowWriter, find_files, open_output, predictions, read_file
     from thaw.predict.predictor import load_predictor
+    from thaw.run.console import progress, say
 
     files, left_out = find_files([*cfg.inputs, *inputs])
     for line in left_out:
-        print(line, file=sys.stderr)
+        say(line, stderr=True)
     with open_output(cfg.output, cfg.format) as (file, format):
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, True)
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, stderr=True)
         writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
-        with tqdm(files, desc="files", unit="file", disable=None, leave=False) as bar:
-            digits = (digit for path in bar for digit in read_file(path))
-            while batch := list(islice(digits, EVAL_BATCH)):
+        rows_on_terminal = cfg.output is None and sys.stdout.isatty()
+        with progress("predicting", len(files), "files", stderr=True, hidden=rows_on_terminal) as advance:
+
+            def read_all() -> Iterator[Read]:
+                for path in files:
+                    yield from read_file(path)
+                    advance(1)
+
+            images = read_all()
+            while batch := list(islice(images, EVAL_BATCH)):
                 for row in predictions(model, batch, model.classes):
                     writer.write(row)
                     read, failed = read + (row["error"] is None), failed + (row["error"] is not None)
                     doubtful += row["warning"] is not None
     if cfg.output:
-        print(f"{read:,} digits of {len(files):,} files in {cfg.output}", file=sys.stderr)
+        say(f"{read:,} images of {len(files):,} files predicted:\n{cfg.output}", stderr=True)
     if doubtful:
-        print(f"{doubtful:,} of {read + failed:,} rows are doubtful; the column `warning` says why.", file=sys.stderr)
+        say(f"{doubtful:,} of {read + failed:,} rows are doubtful; the column `warning` says why.", stderr=True)
     if failed:
         raise UserError(f"{failed:,} of {read + failed:,} rows have no answer; the column `error` says why.")
 

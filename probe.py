@@ -33,6 +33,7 @@ def main(cfg: DictConfig) -> float:
     backbone.eval().requires_grad_(False).to(trainer.strategy.root_device)
 
     train, val = (probe_features(split, trainer, backbone, cache) for split in ("train", "val"))
+    cache.summarise(trainer)
     choice = build(cfg.probe)(train, val)
     tested = score(choice, probe_features("test", trainer, backbone, cache)) if cfg.test else {}
     report_probe(cfg, trainer, backbone, choice, tested, time.monotonic() - started)

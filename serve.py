@@ -13,6 +13,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from thaw.predict.predictor import DigitModel, Predictor, load_predictor
+    from thaw.run.console import say
     from thaw.serve.limits import limits_of
     from thaw.serve.process import keep_memory, spared_collector
 
@@ -24,6 +25,7 @@ def main(cfg: DictConfig) -> None:
 
     limits = limits_of(cfg)
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
+    say(f"loading {cfg.ckpt}", stderr=True)
     keep_memory()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker computes on one core
@@ -33,11 +35,12 @@ def main(cfg: DictConfig) -> None:
 
         model, on_cpu = load_onnx(Path(cfg.ckpt).expanduser()), True
     else:
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, True)
+        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         on_cpu = model.fabric.device.type == "cpu"
     app = create_app(model, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]
-    ready = f"{model.facts()['name']} on http://{address}:{port}   (draw at /, API at /docs, Ctrl-C stops)"
+    url = f"http://{address}:{port}"
+    ready = f"draw    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"
     with spared_collector():
         serve(app, opened, ready)
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from thaw.run.console import lenient
+from thaw.run.console import lenient, progress, say
 from thaw.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,9 +172,11 @@ def main() -> None:
             for name in arguments.only
             if seed == 0 or not ROWS[name][2].startswith("probe")  # these draw no random numbers
         }
-        for job in tqdm(as_completed(running), total=len(running)):
-            if failed := job.result():
-                tqdm.write(f"{running[job]} failed: {failed} (see output.log there)")
+        with progress("comparison", len(running), "runs") as advance:
+            for job in as_completed(running):
+                if failed := job.result():
+                    say(f"{running[job]} failed: {failed} (see output.log there)")
+                advance(1)
     if not (runs := finished()):
         raise SystemExit(f"No run below {RUNS} has been tested.")
     write_text(markdown(runs) + "\n", ROOT / "benchmarks" / "compare.md")

@@ -22,11 +22,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from benchmarks.compare import ROOT, mean_and_spread, run_once
 from thaw.run.config import settle
-from thaw.run.console import lenient
+from thaw.run.console import lenient, progress, say
 from thaw.run.files import write_text
 
 RUNS = ROOT / "logs" / "compare_pretraining"
@@ -67,7 +66,7 @@ def steps_in(seconds: float, overrides: list[str]) -> dict[str, dict[str, float]
         of each: `seconds` and `digits` of a step, and `steps`.
     """
     torch.set_num_threads(1)
-    rounds = [{name: time_of_step(name, overrides) for name in tqdm(OBJECTIVES, desc="time of a step")} for _ in "12"]
+    rounds = [{name: time_of_step(name, overrides) for name in OBJECTIVES} for _ in "12"]
     best = {name: min(times[name] for times in rounds) for name in OBJECTIVES}
     return {
         name: {"seconds": taken, "digits": digits, "steps": int(seconds / taken)}
@@ -136,9 +135,11 @@ def run_all(starts: list[str], steps: Mapping[str, int], seeds: int, parallel: i
         for start in sorted(starts, key=lambda start: start in pretrained):  # first those that wait for nothing
             for name, command in measurements(start, seeds).items():
                 running[pool.submit(run, name, command, pretrained.get(start))] = name
-        for job in tqdm(as_completed(running), total=len(running)):
-            if failed := job.result():
-                tqdm.write(f"{running[job]} failed: {failed} (see {RUNS / running[job] / 'output.log'})")
+        with progress("comparison", len(running), "runs") as advance:
+            for job in as_completed(running):
+                if failed := job.result():
+                    say(f"{running[job]} failed: {failed} (see {RUNS / running[job] / 'output.log'})")
+                advance(1)
 
 
 def finished() -> dict[str, dict[str, list[float]]]:

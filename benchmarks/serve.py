@@ -83,7 +83,7 @@ def server(ckpt: str, precision: str, overrides: list[str]) -> Iterator[str]:
     process = subprocess.Popen([*command, f"max_batch={BATCH}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
-        found = re.search(r"http://\S+", process.stdout.readline())
+        found = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)), None)
         assert found, "serve.py did not start"
         yield found[0]
     finally:

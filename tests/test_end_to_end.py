@@ -46,7 +46,7 @@ def test_linear_probe_on_the_sample(
     assert list(tmp_path.glob("wandb/offline-run-*"))
     few = ["robustness.digits=20", f"hydra.run.dir={tmp_path / 'eval'}"]
     assert command("eval.py", f"ckpt={tmp_path}", *few) == 0
-    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
+    assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 
 
 def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,7 +165,7 @@ def test_the_average_is_what_is_tested(
     summary = json.loads((run_dir / "summary.json").read_text())
     few = ["robustness.digits=20", f"hydra.run.dir={run_dir / 'eval'}"]
     assert command("eval.py", f"ckpt={run_dir}", *few) == 0
-    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
+    assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 
 
 def test_mixing_keeps_no_features(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:

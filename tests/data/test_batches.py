@@ -1,5 +1,6 @@
 """Computing in batches, and images that stand for all."""
 
+import pytest
 import torch
 
 from thaw.data.batches import by_batches, evenly_spread
@@ -14,6 +15,15 @@ def test_batches_give_what_all_images_at_once_give() -> None:
 
     assert torch.equal(by_batches(compute, images, 3), compute(images))
     assert sizes == [3, 3, 1, 7]
+
+
+def test_progress_of_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
+    by_batches(torch.neg, torch.arange(10), 4)
+    assert not capsys.readouterr().out
+    by_batches(torch.neg, torch.arange(10), 4, title="negating")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("negating: 4 of 10 images, about") and second.startswith("negating: 8 of 10 images")
 
 
 def test_evenly_spread() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable
 from importlib import import_module
@@ -56,10 +57,17 @@ def run(train: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.slow
-def test_report_of_one_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_of_one_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
     folder = evaluate(tmp_path / "eval", f"ckpt={run}")
     summary = json.loads((run / "summary.json").read_text())
-    assert f"test/acc {summary['test/acc']:.4%} on 500 sample digits" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in printed
+    total = re.search(r"evaluating vit_linear_probe: ([\d,]+) test, validation and corrupted images", printed)
+    assert total and f"vit_linear_probe: 500 of {total[1]} images, about" in printed
+    assert printed.endswith(f"report:\n{os.path.relpath(folder / 'report.html')}\n")
     names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_digits"]
     assert sorted(path.stem for path in folder.glob("*.png")) == names
     facts = json.loads((folder / "report.json").read_text())["models"]["vit_linear_probe"]

@@ -245,20 +245,21 @@ def test_settings_equal_the_signature(option: str) -> None:
     assert all(parameter.default is parameter.empty for parameter in parameters.values())
 
 
-def test_a_probe_reuses_what_a_linear_probe_kept(
+def test_a_probe_reuses_what_a_linear_probe_cached(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = [*FEW, f"cache.dir={tmp_path / 'cache'}"]
     untested = ["validate=false", "test=false"]
     train("experiment=vit_linear_probe", "logger=csv", "data.batch_size=100", "trainer.max_epochs=1", *untested, *few)
-    assert "computed" in capsys.readouterr().out
+    assert "cached features: 300 train + 500 val images, 1 MB in" in capsys.readouterr().out
     trained = json.loads((tmp_path / "runs/test/run/summary.json").read_text())
     monkeypatch.setattr("thaw.freezing.cache.VERIFIED", {})  # as in another process
+    monkeypatch.setattr("thaw.evaluation.probes.SIMILARITIES", 100_000)  # two batches of queries
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
     summary = probe(tmp_path / "knn", "probe=knn", "probe.k=[1, 5]", *few)
     printed = capsys.readouterr().out
-    for split, count in (("train", 300), ("val", 500)):
-        assert f"cache: {count} {split} images -> (192,)" in printed
-    assert printed.count("reused, in") == 2 and printed.count("computed in") == 1  # the test split
+    assert re.search(r"cached features: 300 train \+ 500 val images, 1 MB in \S+ \(reused\)", printed)
+    assert re.search(r"^neighbours of validation images: \d+ of 500 images, about \d+ s left$", printed, re.MULTILINE)
     assert "k = 5        val/acc" in printed and "the best of 2 on validation" in printed
     assert set(trained) <= set(summary)
     assert summary["test/acc"] > 0.9 and summary["val/acc"] > 0.9 and summary["n_test"] == 500
@@ -267,15 +268,19 @@ def test_a_probe_reuses_what_a_linear_probe_kept(
     assert summary["trainable_params"] == 0
 
 
-def test_logistic_regression_on_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a model the features are computed, not kept; test=false leaves the test split alone."""
+def test_logistic_regression_on_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model the features are computed, not cached; test=false leaves the test split alone."""
     where = f"cache.dir={tmp_path / 'cache'}"
-    summary = probe(tmp_path / "run", "probe=logistic_regression", "probe.C=[1e-2]", "backbone=pixels", where, *FEW)
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
+    regression = ["probe=logistic_regression", "probe.C=[1e-2, 2e-2]"]
+    summary = probe(tmp_path / "run", *regression, "backbone=pixels", where, *FEW)
     assert summary["test/acc"] > 0.7 and summary["trainable_params"] == 7850 == summary["total_params"]
     assert not (tmp_path / "cache").exists()
-    capsys.readouterr()
+    assert "logistic regression: 1 of 2 fits, about" in capsys.readouterr().out
     summary = probe(tmp_path / "untested", "probe=knn", "backbone=pixels", "test=false", where, *FEW)
-    assert summary["test/acc"] is None and "test digits" not in capsys.readouterr().out
+    assert summary["test/acc"] is None and "of test images" not in capsys.readouterr().out
 
 
 def test_probe_of_a_checkpoint(train: Callable[..., Path], tmp_path: Path) -> None:

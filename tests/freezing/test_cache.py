@@ -55,7 +55,10 @@ def naive() -> Tensor:
 
 
 def get(cache: FeatureCache, compute: Compute, facts: Mapping[str, Any] = FACTS) -> Tensor | None:
-    return cache.features("train", COUNT, compute, 16, facts, trainer_of())
+    trainer = trainer_of()
+    features = cache.features("train", COUNT, compute, 16, facts, trainer)
+    cache.summarise(trainer)
+    return features
 
 
 def new(folder: Path, mode: str = "disk", max_gb: float = 1.0) -> FeatureCache:
@@ -107,14 +110,18 @@ def test_what_is_said_where_nothing_can_be_cached(
 
 @pytest.mark.parametrize("mode", ["auto", "disk", "memory"])
 def test_features_equal_a_naive_loop_over_the_digits(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
     compute = Compute()
     features = get(new(tmp_path / "cache", mode), compute)
     assert features is not None and torch.equal(features, naive())
     assert set(compute.digits) == set(range(COUNT)) and len(compute.digits) == 3 * 128
     assert (tmp_path / "cache").exists() == (mode != "memory")
-    assert f"cache: {COUNT} train images -> (5,), 0 MB, computed in" in capsys.readouterr().out
+    where = "memory" if mode == "memory" else os.path.relpath(tmp_path / "cache")
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("features of train images: 128 of 300 images, about 0 s left") and "256 of 300" in second
+    assert re.fullmatch(rf"cached features: 300 train images, 0 MB in {where} \(\d+\.\d s\)", last)
 
 
 def test_another_run_computes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +130,7 @@ def test_another_run_computes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
         compute = Compute()
         features = get(new(tmp_path, mode), compute)
         assert features is not None and torch.equal(features, naive()) and compute.digits == []
-    assert "MB, reused, in" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(" (reused)\n")
 
 
 def test_the_next_job_of_a_sweep_has_them_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -450,6 +452,22 @@ def test_hub_weights_are_taken_from_the_cache_without_a_connection(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     model = backbone(name, {"depth": 1}, weights="hub", image_size=32)
     assert torch.equal(model.model.patch_embed.proj.weight, cached.patch_embed.proj.weight)
+
+
+def test_a_download_from_the_hub_is_announced(
+    backbone: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(timm.create_model(VIT, img_size=32, in_chans=1, depth=1), tmp_path / "w.safetensors")
+
+    def download(repository: str, file: str, local_files_only: bool = False) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not there yet")
+        return path
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: SimpleNamespace(size=22_900_000))
+    backbone(VIT, {"depth": 1}, weights="hub", image_size=32)
+    assert capsys.readouterr().out == f"downloading model.safetensors of timm/{VIT}.augreg_in21k_ft_in1k, 22.9 MB\n"
 
 
 def test_lists_of_a_configuration_reach_timm(backbone: Build) -> None:

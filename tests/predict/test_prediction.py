@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import compose_config
 from PIL import Image, ImageOps
+from rich.console import Console
 
 import predict
 from thaw.data.digit_image import Digit
@@ -48,10 +50,15 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_csv_of_a_folder(linear_probe: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_csv_of_a_folder(
+    linear_probe: Path, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
     with pytest.raises(ValueError, match="2 of 35 rows have no answer"):
         predict.main(compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{folder}']"))
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    printed = capsys.readouterr()
+    assert re.search(r"^predicting: 1 of 33 files, about \d+ s left$", printed.err, re.MULTILINE)
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
     assert len(rows) == 30 + 3 + 2
     digits = [row for row in rows if "_" in Path(row["file"]).stem]
     right = sum(row["class"] == Path(row["file"]).stem[-1] for row in digits)
@@ -64,6 +71,19 @@ def test_csv_of_a_folder(linear_probe: Path, folder: Path, capsys: pytest.Captur
     errors = {Path(row["file"]).name: row["error"] for row in rows if row["error"]}
     assert "is not a PNG" in errors["broken.png"]
     assert "no digit" in errors["empty.png"]
+
+
+@pytest.mark.parametrize("output", ["null", "rows.csv"])
+def test_a_bar_only_where_no_rows_are_seen(
+    linear_probe: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr("thaw.run.console.console", lambda stderr=False: terminal)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    idx = folder / "below" / "three.idx"
+    predict.main(compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{idx}']", f"output={output}"))
+    assert ("predicting" in terminal.file.getvalue()) == (output == "rows.csv")  # type: ignore[attr-defined]
 
 
 def test_json_lines_in_a_file(linear_probe: Path, folder: Path, tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_the_measurement_is_that_of_its_parts(tmp_path: Path) -> None:
     model, data = instantiate(cfg.model), instantiate(cfg.data)
     logged: dict[str, float] = {}
     model.log = lambda name, value, **_: logged.update({name: value})
-    model.trainer = SimpleNamespace(datamodule=data)
+    model.trainer = SimpleNamespace(is_global_zero=True, datamodule=data)
     train = data.split_dataset("train").data.images
     model.draw = lambda latents: train[: len(latents)]
     model.on_validation_epoch_end()

@@ -39,11 +39,12 @@ def started(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, s
     )
     try:
         assert process.stdout
-        checkpoint, line = process.stdout.readline(), process.stdout.readline()
-        assert "/best.ckpt (vit_linear_probe, " in checkpoint, checkpoint + line
-        found = re.search(r"http://\S+", line)
-        assert found, line + process.stdout.read()
-        yield process, found[0]
+        printed = ""
+        while "is ready; Ctrl-C stops it" not in printed and (line := process.stdout.readline()):
+            printed += line
+        found = re.search(r"^draw    (http://\S+)\nAPI     \1/docs$", printed, re.MULTILINE)
+        assert found and f"loading {overrides[0].removeprefix('ckpt=')}\n" in printed, printed
+        yield process, found[1]
     finally:
         process.kill()
         process.wait()

@@ -8,27 +8,30 @@ import ssl
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from http.client import HTTPException
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import torchvision.datasets
 from filelock import FileLock
 from torch import Tensor
-from torchvision.datasets.utils import download_url
 
 from thaw.data.idx import read_idx
 from thaw.data.images import Images, Source
-from thaw.run.errors import UserError, UserFileError
+from thaw.run.console import progress, say
+from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.files import atomic
 
 log = logging.getLogger(__name__)
 
 MIRROR_TIMEOUT = 5.0  # seconds without an answer before a mirror counts as out of reach
 NAMES_SHOWN = 8  # of a folder's content, in an error
+BLOCK = 2**15  # bytes of a download between two updates of its progress
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision classes that share the four file names and the format
 
 # MD5 of the unpacked files, in the order of torchvision's `resources`, which has those of the .gz files as published.
@@ -48,6 +51,8 @@ UNPACKED_MD5 = {
     ),
 }
 
+FAILED: dict[str, str] = {}  # by URL: why this process could not download from there; it does not try again
+
 
 def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str] | None) -> Source:
     """Load one dataset and split it.
@@ -63,7 +68,7 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
     Raises:
         UserError: a file is not the official one, or the sample or the folder does not exist.
         OSError: the folder cannot be written.
-        ConnectionError: official files are missing and no mirror gives them; names what lies in the folder.
+        UnreachableError: official files are missing and no mirror gives them; names what lies in the folder.
     """
     if source == "sample":
         return load_sample(dataset)
@@ -73,15 +78,20 @@ def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequen
         raise UserError(f"data.dir={directory}: {error} Give the whole path.") from error
     try:
         return load_official(dataset, folder, mirrors)
-    except ConnectionError as error:
+    except UnreachableError as error:
         if source == "official" or dataset != "MNIST" or contents(folder, dataset):
             raise
-        log.warning(
-            "USING THE BUNDLED SAMPLE of 5,000 digits, not the official 70,000: %s "
-            "Set data.source=official to insist on them, data.source=sample to silence this.",
-            error,
-        )
+        warn_of_sample(error.reason)
         return load_sample(dataset)
+
+
+@cache  # once in a process, not for each job of a sweep
+def warn_of_sample(reason: str) -> None:
+    log.warning(
+        "using the 5,000 bundled images: MNIST's 70,000 could not be downloaded (%s). Set data.dir to their folder, "
+        "data.mirrors to another host, or data.source=sample to hide this.",
+        reason,
+    )
 
 
 def class_names(dataset: str) -> list[str]:
@@ -211,7 +221,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
     """Fetch official files to `<directory>/<dataset>/raw`, each from the first mirror that has it.
 
     Raises:
-        ConnectionError: no mirror gave a file; says what each answered, and what lies in the folder instead.
+        UnreachableError: no mirror gave a file; says what each answered, and what lies in the folder instead.
         OSError: the folder cannot be written.
     """
     official, folder = getattr(torchvision.datasets, dataset), directory / dataset / "raw"
@@ -219,17 +229,19 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"), ExitStack() as stack:  # runs that start together download once
             stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-            socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none, and would hang where packets are dropped
-            for name, md5 in official.resources:
-                if name in names and not (folder / name).exists():
-                    fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
-    except ConnectionError as error:
+            socket.setdefaulttimeout(MIRROR_TIMEOUT)  # for where packets are dropped
+            wanted = [each for each in official.resources if each[0] in names and not (folder / each[0]).exists()]
+            for name, md5 in wanted:
+                fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
+            if wanted:
+                say(f"downloaded {len(wanted)} files of {dataset} to {folder}")
+    except UnreachableError as error:
         if contents(directory, dataset):  # leave a user's folder of other data as it was
             with suppress(OSError):  # of folders that hold files
                 (folder / ".download.lock").unlink()
                 folder.rmdir()
                 folder.parent.rmdir()
-        raise ConnectionError(f"{error} {next_step(directory, dataset, names)}") from error
+        raise UnreachableError(f"{error} {next_step(directory, dataset, names)}", error.reason) from error
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", error)
         raise UserFileError(
@@ -239,24 +251,36 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
 
 def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
     """Download one file, which appears under its name once it is whole and has the right MD5."""
-    answers = []
-    for mirror in mirrors:
-        url = f"{mirror.rstrip('/')}/{name}"
-        log.info("downloading %s to %s", url, folder)
-        try:
-            with atomic(folder / name) as part:
-                try:
-                    download_url(url, part.parent, part.name, md5)
-                except RuntimeError as error:  # another MD5
-                    raise ConnectionError(describe_wrong_file(part.read_bytes())) from error
-                except (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-                    raise ConnectionError(error.reason if type(error) is URLError else error) from error
-            return
-        except ConnectionError as error:
-            answers.append(f"{url}: {error}")
-    raise ConnectionError(
-        f"{name} could not be downloaded to {folder} ({'; '.join(answers) or 'data.mirrors is empty'})."
-    )
+    urls = [f"{mirror.rstrip('/')}/{name}" for mirror in mirrors]
+    for url in urls:
+        if url not in FAILED:
+            try:
+                with atomic(folder / name) as part:
+                    retrieve(url, md5, part)
+                return
+            except ConnectionError as error:
+                FAILED[url] = str(error)
+    answers = "; ".join(f"{url}: {FAILED[url]}" for url in urls) or "data.mirrors is empty"
+    reason = f"{urlsplit(urls[-1]).hostname}: {FAILED[urls[-1]]}" if urls else answers
+    raise UnreachableError(f"{name} could not be downloaded to {folder} ({answers}).", reason)
+
+
+def retrieve(url: str, md5: str, path: Path) -> None:
+    """Write the content at a URL to a file; ConnectionError if it cannot be had or has another MD5."""
+    name = url.rpartition("/")[2].partition("-idx")[0]
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "thaw"})) as response, path.open("wb") as file:
+            size = int(response.headers["Content-Length"] or 0)
+            with progress(f"downloading {name}", size, "bytes") as advance:
+                while block := response.read(BLOCK):
+                    file.write(block)
+                    advance(len(block))
+    except (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
+        reason = error.reason if type(error) is URLError else error
+        raise ConnectionError(getattr(reason, "strerror", None) or reason) from error
+    content = path.read_bytes()
+    if hashlib.md5(content).hexdigest() != md5:
+        raise ConnectionError(describe_wrong_file(content))
 
 
 def contents(directory: Path, dataset: str) -> list[str]:

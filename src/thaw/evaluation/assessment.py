@@ -16,6 +16,7 @@ from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
 from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
+from thaw.run.console import say
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def assess(
     second: tuple[str, Source] | None,
     robustness: Mapping[str, Any],
     folder: Path,
-    told: Callable[[int], Any],
+    advance: Callable[[int], Any],
 ) -> Assessment:
     """Measure a checkpoint and draw its figures.
 
@@ -47,10 +48,10 @@ def assess(
         second: name and images of another dataset, to whose test split the checkpoint is applied too.
         robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.
         folder: where the figures go.
-        told: is called with the number of images done; `images_to_predict` says how many there will be.
+        advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
     """
-    logits, labels = predictor.logits(source.test.images, told), source.test.labels
-    temperature = fit_temperature(predictor.logits(source.val.images, told), source.val.labels)
+    logits, labels = predictor.logits(source.test.images, advance), source.test.labels
+    temperature = fit_temperature(predictor.logits(source.val.images, advance), source.val.labels)
     facts = {
         **predictor.facts(),
         **source.facts(),
@@ -61,11 +62,12 @@ def assess(
             "temperature": temperature,
             "ece_with_temperature": calibration_error(logits / temperature, labels),
         },
-        "robustness": robustness_facts(predictor, source.test, robustness, told),
+        "robustness": robustness_facts(predictor, source.test, robustness, advance),
         "cost": cost_facts(predictor, source.test.images[: predictor.batch_size]),
     }
     if second:
-        facts["second"] = second_facts(*second, predictor, logits, told)
+        facts["second"] = second_facts(*second, predictor, logits, advance)
+    say("drawing figures")
     pictures = draw_pictures(predictor, source.test, logits, temperature, folder)
     return Assessment(label, facts, logits, source.test, pictures)
 
@@ -86,7 +88,7 @@ def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[di
 
 
 def robustness_facts(
-    predictor: Predictor, test: Images, robustness: Mapping[str, Any], told: Callable[[int], Any]
+    predictor: Predictor, test: Images, robustness: Mapping[str, Any], advance: Callable[[int], Any]
 ) -> dict[str, Any]:
     """For each corruption pairs of strength and accuracy in ascending order; the harmless strength is one of them."""
     chosen = evenly_spread(len(test.labels), robustness["digits"])
@@ -96,17 +98,17 @@ def robustness_facts(
         curves[name] = []
         for strength in sorted({corruption.harmless, *map(float, robustness[name])}):
             harder = images if strength == corruption.harmless else corruption.apply(images, strength)
-            right = predictor.logits(harder, told).argmax(dim=1) == labels
-            curves[name].append((strength, float(right.double().mean())))
+            correct = predictor.logits(harder, advance).argmax(dim=1) == labels
+            curves[name].append((strength, float(correct.double().mean())))
     harmed = [acc for name, curve in curves.items() for at, acc in curve if at != CORRUPTIONS[name].harmless]
     return {"digits": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
 
 
 def second_facts(
-    dataset: str, source: Source, predictor: Predictor, logits: Tensor, told: Callable[[int], Any]
+    dataset: str, source: Source, predictor: Predictor, logits: Tensor, advance: Callable[[int], Any]
 ) -> dict[str, Any]:
     """Accuracy on another dataset, and how well confidence tells the two apart: the area under the ROC curve."""
-    others = predictor.logits(source.test.images, told)
+    others = predictor.logits(source.test.images, advance)
     confidence = torch.cat([part.softmax(dim=1).amax(dim=1) for part in (others, logits)])
     is_own = torch.cat([torch.zeros(len(others)), torch.ones(len(logits))]).long()
     return {

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from thaw.evaluation.metrics import accuracy_facts
+from thaw.run.console import progress, say
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
@@ -91,7 +91,7 @@ def knn(
     pairs = zip(candidates, predictions, strict=True)
     accuracies: dict[float, float] = {value: accuracy(labels, val.labels) for value, labels in pairs}
     for value, acc in accuracies.items():
-        print(f"k = {value:<8g} val/acc {acc:.2%}", flush=True)
+        say(f"k = {value:<8g} val/acc {acc:.2%}")
     chosen = max(candidates, key=accuracies.__getitem__)  # the first of equals
     return Choice("k", accuracies, chosen, lambda queries: predict(queries, [chosen], "test")[0], num_parameters=0)
 
@@ -108,11 +108,11 @@ def nearest(queries: Tensor, references: Tensor, k: int, metric: str, name: str)
         centre = references.mean(dim=0)  # moving the origin there changes no distance and keeps the terms small
         queries, references = queries - centre, references - centre
         offset = references.square().sum(dim=1) / 2  # (N,)
-    with tqdm(total=len(queries), desc=f"{name} neighbours", disable=None, leave=False) as bar:
+    with progress(f"neighbours of {name} images", len(queries)) as advance:
         for chunk in queries.split(max(1, SIMILARITIES // (len(references) + 16 * k))):  # 16 or so classes to vote for
             top = (chunk @ references.T - offset).topk(k, dim=1)  # (B, D) -> (B, N) -> (B, k)
             yield top.values, top.indices
-            bar.update(len(chunk))
+            advance(len(chunk))
 
 
 def logistic_regression(
@@ -139,12 +139,14 @@ def logistic_regression(
     features, val_features = ((split.features - mean) / std for split in (train, val))  # (N, D)
     weight, bias = features.new_zeros(len(classes), features.shape[1]), features.new_zeros(len(classes))
     accuracies, fits = {}, {}
-    for value in sorted(set(C)):
-        weight, bias, gradient = fit_logistic(features, targets, value, weight, bias, max_iterations, tolerance)
-        fits[value] = weight, bias
-        accuracies[value] = accuracy(classes[(val_features @ weight.T + bias).argmax(dim=1)], val.labels)
-        note = "" if gradient <= tolerance else f"  not converged: the gradient is {gradient:.1e} at the end"
-        print(f"C = {value:<8g} val/acc {accuracies[value]:.2%}{note}", flush=True)
+    with progress("logistic regression", len(set(C)), "fits") as advance:
+        for value in sorted(set(C)):
+            weight, bias, gradient = fit_logistic(features, targets, value, weight, bias, max_iterations, tolerance)
+            fits[value] = weight, bias
+            accuracies[value] = accuracy(classes[(val_features @ weight.T + bias).argmax(dim=1)], val.labels)
+            note = "" if gradient <= tolerance else f"  not converged: the gradient is {gradient:.1e} at the end"
+            say(f"C = {value:<8g} val/acc {accuracies[value]:.2%}{note}")
+            advance(1)
     chosen = max(accuracies, key=accuracies.__getitem__)  # the first of equals
     weight, bias = fits[chosen]
 

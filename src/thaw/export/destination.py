@@ -58,25 +58,26 @@ def summary(facts: Mapping[str, Any], path: Path) -> str:
     """The measured facts in a few lines."""
     low, high = facts["test_accuracy_interval"]
     lines = [
-        f"parity     same classes on {facts['parity_digits']:,} test digits, probabilities differ by at most "
+        f"parity     same classes on {facts['parity_digits']:,} images, probabilities within "
         f"{facts['parity_largest_difference']:.2g}",
         f"test       {facts['test_accuracy']:.2%} accuracy, 95 % interval {low:.2%} to {high:.2%}, "
-        f"n = {facts['test_digits']:,} ({facts['data_title']})",
+        f"n = {facts['test_digits']:,}",
+        f"data       {facts['data_title']}",
     ]
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     if "quantized" in facts:
         operators = ", ".join(f"{count} {name}" for name, count in facts["quantized_operators"].items())
-        lines[0] += " before int8"
+        lines[0] += " (fp32)"
         lines += [
-            f"int8       {operators}; the same class as fp32 on {facts['agreement_with_fp32']:.2%}, probabilities "
-            f"differ by at most {facts['largest_difference_to_fp32']:.2g}",
+            f"int8       {operators}; the same class as fp32 on {facts['agreement_with_fp32']:.2%},",
+            f"           probabilities within {facts['largest_difference_to_fp32']:.2g}",
             f"fp32       {facts['fp32_test_accuracy']:.2%} accuracy, {facts['fp32_bytes'] / 1e6:.1f} MB",
         ]
         if size > SIZE_LEFT * facts["fp32_bytes"]:
             lines.append(
-                "WARNING    int8 is for matrices; most of this model is convolution or recurrence and stays float32: "
-                "leave quantize out."
+                "WARNING    int8 is for matrices; most of this model is convolution or recurrence\n"
+                "           and stays float32: leave quantize out."
             )
         if facts["fp32_test_accuracy"] - facts["test_accuracy"] > ACCURACY_LOSS:
             lines.append(f"WARNING    int8 loses more than {ACCURACY_LOSS:.0%} of accuracy here; use the float32 file.")
-    return "\n".join([*lines, f"written    {os.path.relpath(path)}, {size / 1e6:.1f} MB"])
+    return "\n".join([*lines, f"size       {size / 1e6:.1f} MB", "written:", os.path.relpath(path)])

@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thaw.data.batches import by_batches
 from thaw.data.images import Source
-from thaw.export.facts import check_parity, model_facts, parity_sample, probabilities_of, tested_facts
+from thaw.export.facts import check_parity, model_facts, parity_sample, tested_facts
 from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
 from thaw.predict.predictor import Predictor
+from thaw.run.console import say
 from thaw.run.files import atomic
 
 
@@ -45,22 +47,26 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, format)
+    say(f"tracing {predictor.name}")
     exported: Any = trace(model, predictor.name)
     if format == "onnx":
+        say("converting it to ONNX")
         exported = to_onnx(exported, predictor.name)
         facts["opset"] = OPSET
     save, load = FILE_FORMATS[format]
     with atomic(path) as part:
         save(exported, facts, part)
         written = load(part)
+        say(f"comparing {len(sample[0]):,} predictions with the trained model's")
         facts |= check_parity(written, *sample)
-        probabilities = probabilities_of(written, source.test.images, f"test of {path.name}")
+        probabilities = by_batches(written, source.test.images, title="test accuracy")
         facts |= tested_facts(probabilities, source)
         if quantize:
             fp32 = {"fp32_test_accuracy": facts["test_accuracy"], "fp32_bytes": part.stat().st_size}
+            say("quantising the weights to int8")
             exported, operators = to_int8(exported)
             save(exported, facts, part)
-            rounded = probabilities_of(load(part), source.test.images, f"test of {path.name}")
+            rounded = by_batches(load(part), source.test.images, title="test accuracy in int8")
             same = (rounded.argmax(dim=1) == probabilities.argmax(dim=1)).float().mean()
             facts |= tested_facts(rounded, source) | fp32
             facts |= {

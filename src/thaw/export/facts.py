@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from thaw.data.batches import by_batches, evenly_spread
+from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.predict.predictor import Predictor
@@ -63,17 +62,6 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
             "written. Try another format=, or another version of torch."
         )
     return {"parity_digits": len(given), "parity_largest_difference": difference}
-
-
-def probabilities_of(model: Callable[[Tensor], Tensor], images: Tensor, title: str) -> Tensor:
-    """(N, 28, 28) -> probabilities (N, 10), with a progress bar on a terminal."""
-    with tqdm(total=len(images), desc=title, unit="digit", disable=None, leave=False) as bar:
-
-        def counted(batch: Tensor) -> Tensor:
-            bar.update(len(batch))
-            return model(batch)
-
-        return by_batches(counted, images)
 
 
 def tested_facts(probabilities: Tensor, source: Source) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from thaw.data.batches import by_batches
 from thaw.data.images import Source
 from thaw.data.preprocess import Preprocess
-from thaw.export.facts import check_parity, model_facts, parity_sample, probabilities_of, tested_facts
+from thaw.export.facts import check_parity, model_facts, parity_sample, tested_facts
 from thaw.export.model_card import card_code, model_card
 from thaw.export.portable import Portable, portable
 from thaw.models.backbone import Backbone
@@ -26,6 +26,7 @@ from thaw.models.baselines import Baseline
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
+from thaw.run.console import say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.files import atomic_folder, read_json, write_json, write_text
 
@@ -82,11 +83,12 @@ def export_folder(
         except SafetensorError as error:  # its class for a full disk, too
             number = re.search(r"os error (\d+)", str(error))
             raise UserFileError(int(number[1]) if number else None, str(error), str(part / WEIGHTS)) from error
+        say(f"running the card's code on {len(sample[0]):,} images, to compare with the trained model")
         written = CardModel(code, part)
         facts |= check_parity(written, *sample)
-        right = probabilities_of(written, source.val.images, "validation").argmax(dim=1) == source.val.labels
+        right = by_batches(written, source.val.images, title="validation accuracy").argmax(dim=1) == source.val.labels
         facts |= {"val_accuracy": round(right.float().mean().item(), 6), "val_digits": len(right)}
-        facts |= tested_facts(probabilities_of(written, source.test.images, "test"), source)
+        facts |= tested_facts(by_batches(written, source.test.images, title="test accuracy"), source)
         facts["bytes"] = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         write_json({**read_json(part / CONFIG), "thaw": facts}, part / CONFIG)
         write_text(model_card(facts, checkpoint, predictor.model.backbone, code, license), part / CARD)

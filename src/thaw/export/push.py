@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from thaw.run.errors import UserError
+from thaw.run.errors import UnreachableError, UserError
 
 MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface.co/settings/tokens"
 
@@ -28,7 +28,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     Raises:
         UserError: the hub refuses.
-        ConnectionError: it cannot be reached.
+        UnreachableError: it cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -45,7 +45,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
         ) from error
     except Exception as error:  # the client raises a dozen unrelated classes for a failed connection
         reason = next(iter(str(error).strip().splitlines()), "no message")
-        raise ConnectionError(
+        raise UnreachableError(
             f"push={repository}: {api.endpoint} cannot be reached ({type(error).__name__}: {reason}). {later}."
         ) from error
     return f"pushed     {commit.commit_url}"

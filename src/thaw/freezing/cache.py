@@ -16,9 +16,9 @@ import torch
 from lightning import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from thaw.freezing.store import FeatureStore
+from thaw.run.console import progress, say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
 
@@ -40,6 +40,8 @@ class FeatureCache:
     def __init__(self, mode: Literal["auto", "off", "memory", "disk", False], dir: str, max_gb: Positive) -> None:
         self.mode, self.max_gb = mode or "off", max_gb  # YAML reads off as false
         self.store = FeatureStore(Path(dir).expanduser(), max_gb * 1e9)
+        self.splits: list[str] = []  # that nothing has been printed about, with their number of images
+        self.bytes, self.seconds, self.place = 0, 0.0, ""  # of those splits
 
     def refuse(self, reason: str, trainer: Trainer) -> None:
         """Print why nothing can be cached.
@@ -50,12 +52,20 @@ class FeatureCache:
         if self.mode in ("memory", "disk"):
             raise UserError(f"cache.mode={self.mode} can cache nothing: {reason}. Set cache.mode=auto or off.")
         if self.mode == "auto":
-            report(trainer, f"off, {reason}")
+            report(trainer, f"cache: off, {reason}")
 
     def explain_no_layer(self, some_frozen: bool, trainer: Trainer) -> None:
         """Print that no layer can be cached, where a user could expect one."""
         if self.mode in ("memory", "disk") or (self.mode == "auto" and some_frozen):
-            report(trainer, "off (the stem trains, so there is nothing to compute once)")
+            report(trainer, "cache: off (the stem trains, so there is nothing to compute once)")
+
+    def summarise(self, trainer: Trainer) -> None:
+        """Print one line about the splits that `features` has computed or read since the last call."""
+        if self.splits:
+            size, how = self.bytes / 1e6, f"{self.seconds:.1f} s" if self.seconds else "reused"
+            splits = " + ".join(self.splits)
+            report(trainer, f"cached features: {splits} images, {size:,.0f} MB in {self.place} ({how})")
+        self.splits, self.bytes, self.seconds = [], 0, 0.0
 
     def features(
         self,
@@ -69,7 +79,7 @@ class FeatureCache:
         """The features of all images of a split; those that are not cached yet are computed by all processes together.
 
         Args:
-            split: its name, printed.
+            split: its name, for messages.
             count: N.
             compute: indices (B,) of images -> features (B, ...).
             tokens: that an image is in `compute`; decides how many images are computed at once.
@@ -96,7 +106,7 @@ class FeatureCache:
             reason = f"the {split} features take {size / 1e9:.1f} GB, more than cache.max_gb={self.max_gb:g}"
             if self.mode != "auto":
                 raise UserError(f"cache.mode={self.mode}: {reason}; raise it, or set cache.mode=auto or off.")
-            report(trainer, f"off, {reason}")
+            report(trainer, f"cache: off, {reason}")
             return None
         first, started = trainer.is_global_zero, time.monotonic()
         with ExitStack() as lock:
@@ -123,9 +133,10 @@ class FeatureCache:
                     f"cache.dir={self.store.folder} does not show rank {trainer.global_rank} what rank 0 wrote; "
                     "set it to a folder that all nodes share, or cache.mode=memory."
                 )
-        how = "reused" if place == "cached" else f"computed in {time.monotonic() - started:.1f} s"
-        where = "memory" if place == "memory" else os.path.relpath(self.store.path(key))
-        report(trainer, f"{count:,} {split} images -> {shape[1:]}, {size / 1e6:,.0f} MB, {how}, in {where}")
+        self.splits.append(f"{count:,} {split}")
+        self.bytes += size
+        self.seconds += time.monotonic() - started if place != "cached" else 0
+        self.place = "memory" if place == "memory" else os.path.relpath(self.store.folder)
         while len(VERIFIED) >= 4:  # the train and val features of two models
             VERIFIED.pop(next(iter(VERIFIED)))
         VERIFIED[key] = features
@@ -151,7 +162,7 @@ class FeatureCache:
             raise UserFileError(
                 f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
             ) from error
-        print(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})", flush=True)
+        say(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})")
 
 
 def compute_all(
@@ -159,8 +170,8 @@ def compute_all(
 ) -> None:
     """Fill `target` (N, ...) on the processes that have one, each process computing its share."""
     ranks, chunk = trainer.world_size, max(1, TOKENS[trainer.strategy.root_device.type] // tokens)
-    hidden = None if trainer.is_global_zero else True  # None: where there is no terminal
-    with forked_rng(trainer), tqdm(total=count, desc=f"{split} features", disable=hidden, leave=False) as bar:
+    shown = progress(f"features of {split} images", count, hidden=not trainer.is_global_zero)
+    with forked_rng(trainer), shown as advance:
         for start in range(0, count, chunk * ranks):
             first = start + trainer.global_rank * chunk
             part = compute(torch.arange(first, first + chunk).clamp_(max=count - 1))  # ranks need equal shapes
@@ -168,7 +179,7 @@ def compute_all(
                 part = trainer.strategy.all_gather(part).flatten(0, 1)  # type: ignore[union-attr]
             if target is not None:
                 target[start : start + len(part)] = part[: count - start].cpu()
-            bar.update(min(len(part), count - start))
+            advance(min(len(part), count - start))
 
 
 def forked_rng(trainer: Trainer) -> AbstractContextManager[None]:
@@ -179,4 +190,4 @@ def forked_rng(trainer: Trainer) -> AbstractContextManager[None]:
 
 def report(trainer: Trainer, text: str) -> None:
     if trainer.is_global_zero:
-        print(f"cache: {text}", flush=True)
+        say(text)

@@ -73,6 +73,7 @@ class FrozenFeatures(Callback):
                 )
                 if dataset.features is not None:
                     self.datasets.append(dataset)
+            self.cache.summarise(trainer)
 
 
 def check_frozen(backbone: Backbone, cut: int) -> None:
@@ -97,7 +98,7 @@ def frozen_features(
     """The output of the first `cut` layers for all images, in the trainer's precision and on its device.
 
     Args:
-        split: its name, printed and part of the key.
+        split: its name, for messages and part of the key.
         images: uint8 (N, 28, 28), on any device.
         preprocess: uint8 (B, 28, 28) -> (B, C, S, S), as the backbone takes it.
         backbone: in eval mode, on the trainer's device.

@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from thaw.run.console import say
 from thaw.run.files import move, read_json, temporary, write_json
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class FeatureStore:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"cache: waiting for another run that computes {self.path(key)}", flush=True)
+            say(f"cache: waiting for another run that computes {self.path(key)}")
             lock.acquire()
         try:
             with ExitStack() as self.held:

@@ -50,7 +50,7 @@ class Backbone(nn.Module):
 
     Raises:
         UserError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
-        ConnectionError: hub weights that cannot be fetched.
+        UnreachableError: hub weights that cannot be fetched.
     """
 
     def __init__(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from thaw.run.config import BUNDLED_NAME
-from thaw.run.errors import UserError
+from thaw.run.console import say
+from thaw.run.errors import UnreachableError, UserError
 
 BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
@@ -24,7 +25,7 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
 
     Raises:
         UserError: there is no such file, or the model has no hub weights.
-        ConnectionError: the hub weights cannot be fetched.
+        UnreachableError: the hub weights cannot be fetched.
     """
     if weights == "bundled":
         return BUNDLED
@@ -45,10 +46,11 @@ def locate(weights: str, stated: Mapping[str, Any]) -> Path:
             return Path(hf_hub_download(repository, file, local_files_only=True))
         except LocalEntryNotFoundError:
             # Ask once first, as the download itself retries for minutes without a network.
-            get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_TIMEOUT)
+            size = get_hf_file_metadata(hf_hub_url(repository, file), timeout=HUB_TIMEOUT).size or 0
+            say(f"downloading {file} of {repository}, {size / 1e6:,.1f} MB")  # the hub's own bar is on terminals alone
             return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises a dozen unrelated classes
-        raise ConnectionError(
+        raise UnreachableError(
             f"The weights of {name} could not be fetched: {file} of https://huggingface.co/{repository} "
             f"({type(error).__name__}). Download that file elsewhere and set backbone.weights=<path>, "
             "or use backbone=digits_vit, whose weights are bundled."

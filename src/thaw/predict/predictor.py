@@ -37,12 +37,12 @@ class DigitModel(Protocol):
 
 
 class Predictor:
-    """Digits, uint8 (N, 28, 28) on any device -> logits or probabilities (N, 10) on the CPU, in float32.
+    """Images, uint8 (N, 28, 28) on any device -> logits or probabilities (N, 10) on the CPU, in float32.
 
     Args:
         model: a classifier in eval mode.
         cfg: its configuration, settled. `trainer` sets accelerator and precision, `data.eval_batch_size`, where there
-            is one, the digits in a batch.
+            is one, the images in a batch.
         checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
         classes: their names; a class without a name is called by its number.
@@ -60,13 +60,13 @@ class Predictor:
         self.model = model.to(self.fabric.device)
         self.has_attention = bool(attention_layers(model.backbone))
 
-    def logits(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
-        """(N, 28, 28) -> (N, 10); `told` is called with the number of digits after each batch."""
-        return self.compute(self.model, images, told)
+    def logits(self, images: Tensor, advance: Callable[[int], Any] | None = None) -> Tensor:
+        """(N, 28, 28) -> (N, 10); `advance` is called with the number of images after each batch."""
+        return self.compute(self.model, images, advance)
 
-    def __call__(self, images: Tensor, told: Callable[[int], Any] | None = None) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """(N, 28, 28) -> probabilities (N, 10)."""
-        return self.logits(images, told).softmax(dim=1)
+        return self.logits(images).softmax(dim=1)
 
     def features(self, images: Tensor) -> Tensor:
         """(N, 28, 28) -> the backbone's features (N, D)."""
@@ -92,15 +92,15 @@ class Predictor:
 
     @torch.inference_mode()
     def compute(
-        self, function: Callable[[Tensor], Tensor], images: Tensor, told: Callable[[int], Any] | None = None
+        self, function: Callable[[Tensor], Tensor], images: Tensor, advance: Callable[[int], Any] | None = None
     ) -> Tensor:
         """A function's results for all images, computed in batches on the device and in the precision of `cfg`."""
 
         def on_device(batch: Tensor) -> Tensor:
             with self.fabric.autocast():
                 result = function(batch.to(self.fabric.device)).float().cpu()
-            if told:
-                told(len(batch))
+            if advance:
+                advance(len(batch))
             return result
 
         return by_batches(on_device, images, self.batch_size)

@@ -147,13 +147,15 @@ class GAN(Objective):
         Every process computes the same, so that all log the same.
         """
         (measured_by,) = self.measured_by
+        titles = ("features of real images", "features of generated images")
+        real, generated = titles if self.trainer.is_global_zero else (None, None)
         if not self.real_features:
             splits = [self.trainer.datamodule.split_dataset(split).data for split in ("train", "val")]  # type: ignore
             chosen = [images[evenly_spread(len(images), self.samples)] for images, _ in splits]
-            self.real_features = [image_features(measured_by, images) for images in chosen]
+            self.real_features = [image_features(measured_by, images, real) for images in chosen]
         train, val = self.real_features
         latents = fixed_latents(len(train), self.latent).to(self.device)
-        drawn = image_features(measured_by, self.draw(latents))
+        drawn = image_features(measured_by, self.draw(latents), generated)
         precision, recall = precision_and_recall(val, drawn, NEIGHBOURS)
         self.log("val/fid", frechet_distance(val, drawn), prog_bar=True)
         self.log("val/fid_floor", frechet_distance(val, train))

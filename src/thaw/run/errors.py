@@ -11,3 +11,16 @@ class UserError(ValueError):
 
 class UserFileError(OSError, UserError):
     """A file or folder that cannot be read or written."""
+
+
+class UnreachableError(UserFileError, ConnectionError):
+    """A server that cannot be reached, or does not have what is needed.
+
+    Args:
+        message: what was wanted, what the server answered, the next step.
+        reason: the answer alone, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason

@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.serve.connection import Connection
 
@@ -61,5 +62,5 @@ def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    print(ready, flush=True)  # from now on a signal ends it in order
+    say(ready)  # from now on a signal ends it in order
     server.run(sockets=[opened])
