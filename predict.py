@@ -39,7 +39,9 @@ def main(cfg: DictConfig) -> None:
     for line in left_out:
         say(line, stderr=True)
     with open_output(cfg.output, cfg.format) as (file, format):
-        model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, stderr=True)
+        model = load_predictor(
+            cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, stderr=True
+        )
         writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
         rows_on_terminal = cfg.output is None and sys.stdout.isatty()
