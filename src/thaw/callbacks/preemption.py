@@ -137,7 +137,7 @@ class Preemption(Checkpoint):
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         if trainer.is_global_zero:
             say(f"{name}: step {trainer.global_step} is in {os.path.relpath(self.last)}")
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and trainer.is_global_zero:
             raise KeyboardInterrupt
         for each in SIGNALS:  # from now on they are the cluster's answer
             signal.signal(each, signal.SIG_IGN)
@@ -146,7 +146,7 @@ class Preemption(Checkpoint):
             closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
-        if number != signal.SIGTERM:
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
             if self.submitit is not None:
                 try:
                     self.submitit(number, None)

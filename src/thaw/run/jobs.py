@@ -144,7 +144,7 @@ def interruptible(run_dir: Path) -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, before)
         if is_first_rank() and not is_sweep_job():
-            say(f"To go on: python train.py {setting('resume', os.path.relpath(run_dir))}")
+            say(f"\nTo go on: python train.py {setting('resume', os.path.relpath(run_dir))}")
         raise KeyboardInterrupt from None
 
 
