@@ -13,12 +13,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 from thaw.callbacks.preemption import close_loggers, requeue
 from thaw.classifier import Classifier
 
-TRAINING_STEP = Classifier.training_step
+TRAINING_STEP, VALIDATION_STEP = Classifier.training_step, Classifier.validation_step
 CALLBACK = ["++callbacks.preemption._target_=thaw.callbacks.preemption.Preemption"]
 CALLBACK += ["++callbacks.preemption.run_dir=${run_dir}"]
 RUN = [*CALLBACK, "trainer.max_epochs=3", "augment=affine", "logger=csv", "test=false"]  # 4 steps an epoch
@@ -78,7 +79,7 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
         raise Left(status)
 
     monkeypatch.setattr(os, "_exit", leave)
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield
     after = [signal.getsignal(number) for number in numbers]
@@ -89,18 +90,18 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(
-    ("batch", "saved", "settings"),
+    ("number", "batch", "saved", "settings"),
     [
-        (5, 6, []),
-        (3, 4, []),
-        (11, 12, []),
-        (5, 6, ["trainer.val_check_interval=0.5"]),
-        (7, 8, ["trainer.val_check_interval=0.5"]),
-        (4, 5, ["trainer.val_check_interval=1"]),
-        (3, 4, ["trainer.check_val_every_n_epoch=2"]),
-        (4, 3, ["trainer.accumulate_grad_batches=2"]),
-        (5, 6, ["average=ema"]),
-        (5, 6, ["freeze=gradual"]),
+        (signal.SIGINT, 5, 6, []),
+        (signal.SIGTERM, 3, 4, []),
+        (signal.SIGINT, 11, 12, []),
+        (signal.SIGTERM, 5, 6, ["trainer.val_check_interval=0.5"]),
+        (signal.SIGINT, 7, 8, ["trainer.val_check_interval=0.5"]),
+        (signal.SIGTERM, 4, 5, ["trainer.val_check_interval=1"]),
+        (signal.SIGINT, 3, 4, ["trainer.check_val_every_n_epoch=2"]),
+        (signal.SIGTERM, 4, 3, ["trainer.accumulate_grad_batches=2"]),
+        (signal.SIGINT, 5, 6, ["average=ema"]),
+        (signal.SIGTERM, 5, 6, ["freeze=gradual"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -109,6 +110,8 @@ def test_goes_on_to_the_same_weights(
     tiny_run: list[str],
     signalled: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
     batch: int,
     saved: int,
     settings: list[str],
@@ -116,12 +119,18 @@ def test_goes_on_to_the_same_weights(
     """The step is completed, saved although checkpoints are written seconds apart, and nothing after it is done."""
     run = [*tiny_run, *RUN, *settings]
     whole = train(*run, name="whole")
-    signalled(batch, signal.SIGTERM)
-    with pytest.raises(Left) as ended:
+    signalled(batch, number)
+    with pytest.raises((Left, KeyboardInterrupt)) as ended:
         train(*run, name="cut")
     monkeypatch.setattr(Classifier, "training_step", TRAINING_STEP)
     cut = whole.parent / "cut"
-    assert ended.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    if number == signal.SIGINT:
+        assert ended.type is KeyboardInterrupt
+        assert f"Ctrl-C: step {saved} is in {os.path.relpath(cut)}/checkpoints/last.ckpt\n" in said
+        assert f"To go on: python train.py resume={os.path.relpath(cut)}\n" in said
+    else:
+        assert ended.value.code == 128 + signal.SIGTERM and "To go on" not in said
     assert checkpoint(cut)["global_step"] == saved
     assert not list(cut.glob("hpc_ckpt*")) and not (cut / "summary.json").exists()
 
@@ -132,6 +141,77 @@ def test_goes_on_to_the_same_weights(
         for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers"):
             assert equal(expected[key], got[key]), (name, key)
     assert validations(whole) == validations(cut) + validations(resumed)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_ctrl_c_ends_at_once(
+    train: Callable[..., Path], tiny_run: list[str], signalled: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the last validation saved stays, and the first one says so."""
+    signalled(5, signal.SIGINT, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(*tiny_run, *RUN)
+    said = capsys.readouterr().out
+    assert "a second Ctrl-C ends it at once" in said and "To go on: python train.py resume=" in said
+    assert "step 6" not in said
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_saves_the_same_step_of_all_ranks(
+    train: Callable[..., Path], tiny_run: list[str], signalled: Callable[..., None], tmp_path: Path
+) -> None:
+    signalled(1, signal.SIGINT)  # of rank 0, which has two steps an epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(*tiny_run, *RUN, "trainer=ddp_cpu")
+    assert checkpoint(tmp_path / "runs" / "test" / "run")["global_step"] == 2
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("place", "trained"),
+    [
+        ("thaw.freezing.features.frozen_features", None),
+        ("thaw.classifier.Classifier.validation_step", 5),  # the ranks agree after a step
+        ("thaw.classifier.Classifier.test_step", 12),
+    ],
+)
+def test_ctrl_c_outside_training_steps(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    trained: int | None,
+) -> None:
+    """The first feature pass and the test end at once, a validation is completed."""
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return VALIDATION_STEP(*arguments)
+
+    monkeypatch.setattr(place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(*tiny_run, *CALLBACK, "trainer.max_epochs=3", *(["cache.mode=off"] if trained else []))
+    monkeypatch.undo()
+    run_dir = tmp_path / "runs" / "test" / "run"
+    assert capsys.readouterr().out.endswith(f"To go on: python train.py resume={os.path.relpath(run_dir, ROOT)}\n")
+    if trained is None:
+        assert not (run_dir / "checkpoints").exists()
+    else:
+        assert checkpoint(run_dir)["global_step"] == trained and not (run_dir / "summary.json").exists()
+
+
+def test_an_ignored_ctrl_c_stays_ignored(
+    train: Callable[..., Path], tiny_run: list[str], signalled: Callable[..., None]
+) -> None:
+    """As in the background of a shell without job control."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signalled(2, signal.SIGINT)
+        assert (train(*tiny_run, *RUN, "trainer.max_epochs=1") / "summary.json").exists()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -270,7 +350,7 @@ def test_all_ranks_end_when_one_gets_the_signal(tmp_path: Path) -> None:
         rank0.kill()
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     step = torch.load(last, weights_only=True)["global_step"]
-    assert f"SIGTERM: step {step} is in {last}" in output.read_text() and 8 < step < 400
+    assert f"SIGTERM: step {step} is in run/checkpoints/last.ckpt" in output.read_text() and 8 < step < 400
     until = time.monotonic() + 10
     while not all(state(pid) in ("Z", "") for pid in others):  # ended, though perhaps nobody asked
         assert time.monotonic() < until

@@ -1,4 +1,4 @@
-"""A run that its cluster stops saves its state, and resumes from there when it is started again."""
+"""A run that is stopped, by its cluster or by Ctrl-C, saves its state, and can go on from there."""
 
 import logging
 import os
@@ -18,11 +18,18 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from thaw.run.console import say
 from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # of several that came, the last of these counts
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTERM,
+)  # of several that came, the last of these counts
+CTRL_C = "\nCtrl-C: the run completes this step and saves it; a second Ctrl-C ends it at once."
 CLOSING_SECONDS = 20.0  # for loggers: a cluster does not wait long
 
 
@@ -31,6 +38,7 @@ class Preemption(Checkpoint):
 
     SIGUSR1 and SIGUSR2 announce the end of the job's time (`#SBATCH --signal=USR1@90`, submitit): the job is put back
     into the queue. SIGTERM comes from `scancel`, `kill` and preemption, which requeues by itself: the process ends.
+    SIGINT is Ctrl-C, which raises KeyboardInterrupt after that, and at once when it comes a second time.
     The same command in the same folder resumes from last.ckpt, with the same weights as a run without a signal.
 
     Ours rather than Lightning's handler of SIGUSR1, which saves in the middle of a step, another file for each signal.
@@ -69,11 +77,16 @@ class Preemption(Checkpoint):
             self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
 
         def remember(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT and self.received:
+                raise KeyboardInterrupt
             self.received = max(self.received, 1 + SIGNALS.index(number))
             if not self.training:
                 self.end(trainer, self.received)
+            if number == signal.SIGINT and trainer.is_global_zero:  # in a thread: this one may be printing a line
+                threading.Thread(target=say, args=(CTRL_C,)).start()
 
-        for number in SIGNALS:
+        saves_at_ctrl_c = self.training and signal.getsignal(signal.SIGINT) != signal.SIG_IGN  # ignored in background
+        for number in SIGNALS if saves_at_ctrl_c else SIGNALS[1:]:
             signal.signal(number, remember)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -115,20 +128,25 @@ class Preemption(Checkpoint):
         self.end(trainer, self.agreed)
 
     def end(self, trainer: Trainer, place: int) -> NoReturn:
-        """Put the job back into the queue, unless the signal at this place is SIGTERM, and exit at once.
+        """Exit at once; for the signals that announce the end of the job's time, put it back into the queue before.
 
-        After an exception, loggers and process groups would tidy up while the cluster ends their processes.
+        After an exception, loggers and process groups would tidy up while the cluster ends their processes. At Ctrl-C
+        they do: a sweep around the run has to print its own last lines.
         """
         number = SIGNALS[place - 1]
+        name = "Ctrl-C" if number == signal.SIGINT else number.name
+        if trainer.is_global_zero:
+            say(f"{name}: step {trainer.global_step} is in {os.path.relpath(self.last)}")
+        if number == signal.SIGINT and trainer.is_global_zero:
+            raise KeyboardInterrupt
         for each in SIGNALS:  # from now on they are the cluster's answer
             signal.signal(each, signal.SIG_IGN)
         status = 128 + number  # as a shell says that a signal ended a program
         if trainer.is_global_zero:
-            print(f"{number.name}: step {trainer.global_step} is in {self.last}", flush=True)
             closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
-        if number != signal.SIGTERM:
+        if number in (signal.SIGUSR1, signal.SIGUSR2):
             if self.submitit is not None:
                 try:
                     self.submitit(number, None)

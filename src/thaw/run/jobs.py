@@ -19,8 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command import explain, show
+from thaw.run.command_line import setting
 from thaw.run.config import plain
-from thaw.run.console import lenient
+from thaw.run.console import lenient, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import job_key
@@ -66,7 +67,7 @@ def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) 
             val_acc = read_json(run_dir / SUMMARY)["val/acc"]
             log.info("%s is done already, with a validation accuracy of %s.", os.path.relpath(run_dir), val_acc)
             return val_acc
-        with recorded(cfg), interruptible():
+        with recorded(cfg), interruptible(run_dir):
             go_on(cfg)
             return train(cfg)
 
@@ -127,15 +128,23 @@ def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C; Lightning would exit with status 1 and ignore Ctrl-C from then on."""
+def interruptible(run_dir: Path) -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C, and say how the run goes on unless the sweep around it does.
+
+    Lightning would exit with status 1 and ignore Ctrl-C from then on.
+    """
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as leaving:
-        if not isinstance(leaving.__context__, KeyboardInterrupt) and type(leaving).__name__ != "SIGTERMException":
+    except (SystemExit, KeyboardInterrupt) as leaving:
+        by_lightning = (
+            isinstance(leaving.__context__, KeyboardInterrupt) or type(leaving).__name__ == "SIGTERMException"
+        )
+        if isinstance(leaving, SystemExit) and not by_lightning:
             raise
         signal.signal(signal.SIGINT, before)
+        if is_first_rank() and not is_sweep_job():
+            say(f"\nTo go on: python train.py {setting('resume', os.path.relpath(run_dir))}")
         raise KeyboardInterrupt from None
 
 
