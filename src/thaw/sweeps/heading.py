@@ -12,7 +12,7 @@ MOST = 6  # names or values in a line
 def title_of(groups: Sequence[Group]) -> str:
     """The experiments, and the keys in which their settings differ."""
     names = unique([run.name for group in groups for run in group.runs])
-    keys = [key for key in differing(groups) if key != "name"]
+    keys = [*differing(groups)]
     shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} other experiments"
     return f"{shown}: {', '.join(keys)}" if 0 < len(keys) <= MOST else shown
 
@@ -39,12 +39,12 @@ def describe_runs(groups: Sequence[Group], folders: Sequence[Path]) -> list[tupl
 
 
 def differing(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The values of each key that tells settings apart, those of the best setting first."""
+    """The values of each key that tells settings of an experiment apart, those of the best setting first."""
     found: dict[str, list[str]] = {}
     for group in groups:
         for key, value in group.parts:
             found.setdefault(key, []).append(value)
-    return {key: unique(values) for key, values in found.items()}
+    return {key: unique(values) for key, values in found.items() if key != "name"}
 
 
 def unique(texts: Sequence[str]) -> list[str]:
