@@ -8,7 +8,7 @@ import yaml
 from sweeps.test_runs import make_run
 
 from thaw.sweeps.groups import group_runs
-from thaw.sweeps.heading import describe_runs, title_of
+from thaw.sweeps.heading import describe_runs, range_of, title_of
 from thaw.sweeps.run_table import write_run_table
 from thaw.sweeps.runs import find_runs, read_run
 
@@ -50,7 +50,7 @@ def test_it_stands_above_the_table(folder: Path, tmp_path: Path) -> None:
     write_run_table([folder], tmp_path / "out")
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
     assert "<h1>probe: optim.lr</h1>" in page and text.startswith("# probe: optim.lr\n\n- experiment: probe\n")
-    assert f"{COMMAND.replace(chr(39), '&#39;')}</td>" in page and f"- command: {COMMAND}\n" in text
+    assert f"{COMMAND.replace(chr(39), '&#39;')}</code>" in page and f"- command: {COMMAND}\n" in text
 
 
 def test_files_that_say_nothing_and_many_experiments(tmp_path: Path) -> None:
@@ -59,5 +59,6 @@ def test_files_that_say_nothing_and_many_experiments(tmp_path: Path) -> None:
     groups = group_runs([read_run(path, []) for path in find_runs([tmp_path])])
     assert title_of(groups) == "policy0 and 8 other experiments"
     facts = dict(describe_runs(groups, [tmp_path]))
+    assert range_of(["0.5", *map(str, range(9))]) == "0 to 8 (10 values)" and range_of(["b", "a"]) == "b, a"
     assert facts["experiment"] == "policy0, policy1, policy2, policy3, policy4, policy5 and 3 more"
     assert set(facts) == {"experiment", "folder"}

@@ -23,12 +23,13 @@ def describe_runs(groups: Sequence[Group], folders: Sequence[Path]) -> list[tupl
     shared = set.intersection(*(set(run.overrides) for run in runs))
     seeds = unique([str(run.seed) for run in sorted(runs, key=lambda run: run.seed or 0) if run.seed is not None])
     varied = differing(groups) | {"seed": seeds}
+    shown = [f"{key}: {range_of(values)}" for key, values in varied.items() if len(values) > 1]
     starts = sorted(run.started for run in runs if run.started)
     best = [group.runs[0].folder / "checkpoints" / "best.ckpt" for group in groups if group.mark]
     facts = [
         ("experiment", listed(unique([run.name for run in runs]))),
         ("overrides", " ".join(token for token in runs[0].overrides if token in shared)),
-        ("varied", "; ".join(f"{key}: {listed(values)}" for key, values in varied.items() if len(values) > 1)),
+        ("varied", "; ".join(shown)),
         ("data", listed(unique([run.data for run in runs]))),
         ("best checkpoint", listed([os.path.relpath(path) for path in best if path.is_file()])),
         ("started", " to ".join(unique([*starts[:1], *starts[-1:]]))),
@@ -45,6 +46,15 @@ def differing(groups: Sequence[Group]) -> dict[str, list[str]]:
         for key, value in group.parts:
             found.setdefault(key, []).append(value)
     return {key: unique(values) for key, values in found.items() if key != "name"}
+
+
+def range_of(values: Sequence[str]) -> str:
+    """All values if they are few, of many numbers the lowest and the highest."""
+    try:
+        numbers = sorted(values, key=float)
+    except ValueError:
+        return listed(values)
+    return listed(values) if len(values) <= MOST else f"{numbers[0]} to {numbers[-1]} ({len(values)} values)"
 
 
 def unique(texts: Sequence[str]) -> list[str]:

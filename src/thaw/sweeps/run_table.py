@@ -86,6 +86,7 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
         notes=format_notes(table.groups),
         setting_columns=[*((key, True) for key in columns), *((name, False) for name in MEASURES)],
         settings=[group_cells(group, columns) for group in ranked],
+        several_objectives="Pareto" in marks,
         marked=[place for place, group in enumerate(ranked) if group.mark],
         pictures=pictures,
         lost=lost_runs(table.groups),
