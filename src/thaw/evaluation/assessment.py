@@ -32,7 +32,6 @@ class Assessment:
     def origin(self) -> list[tuple[str, str]]:
         """Name and text of each fact about the run that trained the checkpoint."""
         keys = {
-            "name": "experiment",
             "overrides": "overrides",
             "checkpoint": "checkpoint",
             "git_commit": "trained by commit",
