@@ -3,7 +3,7 @@
 Each run is a process of its own, `python train.py experiment=compare/...` or `python probe.py ...`, in a folder below
 logs/compare. Runs whose summary is there already are not repeated, so that the comparison can be stopped and started.
 Cost is CPU time, which runs side by side (`--jobs`) and other programs change little. Writes benchmarks/compare.md and
-compare.png. Nothing is chosen by the test accuracies: all of them are shown.
+draws compare.png from it; `--redraw` does that alone. Nothing is chosen by the test accuracies: all of them are shown.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from thaw.pages.figures import INK, new_figure, number_axis, plain_axes, save_figure
 from thaw.run.console import lenient, progress, say
 from thaw.run.files import write_text
 
@@ -42,10 +41,10 @@ POLICIES = {
 }
 ROWS: dict[str, tuple[str, str, str]] = {  # folder -> (kind, label, command)
     **{name: (VIT, label, f"train.py experiment=compare/{name}") for name, label in POLICIES.items()},
-    "vit_linear_probe": (VIT, "linear probe, digits as they are, 10 epochs", "train.py experiment=vit_linear_probe"),
+    "vit_linear_probe": (VIT, "linear probe, 10 epochs, no augmentation", "train.py experiment=vit_linear_probe"),
     "vit_finetune": (VIT, "everything, 8 epochs, EMA", "train.py experiment=vit_finetune"),
-    "probe_knn": (VIT, "k nearest neighbours", "probe.py probe=knn"),
-    "probe_logistic": (VIT, "logistic regression, L-BFGS", "probe.py probe=logistic_regression"),
+    "probe_knn": (VIT, "k nearest neighbours, features", "probe.py probe=knn"),
+    "probe_logistic": (VIT, "logistic regression, features", "probe.py probe=logistic_regression"),
     "pixels_logistic": (BASELINE, "logistic regression, pixels", "probe.py probe=logistic_regression backbone=pixels"),
     "pixels_knn": (BASELINE, "k nearest neighbours, pixels", "probe.py probe=knn backbone=pixels"),
     "mlp": (BASELINE, "MLP", "train.py experiment=baseline/mlp"),
@@ -121,39 +120,48 @@ def markdown(runs: Mapping[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def picture(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Test error of each seed beside the CPU time of a run, both on logarithmic axes."""
-    names = sorted(runs, key=lambda name: statistics.mean(summary["test/acc"] for summary in runs[name]))
-    figure = Figure(figsize=(11, 0.34 * len(names) + 1.4), layout="constrained", dpi=110)
+def read_rows(table: str) -> list[tuple[str, str, list[float], float | None]]:
+    """Kind, name, test error of each seed in % and CPU seconds of each row of `markdown`, the lowest error last."""
+    rows, kind = [], ""
+    for line in table.splitlines()[2:]:
+        name, _, scores, _, seconds, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        if scores:
+            errors = [100 - float(score) for score in scores.split(", ")]
+            rows.append((kind, name, errors, None if seconds == "-" else float(seconds.removesuffix(" s"))))
+        else:
+            kind = name.strip("*")
+    return sorted(rows, key=lambda row: -statistics.mean(row[2]))
+
+
+def picture(table: str, path: Path) -> None:
+    """Draw the table of `markdown`: test error of each seed beside the CPU time of a run, both on logarithmic axes."""
+    rows = read_rows(table)
+    figure = new_figure(11, 0.34 * len(rows) + 1.4)
     errors, times = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    for row, name in enumerate(names):
-        color = COLORS[ROWS[name][0]]
-        scores = [100 - 100 * summary["test/acc"] for summary in runs[name]]
-        errors.plot(scores, [row] * len(scores), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
-        errors.plot(statistics.mean(scores), row, "|", color=color, markersize=15, markeredgewidth=2)
-        if measured := [summary["cpu_seconds"] for summary in runs[name] if summary["cpu_seconds"] is not None]:
-            seconds = statistics.median(measured)
-            times.barh(row, seconds, color=color, height=0.55)
-            times.text(seconds * 1.08, row, f"{seconds:.0f} s", va="center", fontsize=8, color="#333333")
-    errors.set_yticks(range(len(names)), [ROWS[name][1] for name in names], fontsize=9)
+    for place, (kind, _, scores, seconds) in enumerate(rows):
+        color = COLORS[kind]
+        errors.plot(scores, [place] * len(scores), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
+        errors.plot(statistics.mean(scores), place, "|", color=color, markersize=15, markeredgewidth=2)
+        if seconds is not None:
+            times.plot(seconds, place, "o", color=color, markersize=7)
+            times.annotate(
+                f"{seconds:.0f} s", (seconds, place), (8, 0), textcoords="offset points", va="center", fontsize=8
+            )
     for axes, title in (
-        (errors, "test error in %, 10,000 digits, every seed and their mean"),
-        (times, "CPU time of a run, all cores"),
+        (errors, "test error in %, 10,000 images: each seed (dot) and mean (bar)"),
+        (times, "CPU time of a run in seconds, all cores"),
     ):
-        axes.set_xscale("log")
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.grid(axis="x", which="both", color="#e4e4e4", linewidth=0.6)
-        axes.set_axisbelow(True)
+        axes.set_title(title, fontsize=10, loc="left", color=INK)
+        plain_axes(axes)
         axes.tick_params(length=0, axis="y")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    low, high = errors.get_xlim()
-    shown = [tick for tick in (0.4, 0.5, 0.7, 1, 2, 3, 5, 10) if low <= tick <= high]
-    errors.set_xticks(shown, [f"{tick:g}" for tick in shown])
-    errors.set_xticks([], minor=True)
-    times.set_xlim(right=times.get_xlim()[1] * 2)
+        axes.spines["left"].set_visible(False)
+    errors.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=9)
     handles = [errors.plot([], [], "o", color=color, label=kind)[0] for kind, color in COLORS.items()]
-    errors.legend(handles=handles, fontsize=8, loc="upper right", frameon=False)
-    figure.savefig(path)
+    errors.legend(handles=handles, fontsize=9, loc="upper right", frameon=False)
+    times.margins(x=0.15)
+    for axes in (errors, times):
+        number_axis(axes.xaxis, log=True)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -162,7 +170,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS), help="rows to run")
     parser.add_argument("overrides", nargs="*", help="for every run, e.g. data.dir=/data")
+    parser.add_argument("--redraw", action="store_true", help="draw compare.png from compare.md, and run nothing")
     arguments = parser.parse_args()
+    written, drawn = ROOT / "benchmarks" / "compare.md", ROOT / "benchmarks" / "compare.png"
+    if arguments.redraw:
+        return picture(written.read_text(), drawn)
     overrides = ["data.source=official", *arguments.overrides]
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -179,8 +191,8 @@ def main() -> None:
                 advance(1)
     if not (runs := finished()):
         raise SystemExit(f"No run below {RUNS} has been tested.")
-    write_text(markdown(runs) + "\n", ROOT / "benchmarks" / "compare.md")
-    picture(runs, ROOT / "benchmarks" / "compare.png")
+    write_text(markdown(runs) + "\n", written)
+    picture(markdown(runs), drawn)
     print(markdown(runs))
 
 

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import pkgutil
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,11 @@ if sys.platform == "linux":  # a forked process that outlives its worker holds t
     LIBC, DEATH_SIGNAL = ctypes.CDLL(None), 1
     os.register_at_fork(after_in_child=lambda: LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL))
 ROOT = Path(__file__).parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+BROWSER_FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
 SMALL = ["data.source=sample", "data.train_size=256", "data.batch_size=32", "logger=csv", "trainer.max_epochs=2"]
 
 
@@ -125,6 +131,19 @@ def undrawn() -> Iterator[None]:
                 if name.startswith("save_") and getattr(value, "__module__", "").startswith("thaw.evaluation."):
                     patch.setattr(module, name, touch)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Chromium; the test is skipped where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)} is on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SWEEP", str(tmp_path / "sweep"))
     monkeypatch.setenv(
         "OVERRIDES",
-        f"data.train_size=256 trainer.max_epochs=1 validate=false test=false cache.dir={tmp_path / 'cache'}",
+        f"data.train_size=256 trainer.max_epochs=2 validate=false test=false cache.dir={tmp_path / 'cache'}",
     )
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(path, as_version=4)

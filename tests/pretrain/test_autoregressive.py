@@ -157,7 +157,7 @@ def test_contact_sheet() -> None:
     model, images = autoregressive(order="raster").eval(), digits(20)
     with torch.no_grad():
         (shown, given, completed), titles = model.contact_sheet(images)
-    assert titles == ["digit", "given", "completed"]
+    assert titles == ["image", "given", "completed"]
     assert all(row.shape == (16, 28, 28) and row.dtype == torch.uint8 for row in (shown, given, completed))
     assert torch.equal(shown, images[:16])
     for row in (given, completed):

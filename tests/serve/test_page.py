@@ -1,6 +1,5 @@
 """The page in a real browser: digits are drawn as a hand would, with a mouse and with a finger."""
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,11 +11,6 @@ from PIL import Image
 from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-]
 Strokes = list[list[tuple[float, float]]]  # points (x, y) from 0 to 1
 
 pytestmark = pytest.mark.slow
@@ -73,18 +67,6 @@ def digits() -> list[np.ndarray]:
     """The first digit of each class that is in the sample's test split."""
     test = load_mnist("MNIST", ROOT / "data", "sample", None).test
     return [test.images[(test.labels == label).nonzero()[0, 0]].numpy() for label in range(10)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if not found:
-        pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on the PATH")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

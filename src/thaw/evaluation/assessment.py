@@ -29,6 +29,16 @@ class Assessment:
     test: Images
     pictures: list[tuple[str, Path]]  # titles and files
 
+    @property
+    def origin(self) -> list[tuple[str, str]]:
+        """Name and text of each fact about the run that trained the checkpoint."""
+        keys = {
+            "overrides": "overrides",
+            "checkpoint": "checkpoint",
+            "git_commit": "trained by commit",
+        }
+        return [(title, str(self.facts[key])) for key, title in keys.items() if self.facts[key]]
+
 
 def assess(
     label: str,
@@ -54,6 +64,7 @@ def assess(
     temperature = fit_temperature(predictor.logits(source.val.images, advance), source.val.labels)
     facts = {
         **predictor.facts(),
+        "overrides": predictor.cfg.overrides,
         **source.facts(),
         **accuracy_facts(logits.argmax(dim=1), labels),
         "classes": class_facts(predictor.classes, logits, labels),

@@ -17,6 +17,7 @@ from thaw.pages.html import write_page
 from thaw.run.errors import UserError
 from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
+from thaw.run.record import time_now, typed_command
 
 
 def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
@@ -48,15 +49,18 @@ def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
     save_robustness(curves, min(facts["digits"] for facts in robustness.values()), folder / "robustness.png")
     facts = {"models": {model.label: model.facts for model in assessments}, "comparison": pairs}
     write_json(facts, folder / "report.json")
-    page = folder / "report.html"
+    page, names = folder / "report.html", ", ".join(model.label for model in assessments)
     write_page(
         page,
         "evaluation.html",
-        title=f"{len(assessments)} models compared" if len(assessments) > 1 else assessments[0].label,
+        title=f"{len(assessments)} models compared: {names}" if len(assessments) > 1 else names,
         models=assessments,
         pairs=pairs,
         corruption_means=corruption_means(assessments[0]),
         robustness=folder / "robustness.png",
+        origins=[model.origin for model in assessments],
+        command=typed_command(),
+        time=time_now(),
         wrong_images=[(model.pictures[0][1].parent / WRONG_IMAGES).relative_to(folder) for model in assessments],
     )
     return page

@@ -28,7 +28,7 @@ def save_lr_curve(
     accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
     lr, decay = settings[chosen]
     axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=ACCENT)
-    axes.set_title(f"Chosen of {len(settings)} heads: lr {lr:g}, weight decay {decay:g}", fontsize=12)
+    axes.set_title(f"Best of {len(settings)} heads: learning rate {lr:g}, weight decay {decay:g}", fontsize=12)
     axes.set_xlabel("peak learning rate")
     if len(decays) > 1:
         axes.legend(title="weight decay", frameon=False)

@@ -102,7 +102,7 @@ class Autoregressive(Objective):
         upper = patchify(pixels, self.side).clone()
         upper[:, half:] = grey(self.preprocess)
         rows = (show_patches(row, self.side, self.preprocess) for row in (upper, self.complete(pixels, half)))
-        return [images[:16], *rows], ["digit", "given", "completed"]
+        return [images[:16], *rows], ["image", "given", "completed"]
 
     def complete(self, images: Tensor, given: int) -> Tensor:
         """The first G patches of (B, C, S, S), then drawn ones, each from all those before it: (B, T, p * p * C).

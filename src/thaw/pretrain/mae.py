@@ -85,7 +85,7 @@ class MAE(Objective):
             drawn = drawn * std + mean
         rows = [torch.where(hidden[..., None], filling, patches) for filling in (grey(self.preprocess), drawn)]
         shown = (show_patches(row, self.side, self.preprocess) for row in rows)
-        return [images[:16], *shown], ["digit", "seen", "drawn"]
+        return [images[:16], *shown], ["image", "seen", "drawn"]
 
 
 class Decoder(nn.Module):

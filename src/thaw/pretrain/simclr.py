@@ -81,4 +81,4 @@ class SimCLR(Objective):
         z = F.normalize(self.features(images).float(), dim=1)  # (N, D)
         similarity = (z @ z.T).fill_diagonal_(-torch.inf)[:16]  # (16, N)
         nearest = similarity.topk(min(5, len(images) - 1)).indices.T  # (5, 16)
-        return [images[:16], *images[nearest]], ["digit", *(f"nearest {n + 1}" for n in range(len(nearest)))]
+        return [images[:16], *images[nearest]], ["image", *(f"nearest {n + 1}" for n in range(len(nearest)))]

@@ -1,7 +1,9 @@
 """How a run was started: its command, the commit of its code, and the versions of the packages that matter."""
 
+import shlex
 import subprocess
 import sys
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,24 @@ PACKAGES = ("torch", "torchvision", "lightning", "timm", "hydra-core", "torchmet
 
 
 def software_facts() -> dict[str, Any]:
-    """Command, commit and versions, as values of YAML."""
+    """Command, time, commit and versions, as values of YAML."""
     return {
-        "command": " ".join(sys.argv),
+        "command": typed_command(),
+        "started": time_now(),
         "git_commit": git_commit(),
         "python": sys.version.split()[0],
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def typed_command() -> str:
+    """The command that started this program, as a shell takes it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def time_now() -> str:
+    """Date and time of this machine, to the minute."""
+    return datetime.now().isoformat(" ", "minutes")
 
 
 def git_commit() -> str:

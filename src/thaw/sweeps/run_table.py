@@ -17,6 +17,7 @@ from thaw.pages.html import write_page
 from thaw.run.files import write_text
 from thaw.sweeps.cells import MEASURES, RUN_COLUMNS, RUN_TEXTS, group_cells, run_cells, setting_columns
 from thaw.sweeps.groups import Group, group_runs
+from thaw.sweeps.heading import describe_runs, title_of
 from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_objectives, read_run
 
 CSV_FIELDS = {  # header -> field of a run, or what is said of its group
@@ -70,25 +71,30 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
     table = read_run_table(folders)
     out.mkdir(parents=True, exist_ok=True)
     pictures = [*draw_runs(table.groups, out), *extra_pictures]
-    title = ", ".join(folder.resolve().name for folder in folders)
+    title, facts = title_of(table.groups), describe_runs(table.groups, folders)
     write_text(format_csv(table.groups), out / "report.csv")
-    write_text(format_markdown(table, title, pictures, out), out / "report.md")
+    write_text(format_markdown(table, title, facts, pictures, out), out / "report.md")
     ranked = [group for group in table.groups if group.done]
     columns = setting_columns(ranked)
+    marks = [group.mark for group in table.groups for _ in group.runs]
     above = Path(os.path.commonpath([run.folder.parent for run in table.runs]))
     write_page(
         out / "report.html",
         "sweep.html",
         title=title,
+        facts=facts,
         notes=format_notes(table.groups),
         setting_columns=[*((key, True) for key in columns), *((name, False) for name in MEASURES)],
         settings=[group_cells(group, columns) for group in ranked],
+        several_objectives="Pareto" in marks,
+        marked=[place for place, group in enumerate(ranked) if group.mark],
         pictures=pictures,
         lost=lost_runs(table.groups),
         warnings=table.warnings,
         above=above,
         run_columns=[(name, name in RUN_TEXTS) for name in RUN_COLUMNS],
         runs=[run_cells(run, group.label, above) for group in table.groups for run in group.runs],
+        marked_runs=[place for place, mark in enumerate(marks) if mark],
     )
     table.text += f"\nWritten to {os.path.relpath(out)}: report.html, report.md, report.csv"
     return table
@@ -179,15 +185,22 @@ def align_table(groups: Sequence[Group], columns: list[str]) -> list[str]:
     return lines
 
 
-def format_markdown(table: RunTable, title: str, pictures: Sequence[tuple[str, Path]], out: Path) -> str:
+def format_markdown(
+    table: RunTable,
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    pictures: Sequence[tuple[str, Path]],
+    out: Path,
+) -> str:
     ranked = [group for group in table.groups if group.done]
     columns = setting_columns(ranked)
-    lines = [f"# {escape(title)}", "", " ".join(format_notes(table.groups)), ""]
+    lines = [f"# {escape(title)}", "", *(f"- {name}: {escape(text)}" for name, text in facts)]
+    lines += ["", " ".join(format_notes(table.groups)), ""]
     lines += [f"| {' | '.join(map(escape, ['', *columns, *MEASURES]))} |"]
     lines.append("|---|" + "---|" * len(columns) + "---:|" * len(MEASURES))
-    for place, group in enumerate(ranked):
+    for group in ranked:
         cells = [escape(text) for text, _ in group_cells(group, columns)]
-        lines.append(f"| {' | '.join(['**best**' if place == 0 else '', *cells])} |")
+        lines.append(f"| {' | '.join([f'**{group.mark}**' if group.mark else '', *cells])} |")
     if lost := lost_runs(table.groups):
         lines += ["", "## Not done", "", "| state | setting | reason |", "|---|---|---|"]
         lines += [f"| {run.state} | {escape(label)} | {escape(run.reason)} |" for run, label in lost]

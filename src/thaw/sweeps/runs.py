@@ -19,6 +19,7 @@ from thaw.run.folders import NOT_THE_RUN
 DONE, UNFINISHED = "done", "unfinished"
 FAILURES = ("failed", "pruned", "killed", "timeout")
 RUN_FILES = ("config.yaml", "summary.json", "failure.json")
+RECORD = "record.yaml"  # which `find_runs` does without
 ACCURACY = ("val/acc",)
 COSTS = ("trainable_params", "total_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 NUMBERS = {  # key in summary.json or failure.json -> field of a run
@@ -55,6 +56,9 @@ class Run:
     epochs: int | None = None
     reason: str = ""
     traceback: str = ""
+    data: str = ""
+    command: str = ""
+    started: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -96,6 +100,7 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
     elif failure:
         state = failure["status"] if failure.get("status") in FAILURES else "failed"
     facts = failure | summary
+    record = read_mapping(folder / RECORD, warnings)
     said = config | facts
     return Run(
         folder=folder,
@@ -106,6 +111,9 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         **{name: finite_number(facts, key, folder, warnings) for key, name in NUMBERS.items()},
         reason="" if state == DONE else str(failure.get("reason") or "cut off, or still running"),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
+        data=f"{summary['dataset']}, {summary['data_title']}" if "data_title" in summary else "",
+        command=str(record.get("command", "")),
+        started=str(record.get("started", "")),
         settings={key: value for key, value in dotted(config).items() if not is_aside(key)},
     )
 

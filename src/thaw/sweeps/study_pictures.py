@@ -94,6 +94,7 @@ def save_importance(study: optuna.Study, place: int, direction: str, path: Path)
     axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.set_xlim(0, 1.08 * max(shares.values()))
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    axes.set_xlabel("importance (PED-ANOVA)")
     save_picture(axes, path, 0)
 
 

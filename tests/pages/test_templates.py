@@ -1,0 +1,75 @@
+"""Pages of results in a browser as narrow as a phone, in light and in dark."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from sweeps.test_runs import make_run
+
+from thaw.data.images import Images
+from thaw.evaluation.assessment import Assessment
+from thaw.evaluation.assessment_files import write_assessments
+from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.metrics import accuracy_facts
+from thaw.pages.figures import new_figure, save_figure
+from thaw.sweeps.run_table import write_run_table
+
+LONG = "a_rather/long-path/" * 12
+CUT_OFF = """() => [...document.querySelectorAll("h1, h2, p, td, th, li, summary, img, pre")].filter(element => {
+  const box = element.getBoundingClientRect(), scrolls = element.closest(".scroll, figure, pre");
+  const cut = element.clientWidth && element.scrollWidth > element.clientWidth + 1;
+  return !scrolls && (box.left < 0 || box.right > innerWidth || cut);
+}).map(element => element.outerHTML.slice(0, 200))"""
+
+
+def sweep_page(folder: Path) -> Path:
+    for place in range(3):
+        overrides = f"optim.lr=0.{place + 1} backbone.weights=/{LONG}{place} data.source=sample"
+        make_run(folder / "runs" / str(place), overrides, 0.9, test=0.9, optim__lr=place + 1)
+    make_run(folder / "runs" / "lost", f"data.dir={LONG}", status="failed", optim__lr=9)
+    write_run_table([folder / "runs"], folder)
+    return folder / "report.html"
+
+
+def evaluation_page(folder: Path) -> Path:
+    """Of two models that know nothing."""
+    test = Images(torch.zeros(4, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    logits = torch.eye(2)[[0, 1, 1, 1]]
+    save_figure(new_figure(10, 4), folder / "picture.png")
+    facts = {
+        **{
+            "name": "probe",
+            "overrides": f"backbone.weights={LONG}",
+            "backbone": "digits_vit",
+            "checkpoint": f"/{LONG}best.ckpt",
+        },
+        **{"dataset": "MNIST", "data_source": "sample", "data_title": "a sample", "weights_sha256": "a" * 64},
+        **accuracy_facts(logits.argmax(dim=1), test.labels),
+        **{"git_commit": "b" * 40, "backbone": "digits_vit"},
+        "classes": [{"class": name, "precision": 0.5, "recall": None, "n": 2} for name in ("a", LONG)],
+        "calibration": {"ece": 0.1, "temperature": 1.0, "ece_with_temperature": 0.1},
+        "robustness": {"digits": 4, "mean": 0.5, "curves": {name: [(0.0, 0.5), (1.0, 0.25)] for name in CORRUPTIONS}},
+        "cost": {
+            **{"parameters": 10**7, "flops": 10**9, "images_per_second": 1e4, "latency_ms": 1.0, "batch_size": 500},
+            **{"checkpoint_mb": 1.0, "weights_mb": 10.0, "device": "cpu", "precision": "bf16-mixed", "threads": 1},
+        },
+    }
+    pictures = [("Where it errs", folder / "picture.png")]
+    models = [Assessment(label, facts, logits, test, pictures) for label in ("probe 1", "probe 2")]
+    return write_assessments(models, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [sweep_page, evaluation_page])
+def test_nothing_is_cut_off_and_only_tables_and_pictures_scroll(browser, tmp_path: Path, write) -> None:
+    path = write(tmp_path)
+    backs = set()
+    for width, scheme in [(360, "light"), (360, "dark"), (1200, "light")]:
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page = context.new_page()
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CUT_OFF) == []
+        backs.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        context.close()
+    assert len(backs) == 2, "light and dark"
