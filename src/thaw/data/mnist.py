@@ -250,7 +250,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
 
 
 def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
-    """Download one file, which appears under its name once it is whole and has the right MD5."""
+    """Download one file, which appears under its name once it is whole and has the expected MD5."""
     urls = [f"{mirror.rstrip('/')}/{name}" for mirror in mirrors]
     for url in urls:
         if url not in FAILED:
