@@ -1,4 +1,4 @@
-"""Read the digits in pictures.    python predict.py ckpt=<run folder> <files or folders>"""
+"""Predict the class of images.    python predict.py ckpt=<run folder> <files or folders>"""
 
 import os
 import sys
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     if doubtful:
         say(f"{doubtful:,} of {read + failed:,} rows are doubtful; the column `warning` says why.", stderr=True)
     if failed:
-        raise UserError(f"{failed:,} of {read + failed:,} rows have no answer; the column `error` says why.")
+        raise UserError(f"{failed:,} of {read + failed:,} rows have no prediction; the column `error` says why.")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from thaw.run.errors import UserError
 def main(cfg: DictConfig) -> None:
     import torch
 
-    from thaw.predict.predictor import DigitModel, Predictor, load_predictor
+    from thaw.predict.predictor import ImageModel, Predictor, load_predictor
     from thaw.run.console import say
     from thaw.serve.limits import limits_of
     from thaw.serve.process import keep_memory, spared_collector
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     keep_memory()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker computes on one core
-    model: DigitModel | Predictor
+    model: ImageModel | Predictor
     if cfg.ckpt.endswith(".onnx"):
         from thaw.export.onnx_model import load_onnx
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# One run on two machines of four GPUs each, which saves and goes on when it is preempted or its time is over:
+# One run on two machines of four GPUs each, which saves and continues when it is preempted or its time is over:
 #
 #     sbatch docs/slurm.sh experiment=vit_finetune backbone=vit_base optim.lr=1e-4
 #

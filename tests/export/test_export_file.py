@@ -25,7 +25,7 @@ FIVE_LINES = """
 import json, numpy, onnxruntime
 session = onnxruntime.InferenceSession("model.onnx")
 classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-probabilities = session.run(["probabilities"], {"images": numpy.load("digits.npy")})[0]
+probabilities = session.run(["probabilities"], {"images": numpy.load("images.npy")})[0]
 print([classes[k] for k in probabilities.argmax(axis=1)])
 """
 
@@ -86,7 +86,7 @@ def test_metadata(exported: Callable[..., Any], source: Source) -> None:
 def test_needs_onnxruntime_and_numpy_alone(exported: Callable[..., Any], source: Source, tmp_path: Path) -> None:
     """The README's lines, where nothing else that thaw needs can be imported."""
     _, wanted, _, path = exported("vit", "onnx")
-    np.save(tmp_path / "digits.npy", source.train.images[:60].numpy())
+    np.save(tmp_path / "images.npy", source.train.images[:60].numpy())
     (tmp_path / "model.onnx").symlink_to(path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = next((block for block in blocks if "onnxruntime" in block), FIVE_LINES)

@@ -71,13 +71,13 @@ def fitted(model: Classifier, data: MNISTDataModule | None = None, epochs: int =
 
 def timm_features(model: Classifier, image: Tensor, blocks: int | None) -> Tensor:
     """One digit (28, 28) through timm's own forward: tokens after so many blocks, or pooled."""
-    vit, kept = model.backbone.model, []
-    hooks = [vit.blocks[blocks - 1].register_forward_hook(lambda *args: kept.append(args[2]))] if blocks else []
+    vit, cached = model.backbone.model, []
+    hooks = [vit.blocks[blocks - 1].register_forward_hook(lambda *args: cached.append(args[2]))] if blocks else []
     with torch.no_grad():
         features = vit.forward_head(vit.forward_features(model.preprocess(image[None])), pre_logits=True)
     for hook in hooks:
         hook.remove()
-    return kept[0][0] if blocks else features[0]
+    return cached[0][0] if blocks else features[0]
 
 
 @pytest.mark.parametrize(("freeze", "blocks"), [("linear_probe", None), ("last_blocks", 1)])
@@ -104,7 +104,7 @@ def test_batches_carry_what_timm_gives_for_each_digit(model: Build, freeze: str,
         ("last_blocks", {"arguments": {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2, "reg_tokens": 2}}),
     ],
 )
-def test_training_with_kept_features_is_training_from_pixels(
+def test_training_with_cached_features_is_training_from_pixels(
     model: Build, freeze: str, changes: dict, precision: str, rtol: float, atol: float
 ) -> None:
     results = []
@@ -127,7 +127,7 @@ def test_training_with_kept_features_is_training_from_pixels(
 def test_logits_and_validation_from_pixels_equal_those_from_features(model: Build, freeze: str) -> None:
     classifier, data, watch = model(freeze), digits(), Watch()
     trainer = fitted(classifier, data, callbacks=[watch])
-    kept = dict(trainer.callback_metrics)
+    cached = dict(trainer.callback_metrics)
     assert data.split_dataset("train").features is None and data.split_dataset("val").features is None
     logits = []
     classifier.eval()
@@ -139,8 +139,8 @@ def test_logits_and_validation_from_pixels_equal_those_from_features(model: Buil
         watch.val.clear()
         (metrics,) = trainer.validate(classifier, data, verbose=False)
         assert len(watch.val) == 5 and all(features is None for features, _ in watch.val)
-        assert metrics["val/loss"] == pytest.approx(kept["val/loss"].item(), rel=1e-5)
-        assert metrics["val/acc"] == pytest.approx(kept["val/acc"].item())
+        assert metrics["val/loss"] == pytest.approx(cached["val/loss"].item(), rel=1e-5)
+        assert metrics["val/acc"] == pytest.approx(cached["val/acc"].item())
         (metrics,) = trainer.test(classifier, data, verbose=False)
         right = (classifier(data.load().test.images).argmax(1) == data.load().test.labels).float().mean()
     assert metrics["test/acc"] == pytest.approx(right.item())
@@ -194,7 +194,7 @@ def test_what_another_run_reuses(
     assert sum(computed) in expected, changed
 
 
-def test_a_run_draws_the_same_random_numbers_with_and_without_kept_features(model: Build) -> None:
+def test_a_run_draws_the_same_random_numbers_with_and_without_cached_features(model: Build) -> None:
     states = []
     for mode in ("off", "disk", "disk"):
         torch.manual_seed(5)
@@ -217,14 +217,14 @@ def test_images_that_are_augmented_are_not_cached(model: Build, capsys: pytest.C
         fitted(model(mode="disk", augment=MOVED))
 
 
-def test_nothing_is_kept_where_everything_trains(model: Build, tmp_path: Path) -> None:
+def test_nothing_is_cached_where_everything_trains(model: Build, tmp_path: Path) -> None:
     watch = Watch()
     fitted(model("full"), epochs=1, callbacks=[watch])
     assert all(features is None for _, features, _ in watch.train) and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(("mode", "some_frozen"), [("auto", True), ("disk", False), ("memory", False)])
-def test_it_is_said_where_no_layer_can_be_kept(
+def test_it_is_said_where_no_layer_can_be_cached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str, some_frozen: bool
 ) -> None:
     new(tmp_path, mode).explain_no_layer(some_frozen, trainer_of())
@@ -260,7 +260,7 @@ def test_frozen_layers_store_no_activations(model: Build, batch: Batch, freeze: 
     assert frozen and all(parameter.grad is None for parameter in frozen)
 
 
-def test_thawing_what_was_kept_is_an_error(model: Build) -> None:
+def test_thawing_what_was_cached_is_an_error(model: Build) -> None:
     class Thaw(L.Callback):
         def on_train_epoch_end(self, _trainer: L.Trainer, module: Any) -> None:
             module.backbone.model.blocks[0].mlp.fc1.weight.requires_grad_(True)
@@ -289,18 +289,18 @@ def test_another_model_after_an_interrupted_run_starts_from_pixels(model: Build)
 class FeatureCheck(L.Callback):
     """Kept features are those of the layers that are frozen in this epoch; counts the batches that carry some."""
 
-    kept: list[tuple[int, int]] = []  # noqa: RUF012  # (epoch, cut) of each such batch
+    cached: list[tuple[int, int]] = []  # noqa: RUF012  # (epoch, cut) of each such batch
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         assert pl_module.cut == pl_module.thaw.cut(trainer.current_epoch)
         if batch.features is not None:
             expected = pl_module.backbone.prefix(pl_module.preprocess(batch.images), pl_module.cut)
             torch.testing.assert_close(batch.features, expected, rtol=1e-5, atol=1e-6)
-            self.kept.append((trainer.current_epoch, pl_module.cut))
+            self.cached.append((trainer.current_epoch, pl_module.cut))
 
 
 @pytest.mark.parametrize(
-    ("policy", "epochs", "kept"),
+    ("policy", "epochs", "cached"),
     [
         (["freeze=lp_ft", "freeze.probe_epochs=2"], 4, [(0, 5), (1, 5)]),
         (["freeze=gradual", "freeze.epochs=2"], 7, [(0, 5), (1, 5), (2, 3), (3, 3), (4, 2), (5, 2)]),
@@ -310,19 +310,19 @@ class FeatureCheck(L.Callback):
     ],
     ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora"],
 )
-def test_kept_features_change_nothing(
-    train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, kept: list[tuple[int, int]]
+def test_cached_features_change_nothing(
+    train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, cached: list[tuple[int, int]]
 ) -> None:
     """Memory and disk agree to the bit; with pixels to float32 rounding, as sums differ with the size of a batch."""
     run = [*tiny_run, *policy, f"trainer.max_epochs={epochs}", "test=false", "optim=sgd", "optim.lr=0.05"]
     weights = {}
     for mode in ("off", "memory", "disk"):
-        FeatureCheck.kept = []
+        FeatureCheck.cached = []
         check = f"+callbacks.check._target_={__name__}.FeatureCheck"
         run_dir = train(*run, f"cache.mode={mode}", check, name=mode)
         weights[mode] = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        assert sorted(set(FeatureCheck.kept)) == ([] if mode == "off" else kept)
-        assert len(FeatureCheck.kept) == 4 * len(set(FeatureCheck.kept))
+        assert sorted(set(FeatureCheck.cached)) == ([] if mode == "off" else cached)
+        assert len(FeatureCheck.cached) == 4 * len(set(FeatureCheck.cached))
     for name, tensor in weights["off"].items():
         assert torch.equal(weights["memory"][name], weights["disk"][name]), name
         torch.testing.assert_close(weights["memory"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)

@@ -54,7 +54,7 @@ def test_csv_of_a_folder(
     linear_probe: Path, folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
-    with pytest.raises(ValueError, match="2 of 35 rows have no answer"):
+    with pytest.raises(ValueError, match="2 of 35 rows have no prediction"):
         predict.main(compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{folder}']"))
     printed = capsys.readouterr()
     assert re.search(r"^predicting: 1 of 33 files, about \d+ s left$", printed.err, re.MULTILINE)
@@ -111,7 +111,7 @@ def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
     two = np.concatenate([images[0].numpy(), images[1].numpy()], axis=1)
     Image.fromarray(two).save(tmp_path / "two.png")
     for output in (tmp_path / "out" / "answers.csv", tmp_path / "out" / "answers.jsonl"):
-        with pytest.raises(ValueError, match="1 of 7 rows have no answer"):
+        with pytest.raises(ValueError, match="1 of 7 rows have no prediction"):
             predict.main(
                 compose_config("predict", f"ckpt={linear_probe}", f"inputs=['{tmp_path}']", f"output={output}")
             )

@@ -3,11 +3,10 @@
 import gzip
 import hashlib
 import logging
-import socket
 import ssl
 import zlib
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import cache, lru_cache
 from http.client import HTTPException
 from importlib.resources import files
@@ -227,9 +226,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
     official, folder = getattr(torchvision.datasets, dataset), directory / dataset / "raw"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".download.lock"), ExitStack() as stack:  # runs that start together download once
-            stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-            socket.setdefaulttimeout(MIRROR_TIMEOUT)  # for where packets are dropped
+        with FileLock(folder / ".download.lock"):  # runs that start together download once
             wanted = [each for each in official.resources if each[0] in names and not (folder / each[0]).exists()]
             for name, md5 in wanted:
                 fetch(name, md5, official.mirrors if mirrors is None else mirrors, folder)
@@ -250,7 +247,7 @@ def download(dataset: str, names: Sequence[str], directory: Path, mirrors: Seque
 
 
 def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
-    """Download one file, which appears under its name once it is whole and has the right MD5."""
+    """Download one file, which appears under its name once it is whole and has the expected MD5."""
     urls = [f"{mirror.rstrip('/')}/{name}" for mirror in mirrors]
     for url in urls:
         if url not in FAILED:
@@ -269,7 +266,8 @@ def retrieve(url: str, md5: str, path: Path) -> None:
     """Write the content at a URL to a file; ConnectionError if it cannot be had or has another MD5."""
     name = url.rpartition("/")[2].partition("-idx")[0]
     try:
-        with urlopen(Request(url, headers={"User-Agent": "thaw"})) as response, path.open("wb") as file:
+        request = Request(url, headers={"User-Agent": "thaw"})
+        with urlopen(request, timeout=MIRROR_TIMEOUT) as response, path.open("wb") as file:
             size = int(response.headers["Content-Length"] or 0)
             with progress(f"downloading {name}", size, "bytes") as advance:
                 while block := response.read(BLOCK):

@@ -62,6 +62,9 @@ def assess(
     """
     logits, labels = predictor.logits(source.test.images, advance), source.test.labels
     temperature = fit_temperature(predictor.logits(source.val.images, advance), source.val.labels)
+    robust = robustness_facts(predictor, source.test, robustness, advance)
+    other = {"second": second_facts(*second, predictor, logits, advance)} if second else {}
+    say("measuring speed, drawing figures")
     facts = {
         **predictor.facts(),
         "overrides": predictor.cfg.overrides,
@@ -73,12 +76,10 @@ def assess(
             "temperature": temperature,
             "ece_with_temperature": calibration_error(logits / temperature, labels),
         },
-        "robustness": robustness_facts(predictor, source.test, robustness, advance),
+        "robustness": robust,
         "cost": cost_facts(predictor, source.test.images[: predictor.batch_size]),
+        **other,
     }
-    if second:
-        facts["second"] = second_facts(*second, predictor, logits, advance)
-    say("drawing figures")
     pictures = draw_pictures(predictor, source.test, logits, temperature, folder)
     return Assessment(label, facts, logits, source.test, pictures)
 

@@ -31,7 +31,7 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
 
     Args:
         predictor: in fp32 on the CPU; LoRA is merged into its model.
-        source: of the digits for comparison and test.
+        source: of the images for comparison and test.
         format: `onnx` or `torch_export`.
         quantize: `int8`, for `onnx`, or None.
         path: of the file.

@@ -14,10 +14,10 @@ from thaw.predict.predictor import Predictor
 from thaw.run.errors import UserError
 from thaw.run.record import git_commit
 
-PARITY_DIGITS = 1000
+PARITY_IMAGES = 1000
 PARITY_TOLERANCE = 1e-3  # of a probability
 INPUT = (
-    "uint8 (N, 28, 28), N of 1 or more: one grey digit each, 0 the paper and 255 the ink, prepared as MNIST's were: "
+    "uint8 (N, 28, 28), N of 1 or more: one grey image each, 0 the paper and 255 the ink, prepared as MNIST's were: "
     "scaled into 20 x 20 pixels and centred by its mass in 28 x 28"
 )
 
@@ -38,8 +38,8 @@ def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
 
 
 def parity_sample(predictor: Predictor, test: Images) -> tuple[Tensor, Tensor]:
-    """At most 1,000 test digits (N, 28, 28), evenly spread, and the trained model's probabilities (N, 10) for them."""
-    images = test.images[evenly_spread(len(test.labels), PARITY_DIGITS)]
+    """At most 1,000 test images (N, 28, 28), evenly spread, and the trained model's probabilities (N, 10) for them."""
+    images = test.images[evenly_spread(len(test.labels), PARITY_IMAGES)]
     return images, predictor(images)
 
 
@@ -50,14 +50,14 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
         images, wanted: see `parity_sample`.
 
     Raises:
-        UserError: another class for any digit, or a difference above the tolerance.
+        UserError: another class for any image, or a difference above the tolerance.
     """
     given = model(images)
     others = int((given.argmax(dim=1) != wanted.argmax(dim=1)).sum())
     difference = float((given - wanted).abs().max())
     if others or not difference <= PARITY_TOLERANCE:  # `not`, so that NaN fails, too
         raise UserError(
-            f"The exported model is not the trained one: on {len(given):,} test digits {others} classes differ, "
+            f"The exported model is not the trained one: on {len(given):,} test images {others} classes differ, "
             f"and a probability by up to {difference:.2g}; allowed are none and {PARITY_TOLERANCE:g}. Nothing was "
             "written. Try another format=, or another version of torch."
         )

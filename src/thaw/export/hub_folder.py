@@ -58,7 +58,7 @@ def export_folder(
 
     Args:
         predictor: in fp32 on the CPU; LoRA is merged into its model.
-        source: of the digits for comparison and test.
+        source: of the images for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
         path: of the folder.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
@@ -86,8 +86,8 @@ def export_folder(
         say(f"running the card's code on {len(sample[0]):,} images, to compare with the trained model")
         written = CardModel(code, part)
         facts |= check_parity(written, *sample)
-        right = by_batches(written, source.val.images, title="validation accuracy").argmax(dim=1) == source.val.labels
-        facts |= {"val_accuracy": round(right.float().mean().item(), 6), "val_digits": len(right)}
+        correct = by_batches(written, source.val.images, title="validation accuracy").argmax(dim=1) == source.val.labels
+        facts |= {"val_accuracy": round(correct.float().mean().item(), 6), "val_digits": len(correct)}
         facts |= tested_facts(by_batches(written, source.test.images, title="test accuracy"), source)
         facts["bytes"] = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         write_json({**read_json(part / CONFIG), "thaw": facts}, part / CONFIG)
@@ -132,7 +132,7 @@ def folded(head: nn.Module) -> nn.Linear | None:
     """The head as the one linear layer that timm has after its pooling; None where that cannot compute the same.
 
     Standardised features are linear in the features: W (x - mean) / std + b = (W / std) x + (b - W mean / std).
-    Features normalised for each digit by itself are not.
+    Features normalised for each image by itself are not.
     """
     if not isinstance(head, LinearHead) or isinstance(head.norm, nn.LayerNorm):
         return None

@@ -22,7 +22,7 @@ LOCAL = ("dir", "mirrors", "default_root_dir", "plugins", "profiler", "num_worke
 
 
 def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> str:
-    """The lines of a card that turn digits into probabilities.
+    """The lines of a card that turn images into probabilities.
 
     Args:
         head: the arguments that built the model's head.

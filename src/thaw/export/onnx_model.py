@@ -14,7 +14,7 @@ MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install
 
 
 class OnnxModel:
-    """Satisfies `thaw.predict.predictor.DigitModel`; may be called by several threads at once.
+    """Satisfies `thaw.predict.predictor.ImageModel`; may be called by several threads at once.
 
     Args:
         session: onnxruntime's.
@@ -30,7 +30,7 @@ class OnnxModel:
         """uint8 (N, 28, 28) -> probabilities (N, 10)."""
         if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
             raise UserError(
-                f"Digits must be uint8 (N, 28, 28), not {images.dtype} {tuple(images.shape)}; convert and stack them."
+                f"Images must be uint8 (N, 28, 28), not {images.dtype} {tuple(images.shape)}; convert and stack them."
             )
         if not len(images):  # an empty batch could end the process
             return torch.zeros(0, len(self.metadata["classes"]))

@@ -43,7 +43,7 @@ def portable(predictor: Predictor) -> Portable:
 
 
 def trace(model: Portable, name: str) -> ExportedProgram:
-    """The computation as a graph, for any number of digits; a UserError names a model that cannot be traced.
+    """The computation as a graph, for any number of images; a UserError names a model that cannot be traced.
 
     Args:
         model: in fp32 on the CPU.

@@ -1,4 +1,4 @@
-"""Reads the digits in files and writes a line of CSV or JSON for each; used by predict.py."""
+"""Reads the images in files and writes a row of CSV or JSON for each; used by predict.py."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from thaw.data.digit_image import PICTURE_FORMATS, Digit, read_digits
-from thaw.predict.predictor import DigitModel
+from thaw.predict.predictor import ImageModel
 from thaw.run.console import ESCAPES, results
 from thaw.run.errors import UserError
 from thaw.run.files import atomic
@@ -32,10 +32,10 @@ NOT_FINITE = "The model's probabilities are not finite: its weights are damaged;
 
 
 class Read(NamedTuple):
-    """One digit of a file, or the error that says why it has none."""
+    """One image of a file, or the error that says why it has none."""
 
     file: str
-    number: int  # place of the digit in the file
+    number: int  # place of the image in the file
     digit: Digit
 
 
@@ -102,7 +102,7 @@ def first_names(files: Sequence[Path]) -> str:
 
 
 def read_file(path: Path) -> Iterator[Read]:
-    """The digits of one file, or an error in their place where it cannot be read."""
+    """The images of one file, or an error in their place where it cannot be read."""
     name = printable(path)
     try:
         if path.stat().st_size > LARGEST:
@@ -113,8 +113,8 @@ def read_file(path: Path) -> Iterator[Read]:
         yield Read(name, 0, Digit(None, printable(error)))
 
 
-def predictions(model: DigitModel, read: Sequence[Read], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row for each digit, in their order: file, index, class, confidence and probabilities, or an error."""
+def predictions(model: ImageModel, read: Sequence[Read], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row for each image, in their order: file, index, class, confidence and probabilities, or an error."""
     images = [one.digit.image for one in read if one.digit.image is not None]
     chances = iter(model(torch.from_numpy(np.stack(images))).tolist() if images else [])
     for file, number, digit in read:

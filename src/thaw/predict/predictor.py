@@ -21,7 +21,7 @@ from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 
 
-class DigitModel(Protocol):
+class ImageModel(Protocol):
     """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
 
     has_attention: bool

@@ -18,7 +18,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from thaw.pages.html import render
-from thaw.predict.predictor import DigitModel
+from thaw.predict.predictor import ImageModel
 from thaw.serve.answers import to_json
 from thaw.serve.batcher import Batcher, ModelFailedError
 from thaw.serve.docs import predict_docs
@@ -34,7 +34,7 @@ DOCS_FILES = "/docs-files"  # the address of the files of /docs
 DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
-def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
+def create_app(model: ImageModel, limits: Limits, workers: int) -> FastAPI:
     """The application that uvicorn serves; `workers` threads run the model.
 
     The server sets `app.state.stopping` before it ends.
@@ -57,7 +57,7 @@ def create_app(model: DigitModel, limits: Limits, workers: int) -> FastAPI:
         static_url=DOCS_FILES,
         title="thaw",
         version=str(facts.get("git_commit", ""))[:12] or "unknown",
-        description=f"Says which digit an image shows, by the model {facts.get('name', 'without a name')}.",
+        description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')}.",
         lifespan=lifespan,
     )
     app.state.stopping, app.state.limits = False, limits

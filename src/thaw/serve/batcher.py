@@ -1,6 +1,6 @@
 """Dynamic batching: threads run the model, and requests that arrive while all are busy are the next batch.
 
-No request waits for a batch to fill. An idle server answers one digit at once; under load batches grow by themselves.
+No request waits for a batch to fill. An idle server answers one image at once; under load batches grow by themselves.
 On a CPU one thread for each core, each with its own batch, does more than all cores on one batch: no core waits for
 another. Requests are numpy arrays until they are a batch: a call into torch releases Python's lock, and the event loop
 would then wait for the model's thread to get it back. The batcher is our own: those of Triton, BentoML and Ray Serve
@@ -21,21 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from thaw.predict.predictor import DigitModel
+from thaw.predict.predictor import ImageModel
 from thaw.serve.limits import RefusedError
 
 log = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
-    """For N digits: probabilities (N, C), and if asked for each patch's share (N, h, w) in what the head sees."""
+    """For N images: probabilities (N, C), and if asked for each patch's share (N, h, w) in what the head sees."""
 
     probabilities: list[list[float]]
     attention: list[list[list[float]]] | None
 
 
 class QueuedRequest:
-    """The digits of one request.
+    """The images of one request.
 
     Attributes:
         taken: how many of them are in batches so far.
@@ -52,25 +52,25 @@ Piece = tuple[QueuedRequest, slice]
 
 
 class Batcher:
-    """Answers requests of any size with batches of at most `max_batch` digits.
+    """Answers requests of any size with batches of at most `max_batch` images.
 
     A request that does not fit into a batch goes back to the end of the queue, so that a big one delays a small one by
-    one batch. Idle workers share the waiting digits.
+    one batch. Idle workers share the waiting images.
 
     Args:
         model: may be called by several threads at once.
-        max_batch, max_queue: digits in a batch, and waiting.
+        max_batch, max_queue: images in a batch, and waiting.
         workers: threads that run the model, each on one core.
         told: called with the size and the seconds of each batch, on a worker's thread.
     """
 
     def __init__(
-        self, model: DigitModel, max_batch: int, max_queue: int, workers: int, told: Callable[[int, float], None]
+        self, model: ImageModel, max_batch: int, max_queue: int, workers: int, told: Callable[[int, float], None]
     ) -> None:
         self.model, self.max_batch, self.max_queue = model, max_batch, max_queue
         self.told = told
         self.queue: deque[QueuedRequest] = deque()
-        self.waiting = 0  # digits in the queue
+        self.waiting = 0  # images in the queue
         self.changed = threading.Condition()
         self.closing = False
         self.idle = 0  # workers that wait for a batch
@@ -88,7 +88,7 @@ class Batcher:
         return all(worker.is_alive() for worker in self.workers)
 
     async def predict(self, images: np.ndarray, explain: bool) -> Answer:
-        """uint8 (N, 28, 28) -> the answer; if the caller is cancelled, its digits leave the queue.
+        """uint8 (N, 28, 28) -> the answer; if the caller is cancelled, its images leave the queue.
 
         Raises:
             RefusedError: the queue has no room.
@@ -113,7 +113,7 @@ class Batcher:
             raise
 
     def retry_after(self) -> int:
-        """Seconds until the waiting digits will be done, at the recent speed."""
+        """Seconds until the waiting images will be done, at the recent speed."""
         return max(1, math.ceil(self.waiting * self.seconds_per_image / len(self.workers)))
 
     @property

@@ -19,10 +19,10 @@ class Metrics:
             "thaw_request_seconds", "From headers to answer.", ["path"], buckets=TIME_BUCKETS, registry=registry
         )
         self.rejected = Counter("thaw_rejected", "Requests refused for want of room (503).", registry=registry)
-        self.images = Counter("thaw_images", "Classified digits.", registry=registry)
-        self.batch_size = Histogram("thaw_batch_size", "Digits in a batch.", buckets=sizes, registry=registry)
+        self.images = Counter("thaw_images", "Classified images.", registry=registry)
+        self.batch_size = Histogram("thaw_batch_size", "Images in a batch.", buckets=sizes, registry=registry)
         self.batch_seconds = Histogram("thaw_batch_seconds", "Of a batch.", buckets=TIME_BUCKETS, registry=registry)
-        self.waiting = Gauge("thaw_images_waiting", "Digits in the queue.", registry=registry)
+        self.waiting = Gauge("thaw_images_waiting", "Images in the queue.", registry=registry)
 
     def batch(self, size: int, seconds: float) -> None:
         self.images.inc(size)

@@ -1,4 +1,4 @@
-"""Reads the digits, uint8 (N, 28, 28), in the body of a request, in bounded memory and time."""
+"""Reads the images, uint8 (N, 28, 28), in the body of a request, in bounded memory and time."""
 
 import asyncio
 import base64
@@ -51,7 +51,7 @@ class PredictRequest(BaseModel):
     """The JSON of `POST /predict`."""
 
     model_config = ConfigDict(extra="forbid")
-    images: Annotated[list[Sent], Field(min_length=1, fail_fast=True)]  # at most one error is kept
+    images: Annotated[list[Sent], Field(min_length=1, fail_fast=True)]  # reports at most one error
     explain: Annotated[StrictBool, Field(description="answer also with the model's input and attention")] = False
 
 
@@ -72,7 +72,7 @@ class RequestReader:
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
 
     async def read(self, request: Request, kind: str, deadline: float) -> ReceivedImages:
-        """The digits of a request; raises TimeoutError if it is complete, but takes too long to decode.
+        """The images of a request; raises TimeoutError if it is complete, but takes too long to decode.
 
         Args:
             kind: its Content-Type.
@@ -125,7 +125,7 @@ class RequestReader:
         return gathered(digits, parsed.explain)
 
     async def read_file(self, content: bytes) -> ReceivedImages:
-        """The digits of a picture or an IDX file, one by one, so that the work ends when the client gives up."""
+        """The images of a picture or an IDX file, one by one, so that the work ends when the client gives up."""
         content = await self.in_thread(unpack, content, "the body")
         if not is_idx(content):
             return gathered([await self.in_thread(read_picture, content, "the body")], False)
