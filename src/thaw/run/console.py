@@ -37,9 +37,17 @@ EXPECTED_WARNINGS = (
 
 
 @cache
-def console(stderr: bool = False) -> Console:
-    """The console of all that this process prints, so that lines stay apart from a bar that is open on it."""
+def stream_console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def console(stderr: bool = False) -> Console:
+    """The console of all that this process prints, so that lines stay apart from a bar that is open on it.
+
+    Where both standard streams are a terminal, one console prints for both: a bar on one is torn by lines of the other.
+    """
+    out, err = stream_console(False), stream_console(True)
+    return err if stderr and not (out.file.isatty() and err.file.isatty()) else out
 
 
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:

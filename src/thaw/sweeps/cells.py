@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from thaw.sweeps.groups import ABSENT, Group, SeedScore
-from thaw.sweeps.runs import Run
+from thaw.sweeps.runs import ACCURACY, Run
 
 Cell = tuple[str, float | str | None]
 
@@ -92,6 +92,11 @@ def format_seconds(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
+
+
+def format_measure(metric: str, value: float) -> str:
+    """`val/acc 98.80%`, `trainable_params 1,930`."""
+    return f"{metric} {f'{value:.2%}' if metric in ACCURACY else f'{value:,}'}"
 
 
 def about_left(seconds: float | None) -> str:

@@ -144,7 +144,7 @@ def format_notes(groups: Sequence[Group], objectives: Sequence[str]) -> list[str
     notes = [f"{plural(len(runs), 'run')} of {plural(len(groups), 'setting')}: {counts}."]
     if any(group.val and group.val[2] > 1 for group in groups):
         notes.append("± is the sample standard deviation over n seeds.")
-    if len(objectives) > 1:
+    if any(group.mark == "Pareto" for group in groups):
         notes.append(f"Pareto: no other setting is better in one of {', '.join(objectives)} and as good in the others.")
     tested = sum(run.state == DONE and run.test_acc is not None for run in runs)
     which = {0: "none is tested", 1: "one run is tested"}.get(

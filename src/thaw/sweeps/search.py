@@ -22,7 +22,7 @@ from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
 from thaw.sweeps import study as studies
-from thaw.sweeps.cells import about_left, format_seconds
+from thaw.sweeps.cells import about_left, format_measure, format_seconds
 from thaw.sweeps.ending import say_how_to_go_on
 from thaw.sweeps.grid import INTERRUPTED
 from thaw.sweeps.outcome import report_study
@@ -131,7 +131,7 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
         study.tell(trial, state=TrialState.FAIL)
     else:
         study.tell(trial, [*measured.values()])
-        values = ", ".join(f"{metric} {value:.6g}" for metric, value in measured.items())
+        values = ", ".join(format_measure(metric, value) for metric, value in measured.items())
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
