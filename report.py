@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from thaw.run.console import lenient
+from thaw.run.console import console, lenient
+from thaw.sweeps.ending import say_where, show_run_table
 from thaw.sweeps.run_table import write_run_table
 
 
@@ -17,11 +18,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
     arguments = parser.parse_args()
     folders = arguments.folders
+    out = arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report"))
     try:
-        table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
+        with console().status("drawing pictures, writing the report"):
+            table = write_run_table(folders, out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(table.text)
+    show_run_table(table)
+    say_where(table, folders, out)
 
 
 if __name__ == "__main__":

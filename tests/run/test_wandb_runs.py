@@ -184,8 +184,10 @@ def test_a_sweep_shows_its_jobs_in_one_folder(tmp_path: Path) -> None:
     """And uploads them with one command."""
     (tmp_path / "multirun.yaml").touch()
     ids = []
-    for job in ("a", "b", "b"):  # the second job was cut off and goes on
-        again = ids[-1] if job == "b" and len(ids) == 2 else None
+    for job in ("a", "b", "b", "b"):  # the second job was cut off, goes on, and is tested when it is done
+        again = ids[-1] if len(ids) >= 2 else None
+        if len(ids) == 3:
+            (tmp_path / "b" / "summary.json").touch()
         logger = loggers.wandb_logger(**settings(mode="offline", run_dir=str(tmp_path / job), id=again))
         ids.append(logger.experiment.id)
         logger.log_metrics({"val/acc": 0.5}, step=0)
@@ -195,7 +197,10 @@ def test_a_sweep_shows_its_jobs_in_one_folder(tmp_path: Path) -> None:
             )
         loggers.finish([logger])
     links = sorted((tmp_path / "wandb").iterdir())
-    assert {path.resolve().parents[1].name for path in links} == {"a", "b"}
+    shown = [path for path in links if path.name.startswith("offline-run-")]  # by leet
+    assert {path.resolve().parents[1].name for path in shown} == {"a", "b"}
+    (tested,) = set(links) - set(shown)
+    assert tested.resolve().parents[1].name == "b"
     assert {file.stem for link in links for file in link.glob("*.wandb")} == {f"run-{id}" for id in ids}
     assert of_type(records(links[0]), "run")[0]["run_id"] in ids
     planned = subprocess.run([*WANDB, "sync", "--dry-run", *links], capture_output=True, text=True, check=True)

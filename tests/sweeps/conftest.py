@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
+from sweeps.test_runs import make_run
 
 from thaw.run.files import write_json
 
@@ -67,3 +68,29 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Trained) -> 
         return 0
 
     return run
+
+
+@pytest.fixture
+def policies(tmp_path: Path) -> Path:
+    """Two policies at three learning rates, three seeds each; the highest of one failed."""
+    folder = tmp_path / "sweep"
+    for policy in ("lora", "full"):
+        for place, lr in enumerate((0.001, 0.01, 0.1)):
+            for seed in range(3):
+                lost = policy == "full" and lr == 0.1
+                val = None if lost else 0.9 + 0.02 * place - 0.01 * seed + 0.005 * (policy == "lora")
+                run = make_run(
+                    folder / f"{policy}{lr}_{seed}",
+                    f"freeze={policy} optim.lr={lr} seed={seed}",
+                    val,
+                    status="failed" if lost else None,
+                    test=0.95 if (policy, lr, seed) == ("lora", 0.1, 0) else None,
+                    params=100 if policy == "lora" else 1000,
+                    seed=seed,
+                    optim__lr=lr,
+                    freeze__rules=[{"match": policy, "train": True}],
+                )
+                (run / "csv").mkdir()
+                rows = "epoch,step,train/acc,val/acc\n0,9,,0.5\n0,9,0.4,\n1,19,,0.75\n1,29,,0.8\n2,30,,0.8\n"
+                (run / "csv" / "metrics.csv").write_text(rows)
+    return folder

@@ -106,7 +106,7 @@ def test_a_winner_that_cannot_be_tested_hides_no_report(sweep: Sweep, trained: T
     assert sweep("test=true", "seed=0,1") == 1  # the stand-in has written no checkpoint
     printed = capsys.readouterr()
     assert "cannot be tested" in printed.err and "does not exist" in printed.err
-    assert "2 runs of 1 settings" in printed.out
+    assert "2 runs of 1 setting: 2 done" in printed.out
 
 
 @pytest.mark.parametrize("name", ["it's", "a b", "x=(y),z", "[c]"])

@@ -153,7 +153,7 @@ def test_more_gpus_than_there_are(sweep: Sweep, capsys, monkeypatch: pytest.Monk
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr(machine, "free_gpus", lambda _: ["3"])
     assert sweep(QUEUE, "seed=0,4", "trainer=ddp", "trainer.devices=2") == 1
-    assert "needs 2 GPUs, but 1 are free" in capsys.readouterr().err
+    assert "needs 2 GPUs; free here: 1" in capsys.readouterr().err
 
 
 def fake_nvidia_smi(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +183,5 @@ def test_lines_on_a_terminal(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TERM", "xterm")
     assert sweep(QUEUE, "seed=0,2,7") == 1
     printed = capsys.readouterr().out
-    assert "epoch 1/2 going" in printed and "on 1" in printed  # of running jobs
+    assert "epoch 1/2 going" in printed and "core 1" in printed  # of running jobs
+    assert "2 of 3 jobs ended, about " in printed

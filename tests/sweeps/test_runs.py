@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from thaw.sweeps.groups import group_runs
-from thaw.sweeps.runs import DONE, UNFINISHED, Run, find_runs, read_run, split_overrides
+from thaw.sweeps.runs import DONE, Run, find_runs, read_run, split_overrides
 
 CONFIG: dict[str, Any] = {
     "name": "probe",
@@ -92,6 +92,17 @@ def test_order_is_by_validation_then_fewer_parameters_then_name(tmp_path: Path) 
     assert [group.label for group in group_runs(read(tmp_path)[0])] == ["x=best", "x=aa", "x=zz", "x=many", "x=unknown"]
 
 
+def test_the_front_of_a_search_is_marked_and_ties_are_settled_once(tmp_path: Path) -> None:
+    for place, (accuracy, params) in enumerate([(0.9, 10), (0.9, 10), (0.95, 20), (0.95, 30), (0.8, 5), (0.7, 7)]):
+        make_run(tmp_path / str(place), f"x={place}", accuracy, params=params, optim__lr=place + 1)
+    runs = read(tmp_path)[0]
+    marks = [(group.label, group.mark) for group in group_runs(runs)]
+    assert marks == [("x=2", "best"), *((f"x={place}", "") for place in (3, 0, 1, 4, 5))]
+    front = group_runs(runs, ["val/acc", "trainable_params"])
+    assert [group.label for group in front if group.mark == "Pareto"] == ["x=2", "x=0", "x=1", "x=4"]
+    assert [group.label for group in group_runs(runs, ["trainable_params"]) if group.mark] == ["x=4"]
+
+
 def test_states_and_reasons(tmp_path: Path) -> None:
     make_run(tmp_path / "0", val=0.9)
     for place, status in enumerate(["failed", "pruned", "killed", "timeout"], start=1):
@@ -100,9 +111,9 @@ def test_states_and_reasons(tmp_path: Path) -> None:
     make_run(tmp_path / "6", val=0.8, seed=6)
     (tmp_path / "6" / "failure.json").write_text('{"status": "failed"}')  # of an earlier try
     runs, _ = read(tmp_path)
-    assert [run.state for run in runs] == [DONE, "failed", "pruned", "killed", "timeout", UNFINISHED, DONE]
+    assert [run.state for run in runs] == [DONE, "failed", "pruned", "killed", "timeout", "interrupted", DONE]
     assert [run.reason for run in runs[:3]] == ["", "failed for a reason", "pruned for a reason"]
-    assert runs[1].traceback == "Traceback: <boom>" and runs[5].reason == "cut off, or still running"
+    assert runs[1].traceback == "Traceback: <boom>" and runs[5].reason == "ended before it was done"
     (group,) = group_runs(runs)
     assert group.val == (pytest.approx(0.85), pytest.approx(statistics.stdev([0.8, 0.9])), 2)
 
@@ -118,7 +129,7 @@ def test_broken_files_are_named_and_the_others_count(tmp_path: Path) -> None:
     make_run(tmp_path / "4", seed=4)
     (tmp_path / "4" / "summary.json").write_text("[1, 2]")
     runs, warnings = read(tmp_path)
-    assert [run.state for run in runs] == [DONE, UNFINISHED, DONE, DONE, UNFINISHED]
+    assert [run.state for run in runs] == [DONE, "interrupted", DONE, DONE, "interrupted"]
     assert [run.val_acc for run in runs] == [0.9, None, 0.7, None, None]
     assert len(group_runs(runs)) == 2  # without its configuration, run 2 cannot be told to be of the same setting
     for part in ("1/summary.json", "2/config.yaml", "val/acc is 'high'", "seconds is nan", "seed is", "4/summary.json"):

@@ -99,7 +99,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     ) -> list[FrozenTrial]:
         typed = [*cheap, *overrides]
         if not report:
-            monkeypatch.setattr("thaw.sweeps.run_table.write_run_table", lambda *_: RunTable([], [], ""))
+            monkeypatch.setattr("thaw.sweeps.outcome.write_run_table", lambda *_: RunTable([], ["val/acc"], []))
             monkeypatch.setattr("thaw.sweeps.outcome.draw_study", lambda *_: [])
         cfg = compose_sweep(tmp_path / folder, typed)
         try:
@@ -163,7 +163,7 @@ def test_an_interrupted_study_goes_on_as_if_it_had_not_been(sweep: Run) -> None:
     """Ctrl-C in the third trial: its run starts again in the same folder, and later draws are the same."""
     whole = sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", folder="whole")
     first = Fake(lambda place, *_: interrupt() if place == 2 else None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", train=first)
     second = Fake()
     trials = sweep("sweep.trials=4", "sweep.sampler.n_startup_trials=2", train=second)
@@ -186,7 +186,7 @@ def test_what_was_reported_before_stays(sweep: Run) -> None:
             interrupt()
 
     train = Fake(report)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         sweep("sweep.trials=1", train=train)
     trials = sweep("sweep.trials=1", train=train)
     assert trials[-1].intermediate_values == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
@@ -208,7 +208,7 @@ def test_a_failed_trial_ends_nothing_and_is_tried_again(sweep: Run, tmp_path: Pa
     with pytest.raises(SystemExit):
         sweep("sweep.trials=3", train=train)
     failure = read_json(tmp_path / "study" / train.runs[1] / "failure.json")
-    assert (failure["status"], failure["reason"]) == ("failed", "out of luck")
+    assert (failure["status"], failure["reason"]) == ("failed", "ValueError: out of luck")
     trials = sweep("sweep.trials=3", train=train)
     assert len(train.runs) == 4
     assert train.runs[3] == train.runs[1]
@@ -250,7 +250,10 @@ def test_several_objectives(sweep: Run, tmp_path: Path, capsys: pytest.CaptureFi
         params = trial.params
         assert trial.values == pytest.approx([accuracy(params["optim.lr"], decay), rules[params["freeze"]]])
     said = capsys.readouterr().out
-    assert all(f"trial {trial.number}: " in said for trial in study.best_trials)
+    assert "trial 6 of 6: done, val/acc " in said and ", trainable_params " in said
+    table, _, where = said.partition("The Pareto front:")
+    assert table.count("\nPareto  ") == len(study.best_trials)
+    assert all(f"/{trial.user_attrs['folder']}\n" in where for trial in study.best_trials)
     page = (tmp_path / "study" / "report" / "report.html").read_text()
     for title in ("Optimisation history of val/acc", "Importance for val/acc", "val/acc against trainable_params"):
         assert title in page

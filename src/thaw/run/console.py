@@ -37,9 +37,17 @@ EXPECTED_WARNINGS = (
 
 
 @cache
-def console(stderr: bool = False) -> Console:
-    """The console of all that this process prints, so that lines stay apart from a bar that is open on it."""
+def stream_console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def console(stderr: bool = False) -> Console:
+    """The console of all that this process prints, so that lines stay apart from a bar that is open on it.
+
+    Where both standard streams are a terminal, one console prints for both: a bar on one is torn by lines of the other.
+    """
+    out, err = stream_console(False), stream_console(True)
+    return err if stderr and not (out.file.isatty() and err.file.isatty()) else out
 
 
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
@@ -50,7 +58,22 @@ def say(text: RenderableType = "", style: str | None = None, stderr: bool = Fals
 def say_fitted(content: RenderableType) -> None:
     """Print a table or a panel in the width of the terminal; in a file it is as wide as it needs to be."""
     out = console()
-    out.print(content, soft_wrap=False, width=None if out.is_terminal else UNBOUNDED)
+    if out.is_terminal:
+        out.print(content, soft_wrap=False)
+    else:
+        say(as_text(content))
+
+
+def as_text(content: RenderableType) -> str:
+    """What `say_fitted` prints in a file."""
+    file = io.StringIO()
+    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(content)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 @contextmanager

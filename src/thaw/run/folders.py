@@ -12,11 +12,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command_line import override_key
 from thaw.run.errors import UserError
 from thaw.run.targets import targets
+
+LOCK = "job.lock"  # held by the process that works in a run's folder
 
 # Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
 NOT_THE_RUN = (
@@ -24,6 +27,19 @@ NOT_THE_RUN = (
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
 )
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process works in a run's folder; False if this user may not ask."""
+    try:
+        if (run_dir / LOCK).is_file():
+            with FileLock(run_dir / LOCK, timeout=0):
+                pass
+    except Timeout:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def register_resolvers() -> None:

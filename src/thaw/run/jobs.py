@@ -24,7 +24,7 @@ from thaw.run.config import plain
 from thaw.run.console import lenient, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json, write_text
-from thaw.run.folders import job_key
+from thaw.run.folders import LOCK, is_locked, job_key
 from thaw.run.targets import targets
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 State = Literal["new", "running", "cut off", "failed", "done"]
 
 JOB = "job.json"  # whose folder this is
-LOCK = "job.lock"  # held by the process that works there
 SUMMARY = "summary.json"  # of a run that came to its end
 FAILURE = "failure.json"  # of one that did not
 LAST_CHECKPOINT = "checkpoints/last.ckpt"
@@ -76,12 +75,8 @@ def read_state(run_dir: Path) -> State:
     """The state of the run in a folder."""
     if has_summary(run_dir):
         return "done"
-    if (run_dir / LOCK).is_file():
-        try:
-            with FileLock(run_dir / LOCK, timeout=0):
-                pass
-        except Timeout:
-            return "running"
+    if is_locked(run_dir):
+        return "running"
     if (run_dir / FAILURE).is_file():
         return "failed"
     return "cut off" if (run_dir / LAST_CHECKPOINT).is_file() else "new"

@@ -130,12 +130,14 @@ def wandb_logger(
 def show_in_sweep(folder: Path) -> None:
     """Link a W&B run's folder, if it is `<sweep>/<job>/wandb/<run>`, into `<sweep>/wandb`.
 
-    There W&B shows and uploads the sweep as a whole.
+    There W&B shows and uploads the sweep as a whole. `wandb leet` lists folders by their names, so that the test of the
+    winner, which continues a finished run in a second folder, is under a name that only `wandb sync` takes.
     """
-    sweep = folder.parents[2]
+    job, sweep = folder.parents[1], folder.parents[2]
     if not (sweep / "multirun.yaml").is_file():
         return
-    link = sweep / "wandb" / folder.name
+    name = f"test-of-{folder.name}" if (job / "summary.json").is_file() else folder.name
+    link = sweep / "wandb" / name
     link.parent.mkdir(exist_ok=True)
     with suppress(OSError):  # it is there already, or this file system has no links
         link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)

@@ -1,13 +1,14 @@
 """Cells of the table over runs: the text of each, and the value that it is sorted by."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
 from thaw.sweeps.groups import ABSENT, Group, SeedScore
-from thaw.sweeps.runs import Run
+from thaw.sweeps.runs import ACCURACY, Run
 
 Cell = tuple[str, float | str | None]
 
@@ -44,7 +45,7 @@ def run_cells(run: Run, label: str, above: Path) -> list[Cell]:
     return [
         (label, label),
         (ABSENT if run.seed is None else str(run.seed), run.seed),
-        (Markup("<span class={0}>{0}</span>").format(run.state), run.state),
+        (Markup('<span class="{0}">{0}</span>').format(run.state), run.state),
         (ABSENT if run.val_acc is None else f"{run.val_acc:.2%}", run.val_acc),
         (ABSENT if run.test_acc is None else f"{run.test_acc:.2%}", run.test_acc),
         (format_interval(run), run.test_low),
@@ -91,3 +92,20 @@ def format_seconds(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{seconds / 60:.1f} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
+
+
+def format_measure(metric: str, value: float) -> str:
+    """`val/acc 98.80%`, `trainable_params 1,930`."""
+    return f"{metric} {f'{value:.2%}' if metric in ACCURACY else f'{value:,}'}"
+
+
+def about_left(seconds: float | None) -> str:
+    """`, about 40 s left`, to be added to a line; empty where that is unknown."""
+    if seconds is None:
+        return ""
+    return f", about {f'{seconds:.0f} s' if seconds < 60 else format_seconds(seconds)} left"
+
+
+def shortened(setting: str) -> str:
+    """A setting for the screen, its numbers with four digits; the report's files have all of them."""
+    return re.sub(r"(?<![\w.])\d+\.\d{4,}(?:e[+-]?\d+)?(?![\w.])", lambda found: f"{float(found[0]):.4g}", setting)

@@ -4,10 +4,12 @@ Hydra's own sweeper checks no types and devices beforehand, runs finished jobs a
 """
 
 import copy
+import logging
 import os
-import shlex
 import shutil
+import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -24,15 +27,21 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from thaw.run.command import explain
 from thaw.run.command_line import override_key, quoted
-from thaw.run.config import check_devices
+from thaw.run.config import check_devices, plain
+from thaw.run.console import console, plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
 from thaw.run.targets import targets
 from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
+from thaw.sweeps.cells import about_left, shortened
+from thaw.sweeps.ending import measure_winners, say_how_to_go_on, say_where, show_run_table
+from thaw.sweeps.run_table import write_run_table
+from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
+
+INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,35 @@ class GridSweep(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
+        status: Any = 0
         try:
-            if todo:
-                ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
-                _ = [job.return_value for job in ended]  # raises the error of a job that left no record
+            self.launch(todo)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except SystemExit as leaving:  # of a job in this process, at Ctrl-C
+            status = leaving.code
         finally:  # under torchrun and srun every rank comes here
             unfinished = report_sweep(jobs, self.folder) if is_first_rank() else 0
         if unfinished:
-            print("Run the same command again to run what is missing.", file=sys.stderr)
-            sys.exit(1)
+            say_how_to_go_on(f"not done: {unfinished} of {plural(len(jobs), 'job')}.")
+        if status or unfinished:
+            sys.exit(status or 1)
+
+    def launch(self, jobs: Sequence[Job]) -> None:
+        """Run jobs; those that the basic launcher runs in this process are announced, one by one."""
+        overrides = [job.overrides for job in jobs]
+        if not isinstance(self.launcher, BasicLauncher):
+            ended = self.launcher.launch(overrides, initial_job_idx=0) if jobs else []
+            _ = [job.return_value for job in ended]  # raises the error of a job that left no record
+            return
+        logging.getLogger(BasicLauncher.__module__).setLevel(logging.WARNING)  # it would announce each job as #0
+        started = time.monotonic()
+        for done, (name, of_job) in enumerate(zip(short_names(overrides), overrides, strict=True)):
+            left = (time.monotonic() - started) * (len(jobs) - done) / done if done else None
+            if is_first_rank():
+                say(f"\njob {done + 1} of {len(jobs)}{about_left(left)}: {shortened(name)}", "bold")
+            for job in self.launcher.launch([of_job], initial_job_idx=done):
+                _ = job.return_value
 
     def jobs(self, arguments: list[str]) -> list[Job]:
         """Every job of the grid, composed.
@@ -189,7 +218,7 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     }
     summary = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])
     if is_first_rank():
-        print(f"{len(jobs)} jobs in {os.path.relpath(folder)}: {summary}", flush=True)
+        say(f"{plural(len(jobs), 'job')} in {os.path.relpath(folder)}: {summary}")
     return [job for job, state in zip(jobs, states, strict=True) if state not in ("done", "running")]
 
 
@@ -202,26 +231,23 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
     Returns:
         how many jobs are not done.
     """
-    from thaw.evaluation.evaluate import test_run
-    from thaw.sweeps.run_table import read_run_table, write_run_table
-
     states = [read_state(job.folder) for job in jobs]
     wanted = {job.cfg.test for job in jobs}  # an experiment may set it for its own jobs
-    allow = sorted({target for job in jobs for target in targets(job.cfg)})
     untested = 0
     if "done" in states and any(wanted) and set(states) <= {"done", "failed"}:
-        groups = [group for group in read_run_table([folder]).groups if group.val]
-        for group in groups if "always" in wanted else groups[:1]:
-            for run in group.done:
-                if run.test_acc is None:
-                    try:
-                        test_run(Path(run.folder), allow)
-                    except Exception as error:  # the table of the other jobs is still to be written
-                        print(f"error: {run.folder} cannot be tested: {explain(error)}", file=sys.stderr)
-                        untested += 1
-    if set(states) != {"new"}:
-        print(write_run_table([folder], folder).text)
-        if (folder / "wandb").is_dir():
-            wandb = shlex.quote(os.path.relpath(folder / "wandb"))
-            print(f"W&B: look: wandb leet {wandb}    upload: wandb sync {wandb}/*")
+        allow = sorted({target for job in jobs for target in targets(job.cfg)})
+        untested = measure_winners(folder, allow, "always" in wanted)
+    waiting = [waiting_run(job) for job in jobs if not is_run(job.folder)]
+    if len(waiting) < len(jobs):
+        with console().status("drawing pictures, writing the report"):
+            table = write_run_table([folder], folder, waiting=waiting)
+        show_run_table(table)
+        say_where(table, [folder], folder)
     return len(jobs) - states.count("done") + untested
+
+
+def waiting_run(job: Job) -> Run:
+    """The record of a job that has not started."""
+    cfg, reason = job.cfg, UNFINISHED["waiting"]
+    overrides, settings = split_overrides(cfg.overrides), settings_of(plain(cfg))
+    return Run(job.folder, "waiting", cfg.name, overrides, cfg.seed, reason=reason, settings=settings)

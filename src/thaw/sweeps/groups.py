@@ -60,9 +60,11 @@ def group_runs(runs: Sequence[Run], objectives: Sequence[str] = ACCURACY) -> lis
 
     Within a setting the finished runs come first, the best of them at the head. `mark_winners` marks groups.
     """
+    settled = {(run.name, run.overrides): run.identity for run in runs if not run.has_auto}
     members: dict[str, list[Run]] = {}
     for run in runs:
-        members.setdefault(run.identity, []).append(run)
+        identity = settled.get((run.name, run.overrides), run.identity) if run.has_auto else run.identity
+        members.setdefault(identity, []).append(run)
     for group in members.values():
         group.sort(key=lambda run: (run.state != DONE, run.val_acc is None, -(run.val_acc or 0.0), str(run.folder)))
     groups = [*members.values()]

@@ -6,7 +6,6 @@ submitit and joblib start all jobs at once, or a fixed number of them, and give 
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.config import plain
+from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
@@ -44,6 +44,10 @@ class Running:
     started: float
     failure: float | None  # when an earlier try wrote its failure.json
     late: bool = False  # told to end after its time limit
+
+    @property
+    def output(self) -> Path:
+        return self.job.folder / OUTPUT
 
     @property
     def seconds(self) -> float:
@@ -82,7 +86,7 @@ class JobQueue(Launcher):
             kind, count = machine.needs(job.cfg.trainer, self.threads, len(self.cores))
             if count > len(self.free[kind]):
                 raise UserError(
-                    f"{' '.join(job.overrides)} needs {count} GPUs, but {len(self.free['gpu'])} are free here; "
+                    f"{' '.join(job.overrides)} needs {plural(count, 'GPU')}; free here: {len(self.free['gpu'])}; "
                     "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
                 )
         queue = list(zip(waiting, short_names([job.overrides for job in waiting]), strict=True))
@@ -92,7 +96,9 @@ class JobQueue(Launcher):
                 while queue or running:
                     running = [job for job in running if not self.has_ended(job, status)]
                     self.start_what_fits(queue, running, status)
-                    status.show([(job.name, job.units, job.seconds, job.job.folder / OUTPUT) for job in running])
+                    status.show(
+                        [(job.name, job.kind, job.units, job.seconds, job.job.folder / OUTPUT) for job in running]
+                    )
                     time.sleep(POLL_SECONDS)
             except BaseException:
                 stop([job.process for job in running])
@@ -157,7 +163,7 @@ class JobQueue(Launcher):
             late = "timeout", f"took more than {self.minutes} minutes"
             how, reason = late if running.late else explain_exit(code)
             record_failure(running.job.cfg, how, reason, tail(folder / OUTPUT), running.seconds)
-        status.ended(running.name, f"{outcome_of(folder)} ({running.seconds:.0f} s)")
+        status.ended(running.name, outcome_of(folder), running.seconds)
         return True
 
 
@@ -183,7 +189,7 @@ def tail(output: Path) -> str:
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
     """End processes and their children; all together have `STOP_SECONDS` to write their checkpoints."""
-    print(f"Stopping {len(processes)} jobs.", file=sys.stderr)
+    say(f"stopping {plural(len(processes), 'job')}, which may take {STOP_SECONDS:.0f} s: each saves a checkpoint")
     for process in processes:
         process.terminate()
     ends = time.monotonic() + STOP_SECONDS

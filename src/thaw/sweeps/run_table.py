@@ -1,74 +1,81 @@
 """The table over the runs of a sweep, or of any run folders, read from their files alone.
 
-It is printed on the terminal and written as `report.csv`, `report.md` and `report.html`.
+It is written as `report.csv`, `report.md` and `report.html`; `thaw.sweeps.ending` prints it.
 """
 
 import csv
 import io
 import os
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thaw.pages.html import write_page
+from thaw.run.console import plural
 from thaw.run.files import write_text
 from thaw.sweeps.cells import MEASURES, RUN_COLUMNS, RUN_TEXTS, group_cells, run_cells, setting_columns
 from thaw.sweeps.groups import Group, group_runs
 from thaw.sweeps.heading import describe_runs, title_of
-from thaw.sweeps.runs import DONE, FAILURES, UNFINISHED, Run, find_runs, read_objectives, read_run
+from thaw.sweeps.runs import DONE, FAILURES, NUMBERS, UNFINISHED, Run, find_runs, read_objectives, read_run
 
 CSV_FIELDS = {  # header -> field of a run, or what is said of its group
     **{name: name for name in ("rank", "setting", "name", "overrides", "state")},
-    **{"val/acc": "val_acc", "test/acc": "test_acc", "test/acc_low": "test_low", "test/acc_high": "test_high"},
+    **{name: NUMBERS[name] for name in ("val/acc", "test/acc", "test/acc_low", "test/acc_high")},
     **{name: name for name in ("trainable_params", "seconds", "epochs", "seed", "folder", "reason")},
 }
-WIDTH = 100  # columns of a terminal
 MAX_PICTURES = 4  # of swept keys
-MAX_LOST = 20  # runs that did not finish, on the terminal
 
 
 @dataclass
 class RunTable:
     """The runs that were found: the best setting first, and within it the best run first.
 
-    `text` is for the terminal; `warnings` name the files that could not be read.
+    `objectives` are those of a search, see `read_objectives`; `warnings` name the files that could not be read.
     """
 
     groups: list[Group]
+    objectives: list[str]
     warnings: list[str]
-    text: str
 
     @property
     def runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
 
 
-def read_run_table(folders: Sequence[Path]) -> RunTable:
+def read_run_table(folders: Sequence[Path], waiting: Sequence[Run] = ()) -> RunTable:
     """Read the runs in and below some folders; nothing is written.
+
+    `waiting` are runs to count, too, that have no folder yet.
 
     Raises:
         UserError: a folder does not exist or holds no run.
     """
     warnings: list[str] = []
-    groups = group_runs([read_run(folder, warnings) for folder in find_runs(folders)], read_objectives(folders))
-    return RunTable(groups, warnings, format_text(groups, warnings))
+    objectives = read_objectives(folders)
+    runs = [read_run(folder, warnings) for folder in find_runs(folders)]
+    return RunTable(group_runs([*runs, *waiting], objectives), objectives, warnings)
 
 
-def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence[tuple[str, Path]] = ()) -> RunTable:
+def write_run_table(
+    folders: Sequence[Path],
+    out: Path,
+    extra_pictures: Sequence[tuple[str, Path]] = (),
+    waiting: Sequence[Run] = (),
+) -> RunTable:
     """Read the runs, and write `report.csv` (a row for each run), `report.md`, `report.html` and their pictures.
 
     Args:
         folders: of sweeps or runs.
         out: the folder to write to.
         extra_pictures: title and PNG file of each picture to be shown after those of the table.
+        waiting: as in `read_run_table`.
 
     Raises:
         UserError: as in `read_run_table`.
     """
-    table = read_run_table(folders)
+    table = read_run_table(folders, waiting)
     out.mkdir(parents=True, exist_ok=True)
     pictures = [*draw_runs(table.groups, out), *extra_pictures]
     title, facts = title_of(table.groups), describe_runs(table.groups, folders)
@@ -83,7 +90,7 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
         "sweep.html",
         title=title,
         facts=facts,
-        notes=format_notes(table.groups),
+        notes=format_notes(table.groups, table.objectives),
         setting_columns=[*((key, True) for key in columns), *((name, False) for name in MEASURES)],
         settings=[group_cells(group, columns) for group in ranked],
         several_objectives="Pareto" in marks,
@@ -96,7 +103,6 @@ def write_run_table(folders: Sequence[Path], out: Path, extra_pictures: Sequence
         runs=[run_cells(run, group.label, above) for group in table.groups for run in group.runs],
         marked_runs=[place for place, mark in enumerate(marks) if mark],
     )
-    table.text += f"\nWritten to {os.path.relpath(out)}: report.html, report.md, report.csv"
     return table
 
 
@@ -132,57 +138,25 @@ def format_csv(groups: Sequence[Group]) -> str:
 def lost_runs(groups: Sequence[Group]) -> list[tuple[Run, str]]:
     """The runs that did not finish, each with its setting and seed."""
     lost = [(run, group.label) for group in groups for run in group.runs if run.state != DONE]
-    lost.sort(key=lambda one: [*FAILURES, UNFINISHED].index(one[0].state))
+    lost.sort(key=lambda one: [*FAILURES, *UNFINISHED].index(one[0].state))
     return [(run, label if run.seed is None else f"{label} seed={run.seed}") for run, label in lost]
 
 
-def format_notes(groups: Sequence[Group]) -> list[str]:
+def format_notes(groups: Sequence[Group], objectives: Sequence[str]) -> list[str]:
     """How many runs there are, how they are compared, and which of them were tested."""
     runs = [run for group in groups for run in group.runs]
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys([DONE, *states]) if state in states)
-    notes = [f"{len(runs)} runs of {len(groups)} settings: {counts}."]
+    notes = [f"{plural(len(runs), 'run')} of {plural(len(groups), 'setting')}: {counts}."]
     if any(group.val and group.val[2] > 1 for group in groups):
         notes.append("± is the sample standard deviation over n seeds.")
+    if any(group.mark == "Pareto" for group in groups):
+        notes.append(f"Pareto: no other setting is better in one of {', '.join(objectives)} and as good in the others.")
     tested = sum(run.state == DONE and run.test_acc is not None for run in runs)
     which = {0: "none is tested", 1: "one run is tested"}.get(
         tested, f"{tested} runs are tested, none chosen by test accuracy"
     )
     return [*notes, f"Ranked by validation; {which}."]
-
-
-def format_text(groups: Sequence[Group], warnings: Sequence[str]) -> str:
-    """Aligned lines, the best setting marked; below them the runs that did not finish, and why."""
-    ranked = [group for group in groups if group.done]
-    lines = align_table(ranked, setting_columns(ranked)) if ranked else []
-    if any(len(line) > WIDTH for line in lines):
-        lines = align_table(ranked, ["setting"])
-    if lost := lost_runs(groups):
-        lines.append("")
-    for run, label in lost[:MAX_LOST]:
-        lines += textwrap.wrap(f"{run.state} {label}: {run.reason}", WIDTH, subsequent_indent="    ", max_lines=3)
-    if len(lost) > MAX_LOST:
-        lines.append(f"and {len(lost) - MAX_LOST} more that are not done, in report.html")
-    lines += [f"warning: {warning}" for warning in warnings]
-    return "\n".join(["", *lines, "", *textwrap.wrap(" ".join(format_notes(groups)), WIDTH)])
-
-
-def align_table(groups: Sequence[Group], columns: list[str]) -> list[str]:
-    """Lines of a table; a setting that is too long for its column goes on in lines of its own."""
-    rows = [[*columns, *MEASURES], *([text for text, _ in group_cells(group, columns)] for group in groups)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if columns == ["setting"]:
-        widths[0] = min(widths[0], max(24, WIDTH - 5 - sum(width + 2 for width in widths[1:])))
-    lines = []
-    for place, row in enumerate(rows):
-        first = (textwrap.wrap(row[0], widths[0], break_long_words=False) or [""])[0][: widths[0]]
-        aligned = [
-            f"{cell:{'<' if column < len(columns) else '>'}{widths[column]}}"
-            for column, cell in enumerate([first, *row[1:]])
-        ]
-        lines.append(f"{'best' if place == 1 else '':<4} {'  '.join(aligned)}".rstrip())
-        lines += [f"       {line}" for line in textwrap.wrap(row[0][len(first) :].strip(), WIDTH - 7)]
-    return lines
 
 
 def format_markdown(
@@ -195,12 +169,12 @@ def format_markdown(
     ranked = [group for group in table.groups if group.done]
     columns = setting_columns(ranked)
     lines = [f"# {escape(title)}", "", *(f"- {name}: {escape(text)}" for name, text in facts)]
-    lines += ["", " ".join(format_notes(table.groups)), ""]
+    lines += ["", " ".join(format_notes(table.groups, table.objectives)), ""]
     lines += [f"| {' | '.join(map(escape, ['', *columns, *MEASURES]))} |"]
     lines.append("|---|" + "---|" * len(columns) + "---:|" * len(MEASURES))
     for group in ranked:
         cells = [escape(text) for text, _ in group_cells(group, columns)]
-        lines.append(f"| {' | '.join([f'**{group.mark}**' if group.mark else '', *cells])} |")
+        lines.append(f"| {' | '.join([group.mark and f'**{group.mark}**', *cells])} |")
     if lost := lost_runs(table.groups):
         lines += ["", "## Not done", "", "| state | setting | reason |", "|---|---|---|"]
         lines += [f"| {run.state} | {escape(label)} | {escape(run.reason)} |" for run, label in lost]

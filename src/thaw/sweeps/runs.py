@@ -14,10 +14,16 @@ import yaml
 
 from thaw.run.command_line import override_key
 from thaw.run.errors import UserError
-from thaw.run.folders import NOT_THE_RUN
+from thaw.run.folders import NOT_THE_RUN, is_locked
+from thaw.run.values import AUTO
 
-DONE, UNFINISHED = "done", "unfinished"
+DONE = "done"
 FAILURES = ("failed", "pruned", "killed", "timeout")
+UNFINISHED = {  # and why
+    "interrupted": "ended before it was done",
+    "running": "another process works in its folder",
+    "waiting": "has not started",
+}
 RUN_FILES = ("config.yaml", "summary.json", "failure.json")
 RECORD = "record.yaml"  # which `find_runs` does without
 ACCURACY = ("val/acc",)
@@ -36,7 +42,7 @@ class Run:
     """The record of one run; None where its files say nothing.
 
     `val_acc`, `test_acc` and the bounds of its 95 % interval, `test_low` and `test_high`, are from 0 to 1. `settings`
-    is the configuration with dotted keys and without `NOT_THE_SETTING`; it is empty if there is no `config.yaml`.
+    is as `settings_of` makes it, and empty if there is no `config.yaml`.
     """
 
     folder: Path
@@ -60,6 +66,15 @@ class Run:
     command: str = ""
     started: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        return self.state in FAILURES and self.state != "pruned"
+
+    @property
+    def has_auto(self) -> bool:
+        """Whether settings are not settled yet, because the run has not started to train."""
+        return any(value == "auto" and key.rpartition(".")[2] in AUTO for key, value in self.settings.items())
 
     @cached_property
     def identity(self) -> str:
@@ -91,14 +106,21 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
 def read_run(folder: Path, warnings: list[str]) -> Run:
     """The record of one run; files and values that cannot be read are left out and named in `warnings`."""
     config, summary, failure = (read_mapping(folder / name, warnings) for name in RUN_FILES)
-    state = UNFINISHED
     if summary:
         state = DONE
+    elif is_locked(folder):
+        state = "running"
     elif failure:
         state = failure["status"] if failure.get("status") in FAILURES else "failed"
+    else:
+        state = "interrupted"
     facts = failure | summary
     record = read_mapping(folder / RECORD, warnings)
     said = config | facts
@@ -109,12 +131,12 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         overrides=split_overrides(said.get("overrides")),
         seed=finite_number(said, "seed", folder, warnings),
         **{name: finite_number(facts, key, folder, warnings) for key, name in NUMBERS.items()},
-        reason="" if state == DONE else str(failure.get("reason") or "cut off, or still running"),
+        reason="" if state == DONE else UNFINISHED.get(state) or str(failure.get("reason")),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
         data=f"{summary['dataset']}, {summary['data_title']}" if "data_title" in summary else "",
         command=str(record.get("command", "")),
         started=str(record.get("started", "")),
-        settings={key: value for key, value in dotted(config).items() if not is_aside(key)},
+        settings=settings_of(config),
     )
 
 
@@ -157,6 +179,11 @@ def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
         for name, inner in config.items()
         for key, value in dotted(inner, f"{prefix}.{name}" if prefix else str(name)).items()
     }
+
+
+def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with dotted keys and without `NOT_THE_SETTING`."""
+    return {key: value for key, value in dotted(config).items() if not is_aside(key)}
 
 
 def is_aside(key: str) -> bool:

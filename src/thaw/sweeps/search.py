@@ -16,11 +16,15 @@ from optuna.trial import Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from thaw.run.command import explain, show
+from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
 from thaw.sweeps import study as studies
+from thaw.sweeps.cells import about_left, format_measure, format_seconds
+from thaw.sweeps.ending import say_how_to_go_on
+from thaw.sweeps.grid import INTERRUPTED
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.runs import ACCURACY
 from thaw.sweeps.search_plan import SearchPlan, Train, prepare
@@ -61,17 +65,30 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
                 studies.put_back(study, trial)
     states = [studies.STATES[trial.state] for trial in studies.counted(study)]
     found = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    print(f"{cfg.sweep.trials} trials in {os.path.relpath(plan.folder)}: {found or 'none yet'}", flush=True)
+    say(f"{plural(cfg.sweep.trials, 'trial')} in {os.path.relpath(plan.folder)}: {found or 'none yet'}")
+    started, before = time.monotonic(), studies.num_ended(study)
     try:
         while (asked := next_trial(plan, study)) is not None:
-            run_trial(plan, study, *asked)
-    except BaseException:
-        print("\nTo go on, run the same command again.", file=sys.stderr, flush=True)
-        raise
-    failed = report_study(plan, study)
-    if failed:
-        print(f"{failed} trials have failed; the same command tries them again.", file=sys.stderr)
+            ended = studies.num_ended(study) - before  # by all workers
+            trials = [trial.number for trial in studies.counted(study)]
+            total = number_of_trials(plan, study)
+            left = (time.monotonic() - started) / ended * (total - ended - before) if ended else None
+            place = f"trial {trials.index(asked[0].number) + 1} of {total}"
+            say(f"\n{place}{about_left(left)}: {readable(asked[0].params)}", "bold")
+            run_trial(plan, study, *asked, place)
+    except (KeyboardInterrupt, SystemExit) as leaving:
+        ended, total = studies.num_ended(study), number_of_trials(plan, study)
+        say_how_to_go_on(f"interrupted, not done: {total - ended} of {plural(total, 'trial')}.")
+        sys.exit(INTERRUPTED if isinstance(leaving, KeyboardInterrupt) else leaving.code)
+    if failed := report_study(plan, study):
+        say_how_to_go_on(f"{plural(failed, 'trial')} failed.")
         sys.exit(1)
+
+
+def number_of_trials(plan: SearchPlan, study: optuna.Study) -> int:
+    """How many trials the study has in the end: a grid may have fewer values."""
+    sampler, trials = study.sampler, plan.cfg.sweep.trials
+    return min(trials, sampler.size) if isinstance(sampler, OrderedGridSampler) else trials
 
 
 def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] | None:
@@ -88,10 +105,7 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         drawn = len(studies.counted(study))
         study.sampler = studies.make_sampler(plan.cfg.sweep.sampler, plan.space, drawn)
-        limit = plan.cfg.sweep.trials
-        if isinstance(study.sampler, OrderedGridSampler):
-            limit = min(limit, study.sampler.size)
-        if not waiting and drawn >= limit:
+        if not waiting and drawn >= number_of_trials(plan, study):
             return None
         asked = study.ask(plan.space)
         lock = studies.trial_lock(plan.folder, asked.number)
@@ -100,8 +114,8 @@ def next_trial(plan: SearchPlan, study: optuna.Study) -> tuple[Trial, FileLock] 
     return asked, lock
 
 
-def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLock) -> None:
-    """Train, tell the study the result, and print a line about it.
+def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLock, place: str) -> None:
+    """Train, tell the study the result, and print a line about it, with the trial's `place`.
 
     If the program is ended meanwhile, the trial stays in the state running, in which the next worker finds it.
     """
@@ -112,19 +126,18 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
         study.tell(trial, state=TrialState.PRUNED)
     except Exception as error:
         if not isinstance(error, UserError):
-            print(show(error), file=sys.stderr)
+            say(show(error), "red", stderr=True)
         reason = explain(error)
         study.tell(trial, state=TrialState.FAIL)
     else:
         study.tell(trial, [*measured.values()])
-        values = " ".join(f"{metric}={value:.6g}" for metric, value in measured.items())
+        values = ", ".join(format_measure(metric, value) for metric, value in measured.items())
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
     state = studies.STATES[study.get_trials(deepcopy=False)[trial.number].state]
-    seconds = f"{time.monotonic() - started:.1f} s"
-    parts = [f"trial {trial.number}", state, values, readable(trial.params), seconds, reason]
-    print("  ".join(part for part in parts if part), flush=True)
+    parts = [state, values, format_seconds(time.monotonic() - started), reason]
+    say(f"{place}: {', '.join(part for part in parts if part)}")
 
 
 def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:

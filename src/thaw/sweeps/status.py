@@ -1,19 +1,23 @@
 """The state of a queue as lines; on a terminal the lines of running jobs are kept up to date."""
 
 import re
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Group as Lines
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
+from thaw.run.console import console, plural, say_fitted
 from thaw.run.files import read_json
 from thaw.run.jobs import FAILURE, SUMMARY
+from thaw.sweeps.cells import about_left, shortened
 
-EPOCH = re.compile(r"epoch \d+/\d+.*")  # a line of thaw.callbacks.progress.EpochLines
+EPOCH = re.compile(r"epoch (\d+)/(\d+).*")  # a line of thaw.callbacks.progress.EpochLines
 TAIL = 4000  # bytes at the end of a log that are searched for it
+NAME_WIDTH = 32  # columns of a running job's name
 
 
 class Status:
@@ -24,11 +28,11 @@ class Status:
     """
 
     def __init__(self, total: int) -> None:
-        self.total, self.over, self.updated = total, 0, 0.0
-        self.width = 2 * len(str(total)) + 1
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.can_redraw = self.console.is_terminal and not self.console.is_dumb_terminal
-        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.total, self.over, self.updated, self.left = total, 0, 0.0, ""
+        self.seconds: list[float] = []  # of the jobs that have ended
+        out = console()
+        self.can_redraw = out.is_terminal and not out.is_dumb_terminal
+        self.live = Live(console=out, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Status":
         if self.can_redraw:
@@ -40,26 +44,55 @@ class Status:
 
     def started(self, name: str, kind: str, units: Sequence[str]) -> None:
         if not self.can_redraw:
-            word = {"gpu": "GPU", "core": "core"}[kind] + "s" * (len(units) > 1)
-            self.console.print(f"{'':{self.width}} {name}: starts on {word} {','.join(units)}", markup=False)
+            self.say_job("", f"{shortened(name)}: starts on {units_text(kind, units)}")
 
-    def ended(self, name: str, outcome: str) -> None:
+    def ended(self, name: str, outcome: str, seconds: float | None = None) -> None:
         self.over += 1
-        self.console.print(f"{f'{self.over}/{self.total}':>{self.width}} {name}: {outcome}", markup=False)
+        if seconds is not None:
+            self.seconds.append(seconds)
+            outcome += f" ({seconds:.0f} s)"
+        self.say_job(f"{self.over}/{self.total}", f"{shortened(name)}: {outcome}")
 
-    def show(self, jobs: Sequence[tuple[str, Sequence[str], float, Path]]) -> None:
+    def say_job(self, place: str, text: str) -> None:
+        row = Table.grid(Column(justify="right", width=2 * len(str(self.total)) + 1), Column(overflow="fold"))
+        row.padding = (0, 1, 0, 0)
+        row.add_row(place, text)
+        say_fitted(row)
+
+    def show(self, jobs: Sequence[tuple[str, str, Sequence[str], float, Path]]) -> None:
         """Update the lines of the running jobs, at most twice a second.
 
         Args:
-            jobs: name, GPUs or cores, seconds so far and log file of each.
+            jobs: name, `core` or `gpu`, their numbers, seconds so far and log file of each.
         """
         if not self.can_redraw or time.monotonic() - self.updated < 0.5:
             return
         self.updated = time.monotonic()
-        table = Table.grid(padding=(0, 2))
-        for name, units, seconds, log in jobs:
-            table.add_row(f"  {name}", f"on {','.join(units)}", f"{seconds:.0f} s", last_epoch_line(log))
-        self.live.update(table, refresh=True)
+        columns = Column(max_width=NAME_WIDTH), Column(), Column(justify="right"), Column(ratio=1)
+        table = Table.grid(*columns, padding=(0, 2, 0, 0), expand=True)
+        for column in table.columns:
+            column.no_wrap, column.overflow = True, "ellipsis"
+        epochs = [last_epoch_line(log) for *_, log in jobs]
+        for (name, kind, units, seconds, _), epoch in zip(jobs, epochs, strict=True):
+            table.add_row(f"  {shortened(name)}", units_text(kind, units), f"{seconds:.0f} s", epoch)
+        left = about_left(self.seconds_left([seconds for *_, seconds, _ in jobs], epochs))
+        self.live.update(Lines(table, f"{self.over} of {plural(self.total, 'job')} ended{left}"), refresh=True)
+
+    def seconds_left(self, running: Sequence[float], epochs: Sequence[str]) -> float | None:
+        """Until the queue is empty, if jobs take as long as those before, or as their epochs so far say."""
+        shares = [EPOCH.match(epoch) for epoch in epochs]
+        going = [seconds * int(m[2]) / int(m[1]) for seconds, m in zip(running, shares, strict=True) if m and int(m[1])]
+        if not running or not (known := self.seconds or going):
+            return None
+        each = statistics.mean(known)
+        rest = [max(each - seconds, 0.0) for seconds in running]
+        waiting = self.total - self.over - len(running)
+        return max(*rest, (sum(rest) + each * waiting) / len(running))
+
+
+def units_text(kind: str, units: Sequence[str]) -> str:
+    """`GPUs 0,1` or `core 3`."""
+    return f"{'GPU' if kind == 'gpu' else kind}{'s' * (len(units) > 1)} {','.join(units)}"
 
 
 def outcome_of(folder: Path) -> str:
@@ -76,7 +109,7 @@ def last_epoch_line(log: Path) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL))
-            lines = EPOCH.findall(file.read().decode(errors="replace"))
+            lines = [found[0] for found in EPOCH.finditer(file.read().decode(errors="replace"))]
     except OSError:
         return ""
     return lines[-1] if lines else ""

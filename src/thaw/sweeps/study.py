@@ -154,6 +154,11 @@ def counted(study: optuna.Study) -> list[FrozenTrial]:
     ]
 
 
+def num_ended(study: optuna.Study) -> int:
+    """How many trials of a study are done, pruned or failed."""
+    return sum(trial.state not in OPEN for trial in counted(study))
+
+
 def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queue a trial's parameters again, with the values reported so far: its run goes on from its checkpoint."""
     if trial.state == TrialState.RUNNING:

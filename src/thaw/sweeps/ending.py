@@ -1,0 +1,136 @@
+"""The end of a sweep or a search: the winner is tested, the table is printed, and what to type next."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from thaw.run.command import explain
+from thaw.run.console import UNBOUNDED, console, plural, progress, say, say_fitted
+from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
+from thaw.sweeps.groups import Group
+from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table
+
+SETTING_WIDTH = 40  # columns below which a setting is not squeezed while other columns can go
+MAX_LOST = 20  # runs that are not done, on the screen
+
+
+def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
+    """Test the finished runs of the marked settings of a sweep, or of all its settings.
+
+    Args:
+        folder: of the sweep.
+        allow: as for `thaw.run.checkpoint.read_checkpoint`.
+        every: test the other settings, too.
+
+    Returns:
+        how many runs cannot be tested.
+    """
+    from thaw.evaluation.evaluate import test_run
+
+    groups = read_run_table([folder]).groups
+    runs = [run for group in groups if every or group.mark for run in group.done if run.test_acc is None]
+    failures = 0
+    with progress(f"testing {plural(len(runs), 'run')}", len(runs), "runs", hidden=not runs) as advance:
+        for run in runs:
+            say(f"testing {os.path.relpath(run.folder)}")
+            try:
+                test_run(run.folder, allow)
+            except Exception as error:  # the table of the other runs is still to be written
+                say(f"error: {os.path.relpath(run.folder)} cannot be tested: {explain(error)}", "red", stderr=True)
+                failures += 1
+            advance(1)
+    return failures
+
+
+def show_run_table(table: RunTable) -> None:
+    """Print the settings, the best first; the runs that are not done, and why; notes about the comparison."""
+    say()
+    if ranked := [group for group in table.groups if group.done]:
+        out = console()
+        say_fitted(fitted_table(ranked, out.width if out.is_terminal else UNBOUNDED))
+        say()
+    if lost := lost_runs(table.groups):
+        rows = Table.grid(*(Column(overflow="fold") for _ in range(3)), padding=(0, 2, 0, 0))
+        for run, label in lost[:MAX_LOST]:
+            rows.add_row(Text(run.state, "red" if run.failed else "yellow"), shortened(label), Text(run.reason[:500]))
+        say_fitted(rows)
+        if len(lost) > MAX_LOST:
+            say(f"and {len(lost) - MAX_LOST} more, in report.html")
+        say()
+    for warning in table.warnings:
+        say(f"warning: {warning}", "yellow")
+    say_fitted(Text(" ".join(format_notes(table.groups, table.objectives))))
+
+
+def fitted_table(groups: Sequence[Group], width: int) -> Table:
+    """The table in so many columns: it gets narrow headers, then loses the least important measures."""
+    unbounded = console().options.update(width=UNBOUNDED)
+    for compact, hidden in ((False, []), (True, []), (True, ["time"]), (True, ["time", "trained"])):
+        table = settings_table(groups, compact, hidden)
+        if console().measure(table, options=unbounded).minimum <= width:
+            return table
+    return settings_table(groups, True, ["time", "trained"], ["setting"])
+
+
+def settings_table(
+    groups: Sequence[Group], compact: bool, hidden: Sequence[str], columns: Sequence[str] | None = None
+) -> Table:
+    """A row for each setting.
+
+    Args:
+        groups: the settings.
+        compact: break headers at their dots, and a test accuracy before its interval.
+        hidden: measures that are left out.
+        columns: as of `setting_columns`.
+    """
+    columns = columns or setting_columns(groups)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    cells = [[shortened(text) for text, _ in group_cells(group, columns)] for group in groups]
+    cells = [[text.replace(" [", "\n[") if compact else text for text in row] for row in cells]
+    shown = [place for place, name in enumerate([*columns, *MEASURES]) if name not in hidden]
+    for place in shown:
+        name = [*columns, *MEASURES][place]
+        header = name.replace(".", ".\n") if compact else name
+        longest = max(len(line) for text in (header, *(row[place] for row in cells)) for line in text.split("\n"))
+        least = longest if name != "setting" else 0 if compact else min(longest, SETTING_WIDTH)
+        table.add_column(header, overflow="fold", min_width=least)
+        table.columns[-1].justify = "left" if place < len(columns) else "right"
+    for group, row in zip(groups, cells, strict=True):
+        table.add_row(group.mark, *(row[place] for place in shown), style="bold green" if group.mark else None)
+    return table
+
+
+def say_where(table: RunTable, folders: Sequence[Path], out: Path, more: Mapping[str, Sequence[str]] = {}) -> None:
+    """Say where the report and the marked runs are, and the commands to look at them; each path or command is a line.
+
+    Args:
+        table: over the folders.
+        folders: of sweeps or runs.
+        out: the folder of the report.
+        more: further lines with a title.
+    """
+    say(f"\nWritten to {os.path.relpath(out)}: report.html, report.md, report.csv")
+    marked = [group for group in table.groups if group.mark]
+    winners = [os.path.relpath(run.folder) for group in marked for run in group.done]
+    links = [shlex.quote(os.path.relpath(folder / "wandb")) for folder in folders if (folder / "wandb").is_dir()]
+    title = (
+        "The Pareto front" if len(table.objectives) > 1 else "The best run" if len(winners) == 1 else "The best runs"
+    )
+    commands = [line for link in links for line in (f"wandb leet {link}", f"wandb sync {link}/*")]
+    for name, lines in {title: winners, "To see all runs in W&B, or to upload them": commands, **more}.items():
+        if lines:
+            say(f"{name}:")
+        for line in lines:
+            say(f"  {line}", "cyan")
+
+
+def say_how_to_go_on(problem: str) -> None:
+    """Say what is not done, and the command that was typed."""
+    command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
+    say(f"\n{problem} To go on, run the same command again:\n  {command}", stderr=True)
