@@ -1,29 +1,44 @@
 """Finished runs or sweeps in one table, from their files alone.    python report.py logs/sweeps/<sweep>"""
 
 import argparse
-import sys
 from pathlib import Path
 
-from thaw.run.console import lenient
+from thaw.run.command import clear_errors
+from thaw.run.errors import UserError
 from thaw.sweeps.run_table import write_run_table
+
+DESCRIPTION = """
+Compare all runs in and below some folders: best setting first, mean and spread
+over seeds, curves, and what failed. Writes report.html, report.md and
+report.csv; reads nothing but files.
+"""
+EXAMPLES = """\
+examples:
+  python report.py logs/sweeps/<sweep>          a learning rate sweep, or any other
+  python report.py logs/sweeps                  all sweeps in one table
+  python report.py logs/runs                    single runs: linear probe, fine-tuning, LoRA, ...
+  python report.py logs/runs logs/sweeps        several folders; written to logs/report
+  python report.py logs/runs --out table        written to another folder
+Each run in the table is the folder of a checkpoint: python eval.py ckpt=<run folder> evaluates it.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Compare all runs in and below some folders: best setting first, mean and spread over seeds, "
-        "curves, and what failed. Writes report.html, report.md and report.csv; reads nothing but files."
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="of a sweep, or of runs: logs/sweeps")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="folder", help="of a sweep, or of runs: logs/sweeps")
     parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
     arguments = parser.parse_args()
     folders = arguments.folders
-    try:
-        table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if not folders:
+        raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
+    table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
     print(table.text)
 
 
 if __name__ == "__main__":
-    with lenient():
+    with clear_errors():
         main()

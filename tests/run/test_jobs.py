@@ -39,7 +39,7 @@ def test_a_failure_is_recorded_until_a_later_success(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a bad day"):
         jobs.run_job(compose_run(tmp_path, "seed=3"), raising)
     failure = json.loads((tmp_path / "failure.json").read_text())
-    assert (failure["status"], failure["reason"], failure["seed"]) == ("failed", "a bad day", 3)
+    assert (failure["status"], failure["reason"], failure["seed"]) == ("failed", "ValueError: a bad day", 3)
     assert "in raising" in failure["traceback"]
     assert jobs.read_state(tmp_path) == "failed"
     jobs.run_job(compose_run(tmp_path, "seed=3"), done)

@@ -208,7 +208,7 @@ def test_a_failed_trial_ends_nothing_and_is_tried_again(sweep: Run, tmp_path: Pa
     with pytest.raises(SystemExit):
         sweep("sweep.trials=3", train=train)
     failure = read_json(tmp_path / "study" / train.runs[1] / "failure.json")
-    assert (failure["status"], failure["reason"]) == ("failed", "out of luck")
+    assert (failure["status"], failure["reason"]) == ("failed", "ValueError: out of luck")
     trials = sweep("sweep.trials=3", train=train)
     assert len(train.runs) == 4
     assert train.runs[3] == train.runs[1]

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import ValidationError
 from requests.utils import get_netrc_auth
 
 from thaw.run.errors import UserError
@@ -98,7 +99,11 @@ def wandb_logger(
         return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
-    wandb.setup()  # reads both before it prints anything
+    try:
+        wandb.setup()  # reads both before it prints anything
+    except ValidationError as error:
+        wrong = [f"WANDB_{str(each['loc'][0]).upper()}={each['input']!r} ({each['msg']})" for each in error.errors()]
+        raise UserError(f"W&B refuses the environment: {', '.join(wrong)}. Unset it, or set it as W&B says.") from error
     reason = None if mode == "offline" else why_offline()
     if mode == "online" and reason == NO_KEY:
         raise UserError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
