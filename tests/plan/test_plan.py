@@ -268,7 +268,10 @@ def test_imagenet_has_its_classes() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=vit_smal", r"model=vit_smal does not exist; did you mean model=vit_small\?\noptions: .*any model of timm"),
+        (
+            "model=vit_smal",
+            r"model=vit_smal does not exist; did you mean model=vit_small\?\noptions: .*any model of timm",
+        ),
         ("policy=nothing", r"policy=nothing does not exist\.\noptions: .*full"),
         ("optimizer=lion", r"optimizer=lion does not exist\.\noptions: adamw, sgd"),
         ("strategy=tp", "strategy=.tp. must be ddp or fsdp"),

@@ -123,13 +123,18 @@ def is_misfit(error: BaseException) -> bool:
 
 
 def shorten(trace: traceback.TracebackException) -> bool:
-    """Remove the frames of libraries and of this folder; where no other is left, only those of libraries.
+    """Remove frames of libraries and of this folder; of thaw, only those that call other code stay before such code.
 
     Returns:
         whether any frame is left.
     """
+    run = Path(__file__).parent
     own = [each for each in trace.stack if not each.filename.startswith((*LIBRARIES, __file__))]
-    trace.stack[:] = [each for each in own if not each.filename.startswith(str(Path(__file__).parent))] or own
+    left = [each for each in own if not Path(each.filename).is_relative_to(run)] or own
+    outside = [not Path(each.filename).is_relative_to(run.parent) for each in left]
+    if outside[-1:] == [True]:
+        left = [each for each, *near in zip(left, outside, [*outside[1:], True], strict=True) if any(near)]
+    trace.stack[:] = left or trace.stack
     trace.__context__ = None
     if trace.__cause__:
         shorten(trace.__cause__)

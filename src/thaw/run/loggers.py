@@ -39,7 +39,10 @@ class RunWandb(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            run = super().experiment
+            try:
+                run = super().experiment
+            except wandb.Error as error:
+                raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
             for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
             self.best = {name: run.summary.get(name) for name in BETTER}  # a run that goes on online has some

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from thaw.run.command import explain, show
+from thaw.run.command import cause_of, explain, show
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
@@ -110,7 +110,7 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except Exception as error:
-        if not isinstance(error, UserError):
+        if not isinstance(cause_of(error), UserError):
             print(show(error), file=sys.stderr)
         reason = explain(error)
         study.tell(trial, state=TrialState.FAIL)
