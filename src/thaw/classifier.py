@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch
+from thaw.data.datamodule import Batch, check_classes
 from thaw.data.mix import Mix, main_labels
 from thaw.data.preprocess import Preprocess
 from thaw.freezing.cache import FeatureCache
@@ -135,6 +135,7 @@ class Classifier(LightningModule):
             return
         self.reference = None
         trainer: Any = self.trainer
+        check_classes(self.num_classes, trainer.datamodule)
         if getattr(trainer.datamodule, "batch_size", None) == 1:
             if self.mix.is_on:
                 raise UserError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")

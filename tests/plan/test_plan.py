@@ -268,9 +268,12 @@ def test_imagenet_has_its_classes() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model=vit_smal", "model=vit_smal.*not a timm model.*Presets are .*vit_small"),
-        ("policy=nothing", "policy=nothing is unknown; choose .*full"),
-        ("optimizer=lion", "optimizer=lion is unknown; choose adamw, sgd"),
+        (
+            "model=vit_smal",
+            r"model=vit_smal does not exist; did you mean model=vit_small\?\noptions: .*any model of timm",
+        ),
+        ("policy=nothing", r"policy=nothing does not exist\.\noptions: .*full"),
+        ("optimizer=lion", r"optimizer=lion does not exist\.\noptions: adamw, sgd"),
         ("strategy=tp", "strategy=.tp. must be ddp or fsdp"),
         ("devices=0", "devices=0 must be a whole number, 1 or more"),
         ("devices=two", "devices=.two. must be a whole number"),
@@ -285,8 +288,8 @@ def test_imagenet_has_its_classes() -> None:
         ("image_size=30", "image_size=30.*multiple of the patch size 7"),
         ("cache=maybe", "cache=.maybe. must be true or false"),
         ("memory=lots", "memory=.lots. must be a list, each item a number above 0"),
-        ("batchsize=4", "'batchsize=4' is not a setting of thaw.plan; give key=value, with a key of model, policy"),
-        ("devices", "'devices' is not a setting of thaw.plan"),
+        ("batchsize=4", r"'batchsize=4' is not a setting; did you mean batch_size=4\?\nallowed: model, policy"),
+        ("devices", "'devices' is not a setting; did you mean devices=<value>"),
         ("trainer.precision=8", "trainer.precision=8 is unknown; choose 32-true"),
         ("freeze.layers=3", "freeze.layers"),
     ],

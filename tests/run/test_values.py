@@ -53,7 +53,7 @@ def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
         ("optim.final_lr_fraction=2", "optim.final_lr_fraction=2 must be a number from 0 to 1."),
         ("optim.lr_scaling=log", "optim.lr_scaling='log' must be none, linear or sqrt."),
         ("model.compile=1", "model.compile=1 must be true or false."),
-        ("seed=one", "data.seed='one' must be a whole number"),
+        ("seed=one", "seed='one' must be a whole number from 0 to 4294967295."),
         ("optim.optimizer.betas=[a,b]", "optim.optimizer.betas=['a', 'b'] must be "),
         ("trainer.max_epochs=ten", "trainer.max_epochs='ten' must be a whole number or null."),
     ],

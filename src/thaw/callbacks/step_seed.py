@@ -6,6 +6,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from numpy.random import SeedSequence
 
+from thaw.run.values import Seed
+
 
 class StepSeed(Callback):
     """Seeds torch before every training batch from (the run's seed, epoch, batch, rank).
@@ -14,7 +16,7 @@ class StepSeed(Callback):
     one, and different ones on every rank.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: Seed) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -21,7 +21,7 @@ from thaw.data.images import Images, Source
 from thaw.data.mnist import load_mnist
 from thaw.run.config import build
 from thaw.run.errors import UserError
-from thaw.run.values import Count, check_types
+from thaw.run.values import Count, Seed, check_types
 
 MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
@@ -143,7 +143,7 @@ class MNISTDataModule(LightningDataModule):
         batch_size: Count,
         eval_batch_size: Count,
         num_workers: Annotated[int, Field(ge=0)],
-        seed: int,
+        seed: Seed,
     ) -> None:
         super().__init__()
         self.dataset, self.dir, self.source, self.mirrors = dataset, dir, source, mirrors
@@ -234,6 +234,19 @@ class MNISTDataModule(LightningDataModule):
             batch_size=None,  # the sampler yields whole batches of indices, nothing is collated
             num_workers=self.num_workers,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
+        )
+
+
+def check_classes(num_classes: int, datamodule: Any) -> None:
+    """Refuse a model with another number of classes than the data has, as far as the data module tells.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    found = len(datamodule.load().classes) if hasattr(datamodule, "load") else num_classes
+    if found != num_classes:
+        raise UserError(
+            f"model.num_classes={num_classes} but the data has {found} classes; set model.num_classes={found}."
         )
 
 

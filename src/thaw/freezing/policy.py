@@ -7,15 +7,18 @@ Frozen means four things at once: no gradient, eval mode (dropout, drop path, no
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import Any, get_type_hints
 
+import yaml
 from torch import nn
 
 from thaw.freezing.lora import plain_name
 from thaw.run.errors import UserError
+from thaw.run.suggestions import nearest_word
 from thaw.run.values import Count, CountOrZero, find_problem
 
 NEVER = math.inf  # the epoch from which a frozen parameter trains
@@ -44,6 +47,11 @@ class Rule:
     from_epoch: CountOrZero = 0
     blocks: Count | None = None
     every: Count | None = None
+
+    def __str__(self) -> str:
+        """The rule as YAML, as one types it."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return rule_as_yaml({name: value for name, value in given.items() if name in ("match", "train") or value})
 
     def __post_init__(self) -> None:
         if not self.patterns:
@@ -95,13 +103,18 @@ class FreezePolicy:
     def __init__(self, rules: Sequence[Mapping], lora: Callable[[nn.Module], None] | None) -> None:
         self.lora = lora
         self.rules = []
+        names = [each.name for each in fields(Rule)]
         for rule in rules:
             try:
+                if unknown := [key for key in rule if key not in names]:
+                    near = nearest_word(str(unknown[0]), names)
+                    raise TypeError(f"{unknown[0]} is unknown" + (f", did you mean {near}" if near else ""))
                 self.rules.append(Rule(**rule))
             except (TypeError, re.error) as error:
+                reason = str(error).removeprefix("Rule.__init__() ")
                 raise UserError(
-                    f"freeze.rules: {rule} is not a rule ({error}); a rule has match (a regular expression or a list), "
-                    f"train (true or false) and, if wanted, {', '.join(each.name for each in fields(Rule)[2:])}."
+                    f"freeze.rules: {rule_as_yaml(rule)} is not a rule: {reason}. A rule has match (a regular "
+                    f"expression or a list), train (true or false) and, if wanted, {', '.join(names[2:])}."
                 ) from error
 
     def bind(self, model: Any) -> "Thaw":
@@ -144,7 +157,8 @@ class FreezePolicy:
             if not used[number]:
                 earlier = any(number in numbers for numbers in covering.values())
                 why = "only what earlier rules decided" if earlier else "nothing"
-                problems.append(f"rule {number + 1} {rule} matches {why}")
+                near = None if earlier else near_names(rule, depths)
+                problems.append(f"rule {number + 1} {rule} matches {why}" + (f" (nearest: {near})" if near else ""))
             if rule.last is not None and rule.last >= num_layers:
                 problems.append(f"last={rule.last} is the whole backbone (below {num_layers} is a part of it)")
             if rule.first is not None and rule.first >= num_layers - 1:
@@ -164,6 +178,18 @@ class FreezePolicy:
                 f"under {', '.join(tops)}."
             )
         return {name: self.rules[covering[name][0]].thaw_epoch(depth, num_layers) for name, depth in depths.items()}
+
+
+def rule_as_yaml(rule: Any) -> str:
+    return yaml.safe_dump(rule, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("\n...\n").strip()
+
+
+def near_names(rule: Rule, names: Iterable[str]) -> str | None:
+    """The parameters, or the module of several, whose name is most like the pattern of a rule."""
+    parts = [name.split(".") for name in names]
+    known = {".".join(each[:count]) for each in parts for count in range(1, len(each) + 1)} | set(chain(*parts))
+    typed = re.sub(r"\\(?=\.)|[^\w.\\]|\\\w", "", rule.patterns[0]).strip(".")
+    return nearest_word(typed, sorted(known))
 
 
 class Thaw:

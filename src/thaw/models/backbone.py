@@ -196,13 +196,18 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
         unit, meaning = size_unit(model)
         if image_size % unit:  # timm would fail, or ignore the rest of the image
             nearest = max(unit, round(image_size / unit) * unit)
-            raise UserError(f"the size must be a multiple of {meaning} {unit}, e.g. {nearest}")
+            raise UserError(
+                f"backbone.image_size={image_size} must be a multiple of {meaning} {unit}, e.g. "
+                f"backbone.image_size={nearest}."
+            )
         try:
             with torch.no_grad():
                 model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
         except RuntimeError as error:
             trained_at = model.pretrained_cfg["input_size"][-1]
-            raise UserError(f"{error}; {trained_at} is the size of its weights' images") from error
+            raise RuntimeError(f"{error}; {trained_at} is the size of its weights' images") from error
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

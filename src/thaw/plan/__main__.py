@@ -8,20 +8,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.errors import InstantiationException
 
-from thaw.plan.costs import Plan, format_plans, plan_devices
-from thaw.plan.dry_step import dry_step
 from thaw.plan.settings import PlanSettings, compose_run, options, read_arguments
 from thaw.run.command import clear_errors
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
+from thaw.run.migrations import CONFIGS
+from thaw.run.suggestions import did_you_mean, nearest_word
+
+if TYPE_CHECKING:  # takes seconds
+    from thaw.plan.costs import Plan
 
 DATASET_SIZES = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # images to train on, classes
 
 
-def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
+def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
     """The settings, and a plan for each model with each policy.
 
     Args:
@@ -31,6 +35,9 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
         UserError: an argument that is not allowed.
     """
     settings, overrides = read_arguments(arguments)
+    from thaw.plan.costs import plan_devices  # with torch, after the arguments are read
+    from thaw.plan.dry_step import dry_step
+
     dataset = settings.dataset
     images, classes = DATASET_SIZES[dataset] if isinstance(dataset, str) else (int(dataset), None)
     if classes:
@@ -44,14 +51,24 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
             except InstantiationException as error:
                 if not isinstance(error.__cause__, UserError):
                     raise
-                presets = "" if model in options("backbone") else f" Presets are {', '.join(options('backbone'))}."
-                raise UserError(f"model={model}: {error.__cause__}{presets}") from error
+                if "is not a timm model" not in str(error.__cause__):
+                    raise UserError(f"model={model}: {error.__cause__}") from error
+                near = nearest_word(model, options("backbone"))
+                raise UserError(
+                    f"model={model} does not exist{did_you_mean(near and f'model={near}')}\noptions: "
+                    f"{', '.join(options('backbone'))}, or any model of timm"
+                ) from error
             plans.append(plan_devices(model, policy, step, images, settings.devices, settings.strategy == "fsdp"))
     return settings, plans
 
 
 def main(arguments: Sequence[str]) -> None:
+    if {"--help", "-h"} & set(arguments):
+        print((CONFIGS / "plan.yaml").read_text(encoding="utf-8"), end="")
+        return
     settings, plans = make_plans(arguments)
+    from thaw.plan.costs import format_plans
+
     print(format_plans(settings, plans))
     if settings.json:
         facts = {"settings": asdict(settings), "plans": [asdict(plan) for plan in plans]}

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from thaw.run.errors import UserError
 from thaw.run.migrations import CONFIGS
+from thaw.run.suggestions import did_you_mean, nearest_word
 from thaw.run.values import Count, Positive, check_types
 
 
@@ -48,8 +49,9 @@ def read_arguments(arguments: Sequence[str]) -> tuple[PlanSettings, list[str]]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not (key in settings or "." in key):
-            keys = ", ".join(map(str, settings))
-            raise UserError(f"{argument!r} is not a setting of thaw.plan; give key=value, with a key of {keys}.")
+            near = nearest_word(key, map(str, settings))
+            meant = did_you_mean(near and f"{near}={value or '<value>'}")
+            raise UserError(f"{argument!r} is not a setting{meant}\nallowed: {', '.join(map(str, settings))}")
         if key in settings and value == "auto":
             raise UserError(f"{key}=auto depends on a machine, and a plan is made without one; give a value.")
         (own if key in settings else overrides).append(argument)
@@ -64,7 +66,9 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
     """The configuration that train.py would get, for a GPU."""
     for key, group, name in (("policy", "freeze", policy), ("optimizer", "optim", settings.optimizer)):
         if name not in options(group):
-            raise UserError(f"{key}={name} is unknown; choose {', '.join(options(group))}.")
+            near = nearest_word(name, options(group))
+            meant = did_you_mean(near and f"{key}={near}")
+            raise UserError(f"{key}={name} does not exist{meant}\noptions: {', '.join(options(group))}")
     known = model in options("backbone")
     size = settings.image_size or (None if known else 224)
     chosen = [f"backbone={model}"] if known else ["backbone=vit_small", f"backbone.name={model}"]

@@ -19,6 +19,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from thaw.run.command import cause_of, is_misfit
 from thaw.run.command_line import setting
 from thaw.run.config import build
 from thaw.run.errors import UserError
@@ -200,9 +201,9 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"], strict=True)
     except (TypeError, RuntimeError, InstantiationException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        if isinstance(cause, (ValueError, OSError)):
-            raise
+        if isinstance(error, InstantiationException) and not is_misfit(error):
+            raise  # in the code of a class
+        cause = cause_of(error)
         reason = " ".join(str(cause).split())[:300]
         raise UserError(
             f"{path} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that out to use it."

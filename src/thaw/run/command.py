@@ -1,29 +1,36 @@
 """The frame of a root script: Hydra composes its configuration, and an error becomes a message that helps."""
 
+import io
 import os
+import re
+import shutil
 import sys
 import sysconfig
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal import utils as hydra_program
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, OverrideParseException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from thaw.run.command_line import quote_path
 from thaw.run.console import lenient
 from thaw.run.errors import UserError
 from thaw.run.files import FULL
+from thaw.run.migrations import CONFIGS
 from thaw.run.ranks import drop_stray_ranks
 
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
-LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib"))
 FULL_ERROR = "HYDRA_FULL_ERROR"
+LIBRARIES = (*(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<frozen")
+CHECKPOINT = "a run's folder, a .ckpt file or last (the newest run)"
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:
@@ -37,6 +44,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         @wraps(task)
         def job(cfg: DictConfig) -> Any:
             with shown_errors():  # before Hydra, which would print a line of its own
+                check_command(cfg)
                 return task(cfg)
 
         compose_and_run = hydra.main(version_base="1.3", config_path="configs", config_name=config_name)(job)
@@ -46,6 +54,9 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             if cfg is not None:
                 return task(cfg)
             with clear_errors():
+                if {"--help", "-h"} & set(sys.argv):
+                    return print_help(compose_and_run, config_name)
+                check_options(config_name)
                 return compose_and_run()
 
         return main
@@ -57,28 +68,23 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
 def clear_errors() -> Iterator[None]:
     """Show an error as a message on standard error and exit with status 1; printing itself never fails."""
     sys.argv[1:] = map(quote_path, sys.argv[1:])
-    before = os.environ.get(FULL_ERROR)
     drop_stray_ranks()
-    os.environ[FULL_ERROR] = "1" if before is None else before  # Hydra hands exceptions on instead of printing them
+    before = hydra_program.run_and_report
+    hydra_program.run_and_report = lambda func: func()  # hands exceptions on instead of printing them
     try:
-        with lenient(), shown_errors(before == "1", (*SETTING_ERRORS, OSError)):  # Hydra's own files, too
+        with lenient(), shown_errors((*SETTING_ERRORS, OSError)):  # Hydra's own files, too
             yield
     finally:
-        if before is None:
-            os.environ.pop(FULL_ERROR, None)
+        hydra_program.run_and_report = before
 
 
 @contextmanager
-def shown_errors(full: bool = False, known: tuple[type[Exception], ...] = SETTING_ERRORS) -> Iterator[None]:
-    """Show an error and exit with status 1.
-
-    Exceptions in `known`, by default a `UserError` and errors of Hydra's configuration, are one message. Any other has
-    the lines of its traceback that lie outside libraries. `full` lets all exceptions pass.
-    """
+def shown_errors(known: tuple[type[Exception], ...] = SETTING_ERRORS) -> Iterator[None]:
+    """Show an error as `show` does and exit with status 1; `HYDRA_FULL_ERROR=1` lets it pass."""
     try:
         yield
     except Exception as error:
-        if full:
+        if os.environ.get(FULL_ERROR) == "1":
             raise
         print(f"\n{show(error, known)}", file=sys.stderr)
         sys.exit(1)
@@ -88,12 +94,18 @@ def shown_errors(full: bool = False, known: tuple[type[Exception], ...] = SETTIN
 
 
 def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRORS) -> str:
-    """An error as a user reads it."""
+    """An error as a user reads it.
+
+    One that is in `known`, by default a `UserError` or an error in the configuration, is one message. Any other has
+    the lines of its traceback that lie outside libraries.
+    """
     cause = cause_of(error)
-    if isinstance(cause, known) or (isinstance(error, InstantiationException) and isinstance(cause, TypeError)):
-        return f"error: {explain(error if isinstance(error, ConfigCompositionException) else cause)}"
-    lines = traceback.format_exception(type(cause), cause, own_frames(cause.__traceback__), chain=False)
-    return f"{''.join(lines)}({FULL_ERROR}=1 before the command shows the whole traceback)"
+    is_slip = isinstance(cause, ConfigAttributeError | ConfigKeyError)  # in code that reads a configuration
+    if (isinstance(cause, known) and not is_slip) or is_misfit(error):
+        return f"error: {explain(error)}"
+    trace = traceback.TracebackException.from_exception(cause)
+    lines = trace.format() if shorten(trace) else [f"error: {explain(error)}\n"]
+    return f"{''.join(lines)}(to see all of the traceback: {FULL_ERROR}=1 before the command)"
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -103,35 +115,114 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
-def own_frames(trace: TracebackType | None) -> TracebackType | None:
-    """A traceback without the frames of libraries; the whole one if no other frame is in it."""
-    frames = []
-    each = trace
-    while each is not None:
-        if not each.tb_frame.f_code.co_filename.startswith((*LIBRARIES, __file__, "<frozen")):
-            frames.append(each)
-        each = each.tb_next
-    kept = None
-    for each in reversed(frames):
-        kept = TracebackType(kept, each.tb_frame, each.tb_lasti, each.tb_lineno)
-    return kept or trace
+def is_misfit(error: BaseException) -> bool:
+    """Whether a constructor was called with other arguments than it takes, rather than failed inside."""
+    cause = cause_of(error)
+    last = traceback.extract_tb(cause.__traceback__)[-1:]
+    return cause is not error and isinstance(cause, TypeError) and "hydra" in Path(last[0].filename).parts
+
+
+def shorten(trace: traceback.TracebackException) -> bool:
+    """Remove frames of libraries and of this folder; of thaw, only those that call other code stay before such code.
+
+    Returns:
+        whether any frame is left.
+    """
+    run = Path(__file__).parent
+    own = [each for each in trace.stack if not each.filename.startswith((*LIBRARIES, __file__))]
+    left = [each for each in own if not Path(each.filename).is_relative_to(run)] or own
+    outside = [not Path(each.filename).is_relative_to(run.parent) for each in left]
+    if outside[-1:] == [True]:
+        left = [each for each, *near in zip(left, outside, [*outside[1:], True], strict=True) if any(near)]
+    trace.stack[:] = left or trace.stack
+    trace.__context__ = None
+    if trace.__cause__:
+        shorten(trace.__cause__)
+    return bool(own)
 
 
 def explain(error: BaseException) -> str:
-    """The message of an error; for an unknown key also the keys that exist in its place."""
-    if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # Hydra's own first files
-        return f"hydra.run.dir cannot be written ({error.strerror}). Free some space, or choose another hydra.run.dir."
-    message = str(error).split("\n    full_key:")[0].strip()
-    if not isinstance(error, SETTING_ERRORS):
-        message = f"{type(error).__name__}: {message}".removesuffix(": ")
-    if isinstance(error, OverrideParseException):
-        message = (
-            f"{error.override}: {message.splitlines()[0]}. A value with spaces, commas, brackets or = needs quotes for "
-            "Hydra inside those for the shell: \"key='a value'\"."
+    """The message of an error, with what was allowed where it is about a setting."""
+    cause = cause_of(error)
+    if isinstance(cause, OSError) and cause.errno in FULL and cause.filename is None:  # Hydra's own first files
+        return f"hydra.run.dir cannot be written ({cause.strerror}). Free some space, or choose another hydra.run.dir."
+    if isinstance(cause, ConfigCompositionException | OverrideParseException):
+        from thaw.run.suggestions import explain_composition
+
+        return explain_composition(cause)
+    message = str(cause).split("\n    full_key:")[0].strip()
+    if missing := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{missing[1]} is missing; add {missing[1]}=<value>."
+    if place := is_misfit(error) and re.search(r"full_key: (\S+)", str(error)):
+        return f"{place[1]}: {message}"
+    if isinstance(cause, SETTING_ERRORS):
+        return message
+    return f"{type(cause).__name__}: {message}".removesuffix(": ")
+
+
+def check_command(cfg: DictConfig) -> None:
+    """Refuse what is wrong at a glance, before anything heavy is imported."""
+    from thaw.run.values import check_command_settings
+
+    program = Path(sys.argv[0]).name
+    allowed = CHECKPOINT + (", or a .onnx file of export.py" if program == "serve.py" else "")
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        if key == "ckpt":
+            raise UserError(
+                f"ckpt is missing: the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n"
+                "python train.py experiment=vit_linear_probe trains a first one."
+            )
+        raise UserError(f"{key} is missing; add {key}=<value>.")
+    check_command_settings(cfg)
+    for key in ("ckpt", "resume", "start_from"):
+        given = cfg.get(key)
+        for ckpt in given if OmegaConf.is_list(given) else [given]:
+            if ckpt not in (None, "last") and not Path(str(ckpt)).expanduser().exists():
+                raise UserError(f"{key}={ckpt} does not exist; give {allowed}: {key}=last")
+
+
+def check_options(config_name: str) -> None:
+    """Refuse options that Hydra does not know, such as `--seed 3`."""
+    parser = hydra_program.get_args_parser()
+    parser.exit_on_error = False
+    try:
+        unknown = parser.parse_known_args()[1]
+    except Exception as error:  # argparse.ArgumentError, of a known option with a wrong value
+        raise UserError(f"{error}. --help lists what can be set.") from error
+    if unknown:
+        option = unknown[0]
+        key, _, value = option.lstrip("-").partition("=")
+        behind = sys.argv[sys.argv.index(option) + 1 :]
+        value = value or (behind[0] if behind and "=" not in behind[0] else "<value>")
+        meant = f"{key.replace('-', '_')}={value}"
+        try:
+            with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+                hydra.compose(config_name, [meant])
+        except HydraException as error:
+            raise UserError(f"{option} is not an option, and {explain(error)}") from error
+        raise UserError(f"{option} is not an option; did you mean {meant}? A setting has no dashes.")
+
+
+def print_help(program: Callable[[], Any], config_name: str) -> None:
+    """Print Hydra's help without other commands' groups, broken between words at the terminal's width."""
+    text, groups = io.StringIO(), groups_of(config_name)
+    with redirect_stdout(text), suppress(SystemExit):
+        program()
+    lists_in_lines = re.sub(  # of YAML
+        r":((?:\n *- .*)+)", lambda found: f": [{', '.join(re.findall('- (.*)', found[1]))}]", text.getvalue()
+    )
+    for line in lists_in_lines.splitlines():
+        group = line.partition(": ")[0]
+        if not (": " in line and (CONFIGS / group).is_dir()) or group.split("/")[0] in groups:
+            width, indent = shutil.get_terminal_size().columns, " " * (len(line) - len(line.lstrip()) + 2)
+            print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
+def groups_of(config_name: str) -> set[str]:
+    """The groups in the defaults of a root configuration and of those that it starts from."""
+    found: set[str] = set()
+    for entry in OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults:
+        found |= (
+            set(map(str, entry)) if isinstance(entry, DictConfig) else groups_of(entry) if entry != "_self_" else set()
         )
-    cause = error.__cause__ or error
-    parent = getattr(cause, "parent_node", None)
-    if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig):
-        place = str(cause.full_key or cause.key).rpartition(".")[0] or "the top level"
-        message += f"\nallowed in {place}: {', '.join(map(str, parent))}"
-    return message
+    return found

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import ValidationError
 from requests.utils import get_netrc_auth
 
 from thaw.run.errors import UserError
@@ -38,7 +39,10 @@ class RunWandb(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            run = super().experiment
+            try:
+                run = super().experiment
+            except wandb.Error as error:
+                raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
             for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
             self.best = {name: run.summary.get(name) for name in BETTER}  # a run that goes on online has some
@@ -98,7 +102,11 @@ def wandb_logger(
         return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
-    wandb.setup()  # reads both before it prints anything
+    try:
+        wandb.setup()  # reads both before it prints anything
+    except ValidationError as error:
+        wrong = [f"WANDB_{str(each['loc'][0]).upper()}={each['input']!r} ({each['msg']})" for each in error.errors()]
+        raise UserError(f"W&B refuses the environment: {', '.join(wrong)}. Unset it, or set it as W&B says.") from error
     reason = None if mode == "offline" else why_offline()
     if mode == "online" and reason == NO_KEY:
         raise UserError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")

@@ -154,7 +154,6 @@ def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Pope
 def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
     """Start this program again as another rank of the run in `run_dir`."""
     environment = {**os.environ, "LOCAL_RANK": str(rank), PARENT: str(os.getpid())}
-    environment.pop("HYDRA_FULL_ERROR", None)  # set by thaw.run.config.clear_errors, for this process only
     return subprocess.Popen(run_command(run_dir, f"rank{rank}"), env=environment, stdin=subprocess.DEVNULL)
 
 

@@ -97,9 +97,8 @@ def import_target(name: str) -> Any:
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for number, part in enumerate(parts[1:], start=2):
-        if not hasattr(found, part):
-            importlib.import_module(".".join(parts[:number]))
-        found = getattr(found, part)
+        has = hasattr(found, part)
+        found = getattr(found, part) if has else importlib.import_module(".".join(parts[:number]))
     return found
 
 

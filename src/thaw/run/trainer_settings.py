@@ -136,5 +136,7 @@ def lightning_errors() -> Iterator[None]:
         cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
         if not isinstance(cause, MisconfigurationException | ModuleNotFoundError):
             raise
+        if "tensorboard" in str(cause).lower():
+            raise UserError("logger=tensorboard needs tensorboard: pip install 'thaw-vit[tensorboard]'.") from error
         place = re.search(r"full_key: (\S+)", str(error))
         raise UserError(f"{place[1]}: {cause}" if place else str(cause)) from error

@@ -1,6 +1,9 @@
 """Values of settings against the types and ranges in signatures: `lr: Annotated[float, Field(gt=0)]`."""
 
+import inspect
 import json
+import re
+import sys
 import types
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,17 +13,33 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 
 from thaw.run.errors import UserError
+from thaw.run.suggestions import did_you_mean, dotted_keys, nearest_word
+from thaw.run.targets import import_target
 
 Count: TypeAlias = Annotated[int, Field(ge=1, strict=True)]
 CountOrZero: TypeAlias = Annotated[int, Field(ge=0, strict=True)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1, strict=True)]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
 
+Strengths: TypeAlias = list[NonNegative]
+COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
+    "seed": Seed,
+    **dict.fromkeys(("validate", "wandb", "private"), bool),
+    "test": bool | Literal["always"],
+    "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
+    "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
+    "robustness.digits": Count | None,
+    **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},
+    "robustness.rotation": list[float],
+    "workers": Count | None,
+}
 AUTO = ("precision", "fused_attention")  # settings whose `auto` `thaw.run.config.settle` replaces
-TYPE_WORDS = {
+TYPE_WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
     list: "a list",
+    dict: "a mapping",
     timedelta: "a duration as DD:HH:MM:SS or {minutes: 10}",
 }
 RANGE_WORDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "at most {}"}
@@ -35,18 +54,29 @@ def check_types(node: DictConfig, place: str = "") -> None:
         UserError: names every key whose value is not allowed, the value and what is allowed.
     """
     if problems := find_problems(node, place):
-        raise UserError(". ".join(problems) + ".")
+        raise UserError(". ".join(dict.fromkeys(problems)) + ".")
+
+
+def check_command_settings(cfg: DictConfig) -> None:
+    """Compare the settings of a root script that belong to no class with their types.
+
+    Raises:
+        UserError: as `check_types`.
+    """
+    problems = []
+    for key in COMMAND_SETTINGS.keys() & dotted_keys(cfg):
+        value = OmegaConf.select(cfg, key)
+        given = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        problems += find_problem(key, given, COMMAND_SETTINGS[key])
+    if problems:
+        raise UserError(". ".join(sorted(problems)) + ".")
 
 
 def find_problems(node: DictConfig, place: str) -> list[str]:
-    from hydra.utils import get_object
-
-    try:
-        annotations = annotated_arguments(get_object(node._target_)) if "_target_" in node else {}
-    except (ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{place}_target_={node._target_} cannot be imported: {reason}") from error
-    problems = []
+    annotations, problems = {}, []
+    if "_target_" in node:
+        target = imported(f"{place}_target_", str(node._target_))
+        annotations, problems = annotated_arguments(target), unknown_arguments(node, target, place)
     for key in map(str, node):
         value: Any = node._get_node(key) if OmegaConf.is_missing(node, key) else node[key]
         if isinstance(value, DictConfig):
@@ -57,8 +87,51 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
             problems += [line for number, item in blocks for line in find_problems(item, f"{place}{key}.{number}.")]
         elif key in annotations and not (value == "auto" and key in AUTO):
             given = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
-            problems += find_problem(f"{place}{key}", given, annotations[key])
+            problems += find_problem(written_at(node, key) or f"{place}{key}", given, annotations[key])
     return problems
+
+
+def written_at(node: DictConfig, key: str) -> str | None:
+    """The key that a value is taken from, as in `${seed}`; None where it is written itself."""
+    inner: Any = node._get_node(key)
+    reference = (
+        re.fullmatch(r"\$\{(\w[\w.]*)\}", str(inner._value())) if OmegaConf.is_interpolation(node, key) else None
+    )
+    return reference and reference[1]
+
+
+def imported(key: str, name: str) -> Any:
+    """The class or function that a `_target_` names; an error inside the module that defines it passes.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    try:
+        return import_target(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # something that the module imports itself
+            raise
+        module, _, missing = str(error.name).rpartition(".")
+    near = nearest_word(missing, vars(sys.modules[module])) if module else None
+    place = f"{module} has no {missing}" if module else f"there is no module {missing}"
+    raise UserError(f"{key}={name} cannot be imported: {place}{did_you_mean(near and f'{module}.{near}')}")
+
+
+def unknown_arguments(node: DictConfig, target: Any, place: str) -> list[str]:
+    """A message for each key that is no argument of the class or function."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):  # of a built-in
+        return []
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return []
+    unknown = [str(key) for key in node if key not in parameters and not re.fullmatch("_[a-z]+_", str(key))]
+    return [
+        f"{place}{key} is no argument of {node._target_}"
+        + did_you_mean(f"{place}{near}" if (near := nearest_word(key, parameters)) else None).rstrip(".")
+        + f" (it takes {', '.join(parameters)})"
+        for key in unknown
+    ]
 
 
 def annotated_arguments(target: Any) -> dict[str, Any]:
@@ -91,7 +164,7 @@ def in_words(annotation: Any) -> str:
         rules = [rule for field in fields for rule in field.metadata]
         bounds = {name: getattr(rule, name) for rule in rules for name in RANGE_WORDS if hasattr(rule, name)}
         if bounds.keys() >= {"ge", "le"}:
-            limits = f"from {bounds['ge']:g} to {bounds['le']:g}"
+            limits = f"from {bounds['ge']} to {bounds['le']}"
         else:
             limits = " and ".join(words.format(bounds[name]) for name, words in RANGE_WORDS.items() if name in bounds)
         comma = ", " if limits.lstrip("-")[:1].isdigit() else " " if limits else ""

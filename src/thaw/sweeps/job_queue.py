@@ -131,11 +131,10 @@ class JobQueue(Launcher):
         job.cfg.validate = job.cfg.test = False  # only the winner is tested, at the end
         write_text(OmegaConf.to_yaml(plain(job.cfg)), job.folder / CONFIG_NAME)
         share = machine.environment(kind, units, len(self.cores), len(self.devices))
-        inherited = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
         with (job.folder / OUTPUT).open("ab") as output:
             process = subprocess.Popen(
                 run_command(job.folder, "train"),
-                env=inherited | share | {PARENT: str(os.getpid())},
+                env=os.environ | share | {PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
