@@ -37,20 +37,59 @@ EXPECTED_WARNINGS = (
 
 
 @cache
-def console(stderr: bool = False) -> Console:
-    """The console of all that this process prints, so that lines stay apart from a bar that is open on it."""
+def stream_console(stderr: bool) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+
+
+def console(stderr: bool = False) -> Console:
+    """The console of all that this process prints, so that lines stay apart from a bar that is open on it.
+
+    Where both standard streams are a terminal, one console prints for both: a bar on one is torn by lines of the other.
+    """
+    out, err = stream_console(False), stream_console(True)
+    return err if stderr and not (out.file.isatty() and err.file.isatty()) else out
 
 
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
-    console(stderr).print(text, style=style)
+    if LogLines.brief and not stderr:
+        for line in as_text(text).splitlines():
+            logging.getLogger("thaw").info(line)
+    else:
+        console(stderr).print(text, style=style)
 
 
 def say_fitted(content: RenderableType) -> None:
     """Print a table or a panel in the width of the terminal; in a file it is as wide as it needs to be."""
-    out = console()
-    out.print(content, soft_wrap=False, width=None if out.is_terminal else UNBOUNDED)
+    if LogLines.brief or not console().is_terminal:
+        say(as_text(content))
+    else:
+        console().print(content, soft_wrap=False)
+
+
+def as_text(content: RenderableType) -> str:
+    """What `say_fitted` prints in a file."""
+    file = io.StringIO()
+    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(content)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+@contextmanager
+def brief() -> Iterator[None]:
+    """Keep off the screen what one of many runs says or logs as information; it goes to the log file alone.
+
+    Bars, warnings and errors stay.
+    """
+    LogLines.brief = True
+    try:
+        yield
+    finally:
+        LogLines.brief = False
 
 
 @contextmanager
@@ -88,10 +127,18 @@ def progress(
 class LogLines(logging.Handler):
     """Prints log records as lines of the console: a warning with that word before it, information as it is."""
 
+    brief = False  # see the function of this name
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__()
+        self.stderr = stderr
+
     def emit(self, record: logging.LogRecord) -> None:
-        style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
-        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        say(level + self.format(record), style)
+        warns = record.levelno >= logging.WARNING
+        if warns or not self.brief:
+            style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
+            level = f"{record.levelname.lower()}: " if warns else ""
+            console(self.stderr).print(level + self.format(record), style=style)
 
 
 class Stream(io.FileIO):

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command import explain, show
 from thaw.run.config import plain
-from thaw.run.console import lenient
+from thaw.run.console import brief, lenient, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import job_key
@@ -49,7 +49,7 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
         return run_in_folder(cfg, train)
     cfg.validate = cfg.test = False  # the winner alone is measured, at the end
     try:
-        with lenient():  # submitit starts a job without the script around it
+        with lenient(), job_lines(cfg):  # submitit starts a job without the script around it
             return run_in_folder(cfg, train)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
@@ -69,6 +69,25 @@ def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) 
         with recorded(cfg), interruptible():
             go_on(cfg)
             return train(cfg)
+
+
+@contextmanager
+def job_lines(cfg: DictConfig) -> Iterator[None]:
+    """Print a line before a job of a sweep and one after it; the rest of what it says goes to its log file.
+
+    A job with a process of its own, whose output is a file, says all.
+    """
+    if "SUBMITIT_EXECUTOR" in os.environ or not is_first_rank():
+        yield
+        return
+    number, jobs = HydraConfig.get().job.num + 1, HydraConfig.get().sweeper.jobs
+    title = f"job {number:>{len(str(jobs))}}/{jobs}"
+    say(f"{title}  {cfg.overrides}")
+    with brief():
+        yield
+    facts = read_json(Path(cfg.run_dir) / SUMMARY)
+    result = "done" if facts["val/acc"] is None else f"val acc {facts['val/acc']:.2%}"
+    say(f"{title}  {result}  {facts['seconds']:.1f} s  in {Path(cfg.run_dir).name}")
 
 
 def read_state(run_dir: Path) -> State:

@@ -95,6 +95,7 @@ class GridSweep(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
+        self.config.hydra.overrides.hydra.append(f"++hydra.sweeper.jobs={len(todo)}")  # for what a job prints
         try:
             if todo:
                 ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
