@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command import explain, show
+from thaw.run.command_line import override_key
 from thaw.run.config import plain
 from thaw.run.console import brief, lenient, say
 from thaw.run.errors import UserError
@@ -80,9 +81,11 @@ def job_lines(cfg: DictConfig) -> Iterator[None]:
     if "SUBMITIT_EXECUTOR" in os.environ or not is_first_rank():
         yield
         return
-    number, jobs = HydraConfig.get().job.num + 1, HydraConfig.get().sweeper.jobs
-    title = f"job {number:>{len(str(jobs))}}/{jobs}"
-    say(f"{title}  {cfg.overrides}")
+    hydra = HydraConfig.get()
+    jobs, varied = hydra.sweeper.get("jobs", "?"), hydra.sweeper.get("varied", [])  # only thaw's own sweeper knows them
+    title = f"job {hydra.job.num + 1:>{len(str(jobs))}}/{jobs}"
+    own = [override for override in hydra.overrides.task if override_key(override) in varied]
+    say(f"{title}  {' '.join(own) or cfg.overrides}")
     with brief():
         yield
     facts = read_json(Path(cfg.run_dir) / SUMMARY)

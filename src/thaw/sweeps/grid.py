@@ -95,7 +95,10 @@ class GridSweep(Sweeper):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
         todo = to_be_run(jobs, self.folder)
-        self.config.hydra.overrides.hydra.append(f"++hydra.sweeper.jobs={len(todo)}")  # for what a job prints
+        typed = Counter(override for job in todo for override in job.overrides)
+        varied = {override_key(override) for override, count in typed.items() if count < len(todo)}
+        for_lines = f"++hydra.sweeper.jobs={len(todo)}", f"++hydra.sweeper.varied=[{','.join(sorted(varied))}]"
+        self.config.hydra.overrides.hydra.extend(for_lines)  # of `thaw.run.jobs.job_lines`
         try:
             if todo:
                 ended = self.launcher.launch([job.overrides for job in todo], initial_job_idx=0)
