@@ -60,7 +60,9 @@ FORKED = SimpleNamespace(**(vars(subprocess) | {"Popen": Forked}))  # the module
 def run(arguments: list[str], cwd: Path, environment: dict[str, str], output: Path | None, session: bool) -> None:
     """In the new process: what `python <arguments>` does."""
     import torch
+    from hydra.core.global_hydra import GlobalHydra
 
+    GlobalHydra.instance().clear()  # of a forked process that forks
     if session:
         os.setsid()
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -68,6 +70,8 @@ def run(arguments: list[str], cwd: Path, environment: dict[str, str], output: Pa
         with output.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        if os.isatty(1):
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8", closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     if PARENT in environment:

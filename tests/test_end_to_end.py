@@ -55,7 +55,7 @@ def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest
     run = ["-m", PROBE, "trainer=ddp_cpu", "trainer.max_epochs=1", "data.source=sample", "data.train_size=256"]
     run += ["data.batch_size=16", "optim.lr=1e-5,1e-2", f"hydra.sweep.dir={sweep}", f"cache.dir={tmp_path / 'cache'}"]
     assert command("train.py", *run) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out + "".join(log.read_text() for log in sweep.glob("*/train.log"))
     assert printed.count("cached features:") == 2 and printed.count("(reused)") == 1  # the second job takes the first's
     jobs = {path.parent: json.loads(path.read_text()) for path in sweep.glob("*/summary.json")}
     assert len(jobs) == len(list(sweep.glob("*/config.yaml"))) == 2

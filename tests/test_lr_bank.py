@@ -234,7 +234,7 @@ def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) 
     lr, decay = [(lr, decay) for lr in (1e-4, 1e-2, 1e-1) for decay in (0.0, 1e-2)][winner]
     assert (summary["best_lr"], summary["best_weight_decay"], summary["heads"]) == (lr, decay, 6)
     assert summary["val/acc"] == pytest.approx(best["val/acc"])
-    assert f"lr {lr:g}, weight decay {decay:g}, best of 6 on validation" in printed
+    assert f"learning rate {lr:g}, weight decay {decay:g}: the best of 6 heads on validation" in printed
     assert [float(row["best/lr"]) for row in rows if row["best/lr"]] == [lr]
     assert matplotlib.image.imread(run_dir / "report" / "lr_bank.png").std() > 0.05
     model = checkpoints.load_model(checkpoint)

@@ -17,9 +17,10 @@ from torch import nn
 
 from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
-from thaw.freezing.table import format_table
+from thaw.freezing.table import layer_table
 from thaw.lr_bank import BankRecipe, LRBank
 from thaw.optim import OptimizerRecipe
+from thaw.run.console import as_text
 from thaw.run.values import check_types
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "optim"
@@ -201,7 +202,7 @@ def test_linear_scaling_of_sgd_is_the_sum_of_gradients(
 def test_the_table_shows_scaled_rates(classifier: Callable[..., Classifier], batch: Batch, fit: Callable) -> None:
     model = classifier("full", optim={"lr": 0.01, "lr_scaling": "linear"})
     trainer = fit(model, [batch] * 2, accumulate_grad_batches=2)
-    assert "2.00e-02" in format_table(model, model.depths(), trainer.optimizers[0].param_groups, epoch=0)
+    assert "2.00e-02" in as_text(layer_table(model, model.depths(), trainer.optimizers[0].param_groups, epoch=0))
 
 
 def test_every_head_of_a_bank_is_scaled() -> None:

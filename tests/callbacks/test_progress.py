@@ -1,12 +1,101 @@
-"""Loss and learning rate are logged in every epoch, whatever its number of steps."""
+"""Epochs as lines, the bar below them, and losses that are logged in every epoch, whatever its number of steps."""
 
 import csv
-from collections.abc import Callable
+import io
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import lightning as L
 import pytest
+from rich.console import Console
+from torch.utils.data import DataLoader
 
+from thaw.callbacks import progress
+from thaw.callbacks.progress import RunProgress, epoch_line
+from thaw.classifier import Classifier
+from thaw.data.datamodule import Batch
+
+Build = Callable[..., Classifier]
 EPOCHS = 3
+
+
+def trainer(**changes: Any) -> Any:
+    logged = {"train/loss": 0.05194, "val/loss": 12.3456, "val/acc": 0.988, "val/acc_a": 0.5, "v_num": 3.0}
+    facts = {"callback_metrics": logged, "progress_bar_metrics": {"train/loss": 0.05194, "val/acc": 0.988}}
+    facts |= {"current_epoch": 2, "max_epochs": 10, "max_steps": -1, "global_step": 12}
+    return SimpleNamespace(**facts | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "validated", "width", "line"),
+    [
+        ({}, True, 80, "epoch 3/10   train loss 0.0519  val loss  12.35  val acc 98.80%  1.2 s"),
+        ({}, False, 80, "epoch 3/10   train loss 0.0519  1.2 s"),  # older values are not repeated
+        ({}, True, 60, "epoch 3/10   train loss 0.0519  val loss  12.35  1.2 s"),
+        ({"current_epoch": 9}, False, 80, "epoch 10/10  train loss 0.0519  1.2 s"),
+        ({"max_epochs": -1, "max_steps": 5000}, False, 80, "epoch 3, step 12/5,000  train loss 0.0519  1.2 s"),
+        (
+            {"callback_metrics": {"val/fid": 312.1234, "train/x_loss": 1.0}, "progress_bar_metrics": {"val/fid", "x"}},
+            *(True, 80, "epoch 3/10   val fid  312.1  1.2 s"),
+        ),
+    ],
+)
+def test_line_of_an_epoch(changes: dict[str, Any], validated: bool, width: int, line: str) -> None:
+    if isinstance(changes.get("progress_bar_metrics"), set):
+        changes = changes | {"progress_bar_metrics": dict.fromkeys(changes["progress_bar_metrics"])}
+    assert epoch_line(trainer(**changes), validated, 1.23, width) == line
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+    """Collects what a terminal of 80 columns gets, each update of the bar included."""
+    file = io.StringIO()
+    shown = Console(file=file, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("thaw.run.console.stream_console", lambda _: shown)
+    monkeypatch.setattr(progress, "FRAME_SECONDS", 0.0)
+    yield file
+    assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") > 0  # the cursor is back
+
+
+def run_with_bar(build: Build, batch: Batch, refresh_rate: int, **settings: Any) -> None:
+    class Talker(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            print("a line of a user")
+
+    limits = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    made = L.Trainer(accelerator="cpu", callbacks=[RunProgress(refresh_rate), Talker()], **{**limits, **settings})
+    four, three, two = (DataLoader([batch] * count, batch_size=None) for count in (4, 3, 2))  # type: ignore[arg-type]
+    made.fit(build("full"), four, three)
+    made.validate(made.lightning_module, two, verbose=False)
+
+
+def test_bar_of_the_whole_run(terminal: io.StringIO, classifier: Build, batch: Batch) -> None:
+    run_with_bar(classifier, batch, refresh_rate=2)
+    frames = [re.sub(r"\x1b\[.*?[A-Za-z]", "", frame) for frame in re.split("[\r\n]+", terminal.getvalue())]
+    bars = [frame for frame in frames if "\u2501" in frame]
+    assert all(len(frame) <= 80 for frame in frames)
+    assert {re.sub("[\u2501\u2578\u257a ]+", " ", bar).split(", at most")[0] for bar in bars} >= {
+        *("epoch 1/2 2/4 batches", "epoch 1/2 4/4 batches", "epoch 1/2, validating 2/3 batches"),
+        *("epoch 2/2 2/4 batches", "epoch 2/2, validating 2/3 batches", "validating 2/2 batches"),
+    }
+    assert sum(re.match("epoch 1/2  train loss .* val acc .* s$", frame) is not None for frame in frames) == 1
+    assert frames.count("a line of a user") == 8
+
+
+def test_no_bar_where_none_is_wanted(
+    classifier: Build, batch: Batch, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file an epoch has its line, and a long one a line every now and then."""
+    run_with_bar(classifier, batch, refresh_rate=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(said) == 2
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0.0)
+    run_with_bar(classifier, batch, refresh_rate=4, limit_val_batches=0)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(said) == 4 and re.fullmatch("epoch 1/2  4/4 batches, at most .* left", said[0])
 
 
 @pytest.mark.parametrize(

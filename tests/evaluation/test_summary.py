@@ -1,6 +1,8 @@
 """The printed summary of runs and probes, and the numbers of parameters in it."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import lightning as L
 import pytest
 from conftest import compose_run
 from hydra.utils import instantiate
+from rich.console import Console
 
-from thaw.evaluation.summary import NOT_TESTED, count_parameters, format_summary
+from thaw.evaluation.summary import NOT_TESTED, count_parameters, say_summary
 from thaw.run.files import write_json
 
 FACTS = {
@@ -28,24 +31,37 @@ FACTS = {
 }
 
 
-def test_says_what_a_person_wants() -> None:
-    text = format_summary(FACTS, "wandb sync X")
+@pytest.fixture
+def summary(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What is printed of facts; `wandb` is the address or the commands."""
+
+    def printed(facts: dict[str, Any], *wandb: str) -> str:
+        say_summary(facts, wandb)
+        return capsys.readouterr().out
+
+    return printed
+
+
+def test_says_what_a_person_wants(summary: Callable[..., str]) -> None:
+    text = summary(FACTS, "wandb leet X", "wandb sync X")
     for part in (
         *("sample of 5,000 digits", "weights: bundled", "25 of 1,000 parameters (2.50%)", "99.00% accuracy"),
-        *("97.70% to 99.60%", "n = 500", "logs/runs/x", "wandb sync X"),
+        *("97.70% to 99.60%", "n = 500", "logs/runs/x\n", "\nwandb leet X\nwandb sync X\n"),
         "7.2 s, at most 1.2 GB of memory, a checkpoint of 0.03 MB",
     ):
         assert part in text
-    assert "test" not in format_summary({**FACTS, **NOT_TESTED}, None)
-    assert "validation  98.50% accuracy, best of 3 epochs" in text
+    assert "test" not in summary({**FACTS, **NOT_TESTED})
+    assert "W&B         https://wandb.ai/x\n" in summary(FACTS, "https://wandb.ai/x")
+    assert "validation  98.50% accuracy, best of 3 epochs\n" in text
+    assert "best of 1 epoch\n" in summary({**FACTS, "epochs": 1})
 
 
-def test_says_which_weights_were_not_chosen() -> None:
-    text = format_summary({**FACTS, "chosen": False}, None)
+def test_says_which_weights_were_not_chosen(summary: Callable[..., str]) -> None:
+    text = summary({**FACTS, "chosen": False})
     assert text.count(", of the last step's weights") == 2 and "best of" not in text
 
 
-def test_says_what_a_probe_chose() -> None:
+def test_says_what_a_probe_chose(summary: Callable[..., str]) -> None:
     probe: dict[str, Any] = {
         "probe": "knn",
         "chosen": {"k": 5},
@@ -53,9 +69,28 @@ def test_says_what_a_probe_chose() -> None:
         "epochs": 0,
         "checkpoint_mb": None,
     }
-    text = format_summary({**FACTS, **probe, "trainable_params": 0, "total_params": 0}, None)
+    text = summary({**FACTS, **probe, "trainable_params": 0, "total_params": 0})
     assert "probe       knn, k = 5, the best of 2 on validation" in text and "0 of 0 parameters\n" in text
     assert "98.50% accuracy\n" in text and "n = 500\n" in text
+
+
+def test_says_how_pretraining_goes_on(summary: Callable[..., str]) -> None:
+    own = {"backbone_file": "a/b.safetensors", "train/loss": 0.5, "val/loss": None, "val/knn_acc": None, "epochs": 1}
+    typed = {"overrides": "backbone=convnet seed=1 backbone.weights=none"}
+    text = summary({**FACTS, **NOT_TESTED, **own, **typed, "val/acc": None})
+    assert "loss        0.5000 in training, after 1 epoch\n" in text
+    assert "\npython train.py experiment=few_labels backbone=convnet backbone.weights=a/b.safetensors\n" in text
+
+
+def test_values_wrap_in_their_column_on_a_terminal(
+    summary: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "thaw.run.console.stream_console", lambda _: Console(force_terminal=True, width=60, soft_wrap=True)
+    )
+    lines = re.sub("\x1b.*?m", "", summary({**FACTS, "run_dir": "x" * 70})).splitlines()
+    assert [line.rstrip() for line in lines if len(line) > 60] == ["  run         " + "x" * 70]
+    assert lines[1] == "-" * 60 and "              4,000 to train, 500 to validate" in map(str.rstrip, lines)
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:

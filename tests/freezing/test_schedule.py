@@ -13,7 +13,8 @@ from torch import Tensor
 
 from thaw.classifier import Classifier
 from thaw.data.datamodule import Batch
-from thaw.freezing.table import format_table
+from thaw.freezing.table import layer_table
+from thaw.run.console import as_text
 
 Build = Callable[..., Classifier]
 
@@ -153,7 +154,7 @@ def test_table_lists_every_parameter_once_as_the_optimizer_has_it(classifier: Bu
             trains = "yes" if thaw <= epoch else "no" if thaw == math.inf else f"after {thaw}"
             mode = "train" if owner(model, parameter).training else "eval"
             left[parameter] = (trains, mode, *rates.get(id(tensor), ("-", "-")))
-        table = format_table(model, depths, groups, epoch)
+        table = as_text(layer_table(model, depths, groups, epoch))
         for prefixes, spanned, count, settings in sorted(rows_of(table), key=lambda row: -len(row[0][0])):
             mine = [
                 parameter
@@ -177,17 +178,17 @@ def test_table_merges_equal_blocks(classifier: Build) -> None:
     depths = model.depths()
     groups = model.optim.groups(model.named_parameters(), depths, model.thaw.epochs)
     expected = """\
-layers                                                              depth  parameters  trains  mode    peak lr   decay
-backbone.model.pos_embed                                                0         512  no      eval          -       -
-backbone.model.patch_embed                                              0       1,600  no      eval          -       -
-backbone.model.blocks.0                                                 1      12,704  no      eval          -       -
-backbone.model.blocks.1-2 (norm1.weight, norm1.bias, ...)             2-3         832  yes     train  1.00e-03       0
-backbone.model.blocks.1-2 (attn.qkv.weight, attn.proj.weight, ...)    2-3      24,576  yes     train  1.00e-03    0.05
-backbone.model.fc_norm                                                  3          64  yes     train  1.00e-03       0
-head.linear (weight)                                                    4         320  yes     train  1.00e-03    0.05
-head.linear (bias)                                                      4          10  yes     train  1.00e-03       0
+layers                                            depth  parameters  trains  mode    peak lr  decay
+backbone.model.pos_embed                              0         512  no      eval          -      -
+backbone.model.patch_embed                            0       1,600  no      eval          -      -
+backbone.model.blocks.0                               1      12,704  no      eval          -      -
+backbone.model.blocks.1-2 (norm1.weight, ...)       2-3         832  yes     train  1.00e-03      0
+backbone.model.blocks.1-2 (attn.qkv.weight, ...)    2-3      24,576  yes     train  1.00e-03   0.05
+backbone.model.fc_norm                                3          64  yes     train  1.00e-03      0
+head.linear (weight)                                  4         320  yes     train  1.00e-03   0.05
+head.linear (bias)                                    4          10  yes     train  1.00e-03      0
 25,802 of 40,618 parameters train"""
-    assert format_table(model, depths, groups, 0) == expected
+    assert as_text(layer_table(model, depths, groups, 0)) == expected
 
 
 def test_table_shows_the_peak_of_a_schedule(classifier: Build, batch: Batch, fit: Callable) -> None:
@@ -195,4 +196,4 @@ def test_table_shows_the_peak_of_a_schedule(classifier: Build, batch: Batch, fit
     trainer = fit(model, [batch] * 2)
     groups = trainer.optimizers[0].param_groups
     assert groups[0]["lr"] < 1e-2
-    assert "1.00e-02" in format_table(model, model.depths(), groups, 0)
+    assert "1.00e-02" in as_text(layer_table(model, model.depths(), groups, 0))

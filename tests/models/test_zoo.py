@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from thaw.classifier import Classifier
-from thaw.freezing.table import format_table
+from thaw.freezing.table import layer_table
 from thaw.models.backbone import Backbone
+from thaw.run.console import as_text
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "backbone"
@@ -146,7 +147,7 @@ def test_freezing_leaves_a_long_prefix_and_the_table_counts_all(classifier: Buil
     assert trains == {key for key, _ in model.backbone.named_parameters() if model.backbone.layer_of(key) >= cut}
 
     groups = model.optim.groups(model.named_parameters(), model.thaw.depths, model.thaw.epochs)
-    table = format_table(model, model.thaw.depths, groups, epoch=0)
+    table = as_text(layer_table(model, model.thaw.depths, groups, epoch=0))
     rows = re.findall(r"^([\w.-]+)(?: \(.*\))? +([\d-]+) +([\d,]+)  (yes|no) ", table, re.M)
     assert len(rows) == len(table.splitlines()) - 2  # heading, sum
     total = sum(parameter.numel() for parameter in model.parameters())

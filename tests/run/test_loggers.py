@@ -92,7 +92,7 @@ def test_disabled_writes_nothing(
         one.log_hyperparams({"x": 1.0})
     loggers.log_image(trainer.loggers, "picture", picture)
     loggers.add_to_summary(trainer.loggers, {"seconds": 1.0})
-    assert loggers.where_to_look(trainer.loggers) is None
+    assert not loggers.where_to_look(trainer.loggers)
     loggers.finish(trainer.loggers)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,30 +1,33 @@
-"""Progress that can be read where it goes: a bar on a terminal, a line for each epoch in a log file, logged values."""
+"""Progress that can be read where it goes: a line for each epoch, a bar on a terminal, logged values."""
 
 import math
-import sys
 import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn
+
+from thaw.run.console import console, say
+
+FIRST = ("train/loss", "val/loss", "val/acc")  # of the metrics in an epoch's line
+FRAME_SECONDS, SLOWEST_SECONDS = 0.1, 1.0  # at least and at most between two updates of the bar, if a batch has ended
+FILE_SECONDS = 60.0  # between two lines about a long epoch, where there is no terminal
 
 
-def progress_bar(refresh_rate: int) -> ProgressBar:
-    """A tqdm bar if standard output is a terminal, else `EpochLines`.
+class RunProgress(ProgressBar):
+    """Prints the metrics of an epoch in one line, and shows how far the run is: by a bar below, if on a terminal.
 
     Args:
-        refresh_rate: batches between two updates of the bar.
+        refresh_rate: batches between two updates of the bar; 0: no bar.
     """
-    return TQDMProgressBar(refresh_rate=refresh_rate, leave=True) if sys.stdout.isatty() else EpochLines()
 
-
-class EpochLines(ProgressBar):
-    """Prints the metrics of an epoch in one line when it has been validated."""
-
-    def __init__(self) -> None:
+    def __init__(self, refresh_rate: int) -> None:
         super().__init__()
-        self.enabled = True
-        self.started = 0.0
+        self.refresh_rate, self.enabled, self.validated = refresh_rate, True, False
+        self.bar: Progress | None = None
+        self.epoch_began = self.drawn = 0.0
+        self.began: tuple[float, float] | None = None  # time of the first batch's end, share of the run by then
 
     def enable(self) -> None:
         self.enabled = True
@@ -32,18 +35,121 @@ class EpochLines(ProgressBar):
     def disable(self) -> None:
         self.enabled = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.started = time.monotonic()  # a run resumed within an epoch starts no epoch
+    def print(self, *args: Any, **_: Any) -> None:
+        say(" ".join(map(str, args)))
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.started = time.monotonic()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch_began, self.validated = time.monotonic(), False  # a run resumed within an epoch starts no epoch
+        self.began = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch_began, self.validated = time.monotonic(), False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        total, done = trainer.num_training_batches, args[-1] + 1
+        self.show(trainer, position(trainer), done, total, share_of_run(trainer, done / total))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        done, total = args[2] + 1, batches[args[3] if len(args) > 3 else 0]
+        if trainer.state.fn == "fit":
+            of_epoch = 0 if trainer.sanity_checking else 1
+            self.show(trainer, f"{position(trainer)}, validating", done, total, share_of_run(trainer, of_epoch))
+        else:
+            self.show(trainer, "validating", done, total, done / total)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        done, total = args[2] + 1, trainer.num_test_batches[args[3] if len(args) > 3 else 0]
+        self.show(trainer, "testing", done, total, done / total)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated = not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
-            metrics = self.get_metrics(trainer, pl_module)
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "v_num")
-            seconds = time.monotonic() - self.started
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {numbers}  ({seconds:.1f} s)", flush=True)
+            say(epoch_line(trainer, self.validated, time.monotonic() - self.epoch_began, console().width))
+
+    def show(self, trainer: Trainer, title: str, done: int, total: float, share: float) -> None:
+        """Update the bar, if that is due, or print a line about an epoch that takes long.
+
+        Args:
+            trainer: of the run.
+            title: what is being done.
+            done, total: batches of it; `total` may be infinite.
+            share: of the run, or of a validation or test beside one, in [0, 1].
+        """
+        now = time.monotonic()
+        if self.began is None:
+            self.began, self.drawn = (now, share), now
+        is_due = (self.refresh_rate and done % self.refresh_rate == 0) or now - self.drawn > SLOWEST_SECONDS
+        on_terminal = console().is_terminal
+        if not (is_due and self.enabled) or now - self.drawn < (FRAME_SECONDS if on_terminal else FILE_SECONDS):
+            return
+        self.drawn = now
+        facts = f"{done:,} batches" if math.isinf(total) else f"{done:,}/{total:,} batches"
+        if share > self.began[1]:
+            left = (now - self.began[0]) * (1 - share) / (share - self.began[1])
+            facts += f", at most {duration(left)} left"
+        if not on_terminal:
+            say(f"{title}  {facts}")
+        elif self.refresh_rate:
+            if self.bar is None:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=None),
+                    TextColumn("{task.fields[facts]}"),
+                )
+                self.bar = Progress(*columns, console=console(), auto_refresh=False, transient=True, expand=True)
+                self.bar.add_task(title, total=1.0, facts=facts)
+                self.bar.start()
+            self.bar.update(self.bar.task_ids[0], description=title, completed=share, facts=facts, refresh=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = self.began = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+
+def position(trainer: Trainer) -> str:
+    """Where a run is: `epoch 3/10`, or `epoch 3, step 120/5,000` where `max_steps` ends it."""
+    last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+    steps = "" if trainer.max_steps == -1 else f", step {trainer.global_step:,}/{trainer.max_steps:,}"
+    return f"epoch {trainer.current_epoch + 1}{last}{steps}"
+
+
+def share_of_run(trainer: Trainer, of_epoch: float) -> float:
+    """How much of a run is done at most: early stopping may end it sooner."""
+    epochs = 0.0 if trainer.max_epochs in (None, -1) else (trainer.current_epoch + of_epoch) / trainer.max_epochs
+    return max(epochs, 0.0 if trainer.max_steps == -1 else trainer.global_step / trainer.max_steps)
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = math.ceil(seconds / 60), math.ceil(seconds / 3600)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 120 else f"{hours} h"
+
+
+def epoch_line(trainer: Trainer, validated: bool, seconds: float, width: int) -> str:
+    """The metrics of an epoch, those that matter most first, as many as fit into `width` columns."""
+    logged, end = trainer.callback_metrics, f"  {seconds:.{2 if seconds < 1 else 1}f} s"
+    others = sorted(trainer.progress_bar_metrics.keys() - set(FIRST), key=lambda name: (name[:4] != "val/", name))
+    missing = len(str(trainer.max_epochs)) - len(str(trainer.current_epoch + 1))
+    line = position(trainer) + " " * (missing if trainer.max_steps == -1 else 0)
+    parts = [metric_text(name, float(logged[name])) for name in (*FIRST, *others) if name in logged]
+    parts = [part for part in parts if validated or not part.startswith("val ")]
+    for part in parts:
+        if len(line) + 2 + len(part) + len(end) <= width:
+            line += f"  {part}"
+    return line + end
+
+
+def metric_text(name: str, value: float) -> str:
+    """`val acc 98.80%` for `val/acc`, `train loss 0.0519` for `train/loss`."""
+    is_share = name.endswith("acc")
+    number = f"{value:6.2%}" if is_share else f"{value:6.4f}" if abs(value) < 10 else f"{value:6.4g}"
+    return f"{name.replace('/', ' ').replace('_', ' ')} {number}"
 
 
 class LogInterval(Callback):

@@ -15,8 +15,9 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
 from thaw.evaluation.summary import count_parameters
-from thaw.freezing.table import format_table
+from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
+from thaw.run.console import as_text, say_fitted
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
@@ -50,9 +51,9 @@ class RunRecord(Callback):
         computer = {"device": str(trainer.strategy.root_device), "threads": torch.get_num_threads()}
         record = self.software | computer
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        table = format_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)
-        print(table, flush=True)
-        write_text(table + "\n", self.run_dir / "parameters.txt")
+        table = layer_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)
+        say_fitted(table)
+        write_text(as_text(table) + "\n", self.run_dir / "parameters.txt")
         write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")
         write_text(OmegaConf.to_yaml(self.config), self.run_dir / "config.yaml")
         resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import build, build_list, settle
-from thaw.run.console import quiet_libraries
+from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json
 
@@ -41,8 +41,10 @@ def evaluate_checkpoint(
     if not is_overridden("test_step", model):
         raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
     datamodule, test = build(cfg.data), FinalTest(str(run_dir))
-    settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": False}
-    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[test], logger=loggers)
+    shown = cfg.trainer.get("enable_progress_bar", True) and cfg.callbacks.get("progress")
+    bars = [build(cfg.callbacks.progress)] if shown else []
+    settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": bool(bars)}
+    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[test, *bars], logger=loggers)
     validated = {}
     if trainer.limit_val_batches != 0:
         (metrics,) = trainer.validate(model, datamodule, verbose=False)
@@ -71,7 +73,7 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
             path = best.best_model_path = best.format_checkpoint_name({})
             trainer.save_checkpoint(path)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            print(f"validation has chosen no weights: those of step {trainer.global_step}, the last, count", flush=True)
+            say(f"validation has chosen no weights: those of step {trainer.global_step}, the last, are the result")
     if trainer.limit_val_batches == 0 or not is_overridden("test_step", model):
         return None, path or None
     (metrics,) = trainer.validate(model, datamodule, ckpt_path=path or None, verbose=False)

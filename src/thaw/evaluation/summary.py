@@ -1,14 +1,17 @@
 """The few facts of a run or a probe that a person wants first, as `summary.json` and as text."""
 
 import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Trainer
 from omegaconf import DictConfig
+from rich.table import Table
 from torch import nn
 
 from thaw.classifier import Classifier
@@ -18,10 +21,12 @@ from thaw.evaluation.probes import Choice
 from thaw.freezing.policy import NEVER
 from thaw.run.command_line import setting
 from thaw.run.config import backbone_name
+from thaw.run.console import console, plural, say, say_fitted
 from thaw.run.files import write_json
 from thaw.run.loggers import add_to_summary, where_to_look
 from thaw.run.record import git_commit
 
+LOSSES = {"train/loss": "training", "val/loss": "validation"}  # of pretraining
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
 LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 
@@ -98,7 +103,7 @@ def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], sec
     }
     add_to_summary(trainer.loggers, {key: facts[key] for key in LOGGED if key in facts})
     write_json(facts, Path(cfg.run_dir) / "summary.json")
-    print(format_summary(facts, where_to_look(trainer.loggers)), flush=True)
+    say_summary(facts, where_to_look(trainer.loggers))
 
 
 def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:
@@ -111,11 +116,11 @@ def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, 
 
 
 def pretraining_facts(trainer: Trainer) -> dict[str, Any]:
-    """Of a pretraining run: the file that it wrote, and the last validation's metrics of its features."""
+    """Of a pretraining run: the file that it wrote, and its last losses and accuracy of the features."""
     output = getattr(trainer.lightning_module, "output", None)
     if output is None:
         return {}
-    metrics = {key: trainer.callback_metrics.get(key) for key in ("val/loss", "val/knn_acc")}
+    metrics = {key: trainer.callback_metrics.get(key) for key in (*LOSSES, "val/knn_acc")}
     rounded = {key: None if value is None else round(float(value), 6) for key, value in metrics.items()}
     return {**rounded, "backbone_file": output}
 
@@ -138,8 +143,13 @@ def checkpoint_mb(trainer: Trainer) -> float | None:
     return round(best.stat().st_size / 1e6, 3) if best.is_file() else None
 
 
-def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
-    """The `summary.json` of a run or a probe as aligned lines; `wandb` says how to see the run there."""
+def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
+    """Print the `summary.json` of a run or a probe: aligned lines, then what a person copies, each on its own line.
+
+    Args:
+        facts: the content of `summary.json`.
+        wandb: the commands that show and upload an offline run, or the address of another; empty without W&B.
+    """
     lines = {}
     if is_probe := "probe" in facts:
         ((name, chosen),) = facts["chosen"].items()
@@ -150,16 +160,18 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
     share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
     lines["trainable"] = f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters{share}"
     of_last = "" if facts.get("chosen", True) else ", of the last step's weights"
+    epochs = plural(facts["epochs"], "epoch")
     if facts["val/acc"] is not None:
-        which = "" if is_probe else of_last or f", best of {facts['epochs']} epochs"
+        which = "" if is_probe else of_last or f", best of {epochs}"
         lines["validation"] = f"{facts['val/acc']:.2%} accuracy{which}"
+    if "backbone_file" in facts:
+        lost = ", ".join(f"{facts[key]:.4f} in {split}" for key, split in LOSSES.items() if facts[key] is not None)
+        lines["loss"] = f"{lost or 'none'}, after {epochs}"
     if facts.get("val/knn_acc") is not None:
         lines["neighbours"] = f"{facts['val/knn_acc']:.2%} of validation images have the label of their 20 nearest"
-    if "backbone_file" in facts:
-        lines["for later"] = setting("backbone.weights", os.path.relpath(facts["backbone_file"]))
     if "heads" in facts:
-        best = f"lr {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
-        lines["head"] = f"{best}, best of {facts['heads']} on validation"
+        best = f"learning rate {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
+        lines["head"] = f"{best}: the best of {plural(facts['heads'], 'head')} on validation"
     if facts["test/acc"] is not None:
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
         lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{of_last}"
@@ -168,8 +180,33 @@ def format_summary(facts: Mapping[str, Any], wandb: str | None) -> str:
         lines["cost"] += f", at most {facts['peak_memory_gb']:.1f} GB of memory"
     if facts["checkpoint_mb"] is not None:
         lines["cost"] += f", a checkpoint of {facts['checkpoint_mb']:.2f} MB"
-    lines["run"] = os.path.relpath(facts["run_dir"])
-    if wandb:
-        lines["W&B"] = wandb
-    rule = "-" * 88
-    return "\n".join(["", rule, *(f"  {name:<12}{value}" for name, value in lines.items()), rule])
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=12)
+    for name, value in lines.items():
+        table.add_row(f"  {name}", value)
+    rule = "-" * min(88, console().width)
+    say(f"\n{rule}")
+    say_fitted(table)
+    say(f"  {'run':<12}{os.path.relpath(facts['run_dir'])}")
+    if "heads" in facts:
+        say(f"  {'picture':<12}{os.path.relpath(facts['run_dir'])}/report/lr_bank.png")
+    if "backbone_file" in facts:
+        same = [each for each in facts["overrides"].split() if re.match(r"backbone(?!\.weights)", each)]
+        weights = setting("backbone.weights", os.path.relpath(facts["backbone_file"]))
+        say_commands(
+            "next",
+            "fine-tune these weights",
+            [shlex.join(["python", "train.py", "experiment=few_labels", *same]) + f" {weights}"],
+        )
+    if len(wandb) > 1:
+        say_commands("W&B", "offline; look at the run, or upload it", wandb)
+    elif wandb:
+        say(f"  {'W&B':<12}{wandb[0]}")
+    say(rule)
+
+
+def say_commands(name: str, purpose: str, commands: Sequence[str]) -> None:
+    """Print commands on lines of their own, which can be copied."""
+    say(f"  {name:<12}{purpose}:")
+    for command in commands:
+        say(command, "cyan")

@@ -7,6 +7,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from thaw.freezing.table import span
+from thaw.run.console import plural, say
 
 
 class FreezeSchedule(Callback):
@@ -25,7 +26,7 @@ class FreezeSchedule(Callback):
         end = trainer.max_epochs or math.inf
         late = pl_module.thaw.after(end)
         if late and end > 0 and trainer.is_global_zero:
-            print(f"freeze: {len(late)} tensors would thaw after {min(late)} epochs or more; training ends after {end}")
+            say(f"freeze: {len(late)} tensors would thaw after {min(late)} epochs or more; training ends after {end}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         epoch, thaw = trainer.current_epoch, pl_module.thaw
@@ -35,7 +36,8 @@ class FreezeSchedule(Callback):
         if trainer.is_global_zero:
             depths = [thaw.depths[name] for name in thawed]
             numbers = sum(pl_module.get_parameter(name).numel() for name in thawed)
-            print(f"after {epoch} epochs: depth {span(min(depths), max(depths))} thaws, {numbers:,} parameters")
+            layers = f"depth {span(min(depths), max(depths))}, {numbers:,} parameters"
+            say(f"after {plural(epoch, 'epoch')}: {layers} start to train")
 
 
 def rebuild_ddp(trainer: Trainer) -> None:

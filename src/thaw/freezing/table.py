@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Group, RenderableType
+from rich.table import Table
 from torch import nn
 
 from thaw.freezing.policy import modes
 
 
-def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping], epoch: int) -> str:
+def layer_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Mapping], epoch: int) -> RenderableType:
     """One line for each run of equal layers: depth, parameters, whether they train (`after 3`: after 3 epochs), mode,
     peak lr and weight decay.
 
@@ -25,13 +27,12 @@ def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[M
     rows: list[Row] = []
     for name, parameter in model.named_parameters():
         group = group_of.get(id(parameter))
-        trains, rates = "no", f"{'-':>10}{'-':>8}"
+        trains, rates = "no", ("-", "-")
         if group is not None:
             trains = "yes" if group["from_epoch"] <= epoch else f"after {group['from_epoch']}"
-            rates = f"{group.get('initial_lr', group['lr']):>10.2e}{group['weight_decay']:>8.3g}"
+            rates = f"{group.get('initial_lr', group['lr']):.2e}", f"{group['weight_decay']:.3g}"
         mode = "train" if module_modes[modules[name.rpartition(".")[0]]] else "eval"
-        settings = f"  {trains:<8}{mode:<5}{rates}"
-        layer = Row(*split_name(name), depths[name], settings)
+        layer = Row(*split_name(name), depths[name], (trains, mode, *rates))
         row = next((row for row in reversed(rows) if row.continues(layer)), layer)
         if row is layer:
             rows.append(row)
@@ -40,15 +41,17 @@ def format_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[M
         row.tails.setdefault(layer.tail)
     labels = [row.label for row in rows]
     labels = [row.long_label if labels.count(label) > 1 else label for row, label in zip(rows, labels, strict=True)]
-    width = max(map(len, labels))
-    lines = [f"{'layers':<{width}}{'depth':>7}{'parameters':>12}  trains  mode    peak lr   decay"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("layers", overflow="fold")
+    for title in ("depth", "parameters", "trains", "mode", "peak lr", "decay"):
+        table.add_column(title, justify="left" if title in ("trains", "mode") else "right", no_wrap=True)
     for row, label in zip(rows, labels, strict=True):
-        lines.append(f"{label:<{width}}{span(row.depth, row.deepest):>7}{row.parameters:>12,}{row.settings}")
+        style = {"yes": "green", "no": "dim"}.get(row.settings[0])
+        table.add_row(label, span(row.depth, row.deepest), f"{row.parameters:,}", *row.settings, style=style)
     now = sum(parameter.numel() for parameter in trainable)
     ever = sum(parameter.numel() for group in groups for parameter in group["params"])
     first = "" if now == ever else f", {now:,} of them now"
-    lines.append(f"{ever:,} of {sum(row.parameters for row in rows):,} parameters train{first}")
-    return "\n".join(lines)
+    return Group(table, f"{ever:,} of {sum(row.parameters for row in rows):,} parameters train{first}")
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Row:
     first: int
     tail: str
     depth: int
-    settings: str
+    settings: tuple[str, ...]  # trains, mode, peak lr, weight decay
     last: int = -1
     deepest: int = -1
     parameters: int = 0
@@ -77,8 +80,7 @@ class Row:
     @property
     def long_label(self) -> str:
         """With the parts that are meant, where the others of the same layers have other settings."""
-        named = list(self.tails)
-        return f"{self.label} ({', '.join(named[:2])}{', ...' if len(named) > 2 else ''})"
+        return f"{self.label} ({next(iter(self.tails))}{', ...' if len(self.tails) > 1 else ''})"
 
 
 def split_name(parameter: str) -> tuple[str, int, str]:

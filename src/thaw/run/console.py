@@ -52,16 +52,19 @@ def console(stderr: bool = False) -> Console:
 
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
-    console(stderr).print(text, style=style)
+    if LogLines.brief and not stderr:
+        for line in as_text(text).splitlines():
+            logging.getLogger("thaw").info(line)
+    else:
+        console(stderr).print(text, style=style)
 
 
 def say_fitted(content: RenderableType) -> None:
     """Print a table or a panel in the width of the terminal; in a file it is as wide as it needs to be."""
-    out = console()
-    if out.is_terminal:
-        out.print(content, soft_wrap=False)
-    else:
+    if LogLines.brief or not console().is_terminal:
         say(as_text(content))
+    else:
+        console().print(content, soft_wrap=False)
 
 
 def as_text(content: RenderableType) -> str:
@@ -74,6 +77,19 @@ def as_text(content: RenderableType) -> str:
 def plural(count: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`."""
     return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+@contextmanager
+def brief() -> Iterator[None]:
+    """Keep off the screen what one of many runs says or logs as information; it goes to the log file alone.
+
+    Bars, warnings and errors stay.
+    """
+    LogLines.brief = True
+    try:
+        yield
+    finally:
+        LogLines.brief = False
 
 
 @contextmanager
@@ -111,10 +127,18 @@ def progress(
 class LogLines(logging.Handler):
     """Prints log records as lines of the console: a warning with that word before it, information as it is."""
 
+    brief = False  # see the function of this name
+
+    def __init__(self, stderr: bool) -> None:
+        super().__init__()
+        self.stderr = stderr
+
     def emit(self, record: logging.LogRecord) -> None:
-        style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
-        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        say(level + self.format(record), style)
+        warns = record.levelno >= logging.WARNING
+        if warns or not self.brief:
+            style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
+            level = f"{record.levelname.lower()}: " if warns else ""
+            console(self.stderr).print(level + self.format(record), style=style)
 
 
 class Stream(io.FileIO):

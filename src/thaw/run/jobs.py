@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.run.command import explain, show
 from thaw.run.command_line import setting
 from thaw.run.config import plain
-from thaw.run.console import lenient, say
+from thaw.run.console import brief, lenient, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import LOCK, is_locked, job_key
@@ -49,12 +49,12 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
         return run_in_folder(cfg, train)
     cfg.validate = cfg.test = False  # the winner alone is measured, at the end
     try:
-        with lenient():  # submitit starts a job without the script around it
+        with lenient(), in_one_line(cfg):  # submitit starts a job without the script around it
             return run_in_folder(cfg, train)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
             raise  # which has put the job back into the queue
-        print(show(error), file=sys.stderr, flush=True)
+        say(show(error), "red", stderr=True)
         return None
 
 
@@ -69,6 +69,19 @@ def run_in_folder(cfg: DictConfig, train: Callable[[DictConfig], float | None]) 
         with recorded(cfg), interruptible(run_dir):
             go_on(cfg)
             return train(cfg)
+
+
+@contextmanager
+def in_one_line(cfg: DictConfig) -> Iterator[None]:
+    """Print only how a job of a sweep ended, where others run in the same process; its log file holds the rest."""
+    if "SUBMITIT_EXECUTOR" in os.environ or not is_first_rank():
+        yield
+        return
+    with brief():
+        yield
+    facts = read_json(Path(cfg.run_dir) / SUMMARY)
+    result = "done" if facts["val/acc"] is None else f"val acc {facts['val/acc']:.2%}"
+    say(f"  {result}  {facts['seconds']:.1f} s  in {Path(cfg.run_dir).name}")
 
 
 def read_state(run_dir: Path) -> State:

@@ -187,18 +187,18 @@ def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
     return next((logger.experiment for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
-def where_to_look(loggers: list[Logger]) -> str | None:
-    """How to see the run in W&B: its address, or the commands for an offline run; None without W&B."""
+def where_to_look(loggers: list[Logger]) -> list[str]:
+    """How to see the run in W&B: its address, or two commands that show and upload an offline run."""
     run = wandb_run(loggers)
     if run is None:
-        return None
+        return []
     if not run.settings._offline:
-        return str(run.url)
+        return [str(run.url)]
     folder = Path(run.dir).parent
     every = f"offline-run-*-{run.id}*"  # a run that went on has several folders
     parent, name = shlex.quote(os.path.relpath(folder.parent)), folder.name
     upload = every if len(list(folder.parent.glob(every))) > 1 else name
-    return f"offline; look: wandb leet {parent}/{name}\n{'':<14}upload: wandb sync {parent}/{upload}"
+    return [f"wandb leet {parent}/{name}", f"wandb sync {parent}/{upload}"]
 
 
 def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:

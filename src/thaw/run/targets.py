@@ -22,7 +22,7 @@ LIGHTNING = {
     "lightning.pytorch.profilers.SimpleProfiler",
 }
 FUNCTIONS = {
-    "thaw.callbacks.progress.progress_bar",
+    "thaw.callbacks.progress.RunProgress",
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",

@@ -130,7 +130,7 @@ class GridSweep(Sweeper):
         for done, (name, of_job) in enumerate(zip(short_names(overrides), overrides, strict=True)):
             left = (time.monotonic() - started) * (len(jobs) - done) / done if done else None
             if is_first_rank():
-                say(f"\njob {done + 1} of {len(jobs)}{about_left(left)}: {shortened(name)}", "bold")
+                say(f"job {done + 1} of {len(jobs)}{about_left(left)}: {shortened(name)}", "bold")
             for job in self.launcher.launch([of_job], initial_job_idx=done):
                 _ = job.return_value
 

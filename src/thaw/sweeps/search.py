@@ -16,7 +16,7 @@ from optuna.trial import Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
 from thaw.run.command import cause_of, explain, show
-from thaw.run.console import plural, say
+from thaw.run.console import brief, plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
@@ -149,7 +149,8 @@ def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:
     with FileLock(run_dir / "job.lock"):  # another worker may have drawn the same values: wait for its result
         pass
     callbacks = [Pruning(trial, monitor="val/acc")] if [*plan.objectives] == [*ACCURACY] else []
-    run_in_folder(cfg, partial(plan.train, callbacks=callbacks))
+    with brief():
+        run_in_folder(cfg, partial(plan.train, callbacks=callbacks))
     summary = read_json(run_dir / SUMMARY)
     for key in ("trainable_params", "epochs", "seconds"):
         trial.set_user_attr(key, summary.get(key))
