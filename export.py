@@ -11,23 +11,25 @@ def main(cfg: DictConfig) -> None:
     from thaw.export.destination import check_request, destination, summary
     from thaw.export.export_file import export_file
     from thaw.predict.predictor import load_predictor
+    from thaw.run.checkpoint import read_checkpoint
     from thaw.run.console import say
 
     check_request(cfg)
     predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
     path = destination(cfg, predictor.checkpoint)
     source = load_source(predictor.cfg.data, {key: value for key, value in cfg.data.items() if value is not None})
+    trained = read_checkpoint(predictor.checkpoint, cfg.allow)["config"]["trainer"]["precision"]
     if cfg.format == "hub_folder":
         from thaw.export.hub_folder import export_folder
         from thaw.export.push import push
 
         facts = export_folder(predictor, source, cfg.license, path, cfg.allow)
-        say(summary(facts, path))
+        say(summary(facts, path, trained))
         if cfg.push:
             say(f"uploading to {cfg.push}")
             say(push(path, cfg.push, cfg.private))
     else:
-        say(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path))
+        say(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path, trained))
 
 
 if __name__ == "__main__":

@@ -235,6 +235,8 @@ def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) 
     assert (summary["best_lr"], summary["best_weight_decay"], summary["heads"]) == (lr, decay, 6)
     assert summary["val/acc"] == pytest.approx(best["val/acc"])
     assert f"learning rate {lr:g}, weight decay {decay:g}: the best of 6 heads on validation" in printed
+    assert (summary["trainable_params"], summary["total_params"]) == (1930, 2_684_170)
+    assert "1,930 of 2,684,170 parameters (0.07%) with one of 6 heads" in printed
     assert [float(row["best/lr"]) for row in rows if row["best/lr"]] == [lr]
     assert matplotlib.image.imread(run_dir / "report" / "lr_bank.png").std() > 0.05
     model = checkpoints.load_model(checkpoint)

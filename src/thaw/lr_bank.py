@@ -47,6 +47,11 @@ class BankClassifier(Classifier):
     best_acc: Tensor
     winner: dict[str, float]
 
+    @property
+    def spare_params(self) -> int:
+        """How many parameters the heads have that are not chosen."""
+        return sum(parameter.numel() for head in self.head.heads[1:] for parameter in head.parameters())
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, targets = self.training_features(batch)
         losses, sums = measure_heads(self.head.logits(features), targets, self.label_smoothing)
@@ -94,7 +99,7 @@ class BankClassifier(Classifier):
         if others:
             raise UserError(
                 f"head=lr_bank trains {len(self.head.names)} heads on one frozen backbone, but the freezing policy "
-                f"trains {others[0]} and {len(others) - 1} more tensors: no head would be independent of the others. "
+                f"trains other tensors, too, such as {others[0]}: no head would be independent of the others. "
                 "Use freeze=linear_probe, or a run for each rate: -m head=linear optim.lr=1e-4,1e-3."
             )
         if self.trainer.precision == "16-mixed":

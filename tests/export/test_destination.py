@@ -51,13 +51,15 @@ def test_where_it_goes(tmp_path: Path) -> None:
 def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"parity_digits": 500, "parity_largest_difference": 1e-6, "data_title": "mine"}
     facts |= {"test_accuracy": 0.97, "test_accuracy_interval": [0.95, 0.98], "test_digits": 500}
-    assert "WARNING" not in summary(facts, tmp_path)
+    said = summary(facts, tmp_path, "bf16-mixed")
+    assert "WARNING" not in said and "fp32; the run was trained and tested in bf16-mixed" in said
     facts |= {"quantized": "int8", "quantized_operators": {"MatMulInteger": 3}, "agreement_with_fp32": 0.9}
     facts |= {"largest_difference_to_fp32": 0.2, "fp32_test_accuracy": 0.975, "fp32_bytes": 10**6}
-    assert "WARNING" not in summary(facts, tmp_path)
+    said = summary(facts, tmp_path, "32-true")
+    assert "WARNING" not in said and "tested in" not in said
     (tmp_path / "weights").write_bytes(bytes(800))
-    assert "stays float32" in summary(facts | {"fp32_bytes": 1000}, tmp_path)
-    assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path)
+    assert "stays float32" in summary(facts | {"fp32_bytes": 1000}, tmp_path, "32-true")
+    assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path, "32-true")
 
 
 def test_command(train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:

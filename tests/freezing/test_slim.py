@@ -152,9 +152,13 @@ def test_start_from(train: Train, tiny_run: list[str]) -> None:
         for freeze in ("linear_probe", "lora", "gradual"):
             got = start_from(train, run, source, freeze)
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, msg=f"{name} -> {freeze}")
-    with pytest.raises(ValueError, match=r"start_from=.*best.ckpt holds another model \(\d+ tensors differ, e\.g\."):
+    with pytest.raises(
+        ValueError, match=r"start_from=.*best.ckpt holds another model \(\d+ of \d+ tensors differ, e\.g\."
+    ):
         train(*run, "head=mlp", f"start_from={source}", name="other head")
-    with pytest.raises(ValueError, match=r"start_from=.* holds another model \(\d+ tensors differ, e\.g\. backbone"):
+    with pytest.raises(
+        ValueError, match=r"start_from=.* holds another model \(\d+ of \d+ tensors differ, e\.g\. backbone"
+    ):
         train(
             *run, "backbone.weights=none", "freeze=full", "backbone.arguments.depth=2", f"start_from={source}", name="x"
         )

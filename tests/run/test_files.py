@@ -167,13 +167,34 @@ def test_nothing_goes_through_the_temporary_folder(tmp_path: Path, monkeypatch: 
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["w"].tolist() == [0, 0, 0]
 
 
-def test_others_may_read_what_is_written(tmp_path: Path) -> None:
-    before = os.umask(0o022)
+def test_every_file_follows_the_umask(
+    train: Callable[..., Path], command: Callable[..., int], tiny_run: list[str], tmp_path: Path
+) -> None:
+    """022 would not show a file that others may read although they should not, 077 none that they should."""
+    before = os.umask(0o027)
+    (tmp_path / "tiny.safetensors").chmod(0o640)
+    few = [*(word for word in tiny_run if word != "logger=none"), "trainer.max_epochs=1"]
     try:
-        write_text("x", tmp_path / "a")
+        run = train(*few)
+        train("experiment=pretrain_mae", *few, "test=false", name="pretrained")
+        for format, name in (("hub_folder", "hub"), ("torch_export", "model.pt2")):
+            given = [
+                f"ckpt={run}",
+                f"format={format}",
+                f"output={tmp_path / name}",
+                f"hydra.run.dir={tmp_path / name}_log",
+            ]
+            assert command("export.py", *given) == 0
+        few += [f"cache.dir={tmp_path / 'cache'}", "seed=0,1", "logger=none", "test=false"]
+        assert command("train.py", "-m", *few, f"hydra.sweep.dir={tmp_path / 'sweep'}") == 0
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+    files = list(tmp_path.rglob("*"))
+    modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in files}
+    wrong = {path: oct(mode) for path, mode in modes.items() if mode != (0o750 if Path(path).is_dir() else 0o640)}
+    assert not wrong and {"best.ckpt", "backbone.safetensors", "model.safetensors", "report.html"} <= {
+        path.name for path in files
+    }
 
 
 def test_long_and_odd_names(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from thaw.evaluation.summary import count_parameters
 from thaw.predict.predictor import Predictor
 
 TIMING_SECONDS = 1.0  # spent on each timing
@@ -22,7 +23,7 @@ def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
     model, device = predictor.model, predictor.fabric.device
     seconds_of_one, seconds_of_all = median_seconds(predictor, images[:1]), median_seconds(predictor, images)
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model)["total_params"],
         "flops": flops(model, images[:1].to(device)),
         "latency_ms": round(1000 * seconds_of_one, 3),
         "images_per_second": round(len(images) / seconds_of_all, 1),

@@ -107,12 +107,17 @@ def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], sec
 
 
 def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:
-    """How many numbers of a model train within so many epochs (None or -1: a run without end), and how many it has."""
+    """How many numbers of a model train within so many epochs (None or -1: a run without end), and how many it has.
+
+    Of a bank of heads only the chosen one counts.
+    """
     if isinstance(module, Classifier):
         trainable = module.thaw.count(NEVER if epochs is None or epochs < 0 else epochs)
     else:
         trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return {"trainable_params": trainable, "total_params": sum(p.numel() for p in module.parameters())}
+    spare = getattr(module, "spare_params", 0)
+    total = sum(parameter.numel() for parameter in module.parameters())
+    return {"trainable_params": trainable - spare, "total_params": total - spare}
 
 
 def pretraining_facts(trainer: Trainer) -> dict[str, Any]:
@@ -159,6 +164,8 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     lines["backbone"] = f"{facts['backbone']}, weights: {facts['weights']}"
     share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
     lines["trainable"] = f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters{share}"
+    if "heads" in facts:
+        lines["trainable"] += f" with one of {facts['heads']} heads"
     of_last = "" if facts.get("chosen", True) else ", of the last step's weights"
     epochs = plural(facts["epochs"], "epoch")
     if facts["val/acc"] is not None:

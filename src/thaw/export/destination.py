@@ -54,8 +54,8 @@ def destination(cfg: DictConfig, checkpoint: Path) -> Path:
     return path
 
 
-def summary(facts: Mapping[str, Any], path: Path) -> str:
-    """The measured facts in a few lines."""
+def summary(facts: Mapping[str, Any], path: Path, trained: str) -> str:
+    """The measured facts in a few lines; `trained` is the precision of the run."""
     low, high = facts["test_accuracy_interval"]
     lines = [
         f"parity     same classes on {facts['parity_digits']:,} images, probabilities within "
@@ -64,6 +64,10 @@ def summary(facts: Mapping[str, Any], path: Path) -> str:
         f"n = {facts['test_digits']:,}",
         f"data       {facts['data_title']}",
     ]
+    if not trained.startswith("32"):
+        lines.append(
+            f"precision  fp32; the run was trained and tested in {trained}, so that a few images may get another class"
+        )
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     if "quantized" in facts:
         operators = ", ".join(f"{count} {name}" for name, count in facts["quantized_operators"].items())

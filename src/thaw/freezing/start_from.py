@@ -37,7 +37,7 @@ def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     differ += list(theirs)
     if differ:
         raise UserError(
-            f"start_from={path} holds another model ({len(differ)} tensors differ, e.g. {differ[0]}). "
+            f"start_from={path} holds another model ({len(differ)} of {len(own)} tensors differ, e.g. {differ[0]}). "
             "Choose the backbone and head that it was trained with."
         )
     model.load_state_dict({name: own[name] if tensor is None else tensor for name, tensor in given.items()})

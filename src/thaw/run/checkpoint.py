@@ -208,10 +208,11 @@ def load_model(checkpoint: dict[str, Any]) -> Any:
         raise UserError(
             f"{path} cannot be rebuilt: {reason}. Commit {checkpoint['git_commit']} wrote it; check that out to use it."
         ) from error
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    state = model.state_dict()
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(
-            f"{path} holds weights that are not finite ({len(broken)} tensors, e.g. {broken[0]}), as after training "
-            "that diverged; give another checkpoint."
+            f"{path} holds weights that are not finite ({len(broken)} of {len(state)} tensors, e.g. {broken[0]}), as "
+            "after training that diverged; give another checkpoint."
         )
     return model.eval()

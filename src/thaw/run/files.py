@@ -44,6 +44,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         for file in new.rglob("*"):
+            if file.is_file():  # safetensors writes with mode 0600
+                file.chmod(new.stat().st_mode & 0o666)
             sync(file)
         if path.exists():
             path.replace(part / "replaced")
