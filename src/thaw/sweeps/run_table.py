@@ -83,7 +83,6 @@ def write_run_table(
     write_text(format_markdown(table, title, facts, pictures, out), out / "report.md")
     ranked = [group for group in table.groups if group.done]
     columns = setting_columns(ranked)
-    marks = [group.mark for group in table.groups for _ in group.runs]
     above = Path(os.path.commonpath([run.folder.parent for run in table.runs]))
     write_page(
         out / "report.html",
@@ -93,15 +92,14 @@ def write_run_table(
         notes=format_notes(table.groups, table.objectives),
         setting_columns=[*((key, True) for key in columns), *((name, False) for name in MEASURES)],
         settings=[group_cells(group, columns) for group in ranked],
-        several_objectives="Pareto" in marks,
-        marked=[place for place, group in enumerate(ranked) if group.mark],
+        marks=[group.mark for group in ranked],
         pictures=pictures,
         lost=lost_runs(table.groups),
         warnings=table.warnings,
         above=above,
         run_columns=[(name, name in RUN_TEXTS) for name in RUN_COLUMNS],
         runs=[run_cells(run, group.label, above) for group in table.groups for run in group.runs],
-        marked_runs=[place for place, mark in enumerate(marks) if mark],
+        run_marks=[group.mark for group in table.groups for _ in group.runs],
     )
     return table
 
