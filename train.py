@@ -68,7 +68,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
-    """Train, go on with an earlier run, or do a job of a sweep, if it is not done already."""
+    """Train, resume an earlier run, or do a job of a sweep, if it is not done already."""
     from hydra.core.hydra_config import HydraConfig
 
     from thaw.run.jobs import refuse_chdir, run_job

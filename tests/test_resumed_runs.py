@@ -121,7 +121,7 @@ def test_the_last_checkpoint_of_what_was_cut_off(
 ) -> None:
     """The cut comes after rows of metrics and steps that no checkpoint knows of.
 
-    What crashed is resumed by name; what was interrupted goes on by itself in its own folder, with its own metrics.
+    What crashed is resumed by name; what was interrupted resumes by itself in its own folder, with its own metrics.
     """
     run = [*(setting for setting in tiny_run if setting not in ("logger=none", "callbacks.lr_monitor=null"))]
     run += ["logger=csv", "trainer.log_every_n_steps=1", "trainer.plugins.0.seconds=0", "trainer.max_epochs=3"]

@@ -84,8 +84,8 @@ class BankClassifier(Classifier):
 
     def means(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of each head (H,), over the images of all processes."""
-        loss, right, images = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        return loss / images, right / images
+        loss, correct, images = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return loss / images, correct / images
 
     def setup(self, stage: str) -> None:
         if not isinstance(self.head, LRBank):
@@ -245,7 +245,7 @@ class BankRecipe(OptimizerRecipe):
 
 
 def measure_heads(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The mean loss of each head (H,), and sums over the batch (3, H): of loss, right answers and images.
+    """The mean loss of each head (H,), and sums over the batch (3, H): of loss, correct predictions and images.
 
     Args:
         logits: (B, H, K).
@@ -256,6 +256,6 @@ def measure_heads(logits: Tensor, targets: Tensor, label_smoothing: float) -> tu
     rows = targets.repeat_interleave(heads, dim=0)  # (B H,) or (B H, K)
     losses = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none", label_smoothing=label_smoothing)
     losses = losses.view(images, heads)
-    right = (logits.argmax(dim=2) == main_labels(targets)[:, None]).sum(dim=0)
+    correct = (logits.argmax(dim=2) == main_labels(targets)[:, None]).sum(dim=0)
     total = losses.detach().float().sum(dim=0)
-    return losses.mean(dim=0), torch.stack([total, right, torch.full_like(total, images)])
+    return losses.mean(dim=0), torch.stack([total, correct, torch.full_like(total, images)])

@@ -28,7 +28,7 @@ class OptimizerRecipe:
         layer_decay: each layer down multiplies the learning rate by this (Clark et al. 2020, section 3.3.2); 1 is off.
         warmup_fraction: share of all steps in which the learning rate rises linearly.
         final_lr_fraction: the learning rate falls by a cosine to this fraction of the peak (Loshchilov & Hutter 2016).
-        lr_scaling: what a step on k times the digits does to the learning rate, k being the number of processes times
+        lr_scaling: what a step on k times the images does to the learning rate, k being the number of processes times
             trainer.accumulate_grad_batches: `none`; `linear`, times k (Goyal et al. 2017, section 2.1); `sqrt`, times
             the square root of k (Krizhevsky 2014, section 5).
     """
@@ -142,7 +142,7 @@ class OptimizerRecipe:
 
 
 class Schedule(LambdaLR):
-    """LambdaLR, except that a run that goes on has the learning rates and weight decays of its configuration.
+    """LambdaLR, except that a resumed run has the learning rates and weight decays of its configuration.
 
     torch takes them from the checkpoint, so that `resume=<run> optim.lr=1e-4` would change nothing.
     """

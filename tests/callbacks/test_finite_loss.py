@@ -144,7 +144,7 @@ def test_the_message_names_the_last_good_checkpoint(tmp_path: Path, seconds: flo
     with pytest.raises(ValueError) as caught:
         fit(Model([1.0] * 6 + [float("nan"), 1.0]), plugins=plugins, **saving(tmp_path))
     path = tmp_path / "last.ckpt"
-    assert f"weights are in {path}; go on with resume={path} optim.lr=<below 1.2e-01>." in str(caught.value)
+    assert f"weights are in {path}; continue with resume={path} optim.lr=<below 1.2e-01>." in str(caught.value)
     assert torch.load(path, weights_only=True)["global_step"] == 4  # there once the run has ended
 
 

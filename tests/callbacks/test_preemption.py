@@ -1,4 +1,4 @@
-"""A run that gets a signal ends at once, and goes on as if it had not."""
+"""A run that gets a signal ends at once, and resumes as if it had not."""
 
 import csv
 import os

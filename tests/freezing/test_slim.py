@@ -102,7 +102,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     results = evaluate_checkpoint(states(slim), OmegaConf.create(states(slim)["config"]), tmp_path / "eval", loggers=[])
     assert results["test/acc"] == summary["test/acc"] and results["n_test"] == summary["n_test"] == 500
 
-    resumed = train(f"resume={slim}", "trainer.max_epochs=3", "test=false", name="longer")  # its own policy goes on
+    resumed = train(f"resume={slim}", "trainer.max_epochs=3", "test=false", name="longer")  # its own policy continues
     assert states(resumed, "last")["epoch"] == 2
 
     with pytest.raises(ValueError) as refused:

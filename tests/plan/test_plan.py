@@ -196,17 +196,17 @@ def test_schedules_are_planned_where_most_trains(policy: str) -> None:
     assert tiny_step(policy).activations == tiny_step("full").activations
 
 
-@pytest.mark.parametrize(("policy", "kept"), [("last_blocks", TOKENS * WIDTH * 2), ("linear_probe", WIDTH * 4)])
-def test_bytes_in_the_cache(policy: str, kept: int) -> None:
+@pytest.mark.parametrize(("policy", "cached"), [("last_blocks", TOKENS * WIDTH * 2), ("linear_probe", WIDTH * 4)])
+def test_bytes_in_the_cache(policy: str, cached: int) -> None:
     overrides = ["freeze.k=1"] if policy == "last_blocks" else []
-    assert tiny_step(policy, *overrides).kept == kept  # tokens in bf16, pooled features in float32
+    assert tiny_step(policy, *overrides).cached == cached  # tokens in bf16, pooled features in float32
 
 
 # Several devices
 
 
 def plan(devices: int, sharded: bool, **changes: Any) -> Plan:
-    values: dict[str, Any] = {"parameters": 0, "trained": 0, "cut": 1, "num_tokens": 16, "kept": 10, "filling": 0}
+    values: dict[str, Any] = {"parameters": 0, "trained": 0, "cut": 1, "num_tokens": 16, "cached": 10, "filling": 0}
     values |= {
         "weights": 800,
         "gradients": 400,

@@ -160,7 +160,7 @@ def test_a_pretraining_run_points_to_its_backbone(tmp_path: Path) -> None:
 def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
     train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the user's home nor the run's folder is in the file; after a move it goes on with its best so far."""
+    """Neither the user's home nor the run's folder is in the file; after a move it resumes with its best so far."""
     monkeypatch.setenv("HOME", str(tmp_path))
     run_dir = train(*tiny_run, "trainer.max_epochs=2", "optim.lr=1e-12", f"+note='x={tmp_path}/y'")
     for name in ("best", "last"):

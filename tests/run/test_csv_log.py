@@ -1,4 +1,4 @@
-"""A run that goes on in its own folder writes the CSV that it would have written without the break."""
+"""A run resumed in its own folder writes the CSV that it would have written without the break."""
 
 import csv
 from pathlib import Path

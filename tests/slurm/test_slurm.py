@@ -111,7 +111,7 @@ def test_two_tasks_are_one_run_and_a_preempted_one_goes_on_exactly(tmp_path: Pat
     wait_for("done", lambda: state(job) == "COMPLETED")
     cut = only_run(tmp_path / "cut")  # one folder for both processes and both tries
     output = (tmp_path / "cut" / "output").read_text()
-    assert output.count("SIGUSR1: step") == 1 and "was cut off; going on" in output, output
+    assert output.count("SIGUSR1: step") == 1 and "was cut off; resuming" in output, output
     assert (cut / "summary.json").exists() and not (cut / "failure.json").exists(), output
     assert not list(cut.glob("hpc_ckpt*"))  # of Lightning's own handler
     ids = {folder.name.rpartition("-")[2] for folder in cut.glob("wandb/offline-run-*")}
@@ -157,7 +157,7 @@ def test_a_sweep_whose_first_job_is_preempted(tmp_path: Path) -> None:
 
     runs = sweep(tmp_path / "slurm", "submitit_slurm", preempt_the_first)
     (job,) = tmp_path.glob("slurm/logs/sweeps/*/.submitit/*_0/*_0_log.out")
-    assert job.read_text().count("SIGUSR2: step") == 1 and "going on from its last" in job.read_text()
+    assert job.read_text().count("SIGUSR2: step") == 1 and "resuming from its last" in job.read_text()
 
     expected = sweep(tmp_path / "local", "submitit_local", lambda process: None)
     assert len(expected) == 2 and runs.keys() == expected.keys()

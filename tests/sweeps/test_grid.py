@@ -40,7 +40,7 @@ def test_the_same_command_runs_only_what_failed(sweep: Sweep, trained: Trained, 
     trained.fails = lambda cfg: None
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert rates(trained) == [0.01, 0.1, 0.2, 0.1]
-    assert "2 done already, 1 failed: they are tried again" in capsys.readouterr().out
+    assert "2 done already, 1 failed: they are retried" in capsys.readouterr().out
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert len(trained) == 4
 

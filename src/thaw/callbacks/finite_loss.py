@@ -88,7 +88,7 @@ def way_back(trainer: Trainer) -> str:
             if path and (path in held or Path(path).is_file()):
                 rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
                 typed = setting("resume", path)
-                return f"The last good weights are in {path}; go on with {typed} optim.lr=<below {rate:.1e}>."
+                return f"The last good weights are in {path}; continue with {typed} optim.lr=<below {rate:.1e}>."
     return "The weights before this step are in the run's checkpoints folder, if an epoch was completed."
 
 

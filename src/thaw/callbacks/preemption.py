@@ -119,7 +119,7 @@ class Preemption(Checkpoint):
             self.end(trainer, self.received)
 
     def save(self, trainer: Trainer) -> None:
-        """Save and end, if a signal has come, the step is complete and training would go on."""
+        """Save and end, if a signal has come, the step is complete and training would continue."""
         if not self.agreed or not self.whole or trainer.should_stop:  # no checkpoint knows that it should stop
             return
         trainer.save_checkpoint(self.last)
@@ -170,7 +170,7 @@ def close_loggers(loggers: list[Logger], status: int) -> None:
         run.mark_preempting()
         wandb.finish(exit_code=status)
     except OSError as error:  # W&B's own process has got the signal too
-        log.warning("The W&B run was not closed (%s); it goes on when this run does.", error)
+        log.warning("The W&B run was not closed (%s); it continues when this run does.", error)
 
 
 def requeue() -> None:
@@ -180,6 +180,6 @@ def requeue() -> None:
     if done.returncode:
         print(
             f"error: SLURM job {job} was not requeued ({done.stderr.strip()}). Submit it again with "
-            "`#SBATCH --requeue`, or start the same command in the same run folder: it goes on from last.ckpt.",
+            "`#SBATCH --requeue`, or start the same command in the same run folder: it resumes from last.ckpt.",
             file=sys.stderr,
         )

@@ -74,7 +74,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
             self.teardown()  # last.ckpt names best.ckpt, which may not be older
             write_checkpoint(checkpoint, path)
             self.written[path] = time.monotonic()
-        else:  # a copy, as training goes on
+        else:  # a copy, as training continues
             self.held[path] = tree_map_only(Tensor, lambda tensor: tensor.to("cpu", copy=True), checkpoint)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:

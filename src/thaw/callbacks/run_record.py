@@ -31,7 +31,7 @@ class RunRecord(Callback):
 
     A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt,
     `checkpoint["git_commit"]` names the code, `checkpoint["classes"]` the classes, and `checkpoint["wandb_id"]` the W&B
-    run that a resumed run goes on with.
+    run that a resumed run continues.
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.

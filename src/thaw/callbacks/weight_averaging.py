@@ -1,4 +1,4 @@
-"""A moving average of the weights: validated, saved and tested in their place, while training goes on."""
+"""A moving average of the weights: validated, saved and tested in their place, while training continues."""
 
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ class EMA(Callback):
     """Exponential moving average of the trained weights after every optimizer step (Polyak & Juditsky 1992).
 
     Validation runs on the average, so `val/acc`, early stopping and best.ckpt are about it. A checkpoint's `state_dict`
-    holds the average, so whoever loads it gets that; `current_weights` holds the weights that training goes on with, of
+    holds the average, so whoever loads it gets that; `current_weights` holds the weights that training resumes with, of
     averaged tensors only.
 
     Statistics of batch norms are not averaged, as in torch's `AveragedModel`: they are running averages already, and an
@@ -98,7 +98,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A run that is resumed goes on with the current weights; whoever validates or tests stays with the average."""
+        """A resumed run continues with the current weights; whoever validates or tests stays with the average."""
         if trainer.state.fn != TrainerFn.FITTING or "current_weights" not in checkpoint:
             return
         tensors = dict(pl_module.named_parameters()) | dict(pl_module.named_buffers())

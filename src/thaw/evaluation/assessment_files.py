@@ -34,8 +34,8 @@ def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
                 f"{first.facts['data_source']}, and {second.facts['dataset']}, {second.facts['data_source']}), so that "
                 "they cannot be compared; set data.source=official or data.source=sample for both."
             )
-        right = [model.logits.argmax(dim=1) == model.test.labels for model in (first, second)]
-        only_first, only_second, p_value = mcnemar(*right)
+        correct = [model.logits.argmax(dim=1) == model.test.labels for model in (first, second)]
+        only_first, only_second, p_value = mcnemar(*correct)
         found = {"only_first_right": only_first, "only_second_right": only_second, "p_value": p_value}
         pairs.append({"models": [first.label, second.label], **found})
     return pairs

@@ -39,7 +39,7 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     Args:
         backbone: changed in place; its weights are then called `<layer>.parametrizations.weight.original`.
         match: regular expression for the whole name of a layer, e.g. `.*\\.attn\\.(qkv|proj)`.
-        last: only in the last so many layers of the backbone, so that what lies below can be kept; None is all.
+        last: only in the last so many layers of the backbone, so that what lies below can be cached; None is all.
         rank: r, from 1 to the smaller side of the matrices.
         alpha: scale of the update.
 

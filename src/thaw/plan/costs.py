@@ -46,7 +46,7 @@ def plan_devices(model: str, policy: str, step: Step, images: int, devices: int,
         sent=sent,
         once=images * step.frozen_flops,
         epoch=images * (step.forward_flops + step.backward_flops),
-        cache=images * step.kept,
+        cache=images * step.cached,
     )
 
 
@@ -67,7 +67,7 @@ def format_plans(settings: PlanSettings, plans: Sequence[Plan]) -> str:
         whole = (plan.once, plan.epoch, plan.once + plan.epoch)
         row = [*names, *(f"{flops / 1e9:,.2f}" for flops in per_image), *(f"{flops / 1e15:,.1f}" for flops in whole)]
         row += [f"{flops / speed:,.2f}" for flops in whole]
-        row += [f"{step.kept / 1e3:,.1f}", f"{plan.cache / 1e9:,.1f}", f"{settings.rate * step.kept / 1e9:,.3f}"]
+        row += [f"{step.cached / 1e3:,.1f}", f"{plan.cache / 1e9:,.1f}", f"{settings.rate * step.cached / 1e9:,.3f}"]
         work.append(row)
     return "\n".join(
         [

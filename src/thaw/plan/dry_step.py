@@ -41,7 +41,7 @@ class Step:
     optimizer: int  # its state
     activations: int  # beside these at the step's peak: tensors that autograd saves, and temporary ones
     filling: int  # beside the weights while the cache is filled
-    kept: int  # of one image in the cache; 0 where no layer is frozen below all that trains
+    cached: int  # of one image in the cache; 0 where no layer is frozen below all that trains
     units: list[tuple[int, int]]  # weights and gradients of each layer of the backbone and of the head
     frozen_flops: float  # of the layers below the cut, forward
     forward_flops: float  # of everything above it
@@ -127,7 +127,7 @@ class DryRun:
             optimizer=state,
             activations=memory.peak - weights - gradients - state,
             filling=filling if cached else 0,
-            kept=features.nbytes // self.batch_size if features is not None else 0,
+            cached=features.nbytes // self.batch_size if features is not None else 0,
             units=self.units(),
             frozen_flops=frozen_flops / self.batch_size,
             forward_flops=(forward - (0 if cached else frozen_flops)) / self.batch_size,

@@ -1,4 +1,4 @@
-"""The metrics of a run as a CSV file, which a run that goes on in its own folder continues."""
+"""The metrics of a run as a CSV file, which a run that is resumed in its own folder continues."""
 
 import csv
 import io
@@ -16,13 +16,13 @@ from thaw.run.files import write_errors, write_text
 
 
 class RunCSV(CSVLogger):
-    """Lightning's CSV logger, except that a run that goes on in its own folder keeps the rows that it wrote before.
+    """Lightning's CSV logger, except that a run resumed in its own folder keeps the rows that it wrote before.
 
     Rows of steps that are made again are dropped, so that no step stands there twice.
 
     Args:
         save_dir, name, version, flush_logs_every_n_steps: as in Lightning.
-        resume: the checkpoint that the run goes on from, or None.
+        resume: the checkpoint that the run resumes from, or None.
     """
 
     def __init__(

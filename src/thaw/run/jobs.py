@@ -120,7 +120,7 @@ def go_on(cfg: DictConfig) -> None:
     except UserError as error:
         log.warning("%s Starting from scratch.", error)
         return
-    log.info("%s was cut off; going on from its last checkpoint.", os.path.relpath(run_dir))
+    log.info("%s was cut off; resuming from its last checkpoint.", os.path.relpath(run_dir))
     cfg.resume = str(run_dir / LAST_CHECKPOINT)
     if cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.id = last["wandb_id"]

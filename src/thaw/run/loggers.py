@@ -45,7 +45,7 @@ class RunWandb(WandbLogger):
                 raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
             for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
-            self.best = {name: run.summary.get(name) for name in BETTER}  # a run that goes on online has some
+            self.best = {name: run.summary.get(name) for name in BETTER}  # a run that is resumed online has some
             show_in_sweep(Path(run.dir).parent)
         return self._experiment
 
@@ -96,7 +96,7 @@ def wandb_logger(
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
         save_code: keep the program and a patch with the uncommitted changes of thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
-        id: of the W&B run to go on with, or None for a new one.
+        id: of the W&B run to continue, or None for a new one.
     """
     if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
         return NoLogger()

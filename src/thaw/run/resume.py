@@ -1,4 +1,4 @@
-"""Resuming: find the run to go on with, change its configuration as typed, and say whether it had ended."""
+"""Resuming: find the run to resume, change its configuration as typed, and say whether it had ended."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved, path, checkpoint = find_saved(cfg.resume, experiment, [*cfg.allow, *targets(cfg)])
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise UserError(
-            f"{path or cfg.resume} is a run of experiment {saved.name} and goes on with its own configuration; leave "
+            f"{path or cfg.resume} is a run of experiment {saved.name} and continues with its own configuration; leave "
             "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
             "trainer=gpu."
         )
@@ -71,7 +71,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
         raise UserError(
             f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
-            "other parameters. Leave freeze out to go on, or start a new run from its weights alone: "
+            "other parameters. Leave freeze out to resume, or start a new run from its weights alone: "
             f"{setting('start_from', path)} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, path and str(path)

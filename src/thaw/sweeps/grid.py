@@ -212,8 +212,8 @@ def to_be_run(jobs: Sequence[Job], folder: Path) -> list[Job]:
     found = {
         "done": "{} done already",
         "running": "{} running in another process",
-        "cut off": "{} cut off: they go on from their last checkpoint",
-        "failed": "{} failed: they are tried again",
+        "cut off": "{} cut off: they resume from their last checkpoint",
+        "failed": "{} failed: they are retried",
         "new": "{} to be run",
     }
     summary = ", ".join(text.format(counts[state]) for state, text in found.items() if counts[state])

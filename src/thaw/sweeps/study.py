@@ -1,7 +1,7 @@
 """The study behind a search: its storage, its samplers, and the state of its trials.
 
 All workers of a study share its folder. They ask for trials one at a time, and each holds a lock during its trial: the
-next worker sees by the lock that a trial's worker has died, and goes on from the trial's last checkpoint. (Optuna's
+next worker sees by the lock that a trial's worker has died, and resumes from the trial's last checkpoint. (Optuna's
 heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
@@ -27,7 +27,7 @@ from thaw.run.config import build
 from thaw.run.errors import UserError
 from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
-CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or goes on with
+CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or continues
 WORKER = "worker"  # attribute of a trial: the process that runs it; set once its lock is held
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
 STATES = {
@@ -35,7 +35,7 @@ STATES = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "running or cut off",
-    TrialState.WAITING: "to be tried again",
+    TrialState.WAITING: "to be retried",
 }
 STORAGE_SECONDS = 100.0  # to wait for other workers to let go of the storage
 
@@ -110,7 +110,7 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
     """The sampler for the next trial, new for each trial.
 
     Its seed is computed from the configured seed and the number of trials drawn before, so that workers draw different
-    trials, and an interrupted study goes on with the draws that it would have had. Grids and quasi-random sequences
+    trials, and an interrupted study continues with the draws that it would have had. Grids and quasi-random sequences
     have one order for all trials.
 
     Raises:
@@ -160,7 +160,7 @@ def num_ended(study: optuna.Study) -> int:
 
 
 def put_back(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a trial's parameters again, with the values reported so far: its run goes on from its checkpoint."""
+    """Queue a trial's parameters again, with the values reported so far: its run resumes from its checkpoint."""
     if trial.state == TrialState.RUNNING:
         study.tell(trial.number, state=TrialState.FAIL)
     if not trial.params:
