@@ -45,9 +45,13 @@ def test_the_same_command_runs_only_what_failed(sweep: Sweep, trained: Trained, 
     assert len(trained) == 4
 
 
-def test_an_interrupted_sweep_goes_on(sweep: Sweep, trained: Trained) -> None:
+def test_an_interrupted_sweep_counts_all_its_jobs_and_goes_on(sweep: Sweep, trained: Trained, capsys) -> None:
     trained.fails = lambda cfg: KeyboardInterrupt() if cfg.optim.lr == 0.1 else None
     assert sweep("optim.lr=0.01,0.1,0.2") == 130
+    said = capsys.readouterr()
+    assert "job 2 of 3, about " in said.out and "job 3 of 3" not in said.out
+    assert "3 runs of 3 settings: 1 done, 1 interrupted, 1 waiting." in said.out
+    assert "not done: 2 of 3 jobs. To go on, run the same command again:\n  " in said.err
     trained.fails = lambda cfg: None
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert rates(trained) == [0.01, 0.1, 0.1, 0.2]
@@ -147,6 +151,12 @@ def test_nothing_starts_when_a_job_could_not(
     assert message in capsys.readouterr().err
     assert not trained
     assert not (tmp_path / "sweep").exists()
+
+
+def test_submitit_opens_without_a_warning_of_hydra(sweep: Sweep, recwarn: pytest.WarningsRecorder) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", exc_type=ImportError)
+    assert sweep("hydra/launcher=submitit_local", "optim.lr=fast,slow") == 1
+    assert not [warning for warning in recwarn if "ConfigStore" in str(warning.message)]
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("always", 2), (True, 1), (False, 0)])

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from thaw.run import console
 from thaw.sweeps import job_queue, machine
 
 Sweep = Callable[..., int]
@@ -134,7 +136,7 @@ def alive(tmp_path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("wanted", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_ends_all(wanted: signal.Signals, sweep: Sweep, tmp_path: Path) -> None:
+def test_an_interruption_ends_all(wanted: signal.Signals, sweep: Sweep, tmp_path: Path, capsys) -> None:
     def interrupt() -> None:
         while not list((tmp_path / "sweep").glob("*/child")):
             time.sleep(0.05)
@@ -144,6 +146,7 @@ def test_an_interruption_ends_all(wanted: signal.Signals, sweep: Sweep, tmp_path
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=interrupt, daemon=True).start()
     assert sweep(QUEUE, "seed=3,4,5,6") == 130
+    assert "4 runs of 1 setting: " in capsys.readouterr().out  # also those that have not started
     assert not alive(tmp_path)
     assert signal.getsignal(signal.SIGTERM) == before
     assert not by_seed(tmp_path / "sweep", "failure.json")  # cut off, not failed
@@ -181,6 +184,7 @@ def test_free_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_on_a_terminal(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(console, "stream_console", cache(console.stream_console.__wrapped__))  # knows no terminal
     assert sweep(QUEUE, "seed=0,2,7") == 1
     printed = capsys.readouterr().out
     assert "epoch 1/2 going" in printed and "core 1" in printed  # of running jobs

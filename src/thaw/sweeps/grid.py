@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -41,6 +40,7 @@ from thaw.sweeps.ending import measure_winners, say_how_to_go_on, say_where, sho
 from thaw.sweeps.run_table import write_run_table
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 INTERRUPTED = 128 + signal.SIGINT  # exit status
 
 
@@ -121,11 +121,13 @@ class GridSweep(Sweeper):
     def launch(self, jobs: Sequence[Job]) -> None:
         """Run jobs; those that the basic launcher runs in this process are announced, one by one."""
         overrides = [job.overrides for job in jobs]
-        if not isinstance(self.launcher, BasicLauncher):
+        if jobs and "submitit" in self.config.hydra.launcher._target_:  # which says nothing while it waits
+            say(f"waiting for {plural(len(jobs), 'job')}; output in {os.path.relpath(self.folder / '.submitit')}")
+        if self.config.hydra.launcher._target_ != BASIC_LAUNCHER:  # its class may be loaded twice
             ended = self.launcher.launch(overrides, initial_job_idx=0) if jobs else []
             _ = [job.return_value for job in ended]  # raises the error of a job that left no record
             return
-        logging.getLogger(BasicLauncher.__module__).setLevel(logging.WARNING)  # it would announce each job as #0
+        logging.getLogger(BASIC_LAUNCHER.rpartition(".")[0]).setLevel(logging.WARNING)  # it calls each job #0
         started = time.monotonic()
         for done, (name, of_job) in enumerate(zip(short_names(overrides), overrides, strict=True)):
             left = (time.monotonic() - started) * (len(jobs) - done) / done if done else None
