@@ -193,7 +193,7 @@ def check_options(config_name: str) -> None:
         option = unknown[0]
         key, _, value = option.lstrip("-").partition("=")
         behind = sys.argv[sys.argv.index(option) + 1 :]
-        value = value or (behind[0] if behind and "=" not in behind[0] else "<value>")
+        value = value or (behind[0] if behind and "=" not in behind[0] else "true")
         meant = f"{key.replace('-', '_')}={value}"
         try:
             with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -41,7 +41,10 @@ def explain_composition(error: HydraException) -> str:
     if first.startswith("Ambiguous value"):
         override = first.split("'")[1]
         key, _, value = override.partition("=")
-        return f"{override} holds several values: add -m to run each of them, or type a list: {key}=[{value}]."
+        return (
+            f"{override} holds several values. To run each of them: python {Path(sys.argv[0]).name} -m {override}. For "
+            f"a list: {key}=[{value}]."
+        )
     cause: Any = error.__cause__
     if advice.startswith("To append") and isinstance(cause, OmegaConfBaseException):
         return explain_key(advice.partition("+")[2], cause.parent_node)
@@ -57,14 +60,18 @@ def explain_option(file: str, options: Iterable[str]) -> str:
     return f"{group}={option} does not exist{did_you_mean(found and f'{group}={found}')}\noptions: {', '.join(known)}"
 
 
-def explain_key(override: str, parent: DictConfig) -> str:
-    """That a key does not exist in `parent`, a part of the composed configuration."""
+def explain_key(override: str, parent: Any) -> str:
+    """That a key does not exist in `parent`, a part of the composed configuration or one of its values."""
     key, _, value = override.partition("=")
-    place = key.rpartition(".")[0]
+    if not isinstance(parent, DictConfig) or not parent:
+        place = key.rpartition(".")[0]
+        return f"{key} is not a setting{did_you_mean(f'{place}={value}')}"
     allowed = [str(each) for each in parent if each not in ("_target_", "hydra", "overrides", "run_dir")]
     found = nearest_key(key, parent)
-    names = f"\nallowed in {place or 'the top level'}: {', '.join(allowed)}" if allowed else ""
-    return f"{key} is not a setting{did_you_mean(found and f'{found}={value}')}{names}"
+    place = parent._get_full_key("") or "the top level"
+    return (
+        f"{key} is not a setting{did_you_mean(found and f'{found}={value}')}\nallowed in {place}: {', '.join(allowed)}"
+    )
 
 
 def nearest_key(key: str, parent: DictConfig) -> str | None:
