@@ -1,9 +1,10 @@
 """Finished runs or sweeps in one table, from their files alone.    python report.py logs/sweeps/<sweep>"""
 
 import argparse
+import sys
 from pathlib import Path
 
-from thaw.run.command import clear_errors
+from thaw.run.console import lenient
 from thaw.run.errors import UserError
 from thaw.sweeps.run_table import write_run_table
 
@@ -33,12 +34,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
     arguments = parser.parse_args()
     folders = arguments.folders
-    if not folders:
-        raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
-    table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
+    try:
+        if not folders:
+            raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
+        table = write_run_table(folders, arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report")))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(table.text)
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with lenient():
         main()
