@@ -10,10 +10,12 @@ from thaw.run.errors import UserError
 
 @command("serve")
 def main(cfg: DictConfig) -> None:
+    from thaw.serve.limits import limits_of
+
+    limits = limits_of(cfg)  # before what takes seconds to import
     import torch
 
     from thaw.predict.predictor import DigitModel, Predictor, load_predictor
-    from thaw.serve.limits import limits_of
     from thaw.serve.process import keep_memory, spared_collector
 
     try:
@@ -22,7 +24,6 @@ def main(cfg: DictConfig) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 
-    limits = limits_of(cfg)
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     keep_memory()
     cores = torch.get_num_threads()
