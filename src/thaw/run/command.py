@@ -188,11 +188,15 @@ def check_options(config_name: str) -> None:
     parser = hydra_program.get_args_parser()
     parser.exit_on_error = False
     try:
-        unknown = parser.parse_known_args()[1]
+        known, unknown = parser.parse_known_args()
     except Exception as error:  # argparse.ArgumentError, of a known option with a wrong value
         raise UserError(f"{error}. --help lists what can be set.") from error
-    if unknown:
-        option = unknown[0]
+    if unknown and known.overrides and not any(each.startswith("-") for each in unknown):
+        first = sys.argv.index(known.overrides[0])  # argparse takes no settings on both sides of an option
+        words = [each for each in sys.argv if each not in unknown]
+        sys.argv[:] = [*words[: first + 1], *unknown, *words[first + 1 :]]
+    elif unknown:
+        option = next(each for each in unknown if each.startswith("-"))
         key, _, value = option.lstrip("-").partition("=")
         behind = sys.argv[sys.argv.index(option) + 1 :]
         value = value or (behind[0] if behind and "=" not in behind[0] else "true")

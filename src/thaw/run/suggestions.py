@@ -41,11 +41,18 @@ def explain_composition(error: HydraException) -> str:
     if first.startswith("Ambiguous value"):
         override = first.split("'")[1]
         key, _, value = override.partition("=")
+        program = Path(sys.argv[0]).name.replace("sweep.py", "train.py")
         return (
-            f"{override} holds several values. To run each of them: python {Path(sys.argv[0]).name} -m {override}. For "
-            f"a list: {key}=[{value}]."
+            f"{override} holds several values. To run each of them: python {program} -m {override}. For a list: "
+            f"{key}=[{value}]."
         )
     cause: Any = error.__cause__
+    program = Path(sys.argv[0]).name
+    if first.endswith("No match in the defaults list."):
+        override = advice.rpartition("+")[2]
+        group = override.partition("=")[0]
+        other = f"python {group}.py {override}" if (CONFIGS / f"{group}.yaml").is_file() else None
+        return f"{override} is not a setting of {program}{did_you_mean(other)} {program} --help lists its settings."
     if advice.startswith("To append") and isinstance(cause, OmegaConfBaseException):
         return explain_key(advice.partition("+")[2], cause.parent_node)
     return message
@@ -54,7 +61,7 @@ def explain_composition(error: HydraException) -> str:
 def explain_option(file: str, options: Iterable[str]) -> str:
     """That a group lacks an option; `file` is `<group>/<option>`."""
     group, _, option = file.rpartition("/")
-    inside = [f"{option}/{path.stem}" for path in sorted((CONFIGS / file).glob("*.yaml"))]  # of a folder of options
+    inside = [f"{option}/{path.stem}" for path in sorted((CONFIGS / file).glob("*.yaml")) if option]  # of a folder
     known = inside or list(options)
     found = next(iter(inside), None) or nearest_word(option, known)
     return f"{group}={option} does not exist{did_you_mean(found and f'{group}={found}')}\noptions: {', '.join(known)}"
