@@ -7,14 +7,15 @@ from thaw.run.command import command
 
 @command("export")
 def main(cfg: DictConfig) -> None:
-    from thaw.data.datamodule import load_source
     from thaw.export.destination import check_request, destination, summary
+
+    check_request(cfg)  # before what takes seconds to import
+    from thaw.data.datamodule import load_source
     from thaw.export.export_file import export_file
     from thaw.predict.predictor import load_predictor
     from thaw.run.checkpoint import read_checkpoint
     from thaw.run.console import say
 
-    check_request(cfg)
     predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
     path = destination(cfg, predictor.checkpoint)
     source = load_source(predictor.cfg.data, {key: value for key, value in cfg.data.items() if value is not None})

@@ -1,10 +1,10 @@
 """Finished runs or sweeps in one table, from their files alone.    python report.py logs/sweeps/<sweep>"""
 
 import argparse
+import sys
 from pathlib import Path
 
-from thaw.run.command import clear_errors
-from thaw.run.console import console
+from thaw.run.console import console, lenient
 from thaw.run.errors import UserError
 from thaw.sweeps.ending import say_where, show_run_table
 from thaw.sweeps.run_table import write_run_table
@@ -35,15 +35,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
     arguments = parser.parse_args()
     folders = arguments.folders
-    if not folders:
-        raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
-    out = arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report"))
-    with console().status("drawing pictures, writing the report"):
-        table = write_run_table(folders, out)
+    try:
+        if not folders:
+            raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
+        out = arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report"))
+        with console().status("drawing pictures, writing the report"):
+            table = write_run_table(folders, out)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
     show_run_table(table)
     say_where(table, folders, out)
 
 
 if __name__ == "__main__":
-    with clear_errors():
+    with lenient():
         main()

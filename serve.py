@@ -10,11 +10,13 @@ from thaw.run.errors import UserError
 
 @command("serve")
 def main(cfg: DictConfig) -> None:
+    from thaw.serve.limits import limits_of
+
+    limits = limits_of(cfg)  # before what takes seconds to import
     import torch
 
     from thaw.predict.predictor import ImageModel, Predictor, load_predictor
     from thaw.run.console import say
-    from thaw.serve.limits import limits_of
     from thaw.serve.process import keep_memory, spared_collector
 
     try:
@@ -23,7 +25,6 @@ def main(cfg: DictConfig) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 
-    limits = limits_of(cfg)
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     say(f"loading {cfg.ckpt}", stderr=True)
     keep_memory()

@@ -1,61 +1,12 @@
-"""Wrong settings get a message with the value, what was allowed and the next step, and a status that is not 0."""
+"""From composed configuration to objects, and what `auto` means on a machine."""
 
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, compose_run
-from hydra.core.global_hydra import GlobalHydra
+from conftest import compose_run
 from omegaconf import OmegaConf
 
 from thaw.run.config import backbone_name, build_list, plain, settle
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["optim.lrr=1"], ["optim.lrr", "allowed in optim: ", "layer_decay"]),
-        (["learning_rate=1"], ["learning_rate", "allowed in the top level: ", "seed"]),
-        (["backbone=resnet"], ["backbone/resnet", "digits_vit", "vit_small_dinov2"]),
-        (["experiment=vit_probe"], ["vit_probe", "vit_linear_probe"]),
-        (["trainer=gpu"], ["accelerator=gpu", "no GPU", "trainer.accelerator=cpu"]),
-        (["data.batch_size=5000", "data.source=sample"], ["data.batch_size=5000", "4,000", "choose at most 4000"]),
-        (["backbone.image_size=30"], ["image_size=30", "patch size 7", "28"]),
-        (["backbone.weights=nowhere.pth"], ["nowhere.pth", "none, bundled, hub"]),
-        (["resume=last", "name=never_run"], ["never_run", "last.ckpt"]),
-        (["+callbacks.mine={refresh_rate: 1}"], ["callbacks.mine", "_target_"]),
-    ],
-)
-def test_setting_that_cannot_work(
-    arguments: list[str],
-    expected: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """As the command would say it, without the seconds that a process takes to start."""
-    if arguments == ["trainer=gpu"] and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    GlobalHydra.instance().clear()
-    monkeypatch.chdir(ROOT)
-    experiment = ["experiment=vit_linear_probe"] if "experiment=vit_probe" not in arguments else []
-    command = ["train.py", *experiment, "logger=csv", f"hydra.run.dir={tmp_path}", *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="1"):
-        runpy.run_path("train.py", run_name="__main__")
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    for part in expected:
-        assert part in said
-    assert not (tmp_path / "checkpoints").exists()
-
-
-def test_help_answers_without_heavy_imports() -> None:
-    code = "import sys, train; assert not {'torch', 'lightning', 'timm'} & set(sys.modules), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_build_list() -> None:

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from thaw.run import loggers
+from thaw.run.errors import UserError
 from thaw.run.values import check_types
 
 
@@ -117,3 +118,12 @@ def test_a_finished_run_is_not_written_on(tmp_path: Path) -> None:
     assert ids[0] != ids[1]
     for job, run in zip(("0", "1"), ids, strict=True):
         assert list((tmp_path / job / "wandb").glob(f"offline-run-*-{run}/*.wandb"))
+
+
+def test_what_wandb_refuses_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logger\.wandb cannot start a run: Invalid project name 'a/b'"):
+        _ = loggers.wandb_logger(**settings(project="a/b", mode="offline", run_dir=str(tmp_path))).experiment
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_SILENT", "")
+    with pytest.raises(UserError, match=r"W&B refuses the environment: WANDB_SILENT='' \(.*\)\. Unset it"):
+        loggers.wandb_logger(**settings())

@@ -1,6 +1,5 @@
 """A value is compared with the type and range in a signature, and the message says both in words."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,33 +33,8 @@ def test_in_words(annotation: Any, words: str) -> None:
 def test_all_problems_are_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lr=0 must be a number above 0\. .*decay=-1 must be a number, 0 or more\.$"):
         check_types(compose_run(tmp_path, "optim.lr=0", "optim.weight_decay=-1"))
-    with pytest.raises(ValueError, match=r"head\._target_=thaw\.none\.Head cannot be imported"):
+    with pytest.raises(ValueError, match=r"head\._target_=thaw\.none\.Head cannot be imported: thaw has no none\."):
         check_types(OmegaConf.create({"head": {"_target_": "thaw.none.Head"}}))
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.lr=fast", "optim.lr='fast' must be a number above 0."),
-        ("optim.lr=null", "optim.lr=null must be a number above 0."),
-        ("data.batch_size=12.5", "data.batch_size=12.5 must be a whole number"),
-        ("data.batch_size=auto", "data.batch_size='auto' must be a whole number"),
-        ("optim.lr=auto", "optim.lr='auto' must be a number above 0."),
-        ("data.batch_size=true", "data.batch_size=true must be a whole number"),
-        ("optim.layer_decay=1.5", "optim.layer_decay=1.5 must be a number above 0 and at most 1."),
-        ("optim.lr=inf", "optim.lr=inf must be a number above 0."),
-        ("optim.lr=nan", "optim.lr=nan must be a number above 0."),
-        ("optim.final_lr_fraction=2", "optim.final_lr_fraction=2 must be a number from 0 to 1."),
-        ("optim.lr_scaling=log", "optim.lr_scaling='log' must be none, linear or sqrt."),
-        ("model.compile=1", "model.compile=1 must be true or false."),
-        ("seed=one", "seed='one' must be a whole number from 0 to 4294967295."),
-        ("optim.optimizer.betas=[a,b]", "optim.optimizer.betas=['a', 'b'] must be "),
-        ("trainer.max_epochs=ten", "trainer.max_epochs='ten' must be a whole number or null."),
-    ],
-)
-def test_values_of_a_wrong_type(override: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_types(compose_run(tmp_path, override))
 
 
 @pytest.mark.parametrize(

@@ -248,11 +248,3 @@ def test_the_script_needs_neither_torch_nor_hydra(policies: Path) -> None:
     assert {"report.html", "report.md", "report.csv", "report_optim_lr.png", "report_epochs.png"} <= {
         path.name for path in policies.iterdir()
     }
-
-
-def test_the_script_says_what_is_wrong_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import report as script
-
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match=r"^error: .*nowhere is not a folder"):
-        script.main()

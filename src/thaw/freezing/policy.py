@@ -108,7 +108,7 @@ class FreezePolicy:
             try:
                 if unknown := [key for key in rule if key not in names]:
                     near = nearest_word(str(unknown[0]), names)
-                    raise TypeError(f"{unknown[0]} is unknown" + (f", did you mean {near}" if near else ""))
+                    raise TypeError(f"{unknown[0]} is unknown" + (f" (nearest: {near})" if near else ""))
                 self.rules.append(Rule(**rule))
             except (TypeError, re.error) as error:
                 reason = str(error).removeprefix("Rule.__init__() ")

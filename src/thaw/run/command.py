@@ -30,6 +30,7 @@ from thaw.run.ranks import drop_stray_ranks
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LIBRARIES = (*(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<frozen")
+FIRST = "To train a first one: python train.py experiment=vit_linear_probe"
 CHECKPOINT = "a run's folder, a .ckpt file or last (the newest run)"
 
 
@@ -169,8 +170,7 @@ def check_command(cfg: DictConfig) -> None:
     for key in sorted(OmegaConf.missing_keys(cfg)):
         if key == "ckpt":
             raise UserError(
-                f"ckpt is missing: the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n"
-                "python train.py experiment=vit_linear_probe trains a first one."
+                f"ckpt is missing: the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n{FIRST}"
             )
         raise UserError(f"{key} is missing; add {key}=<value>.")
     check_command_settings(cfg)
@@ -179,6 +179,8 @@ def check_command(cfg: DictConfig) -> None:
         for ckpt in given if OmegaConf.is_list(given) else [given]:
             if ckpt not in (None, "last") and not Path(str(ckpt)).expanduser().exists():
                 raise UserError(f"{key}={ckpt} does not exist; give {allowed}: {key}=last")
+    if cfg.get("ckpt") == "last" and not any(Path("logs").glob("**/checkpoints/*.ckpt")):
+        raise UserError(f"ckpt=last, but no run has a checkpoint yet. {FIRST}")
 
 
 def check_options(config_name: str) -> None:
@@ -186,14 +188,18 @@ def check_options(config_name: str) -> None:
     parser = hydra_program.get_args_parser()
     parser.exit_on_error = False
     try:
-        unknown = parser.parse_known_args()[1]
+        known, unknown = parser.parse_known_args()
     except Exception as error:  # argparse.ArgumentError, of a known option with a wrong value
         raise UserError(f"{error}. --help lists what can be set.") from error
-    if unknown:
-        option = unknown[0]
+    if unknown and known.overrides and not any(each.startswith("-") for each in unknown):
+        first = sys.argv.index(known.overrides[0])  # argparse takes no settings on both sides of an option
+        words = [each for each in sys.argv if each not in unknown]
+        sys.argv[:] = [*words[: first + 1], *unknown, *words[first + 1 :]]
+    elif unknown:
+        option = next(each for each in unknown if each.startswith("-"))
         key, _, value = option.lstrip("-").partition("=")
         behind = sys.argv[sys.argv.index(option) + 1 :]
-        value = value or (behind[0] if behind and "=" not in behind[0] else "<value>")
+        value = value or (behind[0] if behind and "=" not in behind[0] else "true")
         meant = f"{key.replace('-', '_')}={value}"
         try:
             with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):

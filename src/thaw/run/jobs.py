@@ -4,7 +4,6 @@ import logging
 import os
 import platform
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator

@@ -41,8 +41,18 @@ def explain_composition(error: HydraException) -> str:
     if first.startswith("Ambiguous value"):
         override = first.split("'")[1]
         key, _, value = override.partition("=")
-        return f"{override} holds several values: add -m to run each of them, or type a list: {key}=[{value}]."
+        program = Path(sys.argv[0]).name.replace("sweep.py", "train.py")
+        return (
+            f"{override} holds several values. To run each of them: python {program} -m {override}. For a list: "
+            f"{key}=[{value}]."
+        )
     cause: Any = error.__cause__
+    program = Path(sys.argv[0]).name
+    if first.endswith("No match in the defaults list."):
+        override = advice.rpartition("+")[2]
+        group = override.partition("=")[0]
+        other = f"python {group}.py {override}" if (CONFIGS / f"{group}.yaml").is_file() else None
+        return f"{override} is not a setting of {program}{did_you_mean(other)} {program} --help lists its settings."
     if advice.startswith("To append") and isinstance(cause, OmegaConfBaseException):
         return explain_key(advice.partition("+")[2], cause.parent_node)
     return message
@@ -51,20 +61,24 @@ def explain_composition(error: HydraException) -> str:
 def explain_option(file: str, options: Iterable[str]) -> str:
     """That a group lacks an option; `file` is `<group>/<option>`."""
     group, _, option = file.rpartition("/")
-    inside = [f"{option}/{path.stem}" for path in sorted((CONFIGS / file).glob("*.yaml"))]  # of a folder of options
+    inside = [f"{option}/{path.stem}" for path in sorted((CONFIGS / file).glob("*.yaml")) if option]  # of a folder
     known = inside or list(options)
     found = next(iter(inside), None) or nearest_word(option, known)
     return f"{group}={option} does not exist{did_you_mean(found and f'{group}={found}')}\noptions: {', '.join(known)}"
 
 
-def explain_key(override: str, parent: DictConfig) -> str:
-    """That a key does not exist in `parent`, a part of the composed configuration."""
+def explain_key(override: str, parent: Any) -> str:
+    """That a key does not exist in `parent`, a part of the composed configuration or one of its values."""
     key, _, value = override.partition("=")
-    place = key.rpartition(".")[0]
+    if not isinstance(parent, DictConfig) or not parent:
+        place = key.rpartition(".")[0]
+        return f"{key} is not a setting{did_you_mean(f'{place}={value}')}"
     allowed = [str(each) for each in parent if each not in ("_target_", "hydra", "overrides", "run_dir")]
     found = nearest_key(key, parent)
-    names = f"\nallowed in {place or 'the top level'}: {', '.join(allowed)}" if allowed else ""
-    return f"{key} is not a setting{did_you_mean(found and f'{found}={value}')}{names}"
+    place = parent._get_full_key("") or "the top level"
+    return (
+        f"{key} is not a setting{did_you_mean(found and f'{found}={value}')}\nallowed in {place}: {', '.join(allowed)}"
+    )
 
 
 def nearest_key(key: str, parent: DictConfig) -> str | None:
