@@ -1,11 +1,18 @@
 """A program ends as its work does, whatever becomes of what it prints."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
+
+from thaw.run.console import LogLines, brief, console, say, say_fitted
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -75,3 +82,43 @@ def test_every_program_starts_so() -> None:
     ):
         text = script.read_text(encoding="utf-8")
         assert "with clear_errors():" in text or "with lenient():" in text or "@command(" in text, script
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    """thaw's logger, whose records are printed as configs/hydra/job_logging/lines.yaml says."""
+    handler, logger = LogLines(stderr=False), logging.getLogger("thaw")
+    logger.addHandler(handler)
+    yield logger
+    logger.removeHandler(handler)
+
+
+def test_one_of_many_runs_speaks_to_its_log_file(
+    log: logging.Logger, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("a", "b")
+    with caplog.at_level(logging.INFO):
+        with brief():
+            say("an epoch")
+            say_fitted(table)
+            log.info("a download")
+            log.warning("careful")
+            say("wrong", stderr=True)
+        log.info("after")
+        say_fitted(table)
+    said = capsys.readouterr()
+    assert said.out == "warning: careful\nafter\na  b\n" and said.err == "wrong\n"
+    assert caplog.messages == ["an epoch", "a  b", "a download", "careful", "after"]
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_lines_of_both_streams_stay_apart_from_a_bar(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    files = {False: Terminal() if both else io.StringIO(), True: Terminal()}
+    consoles = {stderr: Console(file=file) for stderr, file in files.items()}
+    monkeypatch.setattr("thaw.run.console.stream_console", consoles.__getitem__)
+    assert (console(stderr=True) is console()) == both

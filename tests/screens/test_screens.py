@@ -32,7 +32,7 @@ COMMANDS = {  # in the order in which a person types them
     "export": "export.py ckpt=last format=hub_folder",
     "wrong_setting": "train.py experiment=vit_linear_probe optim.lrr=1",
     "finetune": "train.py experiment=vit_finetune data.source=sample trainer.max_epochs=1 logger=csv "
-    "data.train_size=256 data.batch_size=64",
+    "data.train_size=256 data.batch_size=64 callbacks.progress.refresh_rate=1",
     "sweep": f"train.py -m {PROBE} optim.lr=1e-4,1e-3,1e-2 logger=csv",
     "queue": f"train.py -m hydra/launcher=queue {PROBE} optim.lr=1e-4,1e-2 logger=csv",
     "search": f"sweep.py sweep=lr_tpe sweep.trials=2 {PROBE} logger=csv",

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress
 
 from thaw.run.console import console, say
 
@@ -26,7 +26,7 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.refresh_rate, self.enabled, self.validated = refresh_rate, True, False
         self.bar: Progress | None = None
-        self.epoch_began = self.drawn = 0.0
+        self.epoch_began = self.drawn = self.share = 0.0  # times, and how much of the run is done
         self.began: tuple[float, float] | None = None  # time of the first batch's end, share of the run by then
 
     def enable(self) -> None:
@@ -40,27 +40,27 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_began, self.validated = time.monotonic(), False  # a run resumed within an epoch starts no epoch
-        self.began = None
+        self.began, self.share = None, share_of_run(trainer, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_began, self.validated = time.monotonic(), False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         total, done = trainer.num_training_batches, args[-1] + 1
-        self.show(trainer, position(trainer), done, total, share_of_run(trainer, done / total))
+        self.share = share_of_run(trainer, done / total)
+        self.show(position(trainer), done, total, self.share)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         done, total = args[2] + 1, batches[args[3] if len(args) > 3 else 0]
         if trainer.state.fn == "fit":
-            of_epoch = 0 if trainer.sanity_checking else 1
-            self.show(trainer, f"{position(trainer)}, validating", done, total, share_of_run(trainer, of_epoch))
+            self.show(f"{position(trainer)}, validating", done, total, self.share)
         else:
-            self.show(trainer, "validating", done, total, done / total)
+            self.show("validating", done, total, done / total)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         done, total = args[2] + 1, trainer.num_test_batches[args[3] if len(args) > 3 else 0]
-        self.show(trainer, "testing", done, total, done / total)
+        self.show("testing", done, total, done / total)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.validated = not trainer.sanity_checking
@@ -69,11 +69,10 @@ class RunProgress(ProgressBar):
         if self.enabled:
             say(epoch_line(trainer, self.validated, time.monotonic() - self.epoch_began, console().width))
 
-    def show(self, trainer: Trainer, title: str, done: int, total: float, share: float) -> None:
+    def show(self, title: str, done: int, total: float, share: float) -> None:
         """Update the bar, if that is due, or print a line about an epoch that takes long.
 
         Args:
-            trainer: of the run.
             title: what is being done.
             done, total: batches of it; `total` may be infinite.
             share: of the run, or of a validation or test beside one, in [0, 1].
@@ -94,11 +93,7 @@ class RunProgress(ProgressBar):
             say(f"{title}  {facts}")
         elif self.refresh_rate:
             if self.bar is None:
-                columns = (
-                    TextColumn("{task.description}"),
-                    BarColumn(bar_width=None),
-                    TextColumn("{task.fields[facts]}"),
-                )
+                columns = "{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}"
                 self.bar = Progress(*columns, console=console(), auto_refresh=False, transient=True, expand=True)
                 self.bar.add_task(title, total=1.0, facts=facts)
                 self.bar.start()
@@ -107,7 +102,7 @@ class RunProgress(ProgressBar):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.bar is not None:
             self.bar.stop()
-        self.bar = self.began = None
+        self.bar, self.began, self.share = None, None, 0.0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
