@@ -243,8 +243,11 @@ def check_classes(num_classes: int, datamodule: Any) -> None:
     Raises:
         UserError: names both numbers.
     """
-    found = len(datamodule.load().classes) if hasattr(datamodule, "load") else num_classes
-    if found != num_classes:
+    if not hasattr(datamodule, "load"):
+        return
+    source = datamodule.load()
+    found = len(source.classes) or int(source.train.labels.max()) + 1  # unnamed classes
+    if found > num_classes or (source.classes and found < num_classes):
         raise UserError(
             f"model.num_classes={num_classes} but the data has {found} classes; set model.num_classes={found}."
         )
