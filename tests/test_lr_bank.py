@@ -169,7 +169,7 @@ def test_a_head_that_diverges_drops_out(bank: Callable, batches: list, fit: Call
 
 @pytest.mark.parametrize("freeze", ["full", "last_blocks"])
 def test_a_backbone_that_trains_is_refused(bank: Callable, batches: list, fit: Callable, freeze: str) -> None:
-    with pytest.raises(ValueError, match=r"trains backbone\.model\..*Use freeze=linear_probe, or a run for each rate"):
+    with pytest.raises(ValueError, match=r"such as backbone\.model\..*Use freeze=linear_probe, or a run for each rate"):
         fit(bank(freeze=freeze), batches)
 
 

@@ -170,29 +170,21 @@ def test_nothing_goes_through_the_temporary_folder(tmp_path: Path, monkeypatch: 
 def test_every_file_follows_the_umask(
     train: Callable[..., Path], command: Callable[..., int], tiny_run: list[str], tmp_path: Path
 ) -> None:
-    """022 would not show a file that others may read although they should not, 077 none that they should."""
+    """027 differs from both mistakes: files for the owner alone, as under 077, and files for all, as under 022."""
     before = os.umask(0o027)
     (tmp_path / "tiny.safetensors").chmod(0o640)
-    few = [*(word for word in tiny_run if word != "logger=none"), "trainer.max_epochs=1"]
+    few = ["logger=csv" if word == "logger=none" else word for word in [*tiny_run, "trainer.max_epochs=1"]]
     try:
         run = train(*few)
         train("experiment=pretrain_mae", *few, "test=false", name="pretrained")
-        for format, name in (("hub_folder", "hub"), ("torch_export", "model.pt2")):
-            given = [
-                f"ckpt={run}",
-                f"format={format}",
-                f"output={tmp_path / name}",
-                f"hydra.run.dir={tmp_path / name}_log",
-            ]
-            assert command("export.py", *given) == 0
-        few += [f"cache.dir={tmp_path / 'cache'}", "seed=0,1", "logger=none", "test=false"]
-        assert command("train.py", "-m", *few, f"hydra.sweep.dir={tmp_path / 'sweep'}") == 0
+        given = [f"ckpt={run}", "format=hub_folder", f"output={tmp_path / 'hub'}", f"hydra.run.dir={tmp_path / 'log'}"]
+        assert command("export.py", *given) == 0
     finally:
         os.umask(before)
     files = list(tmp_path.rglob("*"))
     modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in files}
     wrong = {path: oct(mode) for path, mode in modes.items() if mode != (0o750 if Path(path).is_dir() else 0o640)}
-    assert not wrong and {"best.ckpt", "backbone.safetensors", "model.safetensors", "report.html"} <= {
+    assert not wrong and {"best.ckpt", "backbone.safetensors", "model.safetensors", "worst_digits.png"} <= {
         path.name for path in files
     }
 

@@ -104,8 +104,11 @@ def test_a_resumed_run_lies_where_its_name_says(
 ) -> None:
     run = train("experiment=compare/lora", *tiny_run, "test=false", "trainer.max_epochs=1")
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "logs/runs/other/1")
     for typed, name in (
         ([f"resume={run}"], "compare_lora"),
+        (["resume=logs/runs/other/1"], "compare_lora"),
+        (["resume=last"], "compare_lora"),
         ([f"resume={run}/checkpoints/last.ckpt", "name=mine"], "mine"),
         (["resume=nowhere"], "train"),  # said later
         ([], "train"),
