@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra.errors import InstantiationException
 
-from thaw.plan.costs import Plan, format_plans, plan_devices
+from thaw.plan.costs import Plan, plan_devices, show_plans
 from thaw.plan.dry_step import dry_step
 from thaw.plan.settings import PlanSettings, compose_run, options, read_arguments
 from thaw.run.command import clear_errors
@@ -52,7 +52,7 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, list[Plan]]:
 
 def main(arguments: Sequence[str]) -> None:
     settings, plans = make_plans(arguments)
-    print(format_plans(settings, plans))
+    show_plans(settings, plans)
     if settings.json:
         facts = {"settings": asdict(settings), "plans": [asdict(plan) for plan in plans]}
         write_text(json.dumps(facts, indent=2) + "\n", Path(settings.json))
