@@ -17,10 +17,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from thaw.data.datamodule import Batch
 from thaw.plan.__main__ import main, make_plans
-from thaw.plan.costs import Plan, plan_devices
+from thaw.plan.costs import Plan, memory_columns, packed_tables, plan_devices, work_columns
 from thaw.plan.dry_step import Step, dry_step
 from thaw.plan.settings import compose_run, read_arguments
 from thaw.run.command import clear_errors
+from thaw.run.console import as_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # real steps without a trainer
 
@@ -246,13 +247,25 @@ def test_fsdp_has_no_cache() -> None:
 # The command
 
 
+def test_a_narrow_terminal_has_more_tables() -> None:
+    settings, plans = make_plans(["model=vit_tiny_patch16_224", "policy=full,last_blocks", "batch_size=2"])
+    for parts, counts in ((memory_columns(settings), (3, 1)), (work_columns(settings), (4, 1))):
+        for width, count in zip((80, 200), counts, strict=True):
+            tables = packed_tables(plans, parts, width)
+            assert len(tables) == count
+            assert max(len(line) for table in tables for line in as_text(table).splitlines()) <= width
+        columns = [column.header for table in tables for column in table.columns]
+        assert columns == ["model", "policy", *(header for part in parts for header in part)]
+
+
 def test_every_model_with_every_policy(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     main(["model=digits_vit,vit_tiny", "policy=full,linear_probe", "devices=2", "dataset=1e6", f"json={path}"])
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split()[:2] for line in lines if line.startswith(("digits_vit", "vit_tiny"))]
     assert rows == 2 * [[model, policy] for model in ("digits_vit", "vit_tiny") for policy in ("full", "linear_probe")]
-    assert len({len(line) for line in lines[1:6]}) == 1
+    assert len({len(line) for line in lines[1:7]}) == 1
+    assert lines[1].split()[:2] == ["params", "train"] and lines[2].split()[:4] == ["model", "policy", "M", "M"]
     saved = json.loads(path.read_text())
     assert saved["settings"]["dataset"] == 1e6
     numbers = saved["plans"]

@@ -67,9 +67,9 @@ def main(arguments: Sequence[str]) -> None:
         print((CONFIGS / "plan.yaml").read_text(encoding="utf-8"), end="")
         return
     settings, plans = make_plans(arguments)
-    from thaw.plan.costs import format_plans
+    from thaw.plan.costs import show_plans
 
-    print(format_plans(settings, plans))
+    show_plans(settings, plans)
     if settings.json:
         facts = {"settings": asdict(settings), "plans": [asdict(plan) for plan in plans]}
         write_text(json.dumps(facts, indent=2) + "\n", Path(settings.json))

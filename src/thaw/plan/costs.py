@@ -1,11 +1,15 @@
 """Memory, traffic and work of a policy on several devices, from the numbers of one training step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
 
 from thaw.plan.dry_step import Step
 from thaw.plan.settings import PlanSettings
+from thaw.run.console import UNBOUNDED, console, plural, say, say_fitted
 
 FITS = 0.9  # of a device's memory; the driver's context, libraries and the allocator's gaps need the rest
 
@@ -31,6 +35,10 @@ class Plan:
     cache: int  # on disk
 
 
+PlanCell = Callable[[Plan], str]
+PlanColumns = dict[str, PlanCell]  # header, with the unit in its second line -> cell of a plan
+
+
 def plan_devices(model: str, policy: str, step: Step, images: int, devices: int, sharded: bool) -> Plan:
     """A step on each of so many devices, which share one copy of the model (FSDP) or have one each (DDP)."""
     share = devices if sharded else 1
@@ -50,41 +58,101 @@ def plan_devices(model: str, policy: str, step: Step, images: int, devices: int,
     )
 
 
-def format_plans(settings: PlanSettings, plans: Sequence[Plan]) -> str:
-    """Two tables, memory and work."""
-    parts = ["weights", "gradients", "optimizer", "activations", "exchange", "filling", "peak"]
-    memory = [["model", "policy", "params M", "train M", *parts, *(f"{gb:g} GB" for gb in settings.memory)]]
-    work = [["model", "policy", "frozen", "forward", "backward", "once", "epoch", "no cache"]]
-    work[0] += ["once min", "epoch min", "no cache min", "kB/image", "cache GB", "read GB/s"]
-    speed = settings.devices * settings.flops * 60  # FLOPs in a minute
-    for plan in plans:
-        step, names = plan.step, [plan.model, plan.policy]
-        sizes = (plan.weights, plan.gradients, plan.optimizer, step.activations, plan.exchange, step.filling)
-        counts = [f"{step.parameters / 1e6:,.1f}", f"{step.trained / 1e6:,.2f}"]
-        fits = ["yes" if plan.memory <= FITS * gb * 1e9 else "no" for gb in settings.memory]
-        memory.append([*names, *counts, *(f"{nbytes / 1e9:,.2f}" for nbytes in (*sizes, plan.memory)), *fits])
-        per_image = (step.frozen_flops, step.forward_flops, step.backward_flops)
-        whole = (plan.once, plan.epoch, plan.once + plan.epoch)
-        row = [*names, *(f"{flops / 1e9:,.2f}" for flops in per_image), *(f"{flops / 1e15:,.1f}" for flops in whole)]
-        row += [f"{flops / speed:,.2f}" for flops in whole]
-        row += [f"{step.cached / 1e3:,.1f}", f"{plan.cache / 1e9:,.1f}", f"{settings.rate * step.cached / 1e9:,.3f}"]
-        work.append(row)
-    return "\n".join(
-        [
-            f"memory of each of {settings.devices} device(s), GB: {settings.strategy}, {settings.optimizer}, "
-            f"{settings.precision}, batch of {settings.batch_size} on each, cache {'on' if settings.cache else 'off'}",
-            *align_columns(memory),
-            "",
-            f"work: GFLOP per image, PFLOP for {plans[0].images:,} images, minutes at {settings.flops:.3g} FLOP/s on "
-            f"each device; cache, read at {settings.rate:,} images/s",
-            *align_columns(work),
-        ]
+def show_plans(settings: PlanSettings, plans: Sequence[Plan]) -> None:
+    """Print memory and work, each as one table, or as several where the terminal is narrow."""
+    cache = "on" if settings.cache else "off"
+    memory = (
+        f"memory of each of {plural(settings.devices, 'device')}: {settings.strategy}, {settings.optimizer}, "
+        f"{settings.precision}, batch of {settings.batch_size} on each, cache {cache}"
     )
+    work = (
+        f"work: GFLOP per image, PFLOP for {plans[0].images:,} images, minutes at {settings.flops:.3g} FLOP/s on each "
+        f"device; cache, read at {settings.rate:,} images/s"
+    )
+    out = console()
+    width = out.width if out.is_terminal else UNBOUNDED
+    for title, parts in ((memory, memory_columns(settings)), (work, work_columns(settings))):
+        say_fitted(Text(title, "bold"))
+        for table in packed_tables(plans, parts, width):
+            say_fitted(table)
+            say()
 
 
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines whose first two columns are aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<", "<", *">" * (len(widths) - 2)]
-    lines = (zip(row, sides, widths, strict=True) for row in rows)
-    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in line) for line in lines]
+def memory_columns(settings: PlanSettings) -> list[PlanColumns]:
+    def size(nbytes: Callable[[Plan], int]) -> PlanCell:
+        return lambda plan: f"{nbytes(plan) / 1e9:,.2f}"
+
+    def fits(gb: float) -> PlanCell:
+        return lambda plan: "yes" if plan.memory <= FITS * gb * 1e9 else "no"
+
+    return [
+        {
+            "params\nM": lambda plan: f"{plan.step.parameters / 1e6:,.1f}",
+            "train\nM": lambda plan: f"{plan.step.trained / 1e6:,.2f}",
+        },
+        {"peak\nGB": size(lambda plan: plan.memory), **{f"fits\n{gb:g} GB": fits(gb) for gb in settings.memory}},
+        {
+            "weights\nGB": size(lambda plan: plan.weights),
+            "gradients\nGB": size(lambda plan: plan.gradients),
+            "optimizer\nGB": size(lambda plan: plan.optimizer),
+        },
+        {
+            "activations\nGB": size(lambda plan: plan.step.activations),
+            "exchange\nGB": size(lambda plan: plan.exchange),
+            "filling\nGB": size(lambda plan: plan.step.filling),
+        },
+    ]
+
+
+def work_columns(settings: PlanSettings) -> list[PlanColumns]:
+    whole: dict[str, Callable[[Plan], float]] = {
+        "once": lambda plan: plan.once,
+        "epoch": lambda plan: plan.epoch,
+        "no cache": lambda plan: plan.once + plan.epoch,
+    }
+    speed = settings.devices * settings.flops * 60  # FLOPs in a minute
+
+    def scaled(flops: Callable[[Plan], float], unit: float, digits: int) -> PlanCell:
+        return lambda plan: f"{flops(plan) / unit:,.{digits}f}"
+
+    return [
+        {
+            "frozen\nGFLOP": lambda plan: f"{plan.step.frozen_flops / 1e9:,.2f}",
+            "forward\nGFLOP": lambda plan: f"{plan.step.forward_flops / 1e9:,.2f}",
+            "backward\nGFLOP": lambda plan: f"{plan.step.backward_flops / 1e9:,.2f}",
+        },
+        {f"{name}\nPFLOP": scaled(flops, 1e15, 1) for name, flops in whole.items()},
+        {f"{name}\nminutes": scaled(flops, speed, 2) for name, flops in whole.items()},
+        {
+            "image\nkB": lambda plan: f"{plan.step.cached / 1e3:,.1f}",
+            "cache\nGB": lambda plan: f"{plan.cache / 1e9:,.1f}",
+            "read\nGB/s": lambda plan: f"{settings.rate * plan.step.cached / 1e9:,.3f}",
+        },
+    ]
+
+
+def packed_tables(plans: Sequence[Plan], parts: Sequence[PlanColumns], width: int) -> list[Table]:
+    """As few tables as hold all parts in so many columns; a part is not divided."""
+    tables: list[Table] = []
+    columns: PlanColumns = {}
+    unbounded = console().options.update(width=UNBOUNDED)
+    for part in parts:
+        wider = plan_table(plans, columns | part)
+        if columns and console().measure(wider, options=unbounded).maximum > width:
+            columns, wider = part, plan_table(plans, part)
+            tables.append(wider)
+        else:
+            columns, tables = columns | part, [*tables[:-1], wider]
+    return tables
+
+
+def plan_table(plans: Sequence[Plan], columns: PlanColumns) -> Table:
+    """A row for each plan; its model and policy may be folded, its numbers are not."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("model", "policy"):
+        table.add_column(name, overflow="fold", vertical="bottom")
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for plan in plans:
+        table.add_row(plan.model, plan.policy, *(cell(plan) for cell in columns.values()))
+    return table

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
-from thaw.run.command import explain
 from thaw.run.console import UNBOUNDED, console, plural, progress, say, say_fitted
 from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
@@ -31,6 +30,7 @@ def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
         how many runs cannot be tested.
     """
     from thaw.evaluation.evaluate import test_run
+    from thaw.run.command import explain
 
     groups = read_run_table([folder]).groups
     runs = [run for group in groups if every or group.mark for run in group.done if run.test_acc is None]
