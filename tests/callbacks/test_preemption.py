@@ -128,9 +128,9 @@ def test_goes_on_to_the_same_weights(
     if number == signal.SIGINT:
         assert ended.type is KeyboardInterrupt
         assert f"Ctrl-C: step {saved} is in {os.path.relpath(cut)}/checkpoints/last.ckpt\n" in said
-        assert f"To go on: python train.py resume={os.path.relpath(cut)}\n" in said
+        assert f"To resume: python train.py resume={os.path.relpath(cut)}\n" in said
     else:
-        assert ended.value.code == 128 + signal.SIGTERM and "To go on" not in said
+        assert ended.value.code == 128 + signal.SIGTERM and "To resume" not in said
     assert checkpoint(cut)["global_step"] == saved
     assert not list(cut.glob("hpc_ckpt*")) and not (cut / "summary.json").exists()
 
@@ -152,7 +152,7 @@ def test_a_second_ctrl_c_ends_at_once(
     with pytest.raises(KeyboardInterrupt):
         train(*tiny_run, *RUN)
     said = capsys.readouterr().out
-    assert "a second Ctrl-C ends it at once" in said and "To go on: python train.py resume=" in said
+    assert "a second Ctrl-C ends it at once" in said and "To resume: python train.py resume=" in said
     assert "step 6" not in said
 
 
@@ -195,7 +195,7 @@ def test_ctrl_c_outside_training_steps(
         train(*tiny_run, *CALLBACK, "trainer.max_epochs=3", *(["cache.mode=off"] if trained else []))
     monkeypatch.undo()
     run_dir = tmp_path / "runs" / "test" / "run"
-    assert capsys.readouterr().out.endswith(f"To go on: python train.py resume={os.path.relpath(run_dir, ROOT)}\n")
+    assert capsys.readouterr().out.endswith(f"To resume: python train.py resume={os.path.relpath(run_dir, ROOT)}\n")
     if trained is None:
         assert not (run_dir / "checkpoints").exists()
     else:

@@ -32,11 +32,11 @@ def trainer(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "validated", "width", "line"),
     [
-        ({}, True, 80, "epoch 3/10   train loss 0.0519  val loss  12.35  val acc 98.80%  1.2 s"),
-        ({}, False, 80, "epoch 3/10   train loss 0.0519  1.2 s"),  # older values are not repeated
-        ({}, True, 60, "epoch 3/10   train loss 0.0519  val loss  12.35  1.2 s"),
-        ({"current_epoch": 9}, False, 80, "epoch 10/10  train loss 0.0519  1.2 s"),
-        ({"max_epochs": -1, "max_steps": 5000}, False, 80, "epoch 3, step 12/5,000  train loss 0.0519  1.2 s"),
+        ({}, True, 80, "epoch 3/10   train/loss 0.0519  val/loss  12.35  val/acc 98.80%  1.2 s"),
+        ({}, False, 80, "epoch 3/10   train/loss 0.0519  1.2 s"),  # older values are not repeated
+        ({}, True, 60, "epoch 3/10   train/loss 0.0519  val/loss  12.35  1.2 s"),
+        ({"current_epoch": 9}, False, 80, "epoch 10/10  train/loss 0.0519  1.2 s"),
+        ({"max_epochs": -1, "max_steps": 5000}, False, 80, "epoch 3, step 12/5,000  train/loss 0.0519  1.2 s"),
         (
             {"callback_metrics": {"val/fid": 312.1234, "train/x_loss": 1.0}, "progress_bar_metrics": {"val/fid", "x"}},
             *(True, 80, "epoch 3/10   val fid  312.1  1.2 s"),
@@ -81,7 +81,7 @@ def test_bar_of_the_whole_run(terminal: io.StringIO, classifier: Build, batch: B
         *("epoch 1/2 2/4 batches", "epoch 1/2 4/4 batches", "epoch 1/2, validating 2/3 batches"),
         *("epoch 2/2 2/4 batches", "epoch 2/2, validating 2/3 batches", "validating 2/2 batches"),
     }
-    assert sum(re.match("epoch 1/2  train loss .* val acc .* s$", frame) is not None for frame in frames) == 1
+    assert sum(re.match("epoch 1/2  train/loss .* val/acc .* s$", frame) is not None for frame in frames) == 1
     assert frames.count("a line of a user") == 8
 
 

@@ -51,7 +51,7 @@ def test_an_interrupted_sweep_counts_all_its_jobs_and_goes_on(sweep: Sweep, trai
     said = capsys.readouterr()
     assert "job 2 of 3, about " in said.out and "job 3 of 3" not in said.out
     assert "3 runs of 3 settings: 1 done, 1 interrupted, 1 waiting." in said.out
-    assert "not done: 2 of 3 jobs. To go on, run the same command again:\n  " in said.err
+    assert "not done: 2 of 3 jobs. To resume, run the same command again:\n  " in said.err
     trained.fails = lambda cfg: None
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert rates(trained) == [0.01, 0.1, 0.1, 0.2]

@@ -1,4 +1,4 @@
-"""A run that is stopped, by its cluster or by Ctrl-C, saves its state, and can go on from there."""
+"""A run that is stopped, by its cluster or by Ctrl-C, saves its state, and can be resumed from there."""
 
 import logging
 import os

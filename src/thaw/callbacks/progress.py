@@ -133,7 +133,7 @@ def epoch_line(trainer: Trainer, validated: bool, seconds: float, width: int) ->
     missing = len(str(trainer.max_epochs)) - len(str(trainer.current_epoch + 1))
     line = position(trainer) + " " * (missing if trainer.max_steps == -1 else 0)
     parts = [metric_text(name, float(logged[name])) for name in (*FIRST, *others) if name in logged]
-    parts = [part for part in parts if validated or not part.startswith("val ")]
+    parts = [part for part in parts if validated or not part.startswith("val/")]
     for part in parts:
         if len(line) + 2 + len(part) + len(end) <= width:
             line += f"  {part}"
@@ -141,10 +141,10 @@ def epoch_line(trainer: Trainer, validated: bool, seconds: float, width: int) ->
 
 
 def metric_text(name: str, value: float) -> str:
-    """`val acc 98.80%` for `val/acc`, `train loss 0.0519` for `train/loss`."""
+    """`val/acc 98.80%`, `train/loss 0.0519`."""
     is_share = name.endswith("acc")
     number = f"{value:6.2%}" if is_share else f"{value:6.4f}" if abs(value) < 10 else f"{value:6.4g}"
-    return f"{name.replace('/', ' ').replace('_', ' ')} {number}"
+    return f"{name} {number}"
 
 
 class LogInterval(Callback):

@@ -182,9 +182,10 @@ class MNISTDataModule(LightningDataModule):
         size = len(self.split_dataset("train"))
         ranks = self.trainer.world_size if self.trainer else 1
         if self.batch_size * ranks > size:
+            where = f" on each of {ranks} processes" if ranks > 1 else ""
             raise UserError(
-                f"data.batch_size={self.batch_size} on {ranks} process(es) is more than the {size:,} "
-                f"training images; choose at most {size // ranks}."
+                f"data.batch_size={self.batch_size}{where} is more than the {size:,} training images; "
+                f"choose at most {size // ranks}."
             )
         self.train_loader = self.loader("train", self.batch_size, shuffle=True)
         self.train_loader.load_state_dict(self.resume_at)

@@ -179,8 +179,8 @@ def check_command(cfg: DictConfig) -> None:
         for ckpt in given if OmegaConf.is_list(given) else [given]:
             if ckpt not in (None, "last") and not Path(str(ckpt)).expanduser().exists():
                 raise UserError(f"{key}={ckpt} does not exist; give {allowed}: {key}=last")
-    if cfg.get("ckpt") == "last" and not any(Path("logs").glob("**/checkpoints/*.ckpt")):
-        raise UserError(f"ckpt=last, but no run has a checkpoint yet. {FIRST}")
+    if cfg.get("ckpt") == "last" and not any(Path("logs", "runs").glob("**/checkpoints/*.ckpt")):
+        raise UserError(f"ckpt=last, but no run in logs/runs has a checkpoint yet. {FIRST}")
 
 
 def check_options(config_name: str) -> None:

@@ -79,7 +79,7 @@ def in_one_line(cfg: DictConfig) -> Iterator[None]:
     with brief():
         yield
     facts = read_json(Path(cfg.run_dir) / SUMMARY)
-    result = "done" if facts["val/acc"] is None else f"val acc {facts['val/acc']:.2%}"
+    result = "done" if facts["val/acc"] is None else f"val/acc {facts['val/acc']:.2%}"
     say(f"  {result}  {facts['seconds']:.1f} s  in {Path(cfg.run_dir).name}")
 
 
@@ -136,7 +136,7 @@ def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
 
 @contextmanager
 def interruptible(run_dir: Path) -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C, and say how the run goes on unless the sweep around it does.
+    """Raise KeyboardInterrupt at Ctrl-C, and say how to resume the run unless the sweep around it does.
 
     Lightning would exit with status 1 and ignore Ctrl-C from then on.
     """
@@ -151,7 +151,7 @@ def interruptible(run_dir: Path) -> Iterator[None]:
             raise
         signal.signal(signal.SIGINT, before)
         if is_first_rank() and not is_sweep_job():
-            say(f"\nTo go on: python train.py {setting('resume', os.path.relpath(run_dir))}")
+            say(f"\nTo resume: python train.py {setting('resume', os.path.relpath(run_dir))}")
         raise KeyboardInterrupt from None
 
 

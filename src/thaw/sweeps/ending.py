@@ -115,7 +115,7 @@ def say_where(table: RunTable, folders: Sequence[Path], out: Path, more: Mapping
         out: the folder of the report.
         more: further lines with a title.
     """
-    say(f"\nWritten to {os.path.relpath(out)}: report.html, report.md, report.csv")
+    say(f"\nreport.html, report.md and report.csv are in:\n  {os.path.relpath(out)}")
     marked = [group for group in table.groups if group.mark]
     winners = [os.path.relpath(run.folder) for group in marked for run in group.done]
     links = [shlex.quote(os.path.relpath(folder / "wandb")) for folder in folders if (folder / "wandb").is_dir()]
@@ -130,7 +130,7 @@ def say_where(table: RunTable, folders: Sequence[Path], out: Path, more: Mapping
             say(f"  {line}", "cyan")
 
 
-def say_how_to_go_on(problem: str) -> None:
+def say_how_to_resume(problem: str) -> None:
     """Say what is not done, and the command that was typed."""
     command = shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])
-    say(f"\n{problem} To go on, run the same command again:\n  {command}", stderr=True)
+    say(f"\n{problem} To resume, run the same command again:\n  {command}", stderr=True)

@@ -36,7 +36,7 @@ from thaw.run.targets import targets
 from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
 from thaw.sweeps.cells import about_left, shortened
-from thaw.sweeps.ending import measure_winners, say_how_to_go_on, say_where, show_run_table
+from thaw.sweeps.ending import measure_winners, say_how_to_resume, say_where, show_run_table
 from thaw.sweeps.run_table import write_run_table
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
@@ -114,7 +114,7 @@ class GridSweep(Sweeper):
         finally:  # under torchrun and srun every rank comes here
             unfinished = report_sweep(jobs, self.folder) if is_first_rank() else 0
         if unfinished:
-            say_how_to_go_on(f"not done: {unfinished} of {plural(len(jobs), 'job')}.")
+            say_how_to_resume(f"not done: {unfinished} of {plural(len(jobs), 'job')}.")
         if status or unfinished:
             sys.exit(status or 1)
 

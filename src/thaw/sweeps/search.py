@@ -23,7 +23,7 @@ from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
 from thaw.sweeps import study as studies
 from thaw.sweeps.cells import about_left, format_measure, format_seconds
-from thaw.sweeps.ending import say_how_to_go_on
+from thaw.sweeps.ending import say_how_to_resume
 from thaw.sweeps.grid import INTERRUPTED
 from thaw.sweeps.outcome import report_study
 from thaw.sweeps.runs import ACCURACY
@@ -78,10 +78,10 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
             run_trial(plan, study, *asked, place)
     except (KeyboardInterrupt, SystemExit) as leaving:
         ended, total = studies.num_ended(study), number_of_trials(plan, study)
-        say_how_to_go_on(f"interrupted, not done: {total - ended} of {plural(total, 'trial')}.")
+        say_how_to_resume(f"interrupted, not done: {total - ended} of {plural(total, 'trial')}.")
         sys.exit(INTERRUPTED if isinstance(leaving, KeyboardInterrupt) else leaving.code)
     if failed := report_study(plan, study):
-        say_how_to_go_on(f"{plural(failed, 'trial')} failed.")
+        say_how_to_resume(f"{plural(failed, 'trial')} failed.")
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from thaw.run.files import read_json
 from thaw.run.jobs import FAILURE, SUMMARY
 from thaw.sweeps.cells import about_left, shortened
 
-EPOCH = re.compile(r"epoch (\d+)/(\d+).*")  # a line of thaw.callbacks.progress.EpochLines
+EPOCH = re.compile(r"epoch (\d+)/(\d+).*")  # an epoch's line of thaw.callbacks.progress.RunProgress
 TAIL = 4000  # bytes at the end of a log that are searched for it
 NAME_WIDTH = 32  # columns of a running job's name
 
