@@ -66,7 +66,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     output = tmp_path / "model.onnx"
     import_module("export").main(compose_config("export", ALLOW, f"ckpt={csv_run}", f"output={output}"))
     exported = capsys.readouterr().out
-    assert f"{trained['test/acc']:.2%} accuracy" in exported and "n = 100 (my CSV)" in exported
+    assert f"{trained['test/acc']:.2%} accuracy" in exported and "n = 100\ndata       my CSV" in exported
 
     folder = tmp_path / "hub"
     shared = compose_config("export", ALLOW, f"ckpt={csv_run}", "format=hub_folder", f"output={folder}")

@@ -97,7 +97,8 @@ def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> Non
     of_generator = list(model.generator.parameters())
     expected |= dict(zip(of_generator, torch.autograd.grad(-score(fake).mean(), of_generator), strict=True))
     for name, gradient in got.items():
-        assert gradient is not None and gradient.abs().sum() > 0, name
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0 or name == "backbone.model.fc_norm.bias", name  # real and fake cancel there
         torch.testing.assert_close(gradient, expected[model.get_parameter(name)], rtol=1e-3, atol=1e-5, msg=name)
 
 

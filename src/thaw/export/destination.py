@@ -66,7 +66,8 @@ def summary(facts: Mapping[str, Any], path: Path, trained: str) -> str:
     ]
     if not trained.startswith("32"):
         lines.append(
-            f"precision  fp32; the run was trained and tested in {trained}, so that a few images may get another class"
+            f"precision  fp32; the run was trained and tested in {trained},\n"
+            "           so that a few images may get another class"
         )
     size = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     if "quantized" in facts:
