@@ -69,7 +69,12 @@ def test_command(train: Callable[..., Path], tiny_run: list[str], capsys: pytest
     capsys.readouterr()
     export.main(compose_config("export", f"ckpt={run_dir}", "quantize=int8"))
     said = capsys.readouterr().out
-    assert said.startswith("checkpoint: ") and "\ntracing " in said and "same classes on 500 images" in said and "(fp32)" in said
+    assert (
+        said.startswith("checkpoint: ")
+        and "\ntracing " in said
+        and "same classes on 500 images" in said
+        and "(fp32)" in said
+    )
     export.main(compose_config("export", f"ckpt={run_dir}", "format=hub_folder", "license=mit"))
     assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["hub", "model.int8.onnx"]
     assert {path for path in ROOT.iterdir() if path.name not in ("outputs", "__pycache__")} <= before
