@@ -134,8 +134,7 @@ def is_refused(error: BaseException) -> bool:
 def shorten(trace: traceback.TracebackException) -> bool:
     """Remove frames of libraries and of this folder; of thaw, only those that call other code stay before such code.
 
-    Returns:
-        whether any frame is left.
+    Returns whether any frame is left.
     """
     run = Path(__file__).parent
     own = [each for each in trace.stack if not each.filename.startswith((*LIBRARIES, __file__))]
