@@ -26,11 +26,8 @@ Each run in the table is the folder of a checkpoint: python eval.py ckpt=<run fo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=as_it_stands)
     parser.add_argument("folders", nargs="*", type=Path, metavar="folder", help="of a sweep, or of runs: logs/sweeps")
     parser.add_argument("--out", type=Path, help="where to write (default: that folder; logs/report for several)")
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.run.loggers import finish
     from thaw.run.ranks import ranks
     from thaw.run.targets import targets
-    from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer, lightning_errors
+    from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer
 
     quiet_libraries()
     settle(cfg)
@@ -40,7 +40,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     if cfg.start_from and not cfg.resume:  # all ranks start from the same, which the record names
         cfg.start_from = str(find_checkpoint(cfg.start_from, "best.ckpt"))
 
-    with ranks(cfg, plain(cfg)), lightning_errors():
+    with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = build(cfg.data)
         model = build(cfg.model)

@@ -55,7 +55,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     file = io.StringIO()
     shown = Console(file=file, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr("thaw.run.console.stream_console", lambda _: shown)
-    monkeypatch.setattr(progress, "FRAME_SECONDS", 0.0)
+    monkeypatch.setattr("thaw.run.console.FRAME_SECONDS", 0.0)
     yield file
     assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") > 0  # the cursor is back
 

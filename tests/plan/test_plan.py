@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from thaw.data.datamodule import Batch
 from thaw.plan.__main__ import main, make_plans
-from thaw.plan.costs import Plan, memory_columns, packed_tables, plan_devices, work_columns
+from thaw.plan.costs import Plan, fitted_tables, memory_cells, plan_devices, work_cells
 from thaw.plan.dry_step import Step, dry_step
 from thaw.plan.settings import compose_run, read_arguments
 from thaw.run.command import clear_errors
@@ -249,13 +249,14 @@ def test_fsdp_has_no_cache() -> None:
 
 def test_a_narrow_terminal_has_more_tables() -> None:
     settings, plans = make_plans(["model=vit_tiny_patch16_224", "policy=full,last_blocks", "batch_size=2"])
-    for parts, counts in ((memory_columns(settings), (3, 1)), (work_columns(settings), (4, 1))):
-        for width, count in zip((80, 200), counts, strict=True):
-            tables = packed_tables(plans, parts, width)
+    for cells_of, most in ((memory_cells, 2), (work_cells, 3)):
+        cells = [cells_of(plan, settings) for plan in plans]
+        for width, count in ((80, most), (200, 1)):
+            tables = fitted_tables(plans, cells, width)
             assert len(tables) == count
             assert max(len(line) for table in tables for line in as_text(table).splitlines()) <= width
-        columns = [column.header for table in tables for column in table.columns]
-        assert columns == ["model", "policy", *(header for part in parts for header in part)]
+            columns = [column.header for table in tables for column in table.columns]
+            assert [name for name in columns if name not in ("model", "policy")] == [*cells[0]]
 
 
 def test_every_model_with_every_policy(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

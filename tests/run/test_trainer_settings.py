@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from thaw.classifier import Classifier
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.pretrain.mae import MAE
 from thaw.run import checkpoint as checkpoints
+from thaw.run.command import show
+from thaw.run.errors import UserError
 from thaw.run.trainer_settings import RULES, check_trainer
 
 REFUSED = {
@@ -160,10 +163,11 @@ def test_what_depends_on_the_data_is_refused_before_the_first_step(
     for kind in (Classifier, MAE):
         monkeypatch.setattr(kind, "training_step", lambda *_: pytest.fail("trained"))
     experiment = [each for each in settings.split() if each.startswith("experiment=")]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(Exception, match=r".") as error:
         train(*experiment, *tiny_run, *(each for each in settings.split() if each not in experiment))
+    assert re.search(message, show(error.value).splitlines()[0])
 
 
 def test_a_metric_of_training_that_is_not_logged(train: Callable[..., Path], tiny_run: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"monitor=train/los of EarlyStopping is not logged; choose from train/loss,"):
+    with pytest.raises(UserError, match=r"monitor=train/los of EarlyStopping is not logged; choose from train/loss,"):
         train(*tiny_run, STOPS + "train/los}")

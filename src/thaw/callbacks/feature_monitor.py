@@ -24,7 +24,6 @@ class FeatureMonitor(Callback):
     every few steps on some images, `feature_std` and `effective_rank`; the first collapse of the features is warned of.
 
     Args:
-        run_dir: the run's folder.
         every_n_steps: between two checks for collapse.
         digits: how many of the first validation images these checks and the picture take.
         min_std: below this `feature_std` the features count as constant.
@@ -64,12 +63,7 @@ class FeatureMonitor(Callback):
     def check_collapse(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:
         """Log the two indicators, and warn once if the features have become constant."""
         std, directions = feature_std(features), effective_rank(features)
-        if split == "train":
-            pl_module.log("train/feature_std", std)
-            pl_module.log("train/effective_rank", directions)
-        else:
-            pl_module.log("val/feature_std", std)
-            pl_module.log("val/effective_rank", directions)
+        pl_module.log_dict({f"{split}/feature_std": std, f"{split}/effective_rank": directions})
         if std < self.min_std and not self.warned and trainer.is_global_zero:
             self.warned = True
             warnings.warn(

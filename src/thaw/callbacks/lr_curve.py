@@ -10,11 +10,7 @@ from thaw.run.loggers import log_image
 
 
 class LRCurve(Callback):
-    """Draws the accuracies of an `LRBank`, tells loggers the winner, and sets `pl_module.winner`; else does nothing.
-
-    Args:
-        run_dir: the run's folder, gets `report/lr_bank.png`.
-    """
+    """Draws an `LRBank`'s accuracies as `<run_dir>/report/lr_bank.png`, tells loggers and `pl_module` the winner."""
 
     def __init__(self, run_dir: str) -> None:
         self.path = Path(run_dir) / "report" / "lr_bank.png"

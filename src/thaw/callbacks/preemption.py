@@ -23,12 +23,7 @@ from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTERM,
-)  # of several that came, the last of these counts
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)  # of several, the last of these counts
 CTRL_C = "\nCtrl-C: the run completes this step and saves it; a second Ctrl-C ends it at once."
 CLOSING_SECONDS = 20.0  # for loggers: a cluster does not wait long
 
@@ -42,9 +37,6 @@ class Preemption(Checkpoint):
     The same command in the same folder resumes from last.ckpt, with the same weights as a run without a signal.
 
     Ours rather than Lightning's handler of SIGUSR1, which saves in the middle of a step, another file for each signal.
-
-    Args:
-        run_dir: the run's folder.
     """
 
     def __init__(self, run_dir: str) -> None:

@@ -6,12 +6,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.progress import BarColumn, Progress
 
-from thaw.run.console import console, say
+from thaw.run.console import Bar, console, say
 
 FIRST = ("train/loss", "val/loss", "val/acc")  # of the metrics in an epoch's line
-FRAME_SECONDS, SLOWEST_SECONDS = 0.1, 1.0  # at least and at most between two updates of the bar, if a batch has ended
+SLOWEST_SECONDS = 1.0  # at most between two updates of the bar, if a batch has ended
 FILE_SECONDS = 60.0  # between two lines about a long epoch, where there is no terminal
 
 
@@ -25,9 +24,8 @@ class RunProgress(ProgressBar):
     def __init__(self, refresh_rate: int) -> None:
         super().__init__()
         self.refresh_rate, self.enabled, self.validated = refresh_rate, True, False
-        self.bar: Progress | None = None
-        self.epoch_began = self.drawn = self.share = 0.0  # times, and how much of the run is done
-        self.began: tuple[float, float] | None = None  # time of the first batch's end, share of the run by then
+        self.epoch_began = self.share = 0.0  # time, and how much of the run is done
+        self.bar = Bar(FILE_SECONDS, "at most")
 
     def enable(self) -> None:
         self.enabled = True
@@ -40,7 +38,8 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_began, self.validated = time.monotonic(), False  # a run resumed within an epoch starts no epoch
-        self.began, self.share = None, share_of_run(trainer, 0)
+        self.bar.close()  # of the sanity check
+        self.share = share_of_run(trainer, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_began, self.validated = time.monotonic(), False
@@ -70,39 +69,16 @@ class RunProgress(ProgressBar):
             say(epoch_line(trainer, self.validated, time.monotonic() - self.epoch_began, console().width))
 
     def show(self, title: str, done: int, total: float, share: float) -> None:
-        """Update the bar, if that is due, or print a line about an epoch that takes long.
-
-        Args:
-            title: what is being done.
-            done, total: batches of it; `total` may be infinite.
-            share: of the run, or of a validation or test beside one, in [0, 1].
-        """
-        now = time.monotonic()
-        if self.began is None:
-            self.began, self.drawn = (now, share), now
-        is_due = (self.refresh_rate and done % self.refresh_rate == 0) or now - self.drawn > SLOWEST_SECONDS
-        on_terminal = console().is_terminal
-        if not (is_due and self.enabled) or now - self.drawn < (FRAME_SECONDS if on_terminal else FILE_SECONDS):
-            return
-        self.drawn = now
-        facts = f"{done:,} batches" if math.isinf(total) else f"{done:,}/{total:,} batches"
-        if share > self.began[1]:
-            left = (now - self.began[0]) * (1 - share) / (share - self.began[1])
-            facts += f", at most {duration(left)} left"
-        if not on_terminal:
-            say(f"{title}  {facts}")
-        elif self.refresh_rate:
-            if self.bar is None:
-                columns = "{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}"
-                self.bar = Progress(*columns, console=console(), auto_refresh=False, transient=True, expand=True)
-                self.bar.add_task(title, total=1.0, facts=facts)
-                self.bar.start()
-            self.bar.update(self.bar.task_ids[0], description=title, completed=share, facts=facts, refresh=True)
+        """Update the bar after `done` of `total` batches, which may be infinite; `share` of the run is done."""
+        is_due = self.refresh_rate and done % self.refresh_rate == 0
+        is_late = time.monotonic() - self.bar.drawn > SLOWEST_SECONDS
+        if self.enabled and (is_due or is_late) and (self.refresh_rate or not console().is_terminal):
+            facts = f"{done:,} batches" if math.isinf(total) else f"{done:,}/{total:,} batches"
+            self.bar.show(f"{title}  ", share, facts)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        self.bar, self.began, self.share = None, None, 0.0
+        self.bar.close()
+        self.share = 0.0
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
@@ -119,11 +95,6 @@ def share_of_run(trainer: Trainer, of_epoch: float) -> float:
     """How much of a run is done at most: early stopping may end it sooner."""
     epochs = 0.0 if trainer.max_epochs in (None, -1) else (trainer.current_epoch + of_epoch) / trainer.max_epochs
     return max(epochs, 0.0 if trainer.max_steps == -1 else trainer.global_step / trainer.max_steps)
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = math.ceil(seconds / 60), math.ceil(seconds / 3600)
-    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 120 else f"{hours} h"
 
 
 def epoch_line(trainer: Trainer, validated: bool, seconds: float, width: int) -> str:

@@ -21,6 +21,7 @@ from thaw.run.console import as_text, say_fitted
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
+from thaw.run.ranks import from_all_ranks
 from thaw.run.record import software_facts
 
 
@@ -130,13 +131,6 @@ def check_same_config(config: dict[str, Any]) -> None:
         f"{'; '.join(problems.values())}. Start all of them with the same command line and the same code; run_dir too "
         "must be one folder for all (hydra.run.dir=<folder>)."
     )
-
-
-def from_all_ranks(value: Any) -> list[Any]:
-    """The values that the ranks give, in their order."""
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def by_dotted_key(value: Any, key: str = "") -> dict[str, str]:

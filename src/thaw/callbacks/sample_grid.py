@@ -14,7 +14,6 @@ class SampleGrid(Callback):
     """Draws `<run_dir>/report/augmented_digits.png` when training with augmentation starts, and logs it.
 
     Args:
-        run_dir: the run's folder.
         digits: columns: the first so many training images.
         draws: rows below the first, each with new random parameters.
     """

@@ -50,9 +50,7 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.live = trained_parameters(pl_module, trainer)
-        known = [
-            name for name in self.live if name in self.average
-        ]  # earlier checkpoints have statistics of norms, too
+        known = [name for name in self.live if name in self.average]  # earlier checkpoints have norms' statistics
         self.average = {name: self.average[name].to(self.live[name].device) for name in known}
         self.current = {}
         self.step = trainer.global_step

@@ -32,11 +32,7 @@ class Assessment:
     @property
     def origin(self) -> list[tuple[str, str]]:
         """Name and text of each fact about the run that trained the checkpoint."""
-        keys = {
-            "overrides": "overrides",
-            "checkpoint": "checkpoint",
-            "git_commit": "trained by commit",
-        }
+        keys = {"overrides": "overrides", "checkpoint": "checkpoint", "git_commit": "trained by commit"}
         return [(title, str(self.facts[key])) for key, title in keys.items() if self.facts[key]]
 
 
@@ -53,7 +49,6 @@ def assess(
 
     Args:
         label: tells it from other checkpoints.
-        predictor: of the checkpoint.
         source: of its images; the temperature is chosen on the validation split, all else uses the test split.
         second: name and images of another dataset, to whose test split the checkpoint is applied too.
         robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -12,14 +11,11 @@ from thaw.data.datamodule import Batch
 from thaw.data.images import with_numbers
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.run.loggers import log_image
+from thaw.run.ranks import from_all_ranks
 
 
 class FinalTest(Callback):
-    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images.
-
-    Args:
-        run_dir: the run's folder.
-    """
+    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images."""
 
     def __init__(self, run_dir: str) -> None:
         self.folder = Path(run_dir) / "report"
@@ -36,11 +32,8 @@ class FinalTest(Callback):
         self.parts.append(tuple(part.cpu() for part in parts))
 
     def on_test_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
-        parts = [tuple(torch.cat(part) for part in zip(*self.parts, strict=True))]
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, parts[0])
-            parts = gathered
+        own = tuple(torch.cat(part) for part in zip(*self.parts, strict=True))
+        parts = from_all_ranks(own) if trainer.world_size > 1 else [own]
         logits, labels, images, indices = (torch.cat(part) for part in zip(*parts, strict=True))
         self.results = accuracy_facts(logits.argmax(dim=1), labels)
         if not trainer.is_global_zero:

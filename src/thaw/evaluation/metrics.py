@@ -10,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_precision,
-    multiclass_recall,
-)
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_precision, multiclass_recall
 
 from thaw.run.errors import UserError
 

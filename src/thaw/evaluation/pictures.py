@@ -84,13 +84,7 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence
 
 
 def save_images(
-    images: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    classes: Sequence[str],
-    order: str,
-    path: Path,
+    images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor, classes: Sequence[str], order: str, path: Path
 ) -> None:
     """The given images in a grid, each with its index, the model's confidence, its label and the model's answer.
 

@@ -32,14 +32,7 @@ LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "
 
 
 def report_run(cfg: DictConfig, trainer: Any, val_acc: float | None, seconds: float) -> None:
-    """Write `summary.json` of a run and print it.
-
-    Args:
-        cfg: of the run.
-        trainer: has fitted the model, and tested it if that was wanted.
-        val_acc: best validation accuracy, None if none was measured.
-        seconds: since the run started.
-    """
+    """Write `summary.json` of a run and print it; `val_acc` is the best, None if none was measured."""
     if not trainer.is_global_zero:
         return
     tests = [each for each in trainer.callbacks if isinstance(each, FinalTest)]
@@ -151,9 +144,7 @@ def checkpoint_mb(trainer: Trainer) -> float | None:
 def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     """Print the `summary.json` of a run or a probe: aligned lines, then what a person copies, each on its own line.
 
-    Args:
-        facts: the content of `summary.json`.
-        wandb: the commands that show and upload an offline run, or the address of another; empty without W&B.
+    `wandb` holds the commands that show and upload an offline run, or the address of another; empty without W&B.
     """
     lines = {}
     if is_probe := "probe" in facts:
@@ -182,11 +173,9 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     if facts["test/acc"] is not None:
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
         lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{of_last}"
-    lines["cost"] = f"{facts['seconds']:.1f} s"
-    if facts["peak_memory_gb"] is not None:
-        lines["cost"] += f", at most {facts['peak_memory_gb']:.1f} GB of memory"
-    if facts["checkpoint_mb"] is not None:
-        lines["cost"] += f", a checkpoint of {facts['checkpoint_mb']:.2f} MB"
+    memory, size = facts["peak_memory_gb"], facts["checkpoint_mb"]
+    lines["cost"] = f"{facts['seconds']:.1f} s" + (f", at most {memory:.1f} GB of memory" if memory else "")
+    lines["cost"] += f", a checkpoint of {size:.2f} MB" if size else ""
     table = Table.grid(padding=(0, 2))
     table.add_column(min_width=12)
     for name, value in lines.items():
@@ -200,11 +189,8 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     if "backbone_file" in facts:
         same = [each for each in facts["overrides"].split() if re.match(r"backbone(?!\.weights)", each)]
         weights = setting("backbone.weights", os.path.relpath(facts["backbone_file"]))
-        say_commands(
-            "next",
-            "fine-tune these weights",
-            [shlex.join(["python", "train.py", "experiment=few_labels", *same]) + f" {weights}"],
-        )
+        command = shlex.join(["python", "train.py", "experiment=few_labels", *same])
+        say_commands("next", "fine-tune these weights", [f"{command} {weights}"])
     if len(wandb) > 1:
         say_commands("W&B", "offline; look at the run, or upload it", wandb)
     elif wandb:

@@ -149,8 +149,7 @@ def folded(head: nn.Module) -> nn.Linear | None:
 
 def baseline_settings(block: Any, kind: type) -> dict[str, Any]:
     """A baseline's configuration with the name of its class."""
-    values = OmegaConf.to_container(block, resolve=True)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(block, resolve=True)
     return {"class": kind.__name__, **{str(key): value for key, value in values.items() if key != "_target_"}}
 
 

@@ -22,12 +22,7 @@ LOCAL = ("dir", "mirrors", "default_root_dir", "plugins", "profiler", "num_worke
 
 
 def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> str:
-    """The lines of a card that turn images into probabilities.
-
-    Args:
-        head: the arguments that built the model's head.
-        has_classifier: whether the head has become timm's classifier.
-    """
+    """The lines of a card that turn images into probabilities; `head` holds the arguments that built the model's."""
     if not isinstance(backbone, Backbone):
         return render("model_card_code.py.txt", is_timm=False)
     return render(
@@ -47,13 +42,7 @@ def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> s
 def model_card(
     facts: Mapping[str, Any], checkpoint: Mapping[str, Any], backbone: nn.Module, code: str, license: str | None
 ) -> str:
-    """The whole text.
-
-    Args:
-        facts: see `thaw.export.facts`.
-        code: see `card_code`.
-        license: of the weights.
-    """
+    """The whole text; `facts` are those of `thaw.export.facts`, `code` is that of `card_code`."""
     config = OmegaConf.create(checkpoint["config"])
     dataset, is_timm = facts["dataset"], isinstance(backbone, Backbone)
     hub_id, data_licence = LICENCES.get(dataset, (None, f"{dataset}, whose licence is not stated here"))
@@ -81,8 +70,7 @@ def model_card(
         model_name=title,
         eval_results=[result] if facts["data_source"] == "official" else None,  # others do not know the sample's test
     )
-    whole = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(whole, dict)
+    whole: Any = OmegaConf.to_container(config, resolve=True)
     recipe = {key: without_places(whole[key]) for key in RECIPE if whole.get(key) is not None}
     return render(
         "model_card.md",
@@ -100,11 +88,7 @@ def model_card(
 
 
 def weights_origin(backbone: Any, weights: str) -> tuple[str, str | None]:
-    """Where a backbone's weights came from, and their id if they came from the hub.
-
-    Args:
-        weights: `backbone.weights` of the training; a checkpoint that holds all weights is loaded without it.
-    """
+    """Where a backbone's weights came from, by `backbone.weights` of the training, and their id on the hub, if any."""
     if weights == "none":
         return "random at the start", None
     if weights == "bundled":

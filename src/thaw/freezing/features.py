@@ -62,15 +62,8 @@ class FrozenFeatures(Callback):
         elif self.cache.mode != "off":
             for split in ("train", "val"):
                 dataset = datamodule.split_dataset(split)
-                dataset.features = frozen_features(
-                    split,
-                    dataset.data.images,
-                    pl_module.preprocess,
-                    pl_module.backbone,
-                    pl_module.cut,
-                    self.cache,
-                    trainer,
-                )
+                layers = pl_module.preprocess, pl_module.backbone, pl_module.cut
+                dataset.features = frozen_features(split, dataset.data.images, *layers, self.cache, trainer)
                 if dataset.features is not None:
                     self.datasets.append(dataset)
             self.cache.summarise(trainer)

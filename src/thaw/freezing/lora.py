@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
+from thaw.run.values import Positive
 
 
 class LoRA(nn.Module):
@@ -33,7 +34,7 @@ class LoRA(nn.Module):
             return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
 
 
-def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha: float) -> None:
+def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha: Positive) -> None:
     """Give the backbone's linear layers a low-rank update.
 
     Args:
@@ -50,8 +51,6 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     num_layers = max(depths.values()) + 1
     if last is not None and not 1 <= last <= num_layers:
         raise UserError(f"freeze.lora.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
-    if not alpha > 0:
-        raise UserError(f"freeze.lora.alpha={alpha} must be above 0.")
     linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     lowest = 0 if last is None else num_layers - last
     chosen = {

@@ -11,12 +11,9 @@ from thaw.run.errors import UserError
 
 
 def refer_to_frozen(names: Iterable[str], state: Mapping[str, Tensor], weights: str) -> dict[str, Any]:
-    """The reference that a checkpoint holds in place of these tensors.
+    """The reference that a checkpoint holds in place of these tensors of a state dict.
 
-    Args:
-        names: of the tensors.
-        state: the model's state dict, from which they are hashed.
-        weights: their source, as `backbone.weights` says; of a file only the name is stored, not the folder.
+    Of `weights`, their source as `backbone.weights` says, only a file's name is stored, not its folder.
     """
     names = list(names)
     return {
@@ -50,11 +47,8 @@ def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None
     missing = [name for name in names if name not in state]
     found = "" if missing else tensors_sha256({name: state[name] for name in names})
     if found != reference["sha256"]:
-        why = (
-            f"the model has no {missing[0]}"
-            if missing
-            else f"SHA-256 {found[:12]} instead of {reference['sha256'][:12]}"
-        )
+        other = f"SHA-256 {found[:12]} instead of {reference['sha256'][:12]}"
+        why = f"the model has no {missing[0]}" if missing else other
         raise UserError(
             f"The checkpoint holds the trained tensors and refers to backbone.weights={reference['weights']} for the "
             f"frozen ones, but the weights found are others ({why}). Give the file that it was trained on: "

@@ -1,7 +1,7 @@
 """Memory, traffic and work of a policy on several devices, from the numbers of one training step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -35,10 +35,6 @@ class Plan:
     cache: int  # on disk
 
 
-PlanCell = Callable[[Plan], str]
-PlanColumns = dict[str, PlanCell]  # header, with the unit in its second line -> cell of a plan
-
-
 def plan_devices(model: str, policy: str, step: Step, images: int, devices: int, sharded: bool) -> Plan:
     """A step on each of so many devices, which share one copy of the model (FSDP) or have one each (DDP)."""
     share = devices if sharded else 1
@@ -70,89 +66,65 @@ def show_plans(settings: PlanSettings, plans: Sequence[Plan]) -> None:
         f"device; cache, read at {settings.rate:,} images/s"
     )
     out = console()
-    width = out.width if out.is_terminal else UNBOUNDED
-    for title, parts in ((memory, memory_columns(settings)), (work, work_columns(settings))):
+    for title, cells_of in ((memory, memory_cells), (work, work_cells)):
         say_fitted(Text(title, "bold"))
-        for table in packed_tables(plans, parts, width):
+        cells = [cells_of(plan, settings) for plan in plans]
+        for table in fitted_tables(plans, cells, out.width if out.is_terminal else UNBOUNDED):
             say_fitted(table)
             say()
 
 
-def memory_columns(settings: PlanSettings) -> list[PlanColumns]:
-    def size(nbytes: Callable[[Plan], int]) -> PlanCell:
-        return lambda plan: f"{nbytes(plan) / 1e9:,.2f}"
-
-    def fits(gb: float) -> PlanCell:
-        return lambda plan: "yes" if plan.memory <= FITS * gb * 1e9 else "no"
-
-    return [
-        {
-            "params\nM": lambda plan: f"{plan.step.parameters / 1e6:,.1f}",
-            "train\nM": lambda plan: f"{plan.step.trained / 1e6:,.2f}",
-        },
-        {"peak\nGB": size(lambda plan: plan.memory), **{f"fits\n{gb:g} GB": fits(gb) for gb in settings.memory}},
-        {
-            "weights\nGB": size(lambda plan: plan.weights),
-            "gradients\nGB": size(lambda plan: plan.gradients),
-            "optimizer\nGB": size(lambda plan: plan.optimizer),
-        },
-        {
-            "activations\nGB": size(lambda plan: plan.step.activations),
-            "exchange\nGB": size(lambda plan: plan.exchange),
-            "filling\nGB": size(lambda plan: plan.step.filling),
-        },
-    ]
-
-
-def work_columns(settings: PlanSettings) -> list[PlanColumns]:
-    whole: dict[str, Callable[[Plan], float]] = {
-        "once": lambda plan: plan.once,
-        "epoch": lambda plan: plan.epoch,
-        "no cache": lambda plan: plan.once + plan.epoch,
+def memory_cells(plan: Plan, settings: PlanSettings) -> dict[str, str]:
+    """Text by header, whose second line is the unit."""
+    sizes = {
+        **{"weights": plan.weights, "gradients": plan.gradients, "optimizer": plan.optimizer},
+        **{"activations": plan.step.activations, "exchange": plan.exchange, "filling": plan.step.filling},
     }
-    speed = settings.devices * settings.flops * 60  # FLOPs in a minute
-
-    def scaled(flops: Callable[[Plan], float], unit: float, digits: int) -> PlanCell:
-        return lambda plan: f"{flops(plan) / unit:,.{digits}f}"
-
-    return [
-        {
-            "frozen\nGFLOP": lambda plan: f"{plan.step.frozen_flops / 1e9:,.2f}",
-            "forward\nGFLOP": lambda plan: f"{plan.step.forward_flops / 1e9:,.2f}",
-            "backward\nGFLOP": lambda plan: f"{plan.step.backward_flops / 1e9:,.2f}",
-        },
-        {f"{name}\nPFLOP": scaled(flops, 1e15, 1) for name, flops in whole.items()},
-        {f"{name}\nminutes": scaled(flops, speed, 2) for name, flops in whole.items()},
-        {
-            "image\nkB": lambda plan: f"{plan.step.cached / 1e3:,.1f}",
-            "cache\nGB": lambda plan: f"{plan.cache / 1e9:,.1f}",
-            "read\nGB/s": lambda plan: f"{settings.rate * plan.step.cached / 1e9:,.3f}",
-        },
-    ]
+    return {
+        "params\nM": f"{plan.step.parameters / 1e6:,.1f}",
+        "train\nM": f"{plan.step.trained / 1e6:,.2f}",
+        "peak\nGB": f"{plan.memory / 1e9:,.2f}",
+        **{f"fits\n{gb:g} GB": "yes" if plan.memory <= FITS * gb * 1e9 else "no" for gb in settings.memory},
+        **{f"{name}\nGB": f"{nbytes / 1e9:,.2f}" for name, nbytes in sizes.items()},
+    }
 
 
-def packed_tables(plans: Sequence[Plan], parts: Sequence[PlanColumns], width: int) -> list[Table]:
-    """As few tables as hold all parts in so many columns; a part is not divided."""
-    tables: list[Table] = []
-    columns: PlanColumns = {}
+def work_cells(plan: Plan, settings: PlanSettings) -> dict[str, str]:
+    """Text by header, whose second line is the unit."""
+    step = plan.step
+    layers = {"frozen": step.frozen_flops, "forward": step.forward_flops, "backward": step.backward_flops}
+    whole = {"once": plan.once, "epoch": plan.epoch, "no cache": plan.once + plan.epoch}
+    in_a_minute = settings.devices * settings.flops * 60
+    return {
+        **{f"{name}\nGFLOP": f"{flops / 1e9:,.2f}" for name, flops in layers.items()},
+        **{f"{name}\nPFLOP": f"{flops / 1e15:,.1f}" for name, flops in whole.items()},
+        **{f"{name}\nminutes": f"{flops / in_a_minute:,.2f}" for name, flops in whole.items()},
+        "image\nkB": f"{step.cached / 1e3:,.1f}",
+        "cache\nGB": f"{plan.cache / 1e9:,.1f}",
+        "read\nGB/s": f"{settings.rate * step.cached / 1e9:,.3f}",
+    }
+
+
+def fitted_tables(plans: Sequence[Plan], cells: Sequence[dict[str, str]], width: int) -> list[Table]:
+    """A row for each plan; each table has as many of the columns as fit in the width."""
     unbounded = console().options.update(width=UNBOUNDED)
-    for part in parts:
-        wider = plan_table(plans, columns | part)
-        if columns and console().measure(wider, options=unbounded).maximum > width:
-            columns, wider = part, plan_table(plans, part)
-            tables.append(wider)
-        else:
-            columns, tables = columns | part, [*tables[:-1], wider]
+    tables, left = [], list(cells[0])
+    while left:
+        for count in range(len(left), 0, -1):
+            table = plan_table(plans, cells, left[:count])
+            if console().measure(table, options=unbounded).maximum <= width:
+                break
+        tables, left = [*tables, table], left[count:]
     return tables
 
 
-def plan_table(plans: Sequence[Plan], columns: PlanColumns) -> Table:
+def plan_table(plans: Sequence[Plan], cells: Sequence[dict[str, str]], headers: Sequence[str]) -> Table:
     """A row for each plan; its model and policy may be folded, its numbers are not."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("model", "policy"):
         table.add_column(name, overflow="fold", vertical="bottom")
-    for header in columns:
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    for plan in plans:
-        table.add_row(plan.model, plan.policy, *(cell(plan) for cell in columns.values()))
+    for plan, texts in zip(plans, cells, strict=True):
+        table.add_row(plan.model, plan.policy, *(texts[header] for header in headers))
     return table

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from thaw.run.ranks import drop_stray_ranks
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LIBRARIES = (*(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<frozen")
-FIRST = "To train a first one: python train.py experiment=vit_linear_probe"
+TRAIN_FIRST = "To train a first one: python train.py experiment=vit_linear_probe"
 CHECKPOINT = "a run's folder, a .ckpt file or last (the newest run)"
 
 
@@ -102,7 +103,7 @@ def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRO
     """
     cause = cause_of(error)
     is_slip = isinstance(cause, ConfigAttributeError | ConfigKeyError)  # in code that reads a configuration
-    if (isinstance(cause, known) and not is_slip) or is_misfit(error):
+    if (isinstance(cause, known) and not is_slip) or is_misfit(error) or is_refused(error):
         return f"error: {explain(error)}"
     trace = traceback.TracebackException.from_exception(cause)
     lines = trace.format() if shorten(trace) else [f"error: {explain(error)}\n"]
@@ -123,11 +124,17 @@ def is_misfit(error: BaseException) -> bool:
     return cause is not error and isinstance(cause, TypeError) and "hydra" in Path(last[0].filename).parts
 
 
+def is_refused(error: BaseException) -> bool:
+    """Whether Lightning refuses a setting, or what it asks for is not installed."""
+    cause = cause_of(error)
+    is_absent = isinstance(cause, ModuleNotFoundError) and cause is not error
+    return is_absent or type(cause).__name__ == "MisconfigurationException"  # importing that takes seconds
+
+
 def shorten(trace: traceback.TracebackException) -> bool:
     """Remove frames of libraries and of this folder; of thaw, only those that call other code stay before such code.
 
-    Returns:
-        whether any frame is left.
+    Returns whether any frame is left.
     """
     run = Path(__file__).parent
     own = [each for each in trace.stack if not each.filename.startswith((*LIBRARIES, __file__))]
@@ -154,9 +161,10 @@ def explain(error: BaseException) -> str:
     message = str(cause).split("\n    full_key:")[0].strip()
     if missing := re.search(r"Missing mandatory value: (\S+)", message):
         return f"{missing[1]} is missing; add {missing[1]}=<value>."
-    if place := is_misfit(error) and re.search(r"full_key: (\S+)", str(error)):
+    place = re.search(r"full_key: (\S+)", str(error))
+    if place and (is_misfit(error) or is_refused(error)):
         return f"{place[1]}: {message}"
-    if isinstance(cause, SETTING_ERRORS):
+    if isinstance(cause, SETTING_ERRORS) or is_refused(error):
         return message
     return f"{type(cause).__name__}: {message}".removesuffix(": ")
 
@@ -168,11 +176,8 @@ def check_command(cfg: DictConfig) -> None:
     program = Path(sys.argv[0]).name
     allowed = CHECKPOINT + (", or a .onnx file of export.py" if program == "serve.py" else "")
     for key in sorted(OmegaConf.missing_keys(cfg)):
-        if key == "ckpt":
-            raise UserError(
-                f"ckpt is missing: the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n{FIRST}"
-            )
-        raise UserError(f"{key} is missing; add {key}=<value>.")
+        step = f": the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n{TRAIN_FIRST}"
+        raise UserError(f"{key} is missing" + (step if key == "ckpt" else f"; add {key}=<value>."))
     check_command_settings(cfg)
     for key in ("ckpt", "resume", "start_from"):
         given = cfg.get(key)
@@ -180,7 +185,10 @@ def check_command(cfg: DictConfig) -> None:
             if ckpt not in (None, "last") and not Path(str(ckpt)).expanduser().exists():
                 raise UserError(f"{key}={ckpt} does not exist; give {allowed}: {key}=last")
     if cfg.get("ckpt") == "last" and not any(Path("logs", "runs").glob("**/checkpoints/*.ckpt")):
-        raise UserError(f"ckpt=last, but no run in logs/runs has a checkpoint yet. {FIRST}")
+        raise UserError(f"ckpt=last, but no run in logs/runs has a checkpoint yet. {TRAIN_FIRST}")
+    loggers = cfg.get("logger") or ()
+    if "tensorboard" in loggers and not find_spec("tensorboard") and not find_spec("tensorboardX"):
+        raise UserError("logger=tensorboard needs tensorboard: pip install 'thaw-vit[tensorboard]'.")
 
 
 def check_options(config_name: str) -> None:
@@ -211,7 +219,7 @@ def check_options(config_name: str) -> None:
 
 def print_help(program: Callable[[], Any], config_name: str) -> None:
     """Print Hydra's help without other commands' groups, broken between words at the terminal's width."""
-    text, groups = io.StringIO(), groups_of(config_name)
+    text, groups, width = io.StringIO(), groups_of(config_name), shutil.get_terminal_size().columns
     with redirect_stdout(text), suppress(SystemExit):
         program()
     lists_in_lines = re.sub(  # of YAML
@@ -220,15 +228,12 @@ def print_help(program: Callable[[], Any], config_name: str) -> None:
     for line in lists_in_lines.splitlines():
         group = line.partition(": ")[0]
         if not (": " in line and (CONFIGS / group).is_dir()) or group.split("/")[0] in groups:
-            width, indent = shutil.get_terminal_size().columns, " " * (len(line) - len(line.lstrip()) + 2)
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
             print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def groups_of(config_name: str) -> set[str]:
     """The groups in the defaults of a root configuration and of those that it starts from."""
-    found: set[str] = set()
-    for entry in OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults:
-        found |= (
-            set(map(str, entry)) if isinstance(entry, DictConfig) else groups_of(entry) if entry != "_self_" else set()
-        )
-    return found
+    entries = OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults
+    groups = {str(group) for entry in entries if isinstance(entry, DictConfig) for group in entry}
+    return groups.union(*(groups_of(entry) for entry in entries if isinstance(entry, str) and entry != "_self_"))

@@ -5,6 +5,7 @@ Printing never ends a program, whether the console lacks a character or its read
 
 import io
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress
 
 from thaw.run.files import write_errors
 
 LINE_SECONDS = 10.0  # between two lines about the progress of a task, where there is no terminal
+FRAME_SECONDS = 0.1  # at least between two updates of a bar
 UNBOUNDED = 10_000  # columns of a file
 ESCAPES = "backslashreplace"  # in place of characters that the console's encoding lacks
 EXPECTED_WARNINGS = (
@@ -96,32 +99,64 @@ def brief() -> Iterator[None]:
 def progress(
     title: str, total: int, unit: str = "images", stderr: bool = False, hidden: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Show how far a long task is: a bar on a terminal, elsewhere a line every `LINE_SECONDS`.
+    """Show how far a long task is, as a `Bar` does.
 
     Yields a function that adds to what is done. `hidden` is for processes whose progress another one shows.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    bar, done = Bar(LINE_SECONDS, "about", stderr), 0
 
-    out, started = console(stderr), time.monotonic()
-    done, printed = 0, started
-    if hidden:
-        yield lambda count: None
-    elif out.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(compact=True))
-        with Progress(TextColumn("{task.description}"), *columns, console=out, transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
-    else:
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if not hidden and done < total:
+            bar.show(f"{title}: ", done / total, f"{done:,} of {total:,} {unit}")
 
-        def advance(count: int) -> None:
-            nonlocal done, printed
-            done, now = done + count, time.monotonic()
-            if now - printed > LINE_SECONDS and done < total:
-                printed = now
-                left = (now - started) * (total - done) / done
-                say(f"{title}: {done:,} of {total:,} {unit}, about {left:.0f} s left", stderr=stderr)
-
+    try:
+        advance(0)
         yield advance
+    finally:
+        bar.close()
+
+
+class Bar:
+    """How far a task is: a bar on a terminal, elsewhere a line every `seconds`; `word` stands before the time left."""
+
+    def __init__(self, seconds: float, word: str, stderr: bool = False) -> None:
+        self.seconds, self.word, self.stderr = seconds, word, stderr
+        self.bar: Progress | None = None
+        self.began: tuple[float, float] | None = None  # time and share at the first call
+        self.drawn = 0.0  # when the last frame or line was
+
+    def show(self, title: str, share: float, facts: str) -> None:
+        """Draw a frame or print a line, if that is due; `share` of the task is done, from 0 to 1."""
+        now, out = time.monotonic(), console(self.stderr)
+        if self.began is None:
+            self.began, self.drawn = (now, share), 0.0 if out.is_terminal else now
+        if now - self.drawn < (FRAME_SECONDS if out.is_terminal else self.seconds):
+            return
+        self.drawn = now
+        if share > self.began[1]:
+            left = (now - self.began[0]) * (1 - share) / (share - self.began[1])
+            facts += f", {self.word} {duration(left)} left"
+        if not out.is_terminal:
+            say(title + facts, stderr=self.stderr)
+            return
+        if self.bar is None:
+            columns = "{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}"
+            self.bar = Progress(*columns, console=out, auto_refresh=False, transient=True, expand=True)
+            self.bar.add_task(title, total=1.0, facts=facts)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], description=title, completed=share, facts=facts, refresh=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = self.began = None
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = math.ceil(seconds / 60), math.ceil(seconds / 3600)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 120 else f"{hours} h"
 
 
 class LogLines(logging.Handler):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -115,6 +116,15 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """The values that the ranks give, in their order; every rank calls it."""
+    import torch.distributed
+
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def check_world(count: int, nodes: int) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,8 +24,10 @@ def did_you_mean(found: str | None) -> str:
     return f"; did you mean {found}?" if found else "."
 
 
-def explain_composition(error: HydraException) -> str:
+def explain_composition(error: Exception) -> str:
     """Why Hydra cannot compose a configuration, with what was allowed and what was perhaps meant."""
+    from hydra.errors import MissingConfigException, OverrideParseException  # report.py does without Hydra
+
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return explain_option(error.missing_cfg_file, error.options)

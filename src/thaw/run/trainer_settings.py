@@ -1,16 +1,16 @@
 """Lightning's Trainer from its settings. Values that it would refuse late, misread or ignore are refused first."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, Field
 
 from thaw.run.config import build
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.values import Count, CountOrZero, NonNegative, find_problem
 
@@ -22,13 +22,10 @@ def as_duration(value: Any) -> timedelta:
     """A duration as Lightning takes it: `DD:HH:MM:SS` or arguments of `timedelta`."""
     if not isinstance(value, dict):
         value = dict(zip(("days", "hours", "minutes", "seconds"), map(int, str(value).split(":")), strict=True))
-    try:
-        length = timedelta(**value)
-    except TypeError as error:
-        raise UserError("unknown unit") from error
-    if length <= timedelta(0):
-        raise UserError("too short")
-    return length
+    with suppress(TypeError):  # an unknown unit
+        if (length := timedelta(**value)) > timedelta(0):
+            return length
+    raise ValueError(value)  # pydantic says what is allowed
 
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -104,7 +101,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
     from lightning.pytorch.callbacks import Checkpoint
 
     if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("enable_checkpointing") is False:
-        print("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for", flush=True)
+        say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
@@ -123,20 +120,3 @@ def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") ->
                 f"trainer.limit_test_batches={share} leaves no batch of the {count} there are; set it to at least "
                 f"{1 / count:.3g}, to a number of batches, or lower data.eval_batch_size."
             )
-
-
-@contextmanager
-def lightning_errors() -> Iterator[None]:
-    """Raise what Lightning says of settings as a user's error."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    try:
-        yield
-    except (InstantiationException, MisconfigurationException) as error:
-        cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
-        if not isinstance(cause, MisconfigurationException | ModuleNotFoundError):
-            raise
-        if "tensorboard" in str(cause).lower():
-            raise UserError("logger=tensorboard needs tensorboard: pip install 'thaw-vit[tensorboard]'.") from error
-        place = re.search(r"full_key: (\S+)", str(error))
-        raise UserError(f"{place[1]}: {cause}" if place else str(cause)) from error

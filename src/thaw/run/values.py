@@ -58,11 +58,7 @@ def check_types(node: DictConfig, place: str = "") -> None:
 
 
 def check_command_settings(cfg: DictConfig) -> None:
-    """Compare the settings of a root script that belong to no class with their types.
-
-    Raises:
-        UserError: as `check_types`.
-    """
+    """Compare the settings of a root script that belong to no class with their types; raises as `check_types`."""
     problems = []
     for key in COMMAND_SETTINGS.keys() & dotted_keys(cfg):
         value = OmegaConf.select(cfg, key)
@@ -94,18 +90,12 @@ def find_problems(node: DictConfig, place: str) -> list[str]:
 def written_at(node: DictConfig, key: str) -> str | None:
     """The key that a value is taken from, as in `${seed}`; None where it is written itself."""
     inner: Any = node._get_node(key)
-    reference = (
-        re.fullmatch(r"\$\{(\w[\w.]*)\}", str(inner._value())) if OmegaConf.is_interpolation(node, key) else None
-    )
+    reference = re.fullmatch(r"\$\{(\w[\w.]*)\}", str(inner._value()))
     return reference and reference[1]
 
 
 def imported(key: str, name: str) -> Any:
-    """The class or function that a `_target_` names; an error inside the module that defines it passes.
-
-    Raises:
-        UserError: it does not exist.
-    """
+    """The class or function that a `_target_` names, else a UserError; an error inside its own module passes."""
     try:
         return import_target(name)
     except ModuleNotFoundError as error:

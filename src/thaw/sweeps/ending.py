@@ -14,7 +14,6 @@ from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
 from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table
 
-SETTING_WIDTH = 40  # columns below which a setting is not squeezed while other columns can go
 MAX_LOST = 20  # runs that are not done, on the screen
 
 
@@ -68,41 +67,22 @@ def show_run_table(table: RunTable) -> None:
 
 
 def fitted_table(groups: Sequence[Group], width: int) -> Table:
-    """The table in so many columns: it gets narrow headers, then loses the least important measures."""
+    """A row for each setting in so many columns: headers and intervals are broken, then settings are folded."""
     unbounded = console().options.update(width=UNBOUNDED)
-    for compact, hidden in ((False, []), (True, []), (True, ["time"]), (True, ["time", "trained"])):
-        table = settings_table(groups, compact, hidden)
-        if console().measure(table, options=unbounded).minimum <= width:
-            return table
-    return settings_table(groups, True, ["time", "trained"], ["setting"])
-
-
-def settings_table(
-    groups: Sequence[Group], compact: bool, hidden: Sequence[str], columns: Sequence[str] | None = None
-) -> Table:
-    """A row for each setting.
-
-    Args:
-        groups: the settings.
-        compact: break headers at their dots, and a test accuracy before its interval.
-        hidden: measures that are left out.
-        columns: as of `setting_columns`.
-    """
-    columns = columns or setting_columns(groups)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("", no_wrap=True)
-    cells = [[shortened(text) for text, _ in group_cells(group, columns)] for group in groups]
-    cells = [[text.replace(" [", "\n[") if compact else text for text in row] for row in cells]
-    shown = [place for place, name in enumerate([*columns, *MEASURES]) if name not in hidden]
-    for place in shown:
-        name = [*columns, *MEASURES][place]
-        header = name.replace(".", ".\n") if compact else name
-        longest = max(len(line) for text in (header, *(row[place] for row in cells)) for line in text.split("\n"))
-        least = longest if name != "setting" else 0 if compact else min(longest, SETTING_WIDTH)
-        table.add_column(header, overflow="fold", min_width=least)
-        table.columns[-1].justify = "left" if place < len(columns) else "right"
-    for group, row in zip(groups, cells, strict=True):
-        table.add_row(group.mark, *(row[place] for place in shown), style="bold green" if group.mark else None)
+    keys = setting_columns(groups)
+    for columns, breaks in ((keys, False), (keys, True), (["setting"], True)):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("")
+        for name in columns:
+            table.add_column(name.replace(".", ".\n") if breaks else name, overflow="fold")
+        for name in MEASURES:
+            table.add_column(name, justify="right", no_wrap=True)
+        for group in groups:
+            cells = [shortened(text) for text, _ in group_cells(group, columns)]
+            cells = [text.replace(" [", "\n[") for text in cells] if breaks else cells
+            table.add_row(group.mark, *cells, style="bold green" if group.mark else None)
+        if console().measure(table, options=unbounded).maximum <= width:
+            break
     return table
 
 
