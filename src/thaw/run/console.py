@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
 
 from thaw.run.files import write_errors
@@ -118,12 +119,19 @@ def progress(
         bar.close()
 
 
+class OneLine(Progress):
+    """A progress bar that leaves room for the `^C` of the terminal, which would break a line of its whole width."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield Constrain(self.make_tasks_table(self.tasks), console().width - 2)
+
+
 class Bar:
     """How far a task is: a bar on a terminal, elsewhere a line every `seconds`; `word` stands before the time left."""
 
     def __init__(self, seconds: float, word: str, stderr: bool = False) -> None:
         self.seconds, self.word, self.stderr = seconds, word, stderr
-        self.bar: Progress | None = None
+        self.bar: OneLine | None = None
         self.began: tuple[float, float] | None = None  # time and share at the first call
         self.drawn = 0.0  # when the last frame or line was
 
@@ -143,7 +151,7 @@ class Bar:
             return
         if self.bar is None:
             columns = "{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}"
-            self.bar = Progress(*columns, console=out, auto_refresh=False, transient=True, expand=True)
+            self.bar = OneLine(*columns, console=out, auto_refresh=False, transient=True, expand=True)
             self.bar.add_task(title, total=1.0, facts=facts)
             self.bar.start()
         self.bar.update(self.bar.task_ids[0], description=title, completed=share, facts=facts, refresh=True)
