@@ -17,7 +17,11 @@ from thaw.run.ranks import PARENT
 
 FORKING = multiprocessing.get_context("forkserver")  # one server a pytest worker; it has no threads when it forks
 FORKING.set_forkserver_preload(
-    ["lightning.pytorch", "timm", "torchmetrics", "thaw.classifier", "thaw.evaluation.summary"]
+    [
+        *("lightning.pytorch", "timm", "torchmetrics", "wandb.apis.public", "matplotlib.figure", "jinja2"),
+        *("thaw.classifier", "thaw.evaluation.pictures", "thaw.evaluation.assessment", "thaw.run.jobs"),
+        *("thaw.callbacks.progress", "thaw.models.heads", "thaw.sweeps.ending", "thaw.sweeps.run_table"),
+    ]
 )
 
 

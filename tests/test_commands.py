@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -69,14 +69,7 @@ SHORT += ["logger=none", "validate=false", "trainer.precision=32-true", "trainer
 PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
 STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
 STEADY += ["robustness.digits=10"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def untimed(undrawn: None) -> Iterator[None]:
-    """Nothing waits for timing, nor for pictures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
-        yield
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")

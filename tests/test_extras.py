@@ -23,6 +23,7 @@ TINY = [  # random weights, one block
 ]
 SGD = ["optim=sgd", "optim.optimizer.momentum=0", "optim.optimizer.nesterov=false", "optim.weight_decay=0"]
 State = dict[str, Tensor]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture

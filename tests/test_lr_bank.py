@@ -191,7 +191,6 @@ def test_what_else_is_refused(bank: Callable, classifier: Callable, batches: lis
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        ({"lrs": []}, "head.lrs=[] must be a list of 1 or more, each item a number above 0; e.g. [1e-3,1e-2]."),
         ({"lrs": 1e-3}, "head.lrs=0.001 must be a list of 1 or more"),
         ({"weight_decays": []}, "head.weight_decays=[] must be a list of 1 or more, each item a number, 0 or more"),
         ({"lrs": [1e-3, 0.0]}, "head.lrs=[0.001, 0.0] must be"),

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -14,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed.run
 from conftest import ROOT
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from processes import Forked
@@ -236,13 +236,14 @@ def environment() -> dict[str, str]:
 
 def test_torchrun_makes_one_run(tmp_path: Path, environment: dict[str, str]) -> None:
     """One folder, one W&B run, every image once (65 are no whole number of batches)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py")]
-    command += [*PROBE, RECORD, f"cache.dir={tmp_path / 'cache'}"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    torchrun = [str(ROOT / "tests" / "screens" / "light.py"), torch.distributed.run.__file__, "--nproc_per_node=2"]
+    forked = ["--run-path", "--start-method=fork", str(ROOT / "train.py")]  # instead of two new Pythons
+    command = [sys.executable, *torchrun, *forked, *PROBE, RECORD, f"cache.dir={tmp_path / 'cache'}"]
+    with (tmp_path / "output").open("w") as output:
+        assert Forked(command, cwd=tmp_path, env=environment, stdout=output).wait() == 0, Path(output.name).read_text()
     (run_dir,) = (tmp_path / "logs" / "runs" / "vit_linear_probe").iterdir()
     assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
-    assert done.stdout.count("1,930 of 2,684,170 parameters train") == 1
+    assert (tmp_path / "output").read_text().count("1,930 of 2,684,170 parameters train") == 1
     check_images(records(run_dir, 0), records(run_dir, 1), images=65)
 
 

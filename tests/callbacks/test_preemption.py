@@ -3,9 +3,6 @@
 import csv
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from conftest import ROOT
+from processes import Forked
 from torch import Tensor
 
 from thaw.callbacks.preemption import close_loggers, requeue
@@ -157,13 +155,32 @@ def test_a_second_ctrl_c_ends_at_once(
 
 
 @pytest.mark.usefixtures("handlers")
-def test_ctrl_c_saves_the_same_step_of_all_ranks(
-    train: Callable[..., Path], tiny_run: list[str], signalled: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_all_ranks_save_the_same_step_and_end(
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    signalled: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
-    signalled(1, signal.SIGINT)  # of rank 0, which has two steps an epoch
-    with pytest.raises(KeyboardInterrupt):
+    """Rank 0 alone gets the signal; the other rank ends by itself, before it is killed."""
+    others: list[Forked] = []
+
+    class Counted(Forked):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            others.append(self)
+            self.kill = lambda: self.wait(20)
+
+    monkeypatch.setattr("thaw.run.ranks.subprocess.Popen", Counted)
+    signalled(1, number)  # of two steps an epoch
+    with pytest.raises((Left, KeyboardInterrupt)):
         train(*tiny_run, *RUN, "trainer=ddp_cpu")
     assert checkpoint(tmp_path / "runs" / "test" / "run")["global_step"] == 2
+    assert "step 2 is in " in capsys.readouterr().out
+    assert [other.poll() for other in others] == [0]
 
 
 @pytest.mark.usefixtures("handlers")
@@ -320,39 +337,3 @@ def test_a_run_that_is_being_tested_is_requeued_at_once(
     run_dir = tmp_path / "runs" / "test" / "run"
     assert scontrol() == "requeue 7\n"
     assert checkpoint(run_dir)["global_step"] == 12 and not (run_dir / "summary.json").exists()
-
-
-def state(pid: str) -> str:
-    """Of a process, such as R (running) or Z (has ended); nothing if it is gone."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.read_text().rpartition(") ")[2][0] if stat.exists() else ""
-
-
-@pytest.mark.slow
-def test_all_ranks_end_when_one_gets_the_signal(tmp_path: Path) -> None:
-    run = [*CALLBACK, "trainer=ddp_cpu", "experiment=vit_last_blocks", "augment=affine", "logger=none"]
-    run += ["data.source=sample", "data.train_size=256", "trainer.max_epochs=50", "callbacks.early_stopping=null"]
-    program = Path(__file__).parents[2] / "train.py"
-    command = [sys.executable, str(program), *run, "data.batch_size=16", f"hydra.run.dir={tmp_path / 'run'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    output = tmp_path / "output"
-    with output.open("w") as file:
-        rank0 = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
-    try:
-        until = time.monotonic() + 120
-        while "epoch 1/" not in output.read_text():
-            assert rank0.poll() is None and time.monotonic() < until, output.read_text()
-            time.sleep(0.1)
-        others = Path(f"/proc/{rank0.pid}/task/{rank0.pid}/children").read_text().split()
-        rank0.terminate()
-        assert rank0.wait(60) == 128 + signal.SIGTERM, output.read_text()
-    finally:
-        rank0.kill()
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert f"SIGTERM: step {step} is in run/checkpoints/last.ckpt" in output.read_text() and 8 < step < 400
-    until = time.monotonic() + 10
-    while not all(state(pid) in ("Z", "") for pid in others):  # ended, though perhaps nobody asked
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    assert len(others) == 1

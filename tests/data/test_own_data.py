@@ -30,11 +30,6 @@ def command(name: str, folder: Path, *overrides: str) -> None:
     import_module(name).main(compose_config(name, ALLOW, f"run_dir={folder}", *overrides))
 
 
-@pytest.fixture(autouse=True)
-def no_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
-
-
 def own_data(tmp_path: Path, **settings: object) -> list[str]:
     """A CSV of five classes, and the overrides by which a user chooses a data module for it."""
     write_csv(tmp_path / "mine.csv", classes=5, rows=500)

@@ -27,11 +27,6 @@ FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, 
 FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]
 
 
-@pytest.fixture(autouse=True)
-def no_time_for_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thaw.evaluation.cost.TIMING_SECONDS", 0.0)
-
-
 def evaluate(folder: Path, *overrides: str) -> Path:
     """Run eval.py in this process; returns the report's folder."""
     import_module("eval").main(compose_config("eval", *FEW, *overrides, f"run_dir={folder}"))

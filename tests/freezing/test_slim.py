@@ -20,6 +20,7 @@ from thaw.run import checkpoint as checkpoints
 from thaw.run.resume import resumed_config
 
 Train = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 class Net(nn.Module):

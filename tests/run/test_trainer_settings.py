@@ -20,9 +20,7 @@ from thaw.run.errors import UserError
 from thaw.run.trainer_settings import RULES, check_trainer
 
 REFUSED = {
-    "trainer.accelerator=tpu": "trainer.accelerator='tpu' must be auto, cpu, gpu, cuda or mps",
     "trainer.strategy=ddp_spawn": "trainer.strategy='ddp_spawn' must be auto, ddp",
-    "trainer.devices=0": "trainer.devices=0 must be a number of processes",
     "trainer.devices=[0]": r"trainer.devices=\[0\] must be a number of processes",
     "trainer.devices=abc": "trainer.devices=abc must be",
     "trainer.accelerator=auto trainer.devices=[]": r"trainer.devices=\[\] must be a number, a list of GPUs' numbers",
@@ -31,7 +29,6 @@ REFUSED = {
     "+trainer.logger=true": "trainer.logger=true must be null; leave it out; logger= chooses",
     "+trainer.callbacks=[]": r"trainer.callbacks=\[\] must be null; leave it out",
     "+trainer.fast_dev_run=-1": "trainer.fast_dev_run=-1 must be true or false, or a whole number, 0 or more",
-    "trainer.max_epochs=0": "trainer.max_epochs=0 must be -1, or a whole number, 1 or more",
     "trainer.max_epochs=-2": "trainer.max_epochs=-2 must be",
     "trainer.max_epochs=-1": r"trainer.max_epochs=-1 has no end.* \+trainer.max_steps=<steps>",
     "+trainer.min_epochs=-1": "trainer.min_epochs=-1 must be a whole number, 0 or more",
@@ -151,7 +148,6 @@ STOPS = "callbacks.early_stopping={_target_:thaw.callbacks.monitored_metric.Earl
         ("trainer.precision=transformer-engine", "transformer_engine"),
         ("trainer.num_nodes=2", "num_nodes=2 needs a process for each device on 2 machines"),
         ("callbacks.checkpoint.mode=best", "callbacks.checkpoint: .*min, max"),
-        ("callbacks.checkpoint.monitor=val/accc", "monitor=val/accc of RunCheckpoint .* choose from val/loss, val/acc"),
         (STOPS + "val_acc}", "monitor=val_acc of EarlyStopping .* choose from val/loss, val/acc"),
         ("experiment=pretrain_mae " + STOPS + "val/knn}", "monitor=val/knn of EarlyStopping .* val/knn_acc"),
         ("head.norm=batch data.batch_size=1", "data.batch_size=1 has no statistics for head.norm=batch"),

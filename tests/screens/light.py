@@ -1,4 +1,4 @@
-"""`light.py <script> <arguments>`: that root script, whose pictures have one pixel and whose queue forks its jobs."""
+"""`light.py <script> <arguments>`: that root script; pictures have one pixel, speed is timed once, a queue forks."""
 
 import multiprocessing
 import runpy
@@ -10,6 +10,7 @@ import processes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from thaw.evaluation import cost
 from thaw.sweeps import job_queue
 
 
@@ -19,6 +20,7 @@ def save_one_pixel(self: Figure, path: Any, **_: Any) -> None:
 
 
 Figure.savefig = save_one_pixel  # type: ignore[method-assign,assignment]
+cost.TIMING_SECONDS = 0.0
 multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
 processes.FORKING = multiprocessing.get_context("fork")  # type: ignore[assignment]
 job_queue.subprocess = processes.FORKED  # type: ignore[assignment]

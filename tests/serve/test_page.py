@@ -58,7 +58,7 @@ def strokes_of(digit: np.ndarray) -> Strokes:
             left.remove(at)
             walk.append(at)
         if len(walk) > 6 or not strokes:
-            strokes.append([((x + 0.5) / 84, (y + 0.5) / 84) for y, x in (*walk[:-1:3], walk[-1])])
+            strokes.append([((x + 0.5) / 84, (y + 0.5) / 84) for y, x in (*walk[:-1:4], walk[-1])])
     return strokes
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
+from processes import Forked
 
 import serve
 from thaw.data.idx import write_idx
@@ -26,25 +26,19 @@ from thaw.serve.server import open_port
 
 
 @contextmanager
-def started(folder: Path, *overrides: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def started(folder: Path, *overrides: str) -> Iterator[tuple[Forked, str]]:
     """serve.py in a process of its own, run in `folder`; yields it and its address."""
-    command = [sys.executable, ROOT / "serve.py", "port=0", *overrides]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, str(ROOT / "serve.py"), "port=0", *overrides]
+    with (folder / "printed").open("w") as output:
+        process = Forked(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output)
     try:
-        assert process.stdout
-        printed = ""
-        while "is ready; Ctrl-C stops it" not in printed and (line := process.stdout.readline()):
-            printed += line
+        while "is ready; Ctrl-C stops it\n" not in (printed := (folder / "printed").read_text()):
+            assert process.poll() is None, printed
+            time.sleep(0.05)
         found = re.search(r"^draw    (http://\S+)\nAPI     \1/docs$", printed, re.MULTILINE)
         assert found and f"loading {overrides[0].removeprefix('ckpt=')}\n" in printed, printed
         yield process, found[1]
+        assert (folder / "printed").read_text() == printed, "it says nothing when it stops"
     finally:
         process.kill()
         process.wait()
@@ -62,7 +56,7 @@ def is_open(address: str) -> bool:
 @pytest.mark.slow
 def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
     """A running request gets its whole answer; then the process ends with status 0 and leaves nothing."""
-    images = write_idx(torch.randint(0, 64, (400, 28, 28), dtype=torch.uint8))
+    images = write_idx(torch.randint(0, 64, (100, 28, 28), dtype=torch.uint8))
     with started(tmp_path, f"ckpt={linear_probe}", "max_batch=1", "request_seconds=60.0") as (process, address):
         assert httpx.get(f"{address}/healthz").status_code == 200
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -71,15 +65,13 @@ def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
             while "thaw_batch_size_count 0.0" in httpx.get(f"{address}/metrics").text:
                 time.sleep(0.01)
             assert not asked.done()
-            process.send_signal(signal.SIGTERM)
+            os.kill(process.pid, signal.SIGTERM)
             response = asked.result()
         assert response.status_code == 200
-        assert len(response.json()["predictions"]) == 400
+        assert len(response.json()["predictions"]) == 100
         assert process.wait(20) == 0
-        assert process.stdout
-        assert process.stdout.read() == ""
         assert not is_open(address)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "printed"]
 
 
 @pytest.mark.slow
@@ -88,7 +80,7 @@ def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
 
     Unless told otherwise, the server answers on this machine's own address alone.
     """
-    with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=2.0") as (process, address):
+    with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=1.0") as (process, address):
         parts = urlsplit(address)
         assert parts.hostname == "127.0.0.1"
         assert not is_open(address.replace("127.0.0.1", "127.0.0.2"))
@@ -102,7 +94,7 @@ def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
             clients[-1].sendall(sent)
         time.sleep(0.3)
         stopped = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
         assert process.wait(20) == 0
         assert time.monotonic() - stopped < 8
         assert b" 408 " in clients[-1].recv(65536), "who has begun a request is told"

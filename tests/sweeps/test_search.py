@@ -26,7 +26,6 @@ from processes import FORKED, Forked
 from thaw.run.files import read_json, write_json
 from thaw.sweeps import search as searches
 from thaw.sweeps import study as studies
-from thaw.sweeps.grid import ConfigSnapshot
 from thaw.sweeps.run_table import RunTable
 
 CHEAP = ["logger=none", "test=false", "sweep/pruner=none"]
@@ -69,20 +68,11 @@ def compose_sweep(folder: Path, overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-@pytest.fixture(scope="session")
-def config_files() -> Any:
-    """The files of `configs`, each read once for all searches: reading them takes half of the time of a cheap trial."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return ConfigSnapshot(GlobalHydra.instance().config_loader().repository)  # type: ignore[attr-defined]
-
-
 @pytest.fixture(autouse=True)
-def configs(monkeypatch: pytest.MonkeyPatch, config_files: ConfigSnapshot) -> Any:
+def configs(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(ROOT)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        monkeypatch.setattr(GlobalHydra.instance().config_loader(), "repository", config_files)
         yield
 
 
@@ -312,7 +302,6 @@ BAD = {
     "no such key": (["+sweep.space.optim.rate={low: 1, high: 2}"], r"optim\.rate=1.*optim\.rate is not a setting"),
     "no such option": (["+sweep.space.freeze={choices: [nope]}"], "freeze=nope.*freeze=nope does not exist"),
     "low above high": (["sweep.space.optim.lr.low=2"], r"optim\.lr: low=2 must be less than high=1"),
-    "low is high": (["sweep.space.optim.lr.low=1"], "must be less than"),
     "log of zero": (["sweep.space.optim.lr.low=0"], "must be more than 0, as log is true"),
     "no number": (["sweep.space.optim.lr.low=small"], "low='small' must be a number"),
     "no high": (["~sweep.space.optim.lr.high"], "has no high"),
@@ -337,7 +326,6 @@ BAD = {
     "chosen by test": (["sweep.objectives=[test/acc]"], "test/acc is not an objective"),
     "no objective": (["sweep.objectives=[]"], "must be a list of different metrics"),
     "pruning for two": (["sweep/pruner=median", "sweep.objectives=[val/acc,seconds]"], "choose sweep/pruner=none"),
-    "no trials": (["sweep.trials=0"], "sweep.trials=0 must be"),
     "resume": (["resume=last"], "resume=last continues one run"),
     "storage": (["sweep.storage=a.txt"], r"must end in \.db"),
     "devices": (["trainer=gpu", "trainer.devices=64"], "torch sees"),
