@@ -4,10 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from thaw.run.console import console, lenient
+from thaw.run.console import lenient
 from thaw.run.errors import UserError
-from thaw.sweeps.ending import say_where, show_run_table
-from thaw.sweeps.run_table import write_run_table
+from thaw.sweeps.ending import report_runs
 
 DESCRIPTION = """
 Compare all runs in and below some folders: best setting first, mean and spread
@@ -36,12 +35,9 @@ def main() -> None:
         if not folders:
             raise UserError("No folder is named; give that of a sweep or of runs: python report.py logs/sweeps")
         out = arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report"))
-        with console().status("drawing pictures, writing the report"):
-            table = write_run_table(folders, out)
+        report_runs(folders, out)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    show_run_table(table)
-    say_where(table, folders, out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from processes import FORKED, Forked
 from thaw.run.files import read_json, write_json
 from thaw.sweeps import search as searches
 from thaw.sweeps import study as studies
-from thaw.sweeps.run_table import RunTable
 
 CHEAP = ["logger=none", "test=false", "sweep/pruner=none"]
 LR_SPACE = {
@@ -89,7 +88,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     ) -> list[FrozenTrial]:
         typed = [*cheap, *overrides]
         if not report:
-            monkeypatch.setattr("thaw.sweeps.outcome.write_run_table", lambda *_: RunTable([], ["val/acc"], []))
+            monkeypatch.setattr("thaw.sweeps.outcome.report_runs", lambda *_, **__: None)
             monkeypatch.setattr("thaw.sweeps.outcome.draw_study", lambda *_: [])
         cfg = compose_sweep(tmp_path / folder, typed)
         try:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from scipy.optimize import isotonic_regression
 
 from thaw.run.files import atomic
 
@@ -22,6 +23,13 @@ LINE_HEIGHT = 12.0  # of a name at the end of a line, in points
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def new_axes(width: float = 8.0, height: float = 4.4) -> Axes:
+    """Plain axes of a new figure; sizes in inches."""
+    axes = new_figure(width, height).add_subplot()
+    plain_axes(axes)
+    return axes
 
 
 def plain_axes(axes: Axes) -> None:
@@ -53,7 +61,6 @@ def accuracy_axis(axes: Axes, lowest: float, highest: float, label: str) -> None
     decimals = max(len(f"{100 * tick:.2f}".rstrip("0").partition(".")[2]) for tick in ticks)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
     axes.set_ylabel(f"{label}\n(log scale of the error)")
-    plain_axes(axes)
 
 
 def number_axis(axis: Axis, log: bool, ticks: Sequence[float] = ()) -> None:
@@ -103,14 +110,9 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     box = axes.get_window_extent()
     gap = LINE_HEIGHT / 72 * figure.dpi / box.height  # as a share of the axes' height
     ordered = sorted(ends, key=lambda end: end[1])
-    blocks: list[list[float]] = []  # names that touch: the height of the lowest one that all of them wish for
-    for place, (x, y, *_) in enumerate(ordered):
-        height = (axes.transData.transform((x, y))[1] - box.y0) / box.height
-        blocks.append([height - place * gap])
-        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    highest = max(0.0, 1 - gap * (len(ends) - 1))
-    heights = [float(np.clip(np.mean(block), 0, highest)) for block in blocks for _ in block]
+    wished = [(axes.transData.transform((x, y))[1] - box.y0) / box.height for x, y, *_ in ordered]
+    apart = isotonic_regression(np.subtract(wished, gap * np.arange(len(ends)))).x  # the nearest that never fall
+    heights = np.clip(apart, 0, max(0.0, 1 - gap * (len(ends) - 1)))
     for place, ((x, y, color, name), height) in enumerate(zip(ordered, heights, strict=True)):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "relpos": (0, 0.5), "shrinkB": 0}
         style: Any = {"fontsize": 9, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 
-from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, number_axis, save_figure
+from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, number_axis, plain_axes, save_figure
 
 
 def save_lr_curve(
@@ -20,6 +20,7 @@ def save_lr_curve(
     """
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
+    plain_axes(axes)
     decays = sorted({weight_decay for _, weight_decay in settings})
     for place, decay in enumerate(decays):
         points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)

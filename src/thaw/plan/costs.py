@@ -108,7 +108,8 @@ def work_cells(plan: Plan, settings: PlanSettings) -> dict[str, str]:
 def fitted_tables(plans: Sequence[Plan], cells: Sequence[dict[str, str]], width: int) -> list[Table]:
     """A row for each plan; each table has as many of the columns as fit in the width."""
     unbounded = console().options.update(width=UNBOUNDED)
-    tables, left = [], list(cells[0])
+    tables: list[Table] = []
+    left = list(cells[0])
     while left:
         for count in range(len(left), 0, -1):
             table = plan_table(plans, cells, left[:count])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def group_cells(group: Group, columns: Sequence[str]) -> list[Cell]:
         (format_score(val), val and val[0]),
         (format_count(group), val[2] if val else 0),
         (format_test(group), test and test[0]),
-        (ABSENT if params is None else f"{params:,}", params),
+        (shown(params, ","), params),
         (format_seconds(seconds and seconds[0]), seconds and seconds[0]),
     ]
 
@@ -44,15 +45,19 @@ def run_cells(run: Run, label: str, above: Path) -> list[Cell]:
     folder = os.path.relpath(run.folder, above)
     return [
         (label, label),
-        (ABSENT if run.seed is None else str(run.seed), run.seed),
+        (shown(run.seed), run.seed),
         (Markup('<span class="{0}">{0}</span>').format(run.state), run.state),
-        (ABSENT if run.val_acc is None else f"{run.val_acc:.2%}", run.val_acc),
-        (ABSENT if run.test_acc is None else f"{run.test_acc:.2%}", run.test_acc),
+        (shown(run.val_acc, ".2%"), run.val_acc),
+        (shown(run.test_acc, ".2%"), run.test_acc),
         (format_interval(run), run.test_low),
-        (ABSENT if run.epochs is None else str(run.epochs), run.epochs),
+        (shown(run.epochs), run.epochs),
         (format_seconds(run.seconds), run.seconds),
         (Markup("<code>{}</code>").format(folder), folder),
     ]
+
+
+def shown(value: float | None, spec: str = "") -> str:
+    return ABSENT if value is None else f"{value:{spec}}"
 
 
 def format_score(score: SeedScore | None) -> str:
@@ -99,10 +104,17 @@ def format_measure(metric: str, value: float) -> str:
     return f"{metric} {f'{value:.2%}' if metric in ACCURACY else f'{value:,}'}"
 
 
-def about_left(seconds: float | None) -> str:
-    """`, about 40 s left`, to be added to a line; empty where that is unknown."""
-    if seconds is None:
+def about_left(started: float, done: float, rest: float) -> str:
+    """`, about 40 s left`, to be added to a line; empty before anything is done.
+
+    Args:
+        started: the time of `time.monotonic` at the start.
+        done: number of jobs or epochs that have ended since.
+        rest: number of those still to be done.
+    """
+    if not done:
         return ""
+    seconds = (time.monotonic() - started) * rest / done
     return f", about {f'{seconds:.0f} s' if seconds < 60 else format_seconds(seconds)} left"
 
 

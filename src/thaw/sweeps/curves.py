@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from thaw.pages.figures import accuracy_axis, label_ends, new_figure, number_axis, plain_axes, save_figure
+from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis, save_figure
 from thaw.sweeps.groups import Group, Mark
 from thaw.sweeps.runs import DONE, Run
 
@@ -70,9 +70,8 @@ def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
     """Validation accuracy against `key`: a curve for each combination of the other settings, the highest first."""
     numbers, swept = numeric_keys(groups), swept_keys(groups)
     curves = []
-    for members in grouped_by(
-        [group for group in groups if value(group, key) is not None], lambda group: without(group, numbers)
-    ):
+    having = [group for group in groups if value(group, key) is not None]
+    for members in grouped_by(having, lambda group: without(group, numbers)):
         lines = grouped_by(members, lambda group: without(group, {key}))
         if len(members) >= 2 * len(lines):
             curves += [curve(line, key, True, [key]) for line in lines]
@@ -86,25 +85,20 @@ def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
 
 def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> SweptCurve:
     points, lost = [], []
-    for group in groups:
-        x, score = value(group, key), group.val
+    for group in sorted(groups, key=lambda group: value(group, key) or 0.0):
+        x, accuracies = value(group, key), [run.val_acc for run in group.done if run.val_acc is not None]
         assert x is not None
-        if score is None:
+        if group.val is None:
             lost.append(x)
-            continue
-        accuracies = [run.val_acc for run in group.done if run.val_acc is not None]
-        points.append(Point(x, score[0], min(accuracies), max(accuracies), score[2], group.mark))
+        else:
+            points.append(Point(x, group.val[0], min(accuracies), max(accuracies), group.val[2], group.mark))
     tokens = [token for token, (key, _) in zip(groups[0].tokens, groups[0].parts, strict=True) if key not in swept]
-    return SweptCurve(tokens or [groups[0].runs[0].name], sorted(points, key=lambda p: p.x), joined, sorted(lost))
+    return SweptCurve(tokens or [groups[0].runs[0].name], points, joined, lost)
 
 
 def numeric_keys(groups: Sequence[Group]) -> set[str]:
-    values: dict[str, set[float]] = {}
-    for group in groups:
-        for key in group.runs[0].settings:
-            if (number := value(group, key)) is not None:
-                values.setdefault(key, set()).add(number)
-    return {key for key, different in values.items() if len(different) > 1}
+    keys = {key for group in groups for key in group.runs[0].settings}
+    return {key for key in keys if len({value(group, key) for group in groups} - {None}) > 1}
 
 
 def value(group: Group, key: str) -> float | None:
@@ -124,13 +118,6 @@ def grouped_by(groups: Sequence[Group], identity: Callable[[Group], str]) -> lis
         if group.runs[0].settings:
             found.setdefault(identity(group), []).append(group)
     return list(found.values())
-
-
-def new_axes(width: float = 8.0, height: float = 4.4) -> Axes:
-    """Axes of a new picture; its size in inches."""
-    axes = new_figure(width, height).add_subplot()
-    plain_axes(axes)
-    return axes
 
 
 def save_picture(axes: Axes, path: Path, legend_columns: int) -> None:
@@ -239,37 +226,30 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     lines = epoch_lines(groups)
     if not any(len(line.points) > 1 for line in lines):
         return False
-    named = len(lines) <= len(COLORS)
-    labels = [textwrap.shorten(line.label, 60, placeholder=" ...") for line in lines]
-    axes = new_axes(7 + 0.08 * max(map(len, labels)) if named else 8.0)
+    few = len(lines) <= len(COLORS)
+    named = [line for line in lines if few or line.mark]
+    names = [textwrap.shorten(line.label, 60, placeholder=" ...") for line in named]
+    axes = new_axes(7 + 0.08 * max(map(len, names), default=0))
     accuracies = [accuracy for line in lines for _, seeds in line.points for accuracy in seeds]
     accuracy_axis(axes, min(accuracies), max(accuracies), "validation accuracy")
+    ends = []
     for place, line in enumerate(lines):
-        color = COLORS[place] if named else RED if line.mark else GREY
+        color = COLORS[place] if few else RED if line.mark else GREY
         width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
         epochs, seeds = zip(*line.points, strict=True)
-        kind = (
-            "not finished"
-            if not line.finished
-            else f"{MARKS[line.mark]}: {labels[place]}"
-            if line.mark
-            else "other settings"
-        )
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}
-        axes.plot(epochs, line.means, dashes, label=kind, zorder=3 - place / 100, **style)
-        if named:
+        axes.plot(epochs, line.means, dashes, zorder=3 - place / 100, **style)
+        if few:
             axes.fill_between(epochs, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.12, linewidth=0)
+        ends.append((epochs[-1], line.means[-1], color))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
-    if not named:
-        handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-        axes.legend(handles.values(), handles, frameon=False, fontsize=9)
-    else:
-        several = max(len(seeds) for line in lines for _, seeds in line.points) > 1
-        notes = ["mean over seeds; band: lowest to highest"] * several
-        notes += [f"thick: {MARKS[line.mark]}" for line in lines if line.mark][:1]
-        notes += ["dashed: not finished"] * any(not line.finished for line in lines)
-        axes.set_title("; ".join(notes), fontsize=10, loc="left", color="#555555")
-        label_ends(axes, [(line.points[-1][0], line.means[-1], COLORS[n], labels[n]) for n, line in enumerate(lines)])
+    several = max(len(seeds) for line in lines for _, seeds in line.points) > 1
+    notes = ["mean over seeds" + "; band: lowest to highest" * few] * several
+    notes += [f"thick: {MARKS[line.mark]}" for line in lines if line.mark][:1]
+    notes += ["dashed: not finished"] * any(not line.finished for line in lines)
+    notes += ["grey: other settings"] * (not few)
+    axes.set_title("; ".join(notes), fontsize=10, loc="left", color="#555555")
+    label_ends(axes, [(*ends[lines.index(line)], name) for line, name in zip(named, names, strict=True)])
     save_picture(axes, path, 0)
     return True

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -12,21 +12,16 @@ from rich.text import Text
 from thaw.run.console import UNBOUNDED, console, plural, progress, say, say_fitted
 from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
-from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table
+from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table, write_run_table
+from thaw.sweeps.runs import Run
 
 MAX_LOST = 20  # runs that are not done, on the screen
 
 
 def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
-    """Test the finished runs of the marked settings of a sweep, or of all its settings.
+    """Test the finished runs of a sweep's marked settings, or of `every` setting; returns how many cannot be tested.
 
-    Args:
-        folder: of the sweep.
-        allow: as for `thaw.run.checkpoint.read_checkpoint`.
-        every: test the other settings, too.
-
-    Returns:
-        how many runs cannot be tested.
+    `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
     """
     from thaw.evaluation.evaluate import test_run
     from thaw.run.command import explain
@@ -44,6 +39,23 @@ def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
                 failures += 1
             advance(1)
     return failures
+
+
+def report_runs(
+    folders: Sequence[Path],
+    out: Path,
+    draw: Callable[[], Sequence[tuple[str, Path]]] = list,
+    waiting: Sequence[Run] = (),
+    more: Mapping[str, Sequence[str]] = {},
+) -> None:
+    """Write the table over runs to `out`, print it, and say where all is; see `write_run_table` and `say_where`.
+
+    `draw` makes further pictures: title and file of each.
+    """
+    with console().status("drawing pictures, writing the report"):
+        table = write_run_table(folders, out, draw(), waiting)
+    show_run_table(table)
+    say_where(table, folders, out, more)
 
 
 def show_run_table(table: RunTable) -> None:
@@ -87,14 +99,7 @@ def fitted_table(groups: Sequence[Group], width: int) -> Table:
 
 
 def say_where(table: RunTable, folders: Sequence[Path], out: Path, more: Mapping[str, Sequence[str]] = {}) -> None:
-    """Say where the report and the marked runs are, and the commands to look at them; each path or command is a line.
-
-    Args:
-        table: over the folders.
-        folders: of sweeps or runs.
-        out: the folder of the report.
-        more: further lines with a title.
-    """
+    """Say where the report and the marked runs are, and the commands to look at them, `more` of them by title."""
     say(f"\nreport.html, report.md and report.csv are in:\n  {os.path.relpath(out)}")
     marked = [group for group in table.groups if group.mark]
     winners = [os.path.relpath(run.folder) for group in marked for run in group.done]

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from thaw.run.command_line import override_key, quoted
 from thaw.run.config import check_devices, plain
-from thaw.run.console import console, plural, say
+from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
@@ -36,8 +36,7 @@ from thaw.run.targets import targets
 from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
 from thaw.sweeps.cells import about_left, shortened
-from thaw.sweeps.ending import measure_winners, say_how_to_resume, say_where, show_run_table
-from thaw.sweeps.run_table import write_run_table
+from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -130,9 +129,9 @@ class GridSweep(Sweeper):
         logging.getLogger(BASIC_LAUNCHER.rpartition(".")[0]).setLevel(logging.WARNING)  # it calls each job #0
         started = time.monotonic()
         for done, (name, of_job) in enumerate(zip(short_names(overrides), overrides, strict=True)):
-            left = (time.monotonic() - started) * (len(jobs) - done) / done if done else None
             if is_first_rank():
-                say(f"job {done + 1} of {len(jobs)}{about_left(left)}: {shortened(name)}", "bold")
+                left = about_left(started, done, len(jobs) - done)
+                say(f"job {done + 1} of {len(jobs)}{left}: {shortened(name)}", "bold")
             for job in self.launcher.launch([of_job], initial_job_idx=done):
                 _ = job.return_value
 
@@ -157,13 +156,7 @@ class GridSweep(Sweeper):
 
 
 def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> Job:
-    """Compose a job of a sweep.
-
-    Args:
-        hydra_context: of the sweep.
-        config: of the sweep; its overrides name the sweep's folder.
-        overrides: of the job.
-    """
+    """Compose a job from its own overrides and the sweep's context and configuration, which names the folder."""
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
     folder = Path(cfg.hydra.sweep.dir) / cfg.hydra.sweep.subdir
     ignored = cfg.hydra.job.config.override_dirname.exclude_keys
@@ -181,19 +174,16 @@ def short_names(overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
-    """Check all jobs of a sweep before the first one starts.
-
-    Args:
-        jobs: all of the sweep.
-        on_this_machine: the jobs run here, so that their devices must be here.
+    """Check all jobs of a sweep before the first one starts. With `on_this_machine` their devices must be here.
 
     Raises:
         UserError: two jobs are the same, a value has the wrong type, or a job needs devices that are not there.
     """
-    twice = [folder for folder, count in Counter(job.folder for job in jobs).items() if count > 1]
-    if twice:
-        same = [" ".join(job.overrides) for job in jobs if job.folder == twice[0]]
-        raise UserError(f"The sweep holds the same job {len(same)} times: {same[0]}. Name each value once.")
+    counts = Counter(job.folder for job in jobs)
+    for job in jobs:
+        if (count := counts[job.folder]) > 1:
+            same = " ".join(job.overrides)
+            raise UserError(f"The sweep holds the same job {count} times: {same}. Name each value once.")
     for job in jobs:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise UserError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
@@ -241,10 +231,7 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
         untested = measure_winners(folder, allow, "always" in wanted)
     waiting = [waiting_run(job) for job in jobs if not is_run(job.folder)]
     if len(waiting) < len(jobs):
-        with console().status("drawing pictures, writing the report"):
-            table = write_run_table([folder], folder, waiting=waiting)
-        show_run_table(table)
-        say_where(table, [folder], folder)
+        report_runs([folder], folder, waiting=waiting)
     return len(jobs) - states.count("done") + untested
 
 

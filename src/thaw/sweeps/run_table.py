@@ -64,16 +64,9 @@ def write_run_table(
     extra_pictures: Sequence[tuple[str, Path]] = (),
     waiting: Sequence[Run] = (),
 ) -> RunTable:
-    """Read the runs, and write `report.csv` (a row for each run), `report.md`, `report.html` and their pictures.
+    """Read the runs as `read_run_table` does, and write `report.csv`, `report.md`, `report.html` and their pictures.
 
-    Args:
-        folders: of sweeps or runs.
-        out: the folder to write to.
-        extra_pictures: title and PNG file of each picture to be shown after those of the table.
-        waiting: as in `read_run_table`.
-
-    Raises:
-        UserError: as in `read_run_table`.
+    `extra_pictures`, title and PNG file of each, are shown after those of the table.
     """
     table = read_run_table(folders, waiting)
     out.mkdir(parents=True, exist_ok=True)

@@ -121,8 +121,7 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         state = failure["status"] if failure.get("status") in FAILURES else "failed"
     else:
         state = "interrupted"
-    facts = failure | summary
-    record = read_mapping(folder / RECORD, warnings)
+    facts, record = failure | summary, read_mapping(folder / RECORD, warnings)
     said = config | facts
     return Run(
         folder=folder,

@@ -42,12 +42,7 @@ class Pruning(PyTorchLightningPruningCallback):
 
 
 def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
-    """Run trials until the study has all of them; exits with status 1 if some have failed.
-
-    Args:
-        cfg: composed from `configs/sweep.yaml`.
-        overrides: of the command line.
-        train: as in `SearchPlan`.
+    """Run trials of `configs/sweep.yaml` until the study has all of them; exits with status 1 if some have failed.
 
     Raises:
         UserError: settings that cannot work, before the first trial starts.
@@ -69,12 +64,12 @@ def search(cfg: DictConfig, overrides: Sequence[str], train: Train) -> None:
     started, before = time.monotonic(), studies.num_ended(study)
     try:
         while (asked := next_trial(plan, study)) is not None:
-            ended = studies.num_ended(study) - before  # by all workers
+            ended = studies.num_ended(study)  # by all workers
             trials = [trial.number for trial in studies.counted(study)]
             total = number_of_trials(plan, study)
-            left = (time.monotonic() - started) / ended * (total - ended - before) if ended else None
+            left = about_left(started, ended - before, total - ended)
             place = f"trial {trials.index(asked[0].number) + 1} of {total}"
-            say(f"\n{place}{about_left(left)}: {readable(asked[0].params)}", "bold")
+            say(f"\n{place}{left}: {readable(asked[0].params)}", "bold")
             run_trial(plan, study, *asked, place)
     except (KeyboardInterrupt, SystemExit) as leaving:
         ended, total = studies.num_ended(study), number_of_trials(plan, study)

@@ -24,9 +24,7 @@ HELP = "Give {low, high}, with log: true or a step if wanted, or {choices: [...]
 class OrderedGridSampler(GridSampler):
     """Optuna's, but without `Study.stop`, which Optuna allows only inside `Study.optimize`; the search counts itself.
 
-    Args:
-        search_space: the values of each key.
-        seed: of the order; the same for all trials of a study.
+    `seed`, of the order, is the same for all trials of a study.
     """
 
     def __init__(self, search_space: Mapping[str, Sequence[Any]], seed: int) -> None:

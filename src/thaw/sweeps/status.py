@@ -1,7 +1,6 @@
 """The state of a queue as lines; on a terminal the lines of running jobs are kept up to date."""
 
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +20,11 @@ NAME_WIDTH = 32  # columns of a running job's name
 
 
 class Status:
-    """Prints when jobs start and end, and on a terminal the progress of each.
-
-    Args:
-        total: number of jobs.
-    """
+    """Prints when jobs start and end, and on a terminal the progress of each."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.over, self.updated, self.left = total, 0, 0.0, ""
-        self.seconds: list[float] = []  # of the jobs that have ended
+        self.total, self.over, self.ran = total, 0, 0  # jobs in all, those that are over, and those that ran here
+        self.started_at, self.updated = time.monotonic(), 0.0
         out = console()
         self.can_redraw = out.is_terminal and not out.is_dumb_terminal
         self.live = Live(console=out, auto_refresh=False, transient=True)
@@ -49,7 +44,7 @@ class Status:
     def ended(self, name: str, outcome: str, seconds: float | None = None) -> None:
         self.over += 1
         if seconds is not None:
-            self.seconds.append(seconds)
+            self.ran += 1
             outcome += f" ({seconds:.0f} s)"
         self.say_job(f"{self.over}/{self.total}", f"{shortened(name)}: {outcome}")
 
@@ -75,19 +70,9 @@ class Status:
         epochs = [last_epoch_line(log) for *_, log in jobs]
         for (name, kind, units, seconds, _), epoch in zip(jobs, epochs, strict=True):
             table.add_row(f"  {shortened(name)}", units_text(kind, units), f"{seconds:.0f} s", epoch)
-        left = about_left(self.seconds_left([seconds for *_, seconds, _ in jobs], epochs))
+        done = sum(int(found[1]) / int(found[2]) for found in map(EPOCH.match, epochs) if found)  # of the running ones
+        left = about_left(self.started_at, self.ran + done, self.total - self.over - done)
         self.live.update(Lines(table, f"{self.over} of {plural(self.total, 'job')} ended{left}"), refresh=True)
-
-    def seconds_left(self, running: Sequence[float], epochs: Sequence[str]) -> float | None:
-        """Until the queue is empty, if jobs take as long as those before, or as their epochs so far say."""
-        shares = [EPOCH.match(epoch) for epoch in epochs]
-        going = [seconds * int(m[2]) / int(m[1]) for seconds, m in zip(running, shares, strict=True) if m and int(m[1])]
-        if not running or not (known := self.seconds or going):
-            return None
-        each = statistics.mean(known)
-        rest = [max(each - seconds, 0.0) for seconds in running]
-        waiting = self.total - self.over - len(running)
-        return max(*rest, (sum(rest) + each * waiting) / len(running))
 
 
 def units_text(kind: str, units: Sequence[str]) -> str:

@@ -69,13 +69,7 @@ def open_storage(path: Path) -> BaseStorage:
 
 
 def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: Mapping[str, str]) -> optuna.Study:
-    """Create the study, or load it.
-
-    Args:
-        path: of the storage.
-        name: of the study.
-        objectives: direction of each metric, `maximize` or `minimize`.
-        identity: as of `identify`; stored in the study when it is created.
+    """Create the study with the `identity` of `identify`, or load it from the storage.
 
     Raises:
         UserError: the storage cannot be read, or has a study of this name with another identity.

@@ -10,34 +10,34 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
 
-from thaw.pages.figures import accuracy_axis, label_ends, number_axis
-from thaw.sweeps.curves import COLORS, GREY, RED, new_axes, save_picture
+from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis
+from thaw.run.console import say
+from thaw.sweeps.curves import COLORS, GREY, RED, save_picture
 from thaw.sweeps.study import counted
 
 
 def draw_study(study: optuna.Study, objectives: Mapping[str, str], out: Path) -> list[tuple[str, Path]]:
-    """Draw what the trials allow: history, importance, and the Pareto front of two objectives.
-
-    Returns:
-        title and file of each picture.
-    """
+    """Draw what the trials allow: history, importance, and the Pareto front; returns title and file of each picture."""
     trials = [trial for trial in counted(study) if trial.state == TrialState.COMPLETE]
     pruned = [trial for trial in counted(study) if trial.state == TrialState.PRUNED and trial.values]
     varied = {key for trial in trials for key in trial.params if trial.params[key] != trials[0].params[key]}
     pictures = []
-    for place, (metric, direction) in enumerate(objectives.items()):
-        short, values = metric.replace("/", "_"), [trial.values[place] for trial in trials]
-        if trials:
-            pictures.append((f"Optimisation history of {metric}", out / f"history_{short}.png"))
-            save_history(trials, pruned, place, metric, direction, pictures[-1][1])
-        if len(varied) > 1 and len(set(values)) > 1:
-            pictures.append((f"Importance for {metric}", out / f"importance_{short}.png"))
-            save_importance(study, place, direction, pictures[-1][1])
-        if trials and place > 0:
-            pictures.append((f"{next(iter(objectives))} against {metric}", out / f"front_{short}.png"))
-            save_front(trials, study.best_trials, place, list(objectives), pictures[-1][1])
+
+    def add(title: str, file: str) -> Path:
+        pictures.append((title, out / file))
+        return out / file
+
+    for place, (metric, direction) in enumerate(objectives.items() if trials else ()):
+        name = f"{metric.replace('/', '_')}.png"
+        path = add(f"Optimisation history of {metric}", f"history_{name}")
+        save_history(trials, pruned, place, metric, direction, path)
+        if len(varied) > 1 and len({trial.values[place] for trial in trials}) > 1:
+            save_importance(study, place, direction, add(f"Importance for {metric}", f"importance_{name}"))
+        if place > 0:
+            path = add(f"{next(iter(objectives))} against {metric}", f"front_{name}")
+            save_front(trials, study.best_trials, place, list(objectives), path)
     if trials and len(varied) < 2:
-        print(f"No importance is drawn: it takes two keys that vary, not {', '.join(varied) or 'none'}.")
+        say(f"No importance is drawn: it takes two keys that vary, not {', '.join(varied) or 'none'}.")
     return pictures
 
 
@@ -55,12 +55,7 @@ def spans_decades(values: Sequence[float]) -> bool:
 
 
 def save_history(
-    trials: Sequence[FrozenTrial],
-    pruned: Sequence[FrozenTrial],
-    place: int,
-    metric: str,
-    direction: str,
-    path: Path,
+    trials: Sequence[FrozenTrial], pruned: Sequence[FrozenTrial], place: int, metric: str, direction: str, path: Path
 ) -> None:
     """The value of each trial in the order of their numbers, and the best so far; of pruned trials the last value.
 
