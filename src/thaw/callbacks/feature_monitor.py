@@ -91,11 +91,9 @@ def features_of(pl_module: Any, images: Tensor) -> Tensor:
 
 
 def knn_accuracy(features: Tensor, labels: Tensor) -> Tensor:
-    """Share of images with the label of most of their 20 nearest others; of classes with equal votes the lowest wins.
+    """Share of images, of features (N, D) and labels (N,), with the label of most of their 20 nearest others.
 
-    Args:
-        features: (N, D).
-        labels: (N,).
+    Of classes with equal votes the lowest wins.
     """
     z = F.normalize(features, dim=1)
     similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (N, N)

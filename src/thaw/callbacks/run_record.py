@@ -100,13 +100,10 @@ def replaced(value: Any, paths: Mapping[str, str]) -> Any:
 
 
 def check_same_config(config: dict[str, Any]) -> None:
-    """Compare this process's configuration with that of all others; every process calls it, and every process raises.
-
-    Args:
-        config: as plain values; interpolations are resolved here.
+    """Compare this process's configuration, plain values, with that of all others; every process calls it.
 
     Raises:
-        UserError: they differ; it names each key that does and its value on each rank.
+        UserError: on every process, if they differ; it names each key that does and its value on each rank.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return

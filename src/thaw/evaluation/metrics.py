@@ -95,8 +95,7 @@ def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     Args:
         first, second: bool (N,), whether each model is correct.
 
-    Returns:
-        how many images only the first classifies correctly, how many only the second, and the two-sided p-value.
+    Returns how many images only the first classifies correctly, how many only the second, and the two-sided p-value.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second

@@ -35,11 +35,7 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 
 
 class CardModel:
-    """The model that a card's code loads: uint8 (N, 28, 28) -> probabilities (N, 10), in batches.
-
-    Args:
-        code: defines `probabilities`; it runs with `folder` as the current folder.
-    """
+    """The model that a card's code loads in its folder: uint8 (N, 28, 28) -> probabilities (N, 10), in batches."""
 
     def __init__(self, code: str, folder: Path) -> None:
         names: dict[str, Any] = {}
@@ -60,11 +56,9 @@ def export_folder(
         predictor: in fp32 on the CPU; LoRA is merged into its model.
         source: of the images for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
-        path: of the folder.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
-    Returns:
-        what was measured.
+    Returns what was measured.
 
     Raises:
         UserError: something else lies at `path`, or the folder does not compute what the model does.

@@ -138,9 +138,8 @@ class FreezePolicy:
     def thaw_epochs(self, depths: Mapping[str, int]) -> dict[str, float]:
         """For each parameter name the epoch from which it trains, `NEVER` if it is frozen throughout.
 
-        Args:
-            depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest,
-                so its depth is the number of the backbone's layers.
+        The depth is 0 for the stem of the backbone, 1 for its first block, ...; the head is the deepest, so its
+        depth is the number of the backbone's layers.
 
         Raises:
             UserError: a parameter that no rule covers, a rule that decides nothing, one that asks for more layers
@@ -199,7 +198,7 @@ class Thaw:
 
     Args:
         model: has a `backbone` (`thaw.models.backbone.Backbone` or a baseline) and a `head`.
-        depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest.
+        depths: of every parameter, as in `FreezePolicy.thaw_epochs`.
         epochs: for every parameter the epoch from which it trains, `NEVER` if it is frozen throughout.
     """
 

@@ -26,15 +26,12 @@ def open_port(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"port={port} on host={host} is taken; choose another, or port=0 for any free one."
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UserError(f"port={port} is reserved for the system; choose one of 1024 or above.") from error
-        raise UserError(
-            f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
-        ) from error
+        reasons = {
+            errno.EADDRINUSE: f"port={port} on host={host} is taken; choose another, or port=0 for any free one.",
+            errno.EACCES: f"port={port} is reserved for the system; choose one of 1024 or above.",
+        }
+        other = f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
+        raise UserError(reasons.get(error.errno or 0, other)) from error
 
 
 class Server(uvicorn.Server):
