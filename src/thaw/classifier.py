@@ -114,9 +114,8 @@ class Classifier(LightningModule):
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
         # validate_args would make the host wait for a GPU in every step
-        self.train_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        accuracies = (MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3))
+        self.train_acc, self.val_acc, self.test_acc = accuracies
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest."""
