@@ -88,11 +88,9 @@ class Classifier(LightningModule):
             augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), in training only.
             mix: images (B, C, S, S) and labels (B,) -> images and shares of the classes (B, K), in training only.
             freeze: the freezing policy, which is bound to this model as `self.thaw`.
-            optim: groups, optimizer and schedule.
             num_classes: K.
             label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
             cache: for the output of the layers that never train.
-            compile: compile the backbone's layers with torch.compile.
             self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
         """
         super().__init__()

@@ -243,10 +243,7 @@ class BankRecipe(OptimizerRecipe):
 def measure_heads(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The mean loss of each head (H,), and sums over the batch (3, H): of loss, correct predictions and images.
 
-    Args:
-        logits: (B, H, K).
-        targets: labels (B,), or shares of the classes (B, K).
-        label_smoothing: as in the loss.
+    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K).
     """
     images, heads = logits.shape[:2]
     rows = targets.repeat_interleave(heads, dim=0)  # (B H,) or (B H, K)
