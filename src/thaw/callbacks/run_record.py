@@ -23,6 +23,7 @@ from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import software_facts
+from thaw.run.targets import config_leaves
 
 
 class RunRecord(Callback):
@@ -130,9 +131,6 @@ def check_same_config(config: dict[str, Any]) -> None:
     )
 
 
-def by_dotted_key(value: Any, key: str = "") -> dict[str, str]:
+def by_dotted_key(value: Any) -> dict[str, str]:
     """Nested values by their dotted keys, each as JSON."""
-    if isinstance(value, dict) and value:
-        parts = (by_dotted_key(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items())
-        return {name: leaf for part in parts for name, leaf in part.items()}
-    return {key: json.dumps(value, default=str)}
+    return {key: json.dumps(leaf, default=str) for key, leaf in config_leaves(value, "")}

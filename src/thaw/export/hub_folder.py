@@ -108,12 +108,14 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
         if not classifier:
             save_file(head.state_dict(), folder / HEAD)
     else:
+        settings: Any = OmegaConf.to_container(predictor.cfg.backbone, resolve=True)
+        del settings["_target_"]
         config = {
             "architecture": predictor.name,
             "library": "thaw",
             "num_classes": len(predictor.classes),
             "label_names": predictor.classes,
-            "backbone": baseline_settings(predictor.cfg.backbone, type(backbone)),
+            "backbone": {"class": type(backbone).__name__, **settings},
             "head": {"class": type(head).__name__, **head_settings(head)},
         }
         write_json(config, folder / CONFIG)
@@ -139,12 +141,6 @@ def folded(head: nn.Module) -> nn.Linear | None:
     linear = nn.Linear(head.linear.in_features, head.linear.out_features)
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear
-
-
-def baseline_settings(block: Any, kind: type) -> dict[str, Any]:
-    """A baseline's configuration with the name of its class."""
-    values: Any = OmegaConf.to_container(block, resolve=True)
-    return {"class": kind.__name__, **{str(key): value for key, value in values.items() if key != "_target_"}}
 
 
 def head_settings(head: nn.Module) -> dict[str, Any]:
