@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 from requests.utils import get_netrc_auth
@@ -62,6 +62,17 @@ class RunWandb(WandbLogger):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class NoLogger(Logger):
+    """Takes the place of a logger and drops what it is given: callbacks such as LearningRateMonitor need a logger."""
+
+    name = version = ""
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        pass
+
+    log_hyperparams = log_metrics
+
+
 def wandb_logger(
     project: str,
     entity: str | None,
@@ -87,7 +98,7 @@ def wandb_logger(
         id: of the W&B run to continue, or None for a new one.
     """
     if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
-        return DummyLogger()  # callbacks such as LearningRateMonitor need a logger
+        return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     try:
