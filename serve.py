@@ -17,11 +17,10 @@ def main(cfg: DictConfig) -> None:
 
     from thaw.predict.predictor import ImageModel, Predictor, load_predictor
     from thaw.run.console import say
-    from thaw.serve.process import keep_memory, spared_collector
 
     try:
         from thaw.serve.app import create_app
-        from thaw.serve.server import open_port, serve
+        from thaw.serve.server import keep_memory, open_port, serve, spared_collector
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 

@@ -30,7 +30,7 @@ import torch
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
 from thaw.run.console import lenient
-from thaw.serve.process import keep_memory, spared_collector
+from thaw.serve.server import keep_memory, spared_collector
 
 ROOT = Path(__file__).parents[1]
 BATCH = 64  # images: `max_batch`, and what the plain call gets at a time

@@ -54,8 +54,7 @@ def test_a_wrong_setting(
 ) -> None:
     if "trainer=gpu" in command and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
-    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    monkeypatch.setattr("thaw.run.command.find_spec", lambda name: None)  # of tensorboard
     assert said_by(command, tmp_path, monkeypatch, capsys).strip() == MESSAGES[command].strip()
     assert not (tmp_path / "run" / "checkpoints").exists()
 

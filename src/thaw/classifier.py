@@ -88,11 +88,9 @@ class Classifier(LightningModule):
             augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), in training only.
             mix: images (B, C, S, S) and labels (B,) -> images and shares of the classes (B, K), in training only.
             freeze: the freezing policy, which is bound to this model as `self.thaw`.
-            optim: groups, optimizer and schedule.
             num_classes: K.
             label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
             cache: for the output of the layers that never train.
-            compile: compile the backbone's layers with torch.compile.
             self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
         """
         super().__init__()
@@ -114,9 +112,8 @@ class Classifier(LightningModule):
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
         # validate_args would make the host wait for a GPU in every step
-        self.train_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.val_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-        self.test_acc = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        accuracies = (MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3))
+        self.train_acc, self.val_acc, self.test_acc = accuracies
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest."""

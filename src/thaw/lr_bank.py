@@ -25,6 +25,7 @@ from thaw.data.mix import main_labels
 from thaw.freezing.policy import NEVER
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.values import NonNegative, Positive
 
@@ -120,11 +121,8 @@ class BankClassifier(Classifier):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         if self.trainer.is_global_zero:
-            print(
-                f"lr_bank: {len(self.head.names)} heads; head.lrs and head.weight_decays replace "
-                f"optim.lr={self.optim.lr:g} and optim.weight_decay={self.optim.weight_decay:g}",
-                flush=True,
-            )
+            replaced = f"optim.lr={self.optim.lr:g} and optim.weight_decay={self.optim.weight_decay:g}"
+            say(f"lr_bank: {len(self.head.names)} heads; head.lrs and head.weight_decays replace {replaced}")
         recipe = BankRecipe(self.optim, self.head)
         return recipe.build(self.named_parameters(), self.thaw.depths, self.thaw.epochs, self.trainer)
 
@@ -160,8 +158,6 @@ class LRBank(nn.Module):
     """H linear heads with equal initial weights, one for each pair of a learning rate and a weight decay.
 
     Args:
-        in_features: D, filled in from the backbone.
-        num_classes: K.
         norm: of the features, see `LinearHead`; one for all heads, as it depends on the features alone.
         lrs: peak learning rates.
         weight_decays: of the heads' weights; biases have none.
@@ -247,10 +243,7 @@ class BankRecipe(OptimizerRecipe):
 def measure_heads(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The mean loss of each head (H,), and sums over the batch (3, H): of loss, correct predictions and images.
 
-    Args:
-        logits: (B, H, K).
-        targets: labels (B,), or shares of the classes (B, K).
-        label_smoothing: as in the loss.
+    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K).
     """
     images, heads = logits.shape[:2]
     rows = targets.repeat_interleave(heads, dim=0)  # (B H,) or (B H, K)

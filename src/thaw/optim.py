@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.values import NonNegative, Positive
 
@@ -55,10 +56,7 @@ class OptimizerRecipe:
     ) -> list[dict[str, Any]]:
         """All parameters that will ever train, by depth, thaw epoch and decay: each group has its lr and weight_decay.
 
-        Args:
-            named_parameters: of the model.
-            depths: of each.
-            thaw_epochs: from which epoch each trains; infinity is never, and a name that is missing trains from 0.
+        `thaw_epochs` says from which epoch each trains; infinity is never, and a name that is missing trains from 0.
         """
         top = max(depths.values())
         groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
@@ -68,18 +66,15 @@ class OptimizerRecipe:
                 continue
             decays = parameter.ndim > 1 and not name.endswith(EMBEDDINGS)
             depth = depths[name]
-            group = groups.setdefault(
-                (depth, from_epoch, decays),
-                {
-                    "params": [],
-                    "lr": self.lr * self.layer_decay ** (top - depth),
-                    "weight_decay": self.weight_decay if decays else 0.0,
-                    "from_epoch": from_epoch,
-                    "name": f"layer{depth}/{'decay' if decays else 'no_decay'}"
-                    + (f"/from{from_epoch}" if from_epoch else ""),
-                },
-            )
-            group["params"].append(parameter)
+            label = f"layer{depth}/{'decay' if decays else 'no_decay'}" + (f"/from{from_epoch}" if from_epoch else "")
+            new: dict[str, Any] = {
+                "params": [],
+                "lr": self.lr * self.layer_decay ** (top - depth),
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "from_epoch": from_epoch,
+                "name": label,
+            }
+            groups.setdefault((depth, from_epoch, decays), new)["params"].append(parameter)
         return list(groups.values())
 
     def build(
@@ -121,11 +116,8 @@ class OptimizerRecipe:
         ranks, batches = trainer.world_size, trainer.accumulate_grad_batches
         scale = SCALINGS[self.lr_scaling](ranks * batches)
         if scale != 1 and trainer.is_global_zero:
-            print(
-                f"optim.lr_scaling={self.lr_scaling}: learning rates are times {scale:.4g}, as a step is on "
-                f"{ranks} x {batches} batches (processes x trainer.accumulate_grad_batches)",
-                flush=True,
-            )
+            reason = f"a step is on {ranks} x {batches} batches (processes x trainer.accumulate_grad_batches)"
+            say(f"optim.lr_scaling={self.lr_scaling}: learning rates are times {scale:.4g}, as {reason}")
         return scale
 
     def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose_run
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
@@ -13,6 +14,8 @@ from thaw.data.datamodule import Batch
 from thaw.evaluation.cost import flops
 from thaw.freezing.lora import add_lora, merge_lora, plain_name
 from thaw.models.backbone import Backbone
+from thaw.run.errors import UserError
+from thaw.run.values import check_types
 
 Build = Callable[..., Classifier]
 CONVNET = {"name": "test_resnet", "arguments": {}}
@@ -136,8 +139,6 @@ def test_state_dict_round_trip(classifier: Build, policy: Callable, batch: Batch
         ({"rank": 33}, r"freeze\.lora\.rank=33 must be from 1 to 32, the smallest side"),
         ({"last": 0}, r"freeze\.lora\.last=0 must be from 1 to 4"),
         ({"last": 5}, r"freeze\.lora\.last=5 must be from 1 to 4, the backbone's layers, or null"),
-        ({"alpha": 0.0}, r"freeze\.lora\.alpha=0\.0 must be above 0"),
-        ({"alpha": float("nan")}, r"freeze\.lora\.alpha=nan must be above 0"),
     ],
 )
 def test_what_cannot_be_is_refused(backbone: Callable[..., Backbone], changes: dict, message: str) -> None:
@@ -145,6 +146,12 @@ def test_what_cannot_be_is_refused(backbone: Callable[..., Backbone], changes: d
     with pytest.raises(ValueError, match=message):
         add_lora(model, **{"match": r".*\.(attn|mlp)\..*", "last": None, "rank": 8, "alpha": 16.0} | changes)
     assert not updates(model)
+
+
+@pytest.mark.parametrize("alpha", ["0.0", "nan"])
+def test_the_scale_is_above_0(alpha: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"freeze.lora.alpha={alpha} must be a number above 0"):
+        check_types(compose_run(tmp_path, "freeze=lora", f"freeze.lora.alpha={alpha}"))
 
 
 def test_a_model_without_linear_layers(backbone: Callable[..., Backbone]) -> None:

@@ -11,7 +11,6 @@ from pydantic import Field
 from torch import Tensor
 
 from thaw.data.batches import by_batches
-from thaw.evaluation.collapse import effective_rank, feature_std
 from thaw.run.loggers import log_image
 from thaw.run.values import Count
 
@@ -91,13 +90,32 @@ def features_of(pl_module: Any, images: Tensor) -> Tensor:
 
 
 def knn_accuracy(features: Tensor, labels: Tensor) -> Tensor:
-    """Share of images with the label of most of their 20 nearest others; of classes with equal votes the lowest wins.
+    """Share of images, of features (N, D) and labels (N,), with the label of most of their 20 nearest others.
 
-    Args:
-        features: (N, D).
-        labels: (N,).
+    Of classes with equal votes the lowest wins.
     """
     z = F.normalize(features, dim=1)
     similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (N, N)
     neighbours = labels[similarity.topk(min(20, len(labels) - 1)).indices]  # (N, 20)
     return (neighbours.mode(dim=1).values == labels).float().mean()
+
+
+def feature_std(features: Tensor) -> float:
+    """Deviation of the features on the unit sphere, times the square root of their width (Chen & He 2020, section 4.1).
+
+    1 for features that point in all directions alike, 0 for a constant.
+    """
+    z = F.normalize(features.float(), dim=1)
+    return float(z.std(dim=0).mean() * z.shape[1] ** 0.5)
+
+
+def effective_rank(features: Tensor) -> float:
+    """In how many directions features vary: the exponential of the entropy of their singular values.
+
+    Roy & Vetterli 2007; the features are centred. From 1, a line, to D; 0 for a constant.
+    """
+    centred = (features - features.mean(dim=0)).double()
+    values = torch.linalg.svdvals(centred)
+    if values.sum() <= 1e-6 * features.double().norm():  # rounding alone
+        return 0.0
+    return float(torch.special.entr(values / values.sum()).sum().exp())

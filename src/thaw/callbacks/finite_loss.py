@@ -38,12 +38,6 @@ class FiniteLoss(Callback):
         if loss.device.type == "cpu" or len(self.unchecked) == EVERY:
             self.check_losses(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check_losses(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check_losses(trainer, pl_module)
-
     def check_losses(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise for the first unchecked loss that is not finite."""
         unchecked, self.unchecked = self.unchecked, []
@@ -57,6 +51,8 @@ class FiniteLoss(Callback):
             f"{indices[:8]}{' ...' if len(indices) > 8 else ''}). "
             f"Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
         )
+
+    on_validation_start = on_train_epoch_end = check_losses
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise before the file is written, whoever saves it."""

@@ -170,8 +170,6 @@ def requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode:
-        print(
-            f"error: SLURM job {job} was not requeued ({done.stderr.strip()}). Submit it again with "
-            "`#SBATCH --requeue`, or start the same command in the same run folder: it resumes from last.ckpt.",
-            file=sys.stderr,
-        )
+        reason = f"SLURM job {job} was not requeued ({done.stderr.strip()})"
+        step = "start the same command in the same run folder: it resumes from last.ckpt"
+        say(f"error: {reason}. Submit it again with `#SBATCH --requeue`, or {step}.", stderr=True)

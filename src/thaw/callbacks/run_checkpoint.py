@@ -54,10 +54,7 @@ class PacedCheckpointIO(TorchCheckpointIO):
     checkpoints; one that is killed loses the work of these seconds. A load gets the newest checkpoint.
 
     Lightning's own writer puts a file into $TMPDIR first and copies it from there: a full $TMPDIR, or an end in the
-    middle of the copy, leaves no file.
-
-    Args:
-        seconds: between two writes of a file; 0 writes everything at once.
+    middle of the copy, leaves no file. With 0 `seconds` everything is written at once.
     """
 
     def __init__(self, seconds: Annotated[float, Field(ge=0)]) -> None:

@@ -23,6 +23,7 @@ from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import software_facts
+from thaw.run.targets import config_leaves
 
 
 class RunRecord(Callback):
@@ -100,13 +101,10 @@ def replaced(value: Any, paths: Mapping[str, str]) -> Any:
 
 
 def check_same_config(config: dict[str, Any]) -> None:
-    """Compare this process's configuration with that of all others; every process calls it, and every process raises.
-
-    Args:
-        config: as plain values; interpolations are resolved here.
+    """Compare this process's configuration, plain values, with that of all others; every process calls it.
 
     Raises:
-        UserError: they differ; it names each key that does and its value on each rank.
+        UserError: on every process, if they differ; it names each key that does and its value on each rank.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
@@ -133,9 +131,6 @@ def check_same_config(config: dict[str, Any]) -> None:
     )
 
 
-def by_dotted_key(value: Any, key: str = "") -> dict[str, str]:
+def by_dotted_key(value: Any) -> dict[str, str]:
     """Nested values by their dotted keys, each as JSON."""
-    if isinstance(value, dict) and value:
-        parts = (by_dotted_key(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items())
-        return {name: leaf for part in parts for name, leaf in part.items()}
-    return {key: json.dumps(value, default=str)}
+    return {key: json.dumps(leaf, default=str) for key, leaf in config_leaves(value, "")}

@@ -257,9 +257,7 @@ def check_classes(num_classes: int, datamodule: Any) -> None:
 def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
     """The splits of the data module that a checkpoint names, to test on.
 
-    Args:
-        data: the block `data` of its configuration; takes the changes.
-        changes: other values of some keys, e.g. `{"dir": "/data"}`.
+    `data` is a block of its configuration and takes the changes: other values of some keys, e.g. `{"dir": "/data"}`.
 
     Raises:
         UserError: see `change_settings`, or the data module has no `load`.

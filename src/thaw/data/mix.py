@@ -37,15 +37,9 @@ class Mix(nn.Module):
         self.is_on = bool(self.transforms)
 
     def forward(self, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch, or return it unchanged with its labels (B,).
+        """Mixed images, floats (B, C, S, S), and shares of the classes (B, K); or the batch as it is, with labels (B,).
 
-        Args:
-            images: (B, C, S, S) floats; a single image has no partner and is not mixed.
-            labels: (B,).
-            num_classes: K.
-
-        Returns:
-            images (B, C, S, S) and the shares of the classes (B, K).
+        A single image has no partner and is not mixed.
         """
         if not self.is_on or len(labels) == 1 or torch.rand(()) >= self.probability:
             return images, labels

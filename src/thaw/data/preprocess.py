@@ -10,10 +10,8 @@ from torch import Tensor, nn
 class Preprocess(nn.Module):
     """uint8 (B, 28, 28) -> float (B, C, S, S): scaled to [0, 1], resized, then the backbone's own mean and std.
 
-    Args:
-        image_size: S, pixels.
-        channels: C; the grey image is repeated.
-        mean, std: one number, or one for each channel, in the [0, 1] scale.
+    The grey image is repeated for each of the C channels. `mean` and `std`, in the [0, 1] scale, are one number or one
+    for each channel.
     """
 
     mean: Tensor

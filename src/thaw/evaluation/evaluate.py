@@ -24,12 +24,8 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
-    Args:
-        checkpoint: from `thaw.run.checkpoint.read_checkpoint`.
-        cfg: its configuration, perhaps with another `data.dir`.
-
-    Returns:
-        `val/acc` if the run validates, `test/acc`, its interval, `n_test` and `data_source`.
+    `cfg` is the configuration of the checkpoint, perhaps with another `data.dir`. Returns `val/acc` if the run
+    validates, `test/acc`, its interval, `n_test` and `data_source`.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 

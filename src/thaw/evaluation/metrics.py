@@ -92,11 +92,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     """Whether two models err equally often on the same images (McNemar 1947), by the exact binomial test.
 
-    Args:
-        first, second: bool (N,), whether each model is correct.
-
-    Returns:
-        how many images only the first classifies correctly, how many only the second, and the two-sided p-value.
+    `first` and `second`, bool (N,), say whether a model is correct. Returns how many images only the first classifies
+    correctly, how many only the second, and the two-sided p-value.
     """
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second

@@ -58,7 +58,6 @@ def knn(
     Ours, like the regression below: scikit-learn is as fast on a CPU, but computes there alone.
 
     Args:
-        train, val: features and labels.
         k: candidates; validation chooses.
         metric: of the distance.
         vote: where `weighted`, each vote counts exp(s / temperature) of the cosine similarity s.
@@ -125,7 +124,6 @@ def logistic_regression(
     """Multinomial logistic regression with an L2 penalty, on features standardised by the training images.
 
     Args:
-        train, val: features and labels.
         C: candidates of the inverse strength of the penalty; validation chooses. Each fit starts at the one before.
         max_iterations: of L-BFGS for each candidate.
         tolerance: the largest entry of the gradient at which a fit has converged.
@@ -164,14 +162,8 @@ def fit_logistic(
     The sum is divided by max(1, C N), so that neither mean cross-entropy nor penalty has a weight above 1 and one
     tolerance serves all C.
 
-    Args:
-        features: (N, D), in the precision to compute in.
-        targets: (N,) from 0 to K - 1.
-        c, max_iterations, tolerance: as in `logistic_regression`.
-        weight, bias: (K, D) and (K,) to start from.
-
-    Returns:
-        weight (K, D), bias (K,), and the largest entry of their gradient.
+    Takes features (N, D) in the precision to compute in, targets (N,) from 0 to K - 1, and weight (K, D) and bias (K,)
+    to start from; returns weight, bias and the largest entry of their gradient.
     """
     # losses are added in float64 where the device has it, without which the line search ends early
     exact = torch.float32 if features.device.type == "mps" else torch.float64

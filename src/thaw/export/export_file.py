@@ -34,10 +34,8 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
         source: of the images for comparison and test.
         format: `onnx` or `torch_export`.
         quantize: `int8`, for `onnx`, or None.
-        path: of the file.
 
-    Returns:
-        the facts in the file.
+    Returns the facts in the file.
 
     Raises:
         UserError: the model cannot be exported, or the file does not compute what the model does.

@@ -44,10 +44,7 @@ def parity_sample(predictor: Predictor, test: Images) -> tuple[Tensor, Tensor]:
 
 
 def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor) -> dict[str, Any]:
-    """The largest difference between an exported model and the trained one, as facts.
-
-    Args:
-        images, wanted: see `parity_sample`.
+    """The largest difference between an exported model and the trained one on a `parity_sample`, as facts.
 
     Raises:
         UserError: another class for any image, or a difference above the tolerance.

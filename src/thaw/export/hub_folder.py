@@ -35,11 +35,7 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 
 
 class CardModel:
-    """The model that a card's code loads: uint8 (N, 28, 28) -> probabilities (N, 10), in batches.
-
-    Args:
-        code: defines `probabilities`; it runs with `folder` as the current folder.
-    """
+    """The model that a card's code loads in its folder: uint8 (N, 28, 28) -> probabilities (N, 10), in batches."""
 
     def __init__(self, code: str, folder: Path) -> None:
         names: dict[str, Any] = {}
@@ -60,11 +56,9 @@ def export_folder(
         predictor: in fp32 on the CPU; LoRA is merged into its model.
         source: of the images for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
-        path: of the folder.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
 
-    Returns:
-        what was measured.
+    Returns what was measured.
 
     Raises:
         UserError: something else lies at `path`, or the folder does not compute what the model does.
@@ -114,12 +108,14 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
         if not classifier:
             save_file(head.state_dict(), folder / HEAD)
     else:
+        settings: Any = OmegaConf.to_container(predictor.cfg.backbone, resolve=True)
+        del settings["_target_"]
         config = {
             "architecture": predictor.name,
             "library": "thaw",
             "num_classes": len(predictor.classes),
             "label_names": predictor.classes,
-            "backbone": baseline_settings(predictor.cfg.backbone, type(backbone)),
+            "backbone": {"class": type(backbone).__name__, **settings},
             "head": {"class": type(head).__name__, **head_settings(head)},
         }
         write_json(config, folder / CONFIG)
@@ -145,12 +141,6 @@ def folded(head: nn.Module) -> nn.Linear | None:
     linear = nn.Linear(head.linear.in_features, head.linear.out_features)
     linear.load_state_dict({"weight": weight, "bias": bias})
     return linear
-
-
-def baseline_settings(block: Any, kind: type) -> dict[str, Any]:
-    """A baseline's configuration with the name of its class."""
-    values: Any = OmegaConf.to_container(block, resolve=True)
-    return {"class": kind.__name__, **{str(key): value for key, value in values.items() if key != "_target_"}}
 
 
 def head_settings(head: nn.Module) -> dict[str, Any]:

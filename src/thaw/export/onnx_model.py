@@ -14,12 +14,7 @@ MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install
 
 
 class OnnxModel:
-    """Satisfies `thaw.predict.predictor.ImageModel`; may be called by several threads at once.
-
-    Args:
-        session: onnxruntime's.
-        metadata: the facts in its file.
-    """
+    """Satisfies `thaw.predict.predictor.ImageModel`; may be called by several threads at once."""
 
     has_attention = False
 

@@ -43,11 +43,9 @@ def portable(predictor: Predictor) -> Portable:
 
 
 def trace(model: Portable, name: str) -> ExportedProgram:
-    """The computation as a graph, for any number of images; a UserError names a model that cannot be traced.
+    """The computation of a model in fp32 on the CPU as a graph, for any number of images.
 
-    Args:
-        model: in fp32 on the CPU.
-        name: of the architecture, for an error.
+    A UserError names a model that cannot be traced.
     """
     images = torch.zeros(2, 28, 28, dtype=torch.uint8)
     for layer in attention_layers(model.backbone):

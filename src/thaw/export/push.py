@@ -21,10 +21,7 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str, private: bool) -> str:
     """Upload all files of a folder, those that were checked, in one commit; returns the line that says where they are.
 
-    Args:
-        folder: stays as it is, whatever happens.
-        repository: `<user>/<name>`, created where it does not exist.
-        private: whether it is created as a private one.
+    The repository, `<user>/<name>`, is created where it does not exist.
 
     Raises:
         UserError: the hub refuses.

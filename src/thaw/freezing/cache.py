@@ -79,15 +79,13 @@ class FeatureCache:
         """The features of all images of a split; those that are not cached yet are computed by all processes together.
 
         Args:
-            split: its name, for messages.
             count: N.
             compute: indices (B,) of images -> features (B, ...).
             tokens: that an image is in `compute`; decides how many images are computed at once.
             facts: all that the features depend on, as values of JSON.
             trainer: of the processes that call this together.
 
-        Returns:
-            (N, ...), or None in mode `auto` where that is larger than `max_gb`.
+        Returns (N, ...), or None in mode `auto` where that is larger than `max_gb`.
 
         Raises:
             UserError: larger than `max_gb` in another mode.

@@ -91,17 +91,13 @@ def frozen_features(
     """The output of the first `cut` layers for all images, in the trainer's precision and on its device.
 
     Args:
-        split: its name, for messages and part of the key.
-        images: uint8 (N, 28, 28), on any device.
+        images: uint8 (N, 28, 28), on any device; the name of their split is a part of the key.
         preprocess: uint8 (B, 28, 28) -> (B, C, S, S), as the backbone takes it.
         backbone: in eval mode, on the trainer's device.
-        cut: how many layers.
-        cache: where features are cached.
         trainer: of the processes that call this together.
 
-    Returns:
-        (N, T, D) tokens, (N, D) if the cut is above all layers, or None where `FeatureCache.features` caches nothing.
-        They lie on the GPU where they fill less than half of its free memory.
+    Returns (N, T, D) tokens, (N, D) if the cut is above all layers, or None where `FeatureCache.features` caches
+    nothing. They lie on the GPU where they fill less than half of its free memory.
     """
     is_tokens = cut < len(backbone.layers)
     device, autocast = trainer.strategy.root_device, trainer.precision_plugin.forward_context

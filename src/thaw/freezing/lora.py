@@ -13,13 +13,7 @@ from thaw.run.values import Positive
 
 
 class LoRA(nn.Module):
-    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was.
-
-    Args:
-        weight: W.
-        rank: r.
-        alpha: scale of the update, section 4.1.
-    """
+    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()

@@ -138,9 +138,8 @@ class FreezePolicy:
     def thaw_epochs(self, depths: Mapping[str, int]) -> dict[str, float]:
         """For each parameter name the epoch from which it trains, `NEVER` if it is frozen throughout.
 
-        Args:
-            depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest,
-                so its depth is the number of the backbone's layers.
+        The depth is 0 for the stem of the backbone, 1 for its first block, ...; the head is the deepest, so its
+        depth is the number of the backbone's layers.
 
         Raises:
             UserError: a parameter that no rule covers, a rule that decides nothing, one that asks for more layers
@@ -199,7 +198,7 @@ class Thaw:
 
     Args:
         model: has a `backbone` (`thaw.models.backbone.Backbone` or a baseline) and a `head`.
-        depths: of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest.
+        depths: of every parameter, as in `FreezePolicy.thaw_epochs`.
         epochs: for every parameter the epoch from which it trains, `NEVER` if it is frozen throughout.
     """
 
@@ -277,22 +276,20 @@ def modes(model: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Modu
     a frozen stem it is frozen, after a thawed block it is thawed.
     """
     found: dict[nn.Module, bool] = {}
-    note_modes(model, trainable, True, found)
-    return found
 
-
-def note_modes(
-    module: nn.Module, trainable: Collection[nn.Parameter], before: bool, found: dict[nn.Module, bool]
-) -> bool:
-    """Add the modes of a module to `found` and return the mode at its end; `before` is that of the module before it."""
-    trains = [parameter in trainable for parameter in module.parameters()]
-    if not any(trains) or all(trains):
-        mode = any(trains) if trains else before
-        found.update(dict.fromkeys(module.modules(), mode))
+    def note(module: nn.Module, before: bool) -> bool:
+        """Add the modes of a module and return the mode at its end; `before` is that of the module before it."""
+        trains = [parameter in trainable for parameter in module.parameters()]
+        if not any(trains) or all(trains):
+            mode = any(trains) if trains else before
+            found.update(dict.fromkeys(module.modules(), mode))
+            return mode
+        own = [parameter in trainable for parameter in module.parameters(recurse=False)]
+        found[module] = any(own) if own else True
+        mode = any(own) if own else before
+        for child in module.children():
+            mode = note(child, mode)
         return mode
-    own = [parameter in trainable for parameter in module.parameters(recurse=False)]
-    found[module] = any(own) if own else True
-    mode = any(own) if own else before
-    for child in module.children():
-        mode = note_modes(child, trainable, mode, found)
-    return mode
+
+    note(model, True)
+    return found

@@ -31,11 +31,9 @@ def drop_frozen(checkpoint: dict[str, Any], reference: Mapping[str, Any]) -> Non
 
 
 def fill_frozen(checkpoint: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Put the frozen tensors that a checkpoint refers to back into it.
+    """Put the frozen tensors that a checkpoint refers to back into it, in place, if it refers to any.
 
-    Args:
-        checkpoint: changed in place, if it refers to any.
-        state: of a model that was built with the same frozen weights.
+    `state` is that of a model that was built with the same frozen weights.
 
     Raises:
         UserError: the model has other frozen weights.

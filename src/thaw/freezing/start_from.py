@@ -14,13 +14,8 @@ from thaw.run.jobs import is_first_rank
 def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     """Copy the weights of an earlier run's checkpoint into `model`; policy, optimizer and schedule stay its own.
 
-    Args:
-        model: changed in place. Either of the two models may have LoRA.
-        path: of the checkpoint.
-        allow: as for `read_checkpoint`.
-
-    Returns:
-        the earlier run's `backbone.weights`, which those of the new run descend from, too.
+    Either of the two models may have LoRA. Returns the earlier run's `backbone.weights`, which those of the new run
+    descend from, too; `allow` is as for `read_checkpoint`.
 
     Raises:
         UserError: the checkpoint is of another architecture.

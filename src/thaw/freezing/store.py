@@ -111,8 +111,8 @@ class FeatureStore:
         """Remove the least recently used entries until a new one of `size` bytes fits the limit."""
         ours = self.folder.glob(f"{'[0-9a-f]' * 16}.*")  # a user's own files stay
         entries = {path.name.split(".")[0] for path in ours if path.suffix != ".lock"} - {key}
-        sizes = {entry: sum(map(size_of, self.folder.glob(f"{entry}.*"))) for entry in entries}
-        for entry in sorted(entries, key=self.last_used):
+        sizes = {entry: sum(size_and_time(path)[0] for path in self.folder.glob(f"{entry}.*")) for entry in entries}
+        for entry in sorted(entries, key=lambda entry: size_and_time(self.path(entry).with_suffix(".json"))[1]):
             if sum(sizes.values()) + size <= self.max_bytes:
                 return
             with suppress(Timeout), FileLock(self.folder / f"{entry}.lock", timeout=0):  # a writer keeps its entry
@@ -120,19 +120,13 @@ class FeatureStore:
                     self.path(entry).with_suffix(suffix).unlink(missing_ok=True)
                 sizes.pop(entry)
 
-    def last_used(self, key: str) -> float:
-        try:
-            return self.path(key).with_suffix(".json").stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
 
-
-def size_of(path: Path) -> int:
-    """0 where another process has just removed or renamed the file."""
+def size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes and time of last use; 0 where another process has just removed or renamed the file."""
     try:
-        return path.stat().st_size
+        return path.stat().st_size, path.stat().st_mtime
     except FileNotFoundError:
-        return 0
+        return 0, 0.0
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

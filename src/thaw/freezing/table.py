@@ -15,11 +15,7 @@ def layer_table(model: nn.Module, depths: Mapping[str, int], groups: Sequence[Ma
     """One line for each run of equal layers: depth, parameters, whether they train (`after 3`: after 3 epochs), mode,
     peak lr and weight decay.
 
-    Args:
-        model: whose parameters are listed.
-        depths: depth of each parameter.
-        groups: of all optimizers, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
-        epoch: which the table describes.
+    `groups` are those of all optimizers, with `from_epoch`, `lr` or `initial_lr`, and `weight_decay`.
     """
     group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     trainable = {parameter for group in groups if group["from_epoch"] <= epoch for parameter in group["params"]}

@@ -16,10 +16,7 @@ def rollout(maps: Sequence[Tensor]) -> Tensor:
     """The share of each input token in each output token, (B, T, T); rows sum to 1.
 
     The residual connection gives each token half of itself and half of its attention, averaged over heads (section 3 of
-    the paper). Successive blocks multiply these matrices.
-
-    Args:
-        maps: attention (B, H, T, T) of each block, the first block's first.
+    the paper). Successive blocks multiply these matrices. `maps` are attention (B, H, T, T) of each block, in order.
     """
     total = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)  # (T, T)
     for attention in maps:
@@ -66,10 +63,7 @@ def share_of_patches(backbone: Any, maps: Sequence[Tensor]) -> Tensor:
     """The share of each patch in the pooled features, (B, h, w); each image's shares sum to 1.
 
     As the backbone pools: the class token's row of the rollout, the mean of the patches' rows, or the mean of both.
-
-    Args:
-        backbone: the recorded one.
-        maps: from `recorded_attention`.
+    `maps` are those of `recorded_attention`.
     """
     model = backbone.model
     flow = rollout([attention.float() for attention in maps])  # (B, T, T)

@@ -116,12 +116,9 @@ class Backbone(nn.Module):
         self.architecture["compiled"] = True
 
     def save_folder(self, folder: Path, classifier: nn.Linear | None, classes: Sequence[str]) -> None:
-        """Write weights and config for `timm.create_model("local-dir:<folder>")`.
+        """Write `model.safetensors` and `config.json` for `timm.create_model("local-dir:<folder>")`.
 
-        Args:
-            folder: for `model.safetensors` and `config.json`.
-            classifier: becomes timm's own; None for a model that gives features.
-            classes: names of the classes.
+        `classifier` becomes timm's own; without one the model gives features. `classes` are names.
         """
         published = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
         config: dict[str, Any] = {"pretrained_cfg": dict.fromkeys(published)}  # facts about weights of timm, not these

@@ -23,10 +23,7 @@ class Baseline(nn.Module):
     """The interface of `Backbone` for a network that is one layer: it trains as a whole and is never cut.
 
     Args:
-        model: images (B, C, S, S) -> features (B, D).
-        num_features: D.
-        image_size: S, pixels.
-        channels: C.
+        model: images (B, channels, image_size, image_size) -> features (B, num_features).
         mean, std: of the pixels in [0, 1], one number or one for each channel.
         settings: everything else that shapes the network, as values of JSON.
     """

@@ -17,11 +17,7 @@ HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
 
 
 def locate(weights: str, stated: Mapping[str, Any]) -> Path:
-    """The local file of a `weights` setting, fetched from the hub if need be.
-
-    Args:
-        weights: `bundled`, `hub` or a path.
-        stated: timm's `pretrained_cfg` of the model.
+    """The local file of a `weights` setting, fetched from the hub if need be; `stated` is timm's `pretrained_cfg`.
 
     Raises:
         UserError: there is no such file, or the model has no hub weights.

@@ -144,7 +144,6 @@ def load_predictor(
         accelerator: of Lightning; None means the best device of this machine.
         precision: of Lightning; None means as in training on a device of the same kind, else the device's best.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
-        stderr: say it on standard error.
 
     Raises:
         UserError: no such checkpoint, or its model does not classify.

@@ -18,11 +18,8 @@ from thaw.run.files import write_errors, write_text
 class RunCSV(CSVLogger):
     """Lightning's CSV logger, except that a run resumed in its own folder keeps the rows that it wrote before.
 
-    Rows of steps that are made again are dropped, so that no step stands there twice.
-
-    Args:
-        save_dir, name, version, flush_logs_every_n_steps: as in Lightning.
-        resume: the checkpoint that the run resumes from, or None.
+    Rows of steps that are made again are dropped, so that no step stands there twice. `resume` is the checkpoint that
+    the run resumes from, or None.
     """
 
     def __init__(

@@ -14,12 +14,7 @@ class UserFileError(OSError, UserError):
 
 
 class UnreachableError(UserFileError, ConnectionError):
-    """A server that cannot be reached, or does not have what is needed.
-
-    Args:
-        message: what was wanted, what the server answered, the next step.
-        reason: the answer alone, in a few words.
-    """
+    """A server that cannot be reached, or does not have what is needed; `reason` is its answer, in a few words."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)

@@ -67,11 +67,10 @@ class NoLogger(Logger):
 
     name = version = ""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, *_: Any, **__: Any) -> None:
         pass
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        pass
+    log_hyperparams = log_metrics
 
 
 def wandb_logger(

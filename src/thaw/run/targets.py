@@ -120,12 +120,12 @@ def is_part(found: Any, name: str, package: str) -> bool:
 
 
 def config_leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """The single values in a configuration, with their keys in the whole; `_target_` always counts as one."""
-    if isinstance(value, Mapping):
+    """The single values in a configuration, with their keys in the whole; `_target_` and what is empty count as one."""
+    if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             inside = f"{place}.{key}" if place else str(key)
             yield from [(inside, inner)] if key == "_target_" else config_leaves(inner, inside)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and value:
         for number, inner in enumerate(value):
             yield from config_leaves(inner, f"{place}.{number}")
     else:

@@ -118,11 +118,9 @@ def create_app(model: ImageModel, limits: Limits, workers: int) -> FastAPI:
 
 
 def html(page: str, files: str) -> Response:
-    """A page that may use its own inline style and script, `files`, requests to this server, and nothing else.
+    """A page that may use its own inline style and script, requests to this server, and nothing else.
 
-    Args:
-        page: as HTML.
-        files: where its other scripts, styles and pictures may come from, as a source of a content security policy.
+    Except for scripts, styles and pictures from `files`, a source of a content security policy.
     """
 
     def allowed(tag: str) -> str:

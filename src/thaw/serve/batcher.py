@@ -35,12 +35,7 @@ class Answer(NamedTuple):
 
 
 class QueuedRequest:
-    """The images of one request.
-
-    Attributes:
-        taken: how many of them are in batches so far.
-        missing: how many of them have no answer yet.
-    """
+    """The images of one request; `taken` of them are in batches so far, `missing` have no answer yet."""
 
     def __init__(self, images: np.ndarray, explain: bool, answer: asyncio.Future[Answer]) -> None:
         self.images, self.explain, self.answer = images, explain, answer

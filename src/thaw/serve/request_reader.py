@@ -74,9 +74,7 @@ class RequestReader:
     async def read(self, request: Request, kind: str, deadline: float) -> ReceivedImages:
         """The images of a request; raises TimeoutError if it is complete, but takes too long to decode.
 
-        Args:
-            kind: its Content-Type.
-            deadline: in seconds of the event loop's clock.
+        `kind` is its Content-Type; `deadline` is in seconds of the event loop's clock.
         """
         body = bytearray()
         try:

@@ -1,10 +1,14 @@
-"""Runs the application: opens the port, and stops on SIGTERM or Ctrl-C."""
+"""Runs the application: opens the port, keeps memory for batches, and stops on SIGTERM or Ctrl-C."""
 
+import ctypes
 import errno
 import functools
+import gc
 import math
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -14,6 +18,9 @@ from fastapi import FastAPI
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.serve.connection import Connection
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+ONE_GIB = 1 << 30  # bytes, more than a batch takes
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -26,15 +33,12 @@ def open_port(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"port={port} on host={host} is taken; choose another, or port=0 for any free one."
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UserError(f"port={port} is reserved for the system; choose one of 1024 or above.") from error
-        raise UserError(
-            f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
-        ) from error
+        reasons = {
+            errno.EADDRINUSE: f"port={port} on host={host} is taken; choose another, or port=0 for any free one.",
+            errno.EACCES: f"port={port} is reserved for the system; choose one of 1024 or above.",
+        }
+        other = f"host={host} port={port} cannot be opened ({error}); use host=127.0.0.1 or 0.0.0.0."
+        raise UserError(reasons.get(error.errno or 0, other)) from error
 
 
 class Server(uvicorn.Server):
@@ -64,3 +68,26 @@ def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
         signal.signal(number, stop)
     say(ready)  # from now on a signal ends it in order
     server.run(sockets=[opened])
+
+
+def keep_memory() -> None:
+    """Keep the memory of a batch for the next one.
+
+    glibc gives large blocks back to the system at once and asks for them again: for a batch of a small ViT on two cores
+    these are 6,000 page faults and a fifth to a third of the time. Other systems' allocators are left alone.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD):
+            libc.mallopt(threshold, ONE_GIB)
+
+
+@contextmanager
+def spared_collector() -> Iterator[None]:
+    """Keep Python's collector from searching existing objects, all of torch, while this is open; it takes 0.25 s."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # or libraries report leaks at exit

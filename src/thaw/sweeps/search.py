@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import Trial, TrialState
 from optuna_integration import PyTorchLightningPruningCallback
 
-from thaw.run.command import cause_of, explain, show
+from thaw.run.command import explain, show
 from thaw.run.console import brief, plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
@@ -120,8 +120,8 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
     except Exception as error:
-        if not isinstance(cause_of(error), UserError):
-            say(show(error), "red", stderr=True)
+        if not (shown := show(error)).startswith("error: "):  # which the trial's own line says
+            say(shown, "red", stderr=True)
         reason = explain(error)
         study.tell(trial, state=TrialState.FAIL)
     else:
