@@ -23,7 +23,10 @@ from PIL import Image
 from processes import Forked
 
 SCREENS = Path(__file__).parent
-PROBE = "experiment=vit_linear_probe data.source=sample data.train_size=256 data.batch_size=64 trainer.max_epochs=2"
+PROBE = (
+    "experiment=vit_linear_probe data.source=sample data.train_size=256 data.batch_size=64 trainer.max_epochs=2 "
+    "trainer.precision=32-true"  # on every machine
+)
 COMMANDS = {  # in the order in which a person types them
     "help": "train.py --help",
     "linear_probe": f"train.py {PROBE}",
@@ -45,6 +48,7 @@ MASKED = (  # these differ from run to run
     r"\d{4}-\d\d-\d\d_[\d-]+",
     r"offline-run-\d+_\d+-\w+",
     r"\b[0-9a-f]{10,12}\b",
+    r"less than a minute(?= ago)|\d+ minutes?(?= ago)",
     r"[\d,]*\.?\d+(e[-+]\d+)?",
 )
 COPIED = re.compile(r"\S/\S+/|\w=\S|python |https?:")  # may be wider than the terminal: paths and commands
