@@ -62,7 +62,7 @@ def evaluation_page(folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [sweep_page, evaluation_page])
 def test_nothing_is_cut_off_and_only_tables_and_pictures_scroll(browser, tmp_path: Path, write) -> None:
-    path = write(tmp_path)
+    path = write(tmp_path / f"a_folder_{'x' * 60}")
     backs = set()
     for width, scheme in [(360, "light"), (360, "dark"), (1200, "light")]:
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
