@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis, save_figure
-from thaw.sweeps.groups import Group, Mark
+from thaw.sweeps.groups import Group, Mark, without_shared
 from thaw.sweeps.runs import DONE, Run
 
 LEARNING_RATE = "optim.lr"
@@ -78,9 +78,9 @@ def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
         else:  # a random search: hardly any two settings share all other numbers
             curves.append(curve(members, key, False, swept))
     curves = [one for one in curves if one.points]
-    shared = set.intersection(*(set(one.tokens) for one in curves)) if len(curves) > 1 else set()
     curves.sort(key=lambda one: -max(point.mean for point in one.points))
-    return [replace(one, tokens=[token for token in one.tokens if token not in shared] or one.tokens) for one in curves]
+    tokens = without_shared([one.tokens for one in curves])
+    return [replace(one, tokens=own or one.tokens) for one, own in zip(curves, tokens, strict=True)]
 
 
 def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> SweptCurve:
