@@ -25,10 +25,7 @@ DATASET_SIZES = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # im
 
 
 def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
-    """The settings, and a plan for each model with each policy.
-
-    Args:
-        arguments: of the command line, e.g. `["model=vit_small", "devices=8", "freeze.k=4"]`.
+    """The settings, and a plan for each model with each policy, from arguments such as `freeze.k=4`.
 
     Raises:
         UserError: an argument that is not allowed.

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,8 +28,7 @@ MARKS: dict[Mark, str] = {"best": "best", "Pareto": "on the Pareto front"}
 EPOCH_LINES = 20
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Accuracy over the seeds of one setting, at `x`."""
 
     x: float
@@ -188,18 +187,13 @@ def epoch_curve(run: Run) -> list[tuple[float, float]]:
     ]
 
 
-@dataclass(frozen=True)
-class EpochLine:
-    """Validation accuracy over the epochs: the mean over the seeds of a setting, or a single run."""
+class EpochLine(NamedTuple):
+    """Validation accuracy over the epochs, of the seeds of a setting or of a single run."""
 
     label: str
     mark: Mark
     finished: bool
     points: list[tuple[float, list[float]]]  # epoch, accuracy of each seed
-
-    @property
-    def means(self) -> list[float]:
-        return [statistics.mean(accuracies) for _, accuracies in self.points]
 
 
 def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
@@ -238,10 +232,11 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
         width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
         epochs, seeds = zip(*line.points, strict=True)
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}
-        axes.plot(epochs, line.means, dashes, zorder=3 - place / 100, **style)
+        means = [*map(statistics.mean, seeds)]
+        axes.plot(epochs, means, dashes, zorder=3 - place / 100, **style)
         if few:
             axes.fill_between(epochs, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.12, linewidth=0)
-        ends.append((epochs[-1], line.means[-1], color))
+        ends.append((epochs[-1], means[-1], color))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
     several = max(len(seeds) for line in lines for _, seeds in line.points) > 1
