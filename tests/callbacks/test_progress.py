@@ -92,7 +92,7 @@ def test_no_bar_where_none_is_wanted(
     run_with_bar(classifier, batch, refresh_rate=2)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(said) == 2
-    monkeypatch.setattr(progress, "FILE_SECONDS", 1e-9)
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0.0)
     run_with_bar(classifier, batch, refresh_rate=4, limit_val_batches=0)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(said) == 4 and re.fullmatch("epoch 1/2  4/4 batches, at most .* left", said[0])

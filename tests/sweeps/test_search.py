@@ -88,8 +88,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     ) -> list[FrozenTrial]:
         typed = [*cheap, *overrides]
         if not report:
-            monkeypatch.setattr("thaw.sweeps.outcome.report_runs", lambda *_, **__: None)
-            monkeypatch.setattr("thaw.sweeps.outcome.draw_study", lambda *_: [])
+            monkeypatch.setattr("thaw.sweeps.search.report_runs", lambda *_, **__: None)
         cfg = compose_sweep(tmp_path / folder, typed)
         try:
             searches.search(cfg, typed, train or Fake())

@@ -15,11 +15,10 @@ def data_uri(picture: Path) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """The text of a page.
+    """The text of a page from a file in `templates`.
 
-    Args:
-        template: name of a file in `templates`, which extends `base.html` and may import `parts.html`.
-        values: what the template shows; a name that it uses and that is missing raises jinja2.UndefinedError.
+    Raises:
+        jinja2.UndefinedError: the template uses a name that `values` lack.
     """
     pages = Environment(
         loader=PackageLoader("thaw.pages"),

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from hydra.errors import InstantiationException
 
-from thaw.plan.settings import PlanSettings, compose_run, options, read_arguments
+from thaw.plan.settings import PlanSettings, compose_run, no_such_option, read_arguments
 from thaw.run.command import clear_errors
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.migrations import CONFIGS
-from thaw.run.suggestions import did_you_mean, nearest_word
 
 if TYPE_CHECKING:  # takes seconds
     from thaw.plan.costs import Plan
@@ -26,10 +25,7 @@ DATASET_SIZES = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # im
 
 
 def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
-    """The settings, and a plan for each model with each policy.
-
-    Args:
-        arguments: of the command line, e.g. `["model=vit_small", "devices=8", "freeze.k=4"]`.
+    """The settings, and a plan for each model with each policy, from arguments such as `freeze.k=4`.
 
     Raises:
         UserError: an argument that is not allowed.
@@ -51,13 +47,9 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
             except InstantiationException as error:
                 if not isinstance(error.__cause__, UserError):
                     raise
-                if "is not a timm model" not in str(error.__cause__):
-                    raise UserError(f"model={model}: {error.__cause__}") from error
-                near = nearest_word(model, options("backbone"))
-                raise UserError(
-                    f"model={model} does not exist{did_you_mean(near and f'model={near}')}\noptions: "
-                    f"{', '.join(options('backbone'))}, or any model of timm"
-                ) from error
+                if "is not a timm model" in str(error.__cause__):
+                    raise UserError(f"{no_such_option('model', model, 'backbone')}, or any model of timm") from error
+                raise UserError(f"model={model}: {error.__cause__}") from error
             plans.append(plan_devices(model, policy, step, images, settings.devices, settings.strategy == "fsdp"))
     return settings, plans
 

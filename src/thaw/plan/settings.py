@@ -66,9 +66,7 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
     """The configuration that train.py would get, for a GPU."""
     for key, group, name in (("policy", "freeze", policy), ("optimizer", "optim", settings.optimizer)):
         if name not in options(group):
-            near = nearest_word(name, options(group))
-            meant = did_you_mean(near and f"{key}={near}")
-            raise UserError(f"{key}={name} does not exist{meant}\noptions: {', '.join(options(group))}")
+            raise UserError(no_such_option(key, name, group))
     known = model in options("backbone")
     size = settings.image_size or (None if known else 224)
     chosen = [f"backbone={model}"] if known else ["backbone=vit_small", f"backbone.name={model}"]
@@ -88,6 +86,12 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
     for block in ("backbone", "data", "optim"):
         check_types(cfg[block], f"{block}.")
     return cfg
+
+
+def no_such_option(key: str, name: str, group: str) -> str:
+    near = nearest_word(name, options(group))
+    meant = did_you_mean(near and f"{key}={near}")
+    return f"{key}={name} does not exist{meant}\noptions: {', '.join(options(group))}"
 
 
 def options(group: str) -> list[str]:

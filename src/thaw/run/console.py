@@ -140,7 +140,7 @@ class Bar:
         now, out = time.monotonic(), console(self.stderr)
         if self.began is None:
             self.began, self.drawn = (now, share), 0.0 if out.is_terminal else now
-        if now - self.drawn < (FRAME_SECONDS if out.is_terminal else self.seconds):
+        if now - self.drawn <= (FRAME_SECONDS if out.is_terminal else self.seconds):
             return
         self.drawn = now
         if share > self.began[1]:

@@ -107,10 +107,7 @@ def format_measure(metric: str, value: float) -> str:
 def about_left(started: float, done: float, rest: float) -> str:
     """`, about 40 s left`, to be added to a line; empty before anything is done.
 
-    Args:
-        started: the time of `time.monotonic` at the start.
-        done: number of jobs or epochs that have ended since.
-        rest: number of those still to be done.
+    `started` is a time of `time.monotonic`; `done` jobs have ended since, and `rest` are to come.
     """
     if not done:
         return ""

@@ -7,14 +7,14 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis, save_figure
-from thaw.sweeps.groups import Group, Mark
+from thaw.sweeps.groups import Group, Mark, without_shared
 from thaw.sweeps.runs import DONE, Run
 
 LEARNING_RATE = "optim.lr"
@@ -28,8 +28,7 @@ MARKS: dict[Mark, str] = {"best": "best", "Pareto": "on the Pareto front"}
 EPOCH_LINES = 20
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Accuracy over the seeds of one setting, at `x`."""
 
     x: float
@@ -78,9 +77,9 @@ def swept_curves(groups: Sequence[Group], key: str) -> list[SweptCurve]:
         else:  # a random search: hardly any two settings share all other numbers
             curves.append(curve(members, key, False, swept))
     curves = [one for one in curves if one.points]
-    shared = set.intersection(*(set(one.tokens) for one in curves)) if len(curves) > 1 else set()
     curves.sort(key=lambda one: -max(point.mean for point in one.points))
-    return [replace(one, tokens=[token for token in one.tokens if token not in shared] or one.tokens) for one in curves]
+    tokens = without_shared([one.tokens for one in curves])
+    return [replace(one, tokens=own or one.tokens) for one, own in zip(curves, tokens, strict=True)]
 
 
 def curve(groups: Sequence[Group], key: str, joined: bool, swept: list[str]) -> SweptCurve:
@@ -188,18 +187,13 @@ def epoch_curve(run: Run) -> list[tuple[float, float]]:
     ]
 
 
-@dataclass(frozen=True)
-class EpochLine:
-    """Validation accuracy over the epochs: the mean over the seeds of a setting, or a single run."""
+class EpochLine(NamedTuple):
+    """Validation accuracy over the epochs, of the seeds of a setting or of a single run."""
 
     label: str
     mark: Mark
     finished: bool
     points: list[tuple[float, list[float]]]  # epoch, accuracy of each seed
-
-    @property
-    def means(self) -> list[float]:
-        return [statistics.mean(accuracies) for _, accuracies in self.points]
 
 
 def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
@@ -238,10 +232,11 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
         width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
         epochs, seeds = zip(*line.points, strict=True)
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}
-        axes.plot(epochs, line.means, dashes, zorder=3 - place / 100, **style)
+        means = [*map(statistics.mean, seeds)]
+        axes.plot(epochs, means, dashes, zorder=3 - place / 100, **style)
         if few:
             axes.fill_between(epochs, [*map(min, seeds)], [*map(max, seeds)], color=color, alpha=0.12, linewidth=0)
-        ends.append((epochs[-1], line.means[-1], color))
+        ends.append((epochs[-1], means[-1], color))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
     several = max(len(seeds) for line in lines for _, seeds in line.points) > 1

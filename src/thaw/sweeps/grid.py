@@ -37,6 +37,7 @@ from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
 from thaw.sweeps.cells import about_left, shortened
 from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
+from thaw.sweeps.groups import without_shared
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
@@ -128,7 +129,8 @@ class GridSweep(Sweeper):
             return
         logging.getLogger(BASIC_LAUNCHER.rpartition(".")[0]).setLevel(logging.WARNING)  # it calls each job #0
         started = time.monotonic()
-        for done, (name, of_job) in enumerate(zip(short_names(overrides), overrides, strict=True)):
+        names = map(" ".join, without_shared(overrides))
+        for done, (name, of_job) in enumerate(zip(names, overrides, strict=True)):
             if is_first_rank():
                 left = about_left(started, done, len(jobs) - done)
                 say(f"job {done + 1} of {len(jobs)}{left}: {shortened(name)}", "bold")
@@ -165,12 +167,6 @@ def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequ
     with open_dict(cfg):
         del cfg["hydra"]
     return Job(tuple(overrides), cfg, folder)
-
-
-def short_names(overrides: Sequence[Sequence[str]]) -> list[str]:
-    """For each job the overrides that not all jobs share."""
-    shared = set.intersection(*map(set, overrides)) if len(overrides) > 1 else set()
-    return [" ".join(override for override in of_job if override not in shared) for of_job in overrides]
 
 
 def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:

@@ -107,8 +107,7 @@ def distinguish(groups: list[list[Run]]) -> list[list[str]]:
     names = len({runs[0].name for runs in groups}) > 1
     overrides = [[token for token in runs[0].overrides if not token.startswith("name=")] for runs in groups]
     tokens = [[runs[0].name] * names + own for runs, own in zip(groups, overrides, strict=True)]
-    shared = set.intersection(*map(set, tokens)) if len(groups) > 1 else set()
-    tokens = [[token for token in own if token not in shared] for own in tokens]
+    tokens = without_shared(tokens)
     alike: dict[tuple[str, ...], list[int]] = {}
     for place, own in enumerate(tokens):
         alike.setdefault(tuple(own), []).append(place)
@@ -118,6 +117,12 @@ def distinguish(groups: list[list[Run]]) -> list[list[str]]:
             for place, one in zip(places, settings, strict=True):
                 tokens[place].append(f"{key}={one.get(key, ABSENT)}")
     return tokens
+
+
+def without_shared(lists: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Lists without what all of them share; a single one stays whole."""
+    shared = set.intersection(*map(set, lists)) if len(lists) > 1 else set()
+    return [[token for token in own if token not in shared] for own in lists]
 
 
 def distinguishing_keys(settings: list[dict[str, str]]) -> list[str]:

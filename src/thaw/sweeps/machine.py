@@ -19,8 +19,7 @@ FREE_MIB = 1000  # a GPU is free if less of its memory is in use; drivers and di
 def free_gpus(wanted: str | Sequence[int]) -> list[str]:
     """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them.
 
-    Args:
-        wanted: `auto` for those that no other program uses, or numbers among those that this process sees.
+    `wanted` is `auto` for those that no other program uses, or numbers among those that this process sees.
 
     Raises:
         UserError: a number that does not exist, or all are in use.

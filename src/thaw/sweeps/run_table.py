@@ -83,7 +83,7 @@ def write_run_table(
         title=title,
         facts=facts,
         notes=format_notes(table.groups, table.objectives),
-        setting_columns=[*((key, True) for key in columns), *((name, False) for name in MEASURES)],
+        setting_columns=[(name, name in columns) for name in (*columns, *MEASURES)],
         settings=[group_cells(group, columns) for group in ranked],
         marks=[group.mark for group in ranked],
         pictures=pictures,
@@ -151,11 +151,7 @@ def format_notes(groups: Sequence[Group], objectives: Sequence[str]) -> list[str
 
 
 def format_markdown(
-    table: RunTable,
-    title: str,
-    facts: Sequence[tuple[str, str]],
-    pictures: Sequence[tuple[str, Path]],
-    out: Path,
+    table: RunTable, title: str, facts: Sequence[tuple[str, str]], pictures: Sequence[tuple[str, Path]], out: Path
 ) -> str:
     ranked = [group for group in table.groups if group.done]
     columns = setting_columns(ranked)

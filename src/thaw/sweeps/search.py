@@ -2,8 +2,10 @@
 
 import os
 import platform
+import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,14 +23,15 @@ from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_text
 from thaw.run.folders import job_key
 from thaw.run.jobs import SUMMARY, run_in_folder
+from thaw.run.targets import targets
 from thaw.sweeps import study as studies
 from thaw.sweeps.cells import about_left, format_measure, format_seconds
-from thaw.sweeps.ending import say_how_to_resume
+from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
 from thaw.sweeps.grid import INTERRUPTED
-from thaw.sweeps.outcome import report_study
 from thaw.sweeps.runs import ACCURACY
 from thaw.sweeps.search_plan import SearchPlan, Train, prepare
 from thaw.sweeps.space import OrderedGridSampler, readable
+from thaw.sweeps.study_pictures import draw_study
 
 
 class Pruning(PyTorchLightningPruningCallback):
@@ -153,3 +156,27 @@ def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:
         if summary.get(metric) is None:
             raise UserError(f"{metric} was not measured by {run_dir}; choose other sweep.objectives.")
     return {metric: summary[metric] for metric in plan.objectives}
+
+
+def report_study(plan: SearchPlan, study: optuna.Study) -> int:
+    """Test the winner or the Pareto front, or with `test=always` every trial; write and print the table.
+
+    They are tested once no worker can overtake them any more. The table goes to `report` in the study's folder.
+    Returns how many trials have failed, or cannot be tested.
+    """
+    folder, report, trials = plan.folder, plan.folder / "report", studies.counted(study)
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    running = sum(trial.state in studies.OPEN for trial in trials)
+    untested = 0
+    with FileLock(folder / ".report.lock"):
+        if plan.cfg.test and done and not running:
+            untested = measure_winners(folder, targets(plan.base), plan.cfg.test == "always")
+        states = Counter(studies.STATES[trial.state] for trial in trials if trial.state not in studies.OPEN)
+        counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none done"
+        say(f"\n{plural(len(trials), 'trial')}: {counts}.")
+        if running:
+            say(f"{running} more run elsewhere; the worker that ends last tests the winner and writes the last report.")
+        address = f"{'sqlite:///' if plan.storage.suffix == '.db' else ''}{os.path.relpath(plan.storage)}"
+        more = {"To see the study (pip install optuna-dashboard)": [f"optuna-dashboard {shlex.quote(address)}"]}
+        report_runs([folder], report, lambda: draw_study(study, plan.objectives, report), more=more)
+    return states[studies.STATES[TrialState.FAIL]] + untested

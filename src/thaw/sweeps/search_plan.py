@@ -32,18 +32,11 @@ OBJECTIVES = dict.fromkeys(ACCURACY, "maximize") | dict.fromkeys(COSTS, "minimiz
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search that has been checked.
+    """A search that has been checked."""
 
-    Args:
-        cfg: a run of `configs/train.yaml`, with a `sweep` block.
-        typed: overrides of the command line that hold for every trial.
-        folder: of the study and its trials.
-        train: trains a configuration; takes `callbacks` too.
-    """
-
-    cfg: DictConfig
-    typed: list[str]
-    folder: Path
+    cfg: DictConfig  # a run of `configs/train.yaml`, with a `sweep` block
+    typed: list[str]  # overrides of the command line that hold for every trial
+    folder: Path  # of the study and its trials
     train: Train
 
     @cached_property

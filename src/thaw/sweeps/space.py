@@ -36,11 +36,9 @@ class OrderedGridSampler(GridSampler):
 
 
 def read_space(block: DictConfig, base: DictConfig) -> Space:
-    """The space of a `sweep` block.
+    """The space of a block such as `{optim: {lr: {low: 1e-4, high: 1.0, log: true}}, freeze: {choices: [full, lora]}}`.
 
-    Args:
-        block: `{optim: {lr: {low: 1e-4, high: 1.0, log: true}}, freeze: {choices: [full, lora]}}`.
-        base: a composed run. Where it has a float, a range of integers is one of floats.
+    Where `base`, a composed run, has a float, a range of integers is one of floats.
 
     Raises:
         UserError: a range or a list of choices that is empty or cannot be drawn from.

@@ -49,16 +49,15 @@ class Status:
         self.say_job(f"{self.over}/{self.total}", f"{shortened(name)}: {outcome}")
 
     def say_job(self, place: str, text: str) -> None:
-        row = Table.grid(Column(justify="right", width=2 * len(str(self.total)) + 1), Column(overflow="fold"))
-        row.padding = (0, 1, 0, 0)
+        width = 2 * len(str(self.total)) + 1
+        row = Table.grid(Column(justify="right", width=width), Column(overflow="fold"), padding=(0, 1, 0, 0))
         row.add_row(place, text)
         say_fitted(row)
 
     def show(self, jobs: Sequence[tuple[str, str, Sequence[str], float, Path]]) -> None:
         """Update the lines of the running jobs, at most twice a second.
 
-        Args:
-            jobs: name, `core` or `gpu`, their numbers, seconds so far and log file of each.
+        `jobs` are name, `core` or `gpu`, their numbers, seconds so far and log file of each.
         """
         if not self.can_redraw or time.monotonic() - self.updated < 0.5:
             return
