@@ -39,7 +39,7 @@ def trainer(**changes: Any) -> Any:
         ({"max_epochs": -1, "max_steps": 5000}, False, 80, "epoch 3, step 12/5,000  train/loss 0.0519  1.2 s"),
         (
             {"callback_metrics": {"val/fid": 312.1234, "train/x_loss": 1.0}, "progress_bar_metrics": {"val/fid", "x"}},
-            *(True, 80, "epoch 3/10   val fid  312.1  1.2 s"),
+            *(True, 80, "epoch 3/10   val/fid  312.1  1.2 s"),
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_train_size_takes_the_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 46}, r"data\.batch_size=46 on 1 process.*45 training images; choose at most 45"),
+        ({"batch_size": 46}, r"data\.batch_size=46 is more than the 45 training images; choose at most 45"),
         ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 images; choose 1 to 4000"),
     ],
 )
@@ -206,7 +206,7 @@ def test_each_process_takes_its_share() -> None:
         whole = order(getattr(datamodule(batch_size=20, eval_batch_size=240), name)())
         assert set(shares[0]).isdisjoint(shares[1])
         assert sorted(shares[0] + shares[1]) == sorted(whole)
-    with pytest.raises(ValueError, match=r"data\.batch_size=30 on 2 process.*45 training images; choose at most 22"):
+    with pytest.raises(ValueError, match=r"data\.batch_size=30 on each of 2 processes .*45 training images; choose at most 22"):
         on_rank(0, 2, batch_size=30).train_dataloader()
 
 

@@ -87,10 +87,12 @@ def test_every_program_starts_so() -> None:
 @pytest.fixture
 def log() -> Iterator[logging.Logger]:
     """thaw's logger, whose records are printed as configs/hydra/job_logging/lines.yaml says."""
-    handler, logger = LogLines(stderr=False), logging.getLogger("thaw")
+    handler, logger, before = LogLines(stderr=False), logging.getLogger("thaw"), logging.root.handlers[:]
+    logging.root.handlers[:] = [each for each in before if not isinstance(each, LogLines)]  # of a command run before
     logger.addHandler(handler)
     yield logger
     logger.removeHandler(handler)
+    logging.root.handlers[:] = before
 
 
 def test_one_of_many_runs_speaks_to_its_log_file(
