@@ -206,7 +206,9 @@ def test_each_process_takes_its_share() -> None:
         whole = order(getattr(datamodule(batch_size=20, eval_batch_size=240), name)())
         assert set(shares[0]).isdisjoint(shares[1])
         assert sorted(shares[0] + shares[1]) == sorted(whole)
-    with pytest.raises(ValueError, match=r"data\.batch_size=30 on each of 2 processes .*45 training images; choose at most 22"):
+    with pytest.raises(
+        ValueError, match=r"data\.batch_size=30 on each of 2 processes .*45 training images; choose at most 22"
+    ):
         on_rank(0, 2, batch_size=30).train_dataloader()
 
 
