@@ -60,7 +60,7 @@ RUNS: dict[str, list[str]] = {
     "trainer=ddp_cpu": [*TUNED, "trainer=ddp_cpu", "data.batch_size=50", "freeze=gradual", "freeze.blocks=3"],
     "-m": ["-m", *SMALL, "experiment=vit_linear_probe", "optim.lr=1e-3,1e-2", "seed=0,1"],
 }
-RESUMED = ["trainer.max_epochs=5"]  # what `freeze=gradual` and `trainer=ddp_cpu` go on with
+RESUMED = ["trainer.max_epochs=5"]  # of `freeze=gradual` and `trainer=ddp_cpu`
 
 
 def train(name: str, arguments: list[str], repository: Path, folder: Path) -> dict[str, Any]:
