@@ -52,6 +52,7 @@ def test_line_of_an_epoch(changes: dict[str, Any], validated: bool, width: int, 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """Collects what a terminal of 80 columns gets, each update of the bar included."""
+    monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
     shown = Console(file=file, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr("thaw.run.console.stream_console", lambda _: shown)

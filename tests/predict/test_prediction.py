@@ -77,6 +77,7 @@ def test_csv_of_a_folder(
 def test_a_bar_only_where_no_rows_are_seen(
     linear_probe: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr("thaw.run.console.console", lambda stderr=False: terminal)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)

@@ -110,7 +110,7 @@ HELP = """
 import sys, runpy
 for script in sys.argv[1].split():
     sys.argv = [script, "--help"]
-    print(f"=== {script}")
+    print(f"=== {script}", flush=True)
     try:
         (runpy.run_path if script.endswith(".py") else runpy.run_module)(script, run_name="__main__")
     except SystemExit as end:

@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from thaw.run.console import LogLines, brief, console, say, say_fitted
+from thaw.run.console import LogLines, brief, console, progress, say, say_fitted
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -124,3 +125,17 @@ def test_lines_of_both_streams_stay_apart_from_a_bar(both: bool, monkeypatch: py
     consoles = {stderr: Console(file=file) for stderr, file in files.items()}
     monkeypatch.setattr("thaw.run.console.stream_console", consoles.__getitem__)
     assert (console(stderr=True) is console()) == both
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0.0)
+    printed = {}
+    for term in ("dumb", "xterm"):
+        monkeypatch.setenv("TERM", term)
+        out = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+        monkeypatch.setattr("thaw.run.console.stream_console", lambda _, out=out: out)
+        with progress("features", 10) as advance:
+            advance(5)
+        printed[term] = out.file.getvalue()  # type: ignore[attr-defined]
+    assert re.fullmatch(r"features: 5 of 10 images, about \d+ s left\n", printed["dumb"])
+    assert "\x1b[" in printed["xterm"]

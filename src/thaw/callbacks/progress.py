@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from thaw.run.console import Bar, console, say
+from thaw.run.console import Bar, console, redraws, say
 
 FIRST = ("train/loss", "val/loss", "val/acc")  # of the metrics in an epoch's line
 SLOWEST_SECONDS = 1.0  # at most between two updates of the bar, if a batch has ended
@@ -72,7 +72,7 @@ class RunProgress(ProgressBar):
         """Update the bar after `done` of `total` batches, which may be infinite; `share` of the run is done."""
         is_due = self.refresh_rate and done % self.refresh_rate == 0
         is_late = time.monotonic() - self.bar.drawn > SLOWEST_SECONDS
-        if self.enabled and (is_due or is_late) and (self.refresh_rate or not console().is_terminal):
+        if self.enabled and (is_due or is_late) and (self.refresh_rate or not redraws(console())):
             facts = f"{done:,} batches" if math.isinf(total) else f"{done:,}/{total:,} batches"
             self.bar.show(f"{title}  ", share, facts)
 

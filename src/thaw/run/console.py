@@ -54,6 +54,11 @@ def console(stderr: bool = False) -> Console:
     return err if stderr and not (out.file.isatty() and err.file.isatty()) else out
 
 
+def redraws(out: Console) -> bool:
+    """Whether a console can draw over what it has printed, as bars do; TERM=dumb says that it cannot."""
+    return out.is_terminal and not out.is_dumb_terminal
+
+
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
     if LogLines.brief and not stderr:
@@ -139,14 +144,14 @@ class Bar:
         """Draw a frame or print a line, if that is due; `share` of the task is done, from 0 to 1."""
         now, out = time.monotonic(), console(self.stderr)
         if self.began is None:
-            self.began, self.drawn = (now, share), 0.0 if out.is_terminal else now
-        if now - self.drawn <= (FRAME_SECONDS if out.is_terminal else self.seconds):
+            self.began, self.drawn = (now, share), 0.0 if redraws(out) else now
+        if now - self.drawn <= (FRAME_SECONDS if redraws(out) else self.seconds):
             return
         self.drawn = now
         if share > self.began[1]:
             left = (now - self.began[0]) * (1 - share) / (share - self.began[1])
             facts += f", {self.word} {duration(left)} left"
-        if not out.is_terminal:
+        if not redraws(out):
             say(title + facts, stderr=self.stderr)
             return
         if self.bar is None:

@@ -9,7 +9,7 @@ from rich.console import Group as Lines
 from rich.live import Live
 from rich.table import Column, Table
 
-from thaw.run.console import console, plural, say_fitted
+from thaw.run.console import console, plural, redraws, say_fitted
 from thaw.run.files import read_json
 from thaw.run.jobs import FAILURE, SUMMARY
 from thaw.sweeps.cells import about_left, shortened
@@ -25,9 +25,8 @@ class Status:
     def __init__(self, total: int) -> None:
         self.total, self.over, self.ran = total, 0, 0  # jobs in all, those that are over, and those that ran here
         self.started_at, self.updated = time.monotonic(), 0.0
-        out = console()
-        self.can_redraw = out.is_terminal and not out.is_dumb_terminal
-        self.live = Live(console=out, auto_refresh=False, transient=True)
+        self.can_redraw = redraws(console())
+        self.live = Live(console=console(), auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Status":
         if self.can_redraw:
