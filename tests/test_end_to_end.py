@@ -65,7 +65,7 @@ def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest
     assert worse["test/acc"] is None
     assert any(line.split()[:2] == ["best", "0.01"] for line in printed.splitlines())
     for job in jobs:
-        (run_id,) = {path.name.rsplit("-", 1)[1] for path in (job / "wandb").glob("offline-run-*")}
+        (run_id,) = {path.name.split("-")[3] for path in (job / "wandb").glob("offline-run-*")}
         assert run_id
         assert yaml.safe_load((job / "config.yaml").read_text())["run_dir"] == str(job)
 
