@@ -38,7 +38,7 @@ class RunProgress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch_began, self.validated = time.monotonic(), False  # a run resumed within an epoch starts no epoch
-        self.bar.began = None  # the sanity check is no part of the run
+        self.bar.began = None  # the sanity check is not part of the run
         self.share = share_of_run(trainer, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -108,7 +108,7 @@ def imported(key: str, name: str) -> Any:
 
 
 def unknown_arguments(node: DictConfig, target: Any, place: str) -> list[str]:
-    """A message for each key that is no argument of the class or function."""
+    """A message for each key that is not an argument of the class or function."""
     try:
         parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):  # of a built-in
@@ -117,7 +117,7 @@ def unknown_arguments(node: DictConfig, target: Any, place: str) -> list[str]:
         return []
     unknown = [str(key) for key in node if key not in parameters and not re.fullmatch("_[a-z]+_", str(key))]
     return [
-        f"{place}{key} is no argument of {node._target_}"
+        f"{place}{key} is not an argument of {node._target_}"
         + did_you_mean(f"{place}{near}" if (near := nearest_word(key, parameters)) else None).rstrip(".")
         + f" (it takes {', '.join(parameters)})"
         for key in unknown
