@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from thaw.data.augment import Augment
-from thaw.data.datamodule import MNISTDataModule
 from thaw.data.mnist import load_mnist
+from thaw.data.module import MNISTDataModule
 from thaw.data.preprocess import Preprocess
 from thaw.freezing import cache as feature_cache
 from thaw.models.backbone import Backbone

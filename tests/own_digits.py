@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 
-from thaw.data.datamodule import BatchSampler, ImageDataset, ImageLoader, MNISTDataModule
 from thaw.data.images import Images, Source
 from thaw.data.mnist import load_sample
+from thaw.data.module import BatchSampler, ImageDataset, ImageLoader, MNISTDataModule
 
 
 def write_csv(path: Path, classes: int, rows: int) -> None:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch
 from thaw.data.mix import Mix
+from thaw.data.module import Batch
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
@@ -96,7 +96,7 @@ def batch() -> Batch:
     """16 random images whose label is the height of a bright bar."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 10
-    images = torch.randint(0, 100, (16, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(images, labels.tolist(), strict=True):
         image[2 * label : 2 * label + 6] = 255
     return Batch(images, labels, torch.arange(16))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 
 
 class Model(L.LightningModule):

@@ -13,9 +13,9 @@ from conftest import compose_config
 from omegaconf import OmegaConf
 from own_digits import write_csv
 
-from thaw.data.datamodule import load_source
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_sample
+from thaw.data.module import load_source
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
 

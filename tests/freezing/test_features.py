@@ -15,7 +15,7 @@ from torch import Tensor
 from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch, MNISTDataModule
+from thaw.data.module import Batch, MNISTDataModule
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 

@@ -15,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.plan.__main__ import main, make_plans
 from thaw.plan.costs import Plan, fitted_tables, memory_cells, plan_devices, work_cells
 from thaw.plan.dry_step import Step, dry_step

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective

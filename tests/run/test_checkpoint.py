@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL, compose_config, compose_run, train_once
 from omegaconf import OmegaConf
 
-from thaw.data.datamodule import MNISTDataModule
+from thaw.data.module import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.evaluation.probe_run import checkpoint_backbone
 from thaw.models.pretrained import BUNDLED

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from thaw.data.datamodule import Batch, BatchSampler, ImageDataset, ImageLoader, MNISTDataModule, load_source
 from thaw.data.images import Images
 from thaw.data.mnist import load_mnist
+from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, MNISTDataModule, load_source
 
 
 def datamodule(**changes: Any) -> MNISTDataModule:
