@@ -106,7 +106,7 @@ def batch() -> Batch:
     labels = torch.arange(16) % 10
     images = torch.randint(0, 100, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(images, labels.tolist(), strict=True):
-        image[2 * label : 2 * label + 6] = 255
+        image[:, 2 * label : 2 * label + 6] = 255
     return Batch(images, labels, torch.arange(16))
 
 

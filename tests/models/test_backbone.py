@@ -35,6 +35,7 @@ Build = Callable[..., Backbone]
 def saved(model: nn.Module, path: Path, **changes: Tensor | None) -> str:
     """Save a state dict; `changes` replace or (None) leave out tensors."""
     state = {key: value for key, value in (model.state_dict() | changes).items() if value is not None}
+    state = {key: value.contiguous() for key, value in state.items()}
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return str(path)
 
@@ -121,6 +122,8 @@ def test_prefix_and_suffix_at_every_cut_are_timms_forward(
     ours = scattered(backbone, name, size, arguments).train(mode == "train")
     theirs = timm.create_model(name, num_classes=0, **sized(name, size), **arguments).train(mode == "train")
     theirs.load_state_dict(ours.model.state_dict())
+    if not hasattr(theirs, "patch_embed"):
+        theirs.to(memory_format=torch.channels_last)  # other kernels round differently, which batch norm magnifies
     images = torch.randn(3, 3, size, size)
     torch.manual_seed(5)  # of dropout and drop path
     expected = theirs(images)
@@ -132,7 +135,7 @@ def test_prefix_and_suffix_at_every_cut_are_timms_forward(
         torch.manual_seed(5)
         kept = ours.prefix(images, cut)
         assert kept.shape == (images if not cut else expected if cut == len(ours.layers) else kept).shape
-        torch.testing.assert_close(ours.suffix(kept, cut), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.suffix(kept, cut), expected)
 
 
 def test_class_and_mean_is_the_class_token_and_the_mean_patch_at_every_cut(backbone: Build) -> None:

@@ -106,7 +106,7 @@ def test_header_states_what_timm_says(name: str) -> None:
     assert int(found[2] or 0) == len(stages)
     assert f"Hub: {stated['hf_hub_id']}, trained at {stated['input_size'][-1]} px." in text
     assert stated["license"].replace("-", " ") in text.lower().replace("-", " ")
-    assert re.search(r"\(.*et al\. 20\d\d, arXiv:\d{4}\.\d{5}\)", text)
+    assert re.search(r"\(.*(et al\.|& \w+) 20\d\d, arXiv:\d{4}\.\d{5}\)", text)
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -124,13 +124,14 @@ class Backbone(nn.Module):
         """
         published = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
         config: dict[str, Any] = {"pretrained_cfg": dict.fromkeys(published)}  # facts about weights of timm, not these
-        model = self.model
+        made, weights = self.architecture, self.model.state_dict()
         if classifier:
-            made, name = self.architecture, self.model.pretrained_cfg["classifier"]
-            model = create(made["name"], self.image_size, self.channels, made["arguments"], len(classes))
-            weights = {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
-            model.load_state_dict(self.model.state_dict() | weights)
+            name = self.model.pretrained_cfg["classifier"]
+            weights |= {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
             config["label_names"] = list(classes)
+        num_classes = len(classes) if classifier else 0
+        model = create(made["name"], self.image_size, self.channels, made["arguments"], num_classes)
+        model.load_state_dict(weights)
         image = {"input_size": (self.channels, self.image_size, self.image_size), "mean": self.mean, "std": self.std}
         crop = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
         timm.models.save_for_hf(model, str(folder), config, safe_serialization=True, data_config=image | crop)
