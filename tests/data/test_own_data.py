@@ -42,7 +42,7 @@ def own_data(tmp_path: Path, **settings: object) -> list[str]:
 @pytest.fixture
 def csv_run(train: Callable[..., Path], tmp_path: Path) -> Path:
     """A run on five classes of a CSV, by a subclass of ImageDataModule."""
-    settings = {"defaults": ["batches"], "reader": "digit"}
+    settings = {"defaults": ["settings/batches@_here_"], "reader": "digit"}
     return train(*own_data(tmp_path, _target_="own_digits.CSVDigits", **settings), *SMALL)
 
 
