@@ -28,7 +28,7 @@ NUMPY = {  # numpy has no bf16: its bits
 }
 
 
-class FeatureStore:
+class TensorStore:
     """A folder of entries that several processes may use at once.
 
     Args:
