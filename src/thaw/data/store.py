@@ -1,4 +1,4 @@
-"""A folder of tensors that several processes share: memory-mapped, verified when read.
+"""A folder of tensors that several processes share, decoded images or cached features: memory-mapped.
 
 An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the facts that the key is a hash of and the
 SHA-256 of the tensor; an entry that does not match its JSON is ignored.
@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 NUMPY = {  # numpy has no bf16: its bits
     **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
-    torch.bfloat16: np.int16,
+    **{torch.uint8: np.uint8, torch.bfloat16: np.int16},
 }
+KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: images that this process has decoded or mapped, and
+# their JSON; all that is derived from them is kept under their SHA-256, so that not all of them need be read
 
 
 class TensorStore:
@@ -42,15 +44,20 @@ class TensorStore:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
-    def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
-        """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged."""
+    def read(self, key: str, facts: Mapping[str, Any], whole: bool = True) -> Tensor | None:
+        """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged.
+
+        `whole` compares its numbers with their SHA-256, at 1 GB/s or more. Without it only facts, type, shape and size
+        are compared: decoded images may fill hundreds of GB, and a damaged pixel does less harm than waiting for that.
+        """
         path = self.path(key)
         record = path.with_suffix(".json")
         try:
             saved = read_json(record)
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
-            damage = saved["facts"] != facts or saved["sha256"] != tensors_sha256({key: tensor})
+            damage = saved["facts"] != facts or saved["shape"] != list(tensor.shape)
+            damage = damage or (whole and saved["sha256"] != tensors_sha256({key: tensor}))
         except FileNotFoundError:
             return None
         except Exception:  # damaged files fail in any way
@@ -95,14 +102,14 @@ class TensorStore:
                 os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
         return torch.from_numpy(array).view(dtype)
 
-    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
-        """Make the filled tensor of `create` the entry."""
+    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor, known: Mapping[str, Any] | None = None) -> None:
+        """Make the filled tensor of `create` the entry; what is `known` of it stands in its JSON, e.g. its SHA-256."""
         path = self.path(key)
         record = {
             "facts": facts,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "sha256": tensors_sha256({key: tensor}),
+            **(known or {"sha256": tensors_sha256({key: tensor})}),
         }
         move(self.part, path)
         write_json(record, path.with_suffix(".json"))
