@@ -14,8 +14,8 @@ from thaw.run.command import command
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from thaw.data.datamodule import load_source
-    from thaw.data.images import dataset_name
+    from thaw.data.images import check_same_classes
+    from thaw.data.module import load_source
     from thaw.evaluation.assessment import assess, images_to_predict
     from thaw.evaluation.assessment_files import log_assessment, write_assessments
     from thaw.predict.predictor import load_predictor
@@ -28,7 +28,6 @@ def main(cfg: DictConfig) -> None:
     changes = {
         key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
     }
-    second = (dataset_name(cfg.data), load_source(cfg.data, {})) if chosen else None
     settings = (cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
     ckpts = cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
     predictors = [load_predictor(str(ckpt), *settings) for ckpt in ckpts]
@@ -43,6 +42,8 @@ def main(cfg: DictConfig) -> None:
         if chosen and predictor.cfg.data.get("source") == "sample":
             own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
         source = load_source(predictor.cfg.data, own)
+        check_same_classes(predictor.classes, source, f"ckpt={ckpts[number - 1]}")
+        second = load_source(OmegaConf.merge(predictor.cfg, {"data": cfg.data}).data, {}) if chosen else None
         total = images_to_predict(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         say(f"evaluating {label}: {total:,} test, validation and corrupted images")
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             assessment = assess(label, predictor, source, second, robustness, pictures, advance)
         facts = assessment.facts
         interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
-        say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} {facts['data_source']} images")
+        say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} images of {source.title}")
         assessments.append(assessment)
     page = write_assessments(assessments, folder)
     if cfg.wandb:

@@ -21,6 +21,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
+    from thaw.data.module import count_classes
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.freezing.start_from import start_from
@@ -43,6 +44,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
         datamodule = build(cfg.data)
+        if "num_classes" in cfg.model:
+            cfg.model.num_classes = count_classes(cfg.model.num_classes, datamodule)
         model = build(cfg.model)
         if cfg.resume:
             model.backbone.fresh = frozenset()  # the checkpoint fills all

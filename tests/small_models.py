@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch
 from thaw.data.mix import Mix
+from thaw.data.mnist import MNISTData
+from thaw.data.module import Batch
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
@@ -91,12 +92,19 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
     return build
 
 
+def mnist_data(**changes: Any) -> MNISTData:
+    """The bundled sample, in batches of 32."""
+    places: dict[str, Any] = {"dataset": "MNIST", "dir": "nowhere", "source": "sample", "mirrors": None}
+    batches = {"train_size": None, "batch_size": 32, "eval_batch_size": 100, "num_workers": 0, "seed": 0}
+    return MNISTData(**places, **batches | {"reader": "digit", "class_weights": None, "sampler": "shuffled"} | changes)
+
+
 @pytest.fixture
 def batch() -> Batch:
     """16 random images whose label is the height of a bright bar."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 10
-    images = torch.randint(0, 100, (16, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(images, labels.tolist(), strict=True):
         image[2 * label : 2 * label + 6] = 255
     return Batch(images, labels, torch.arange(16))

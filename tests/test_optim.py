@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from thaw.classifier import Classifier
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.freezing.table import layer_table
 from thaw.lr_bank import BankRecipe, LRBank
 from thaw.optim import OptimizerRecipe

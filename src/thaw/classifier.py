@@ -7,16 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch, check_classes
 from thaw.data.mix import Mix, main_labels
+from thaw.data.module import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.features import FrozenFeatures
@@ -27,15 +25,16 @@ from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Probability
+from thaw.task import SingleLabel
 
 
 class Classifier(LightningModule):
-    """A backbone and a head, trained with cross-entropy as far as the freezing policy allows."""
+    """A backbone and a head, trained for a task as far as the freezing policy allows."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, targets = self.training_features(batch)  # (B, D), and (B,) or mixed (B, K)
         logits = self.head(features)  # (B, K)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss = self.task.training_loss(logits, targets)
         self.train_acc.update(logits, main_labels(targets))  # of a mixed image the label with the larger share
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -43,7 +42,7 @@ class Classifier(LightningModule):
     def training_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.features is not None:  # the frozen layers have run already
             return self.features(batch), batch.labels
-        images = self.preprocess(self.augment(batch.images))  # (B, 28, 28) uint8 -> (B, C, S, S)
+        images = self.preprocess(self.augment(batch.images))  # (B, C, H, W) uint8 -> (B, C, S, S)
         images, targets = self.mix(images, batch.labels, self.num_classes)
         return self.backbone(images), targets
 
@@ -56,7 +55,9 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self.head(self.features(batch))
         self.val_acc.update(logits, batch.labels)
-        self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=len(batch.labels))
+        self.log(
+            "val/loss", self.task.losses(logits, batch.labels).mean(), sync_dist=True, batch_size=len(batch.labels)
+        )
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)
@@ -64,7 +65,7 @@ class Classifier(LightningModule):
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 (B, 28, 28) -> logits (B, K)."""
+        """uint8 (B, C, H, W) -> logits (B, K)."""
         return self.head(self.backbone(self.preprocess(images)))
 
     def __init__(
@@ -85,11 +86,11 @@ class Classifier(LightningModule):
         Args:
             backbone: images (B, C, S, S) -> features (B, D).
             head: called with the width D, gives a module (B, D) -> logits (B, K).
-            augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), in training only.
+            augment: uint8 (B, C, H, W) -> uint8 (B, C, H, W), in training only.
             mix: images (B, C, S, S) and labels (B,) -> images and shares of the classes (B, K), in training only.
             freeze: the freezing policy, which is bound to this model as `self.thaw`.
             num_classes: K.
-            label_smoothing: share of each label spread over all classes (Szegedy et al. 2016, section 7).
+            label_smoothing: see `thaw.task.SingleLabel`.
             cache: for the output of the layers that never train.
             self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
         """
@@ -107,13 +108,11 @@ class Classifier(LightningModule):
         self.thaw = freeze.bind(self)
         self.cut = 0  # layers of the backbone, counted from the stem, that cached features have passed
         self.optim = optim
-        self.label_smoothing = label_smoothing
+        self.task = SingleLabel(num_classes, label_smoothing)
         self.cache = cache
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
-        # validate_args would make the host wait for a GPU in every step
-        accuracies = (MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3))
-        self.train_acc, self.val_acc, self.test_acc = accuracies
+        self.train_acc, self.val_acc, self.test_acc = (self.task.metric() for _ in range(3))
 
     def depths(self) -> dict[str, int]:
         """Depth of every parameter: 0 for the backbone's stem, 1 for its first block, ...; the head is the deepest."""
@@ -132,12 +131,16 @@ class Classifier(LightningModule):
             return
         self.reference = None
         trainer: Any = self.trainer
-        check_classes(self.num_classes, trainer.datamodule)
         if getattr(trainer.datamodule, "batch_size", None) == 1:
             if self.mix.is_on:
                 raise UserError("data.batch_size=1 leaves no image to mix with; set it to 2 or more, or mix=none.")
             if isinstance(getattr(self.head, "norm", None), _BatchNorm):
                 raise UserError("data.batch_size=1 has no statistics for head.norm=batch; set it to 2 or more.")
+
+    def on_fit_start(self) -> None:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if getattr(datamodule, "class_weights", None):
+            self.task.class_weights = datamodule.shares().to(self.device, self.dtype)
 
     def on_train_epoch_end(self) -> None:
         if self.train_acc.update_called:  # a run that resumes from the end of an epoch ends it once more

@@ -8,7 +8,7 @@ Shapes: B batch, D feature width, H heads, K classes.
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thaw.classifier import Classifier
-from thaw.data.datamodule import Batch
 from thaw.data.mix import main_labels
+from thaw.data.module import Batch
 from thaw.freezing.policy import NEVER
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
@@ -55,14 +55,14 @@ class BankClassifier(Classifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, targets = self.training_features(batch)
-        losses, sums = measure_heads(self.head.logits(features), targets, self.label_smoothing)
+        losses, sums = measure_heads(self.head.logits(features), targets, self.task.training_losses)
         self.train_sums += sums
         self.log("train/loss", losses.detach().take(self.head.chosen), prog_bar=True)
         finite = losses.isfinite()
         return losses.where(finite | ~finite.any(), 0).sum()  # where none is finite, `FiniteLoss` stops the run
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        _, sums = measure_heads(self.head.logits(self.features(batch)), batch.labels, label_smoothing=0.0)
+        _, sums = measure_heads(self.head.logits(self.features(batch)), batch.labels, self.task.losses)
         self.val_sums += sums
 
     def on_train_epoch_end(self) -> None:
@@ -240,15 +240,16 @@ class BankRecipe(OptimizerRecipe):
         return groups
 
 
-def measure_heads(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def measure_heads(
+    logits: Tensor, targets: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """The mean loss of each head (H,), and sums over the batch (3, H): of loss, correct predictions and images.
 
-    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K).
+    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K); `losses_of` gives the loss of each row.
     """
     images, heads = logits.shape[:2]
     rows = targets.repeat_interleave(heads, dim=0)  # (B H,) or (B H, K)
-    losses = F.cross_entropy(logits.flatten(0, 1), rows, reduction="none", label_smoothing=label_smoothing)
-    losses = losses.view(images, heads)
+    losses = losses_of(logits.flatten(0, 1), rows).view(images, heads)
     correct = (logits.argmax(dim=2) == main_labels(targets)[:, None]).sum(dim=0)
     total = losses.detach().float().sum(dim=0)
     return losses.mean(dim=0), torch.stack([total, correct, torch.full_like(total, images)])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from thaw.callbacks import progress
 from thaw.callbacks.progress import RunProgress, epoch_line
 from thaw.classifier import Classifier
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 
 Build = Callable[..., Classifier]
 EPOCHS = 3

@@ -10,7 +10,7 @@ from conftest import compose_run
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.evaluation.cost import flops
 from thaw.freezing.lora import add_lora, merge_lora, plain_name
 from thaw.models.backbone import Backbone

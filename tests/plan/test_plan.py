@@ -15,7 +15,7 @@ import torch
 from hydra.utils import instantiate
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.plan.__main__ import main, make_plans
 from thaw.plan.costs import Plan, fitted_tables, memory_cells, plan_devices, work_cells
 from thaw.plan.dry_step import Step, dry_step
@@ -54,7 +54,7 @@ def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
     depths = model.depths()
     groups = model.optim.groups(model.named_parameters(), depths, model.thaw.epochs)
     optimizer = model.optim.optimizer(groups, lr=1e-3, weight_decay=0.0)
-    images = torch.randint(0, 255, (BATCH, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 255, (BATCH, 1, 28, 28), dtype=torch.uint8)
     batch = Batch(images, torch.arange(BATCH) % 10, torch.arange(BATCH))
 
     def forward() -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
@@ -34,7 +34,7 @@ def recipe() -> OptimizerRecipe:
 
 def digits(number: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 200, (number, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 200, (number, 1, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(number) % 3
     images[:, :14] += (25 * labels).to(torch.uint8)[:, None, None]
     return Batch(images, labels, torch.arange(number))

@@ -14,6 +14,7 @@ import yaml
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 
+from thaw.data.images import check_same_classes
 from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
@@ -32,8 +33,8 @@ class RunRecord(Callback):
     Before that it checks that all processes of the run have the same configuration.
 
     A checkpoint is self-contained: `checkpoint["config"]` holds plain values from which the run is rebuilt,
-    `checkpoint["git_commit"]` names the code, `checkpoint["classes"]` the classes, and `checkpoint["wandb_id"]` the W&B
-    run that a resumed run continues.
+    `checkpoint["git_commit"]` names the code, `checkpoint["data"]` the dataset, its classes, the shape of its images
+    and their reader, and `checkpoint["wandb_id"]` the W&B run that a resumed run continues.
 
     Args:
         run_dir: the run's folder, gets `config.yaml`, `record.yaml` and `parameters.txt`.
@@ -68,13 +69,19 @@ class RunRecord(Callback):
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
         checkpoint["config"] = replaced(self.config, portable) | {"run_dir": ".", "resume": None}
         checkpoint["git_commit"] = self.software["git_commit"]
-        if hasattr(trainer.datamodule, "load"):  # type: ignore[attr-defined]  # Lightning sets it at run time
-            checkpoint["classes"] = list(trainer.datamodule.load().classes)  # type: ignore[attr-defined]
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if hasattr(datamodule, "load"):
+            source, reader = datamodule.load(), getattr(datamodule, "reader", "photo")
+            record = {"name": source.name, "origin": source.origin, "classes": list(source.classes)}
+            checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if "data" in checkpoint and hasattr(datamodule, "load"):
+            check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
 

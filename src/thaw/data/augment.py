@@ -12,7 +12,7 @@ from thaw.run.values import NonNegative, Positive, Probability
 
 
 class Augment(nn.Module):
-    """uint8 (B, 28, 28) -> uint8 (B, 28, 28), each image transformed on its own.
+    """uint8 (B, C, S, S) -> uint8 (B, C, S, S), each image transformed on its own.
 
     Affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
     interpolated once. A setting of 0 switches its transform off. The affine map alone runs about 2.4 times as fast as
@@ -53,10 +53,10 @@ class Augment(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if not self.is_random:
             return images
-        return self.transform(images[:, None].float())[:, 0].round().clamp(0, 255).to(torch.uint8)
+        return self.transform(images.float()).round().clamp(0, 255).to(torch.uint8)
 
     def transform(self, x: Tensor) -> Tensor:
-        """As `forward`, for float pixels (B, 1, S, S) of any scale whose background is 0; gradients pass through."""
+        """As `forward`, for float pixels (B, C, S, S) of any scale whose background is 0; gradients pass through."""
         if self.warps:
             grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)
             if self.elastic:

@@ -1,13 +1,16 @@
 """The two types that all other code speaks: labelled images, and a dataset in its splits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from thaw.run.errors import UserError
 
 
 class Images(NamedTuple):
-    """N labelled images: images uint8 (N, 28, 28), labels int64 (N,)."""
+    """N labelled images: images uint8 (N, C, H, W), labels int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -18,30 +21,73 @@ class Images(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Images by split, and how reports speak of them.
+    """Images by split, and how summaries and reports speak of them.
 
-    name: `official`, `sample`, or the name that a data module of one's own gives its data.
-    title: the name that people read; `name` where it is empty.
-    classes: names of the classes in the order of the labels; see `with_numbers`.
+    classes: their names in the order of the labels; they decide how many classes a model has.
+    name: of the dataset, as it is printed.
+    origin: where the images come from, as it is printed after the name; empty if the name says all.
     """
 
     train: Images
     val: Images
     test: Images
+    classes: Sequence[str]
     name: str
-    title: str = ""
-    classes: Sequence[str] = ()
+    origin: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.origin}" if self.origin else self.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image."""
+        return tuple(self.train.images.shape[1:])
 
     def facts(self) -> dict[str, str]:
-        """The origin for a summary or report, as values of JSON."""
-        return {"data_source": self.name, "data_title": self.title or self.name}
+        """Name and origin for a summary or report, as values of JSON."""
+        return {"dataset": self.name, "data_source": self.origin}
 
 
-def with_numbers(names: Sequence[str], classes: int) -> list[str]:
-    """The names of so many classes; a class without a name is called by its number."""
-    return [*names, *map(str, range(len(names), classes))]
+def check_source(source: Source) -> None:
+    """Refuse images of other shapes and types than all code expects, and labels without a class.
+
+    Raises:
+        UserError: names the split, and the shape or the label.
+    """
+    for split in ("train", "val", "test"):
+        images, labels = getattr(source, split)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise UserError(
+                f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; they must be uint8 "
+                "(N, 1, H, W) or (N, 3, H, W)."
+            )
+        if images.shape[1:] != source.shape:
+            raise UserError(
+                f"The {split} images of {source.title} have the shape {tuple(images.shape[1:])} and its training "
+                f"images {source.shape}; bring all to one shape."
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UserError(
+                f"The {split} labels of {source.title} are {labels.dtype} {tuple(labels.shape)}; they must be int64 "
+                f"({len(images)},), one for each image."
+            )
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(source.classes):
+            wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+            raise UserError(
+                f"The {split} split of {source.title} has the label {int(wrong[0])}, but its {len(source.classes)} "
+                f"classes have the labels 0 to {len(source.classes) - 1}; correct the labels, or name all classes."
+            )
 
 
-def dataset_name(data: Mapping[str, Any]) -> str:
-    """The name of the dataset in a block `data` of a configuration, or else of the class of its data module."""
-    return data.get("dataset") or data["_target_"].rpartition(".")[2]
+def check_same_classes(known: Sequence[str], source: Source, model: Any) -> None:
+    """Raise UserError unless a dataset has the classes that `model`, a checkpoint, was trained on."""
+    if list(known) == list(source.classes):
+        return
+    missing, unknown = sorted({*known} - {*source.classes}), sorted({*source.classes} - {*known})
+    parts = [f"the data lacks {', '.join(missing[:5])}"] * bool(missing)
+    parts += [f"the model does not know {', '.join(unknown[:5])}"] * bool(unknown)
+    raise UserError(
+        f"{model} was trained on {len(known)} classes, {source.title} has {len(source.classes)}: "
+        f"{'; '.join(parts) or 'they have another order'}. Give data of the same classes, or train a model on these."
+    )

@@ -7,21 +7,25 @@ import ssl
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from http.client import HTTPException
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import torchvision.datasets
 from filelock import FileLock
+from pydantic import Field
 from torch import Tensor
 
 from thaw.data.idx import read_idx
 from thaw.data.images import Images, Source
+from thaw.data.module import ImageDataModule
 from thaw.run.console import progress, say
 from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.files import atomic
@@ -50,7 +54,29 @@ UNPACKED_MD5 = {
     ),
 }
 
+OFFICIAL, SAMPLE = "the official files", "the bundled sample of 5,000 digits"  # origins
+MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
 FAILED: dict[str, str] = {}  # by URL: why this process could not download from there; it does not try again
+
+
+@dataclass(kw_only=True, eq=False)
+class MNISTData(ImageDataModule):
+    """MNIST, or another dataset of the same four files; see `load_mnist`."""
+
+    dataset: Literal["MNIST", "FashionMNIST", "KMNIST"]
+    dir: str
+    source: Literal["auto", "official", "sample"]
+    mirrors: Sequence[MirrorURL] | None
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.trainer and self.trainer.world_size > 1:  # all ranks take rank 0's choice, official files or sample
+            origin: Any = self.trainer.strategy.broadcast(self.load().origin if self.trainer.is_global_zero else "")
+            if self.loaded is None:
+                self.source = "sample" if origin == SAMPLE else "official"
+        super().setup(stage)
+
+    def read(self) -> Source:
+        return load_mnist(self.dataset, self.dir, self.source, self.mirrors)
 
 
 def load_mnist(dataset: str, directory: str | Path, source: str, mirrors: Sequence[str] | None) -> Source:
@@ -109,16 +135,16 @@ def load_sample(dataset: str) -> Source:
         read_idx(gzip.decompress((folder / name).read_bytes()), f"bundled {name}")
         for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
     )
-    whole = Images(images, labels.long())
+    whole = Images(images[:, None], labels.long())
     one_hot = whole.labels[:, None] == whole.labels.unique()  # (N, 10)
     number = (one_hot.cumsum(0) * one_hot).sum(1) - 1  # (N,) within its class: 0 for the first image of each
     return Source(
         train=whole.take(number < 400),
         val=whole.take((number >= 400) & (number < 450)),
         test=whole.take(number >= 450),
-        name="sample",
-        title="the bundled sample of 5,000 digits",
         classes=class_names(dataset),
+        name=dataset,
+        origin=SAMPLE,
     )
 
 
@@ -130,14 +156,14 @@ def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) 
         download(dataset, missing, directory, mirrors)
         found |= {name: find_official(dataset, name, directory) for name in missing}
     train_images, train_labels, test_images, test_labels = (tensor for tensor in found.values() if tensor is not None)
-    train = Images(train_images, train_labels.long())
+    train = Images(train_images[:, None], train_labels.long())
     return Source(
         train=train.take(slice(6000, None)),
         val=train.take(slice(6000)),
-        test=Images(test_images, test_labels.long()),
-        name="official",
-        title="the official files",
+        test=Images(test_images[:, None], test_labels.long()),
         classes=class_names(dataset),
+        name=dataset,
+        origin=OFFICIAL,
     )
 
 
@@ -175,8 +201,8 @@ def read_official(dataset: str, name: str, path: Path, modified: int) -> Tensor 
     return (
         f"{path} is not the official file ({describe_wrong_file(content)}): MD5 {hashlib.md5(content).hexdigest()}, "
         f"expected {wanted}{' packed, or the same content' if dataset in UNPACKED_MD5 else ', as published'}. Move it "
-        f"away and run again to download {name}, point data.dir at intact files, or, for images of your own, give a "
-        "data module of your own (data._target_; see thaw.data.datamodule)."
+        f"away and run again to download {name}, point data.dir at intact files, or, for images of your own, choose "
+        "another source: data=folder, data=arrays, ... (see thaw.data.module)."
     )
 
 
@@ -309,5 +335,5 @@ def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
     return (
         f"data.dir={directory} holds {', '.join(held[:NAMES_SHOWN])}{more}, but not {expected}. Add them, set "
         "data.mirrors to a reachable one, or data.source=sample to take the bundled sample instead. Data of another "
-        "form need a data module of your own (data._target_; see thaw.data.datamodule)."
+        "form need another source: data=folder, or one of your own (see thaw.data.module)."
     )

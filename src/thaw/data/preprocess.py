@@ -6,12 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LUMA = 0.299, 0.587, 0.114  # of red, green and blue in grey (ITU-R BT.601)
+
 
 class Preprocess(nn.Module):
-    """uint8 (B, 28, 28) -> float (B, C, S, S): scaled to [0, 1], resized, then the backbone's own mean and std.
+    """uint8 (B, C', H, W) -> float (B, C, S, S): scaled to [0, 1], resized, then the backbone's own mean and std.
 
-    The grey image is repeated for each of the C channels. `mean` and `std`, in the [0, 1] scale, are one number or one
-    for each channel.
+    Of images that are not square the centre is taken. A grey image is repeated for each of the C channels, a colour
+    image becomes grey for a backbone of one. `mean` and `std`, in the [0, 1] scale, are one number or one for each
+    channel.
     """
 
     mean: Tensor
@@ -25,8 +28,12 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         precise = torch.promote_types(self.mean.dtype, torch.float32)  # bf16 cannot tell 256 greys apart
-        x = images[:, None].to(precise) / 255  # (B, 1, 28, 28)
-        if x.shape[-1] != self.image_size:
-            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True)  # (B, 1, S, S)
+        side = min(images.shape[2:])
+        top, left = (images.shape[2] - side) // 2, (images.shape[3] - side) // 2
+        x = images[:, :, top : top + side, left : left + side].to(precise) / 255  # (B, C', side, side)
+        if x.shape[1] > self.channels:
+            x = (x * x.new_tensor(LUMA).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
+        if side != self.image_size:
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True)  # (B, C', S, S)
         x = ((x - self.mean) / self.std).to(self.mean.dtype)
         return x.expand(-1, self.channels, -1, -1)  # (B, C, S, S)

@@ -40,7 +40,7 @@ def assess(
     label: str,
     predictor: Predictor,
     source: Source,
-    second: tuple[str, Source] | None,
+    second: Source | None,
     robustness: Mapping[str, Any],
     folder: Path,
     advance: Callable[[int], Any],
@@ -50,7 +50,7 @@ def assess(
     Args:
         label: tells it from other checkpoints.
         source: of its images; the temperature is chosen on the validation split, all else uses the test split.
-        second: name and images of another dataset, to whose test split the checkpoint is applied too.
+        second: another dataset, to whose test split the checkpoint is applied too.
         robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.
         folder: where the figures go.
         advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
@@ -58,7 +58,7 @@ def assess(
     logits, labels = predictor.logits(source.test.images, advance), source.test.labels
     temperature = fit_temperature(predictor.logits(source.val.images, advance), source.val.labels)
     robust = robustness_facts(predictor, source.test, robustness, advance)
-    other = {"second": second_facts(*second, predictor, logits, advance)} if second else {}
+    other = {"second": second_facts(second, predictor, logits, advance)} if second else {}
     say("measuring speed, drawing figures")
     facts = {
         **predictor.facts(),
@@ -79,11 +79,11 @@ def assess(
     return Assessment(label, facts, logits, source.test, pictures)
 
 
-def images_to_predict(source: Source, second: tuple[str, Source] | None, robustness: Mapping[str, Any]) -> int:
+def images_to_predict(source: Source, second: Source | None, robustness: Mapping[str, Any]) -> int:
     """How many images `assess` will predict."""
     points = sum(len(robustness[name]) + 1 for name in CORRUPTIONS)
     corrupted = points * len(evenly_spread(len(source.test.labels), robustness["digits"]))
-    return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second[1].test.labels) if second else 0)
+    return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second.test.labels) if second else 0)
 
 
 def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -111,15 +111,13 @@ def robustness_facts(
     return {"digits": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
 
 
-def second_facts(
-    dataset: str, source: Source, predictor: Predictor, logits: Tensor, advance: Callable[[int], Any]
-) -> dict[str, Any]:
+def second_facts(source: Source, predictor: Predictor, logits: Tensor, advance: Callable[[int], Any]) -> dict[str, Any]:
     """Accuracy on another dataset, and how well confidence tells the two apart: the area under the ROC curve."""
     others = predictor.logits(source.test.images, advance)
     confidence = torch.cat([part.softmax(dim=1).amax(dim=1) for part in (others, logits)])
     is_own = torch.cat([torch.zeros(len(others)), torch.ones(len(logits))]).long()
     return {
-        "dataset": dataset,
+        "dataset": source.name,
         **accuracy_facts(others.argmax(dim=1), source.test.labels),
         "mean_confidence": float(confidence[: len(others)].mean()),
         "mean_confidence_own": float(confidence[len(others) :].mean()),

@@ -1,6 +1,6 @@
 """Images made harder in six ways and at chosen strengths, to see how accuracy falls.
 
-Every corruption takes uint8 (N, 28, 28) and a strength and returns uint8 (N, 28, 28). Only noise is random, and it is
+Every corruption takes uint8 (N, C, H, W) and a strength and returns the same. Only noise is random, and it is
 the same in every run.
 """
 
@@ -46,7 +46,7 @@ def blur(images: Tensor, deviation: float) -> Tensor:
 
 def reduce_contrast(images: Tensor, share: float) -> Tensor:
     """Keep this share of each pixel's distance from the mean grey of its image."""
-    return transforms.adjust_contrast(images[:, None], share)[:, 0]
+    return transforms.adjust_contrast(images, share)
 
 
 class Corruption(NamedTuple):

@@ -16,7 +16,7 @@ TIMING_SECONDS = 1.0  # spent on each timing
 
 
 def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
-    """Parameters, FLOPs of one image, time of one and of a batch (B, 28, 28), and size, as values of JSON.
+    """Parameters, FLOPs of one image, time of one and of a batch (B, C, H, W), and size, as values of JSON.
 
     Times are medians in the predictor's precision, on its device, on a machine that may do other things besides.
     """

@@ -25,7 +25,7 @@ def evaluate_checkpoint(
     """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
     `cfg` is the configuration of the checkpoint, perhaps with another `data.dir`. Returns `val/acc` if the run
-    validates, `test/acc`, its interval, `n_test` and `data_source`.
+    validates, `test/acc`, its interval, `n_test`, `dataset` and `data_source`.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
         (metrics,) = trainer.validate(model, datamodule, verbose=False)
         validated["val/acc"] = round(metrics["val/acc"], 6)
     trainer.test(model, datamodule, verbose=False)
-    return {**validated, **test.results, "data_source": datamodule.load().name}
+    return {**validated, **test.results, **datamodule.load().facts()}
 
 
 def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: bool) -> tuple[float | None, str | None]:

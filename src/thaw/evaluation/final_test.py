@@ -7,8 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from thaw.data.datamodule import Batch
-from thaw.data.images import with_numbers
+from thaw.data.module import Batch
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.run.loggers import log_image
 from thaw.run.ranks import from_all_ranks
@@ -40,7 +39,6 @@ class FinalTest(Callback):
             return
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
-        names = trainer.datamodule.load().classes
-        draw_errors(images, logits, labels, indices, with_numbers(names, logits.shape[1]), self.folder)
+        draw_errors(images, logits, labels, indices, trainer.datamodule.load().classes, self.folder)
         for picture in ("confusion_matrix", "worst_digits"):
             log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

@@ -14,7 +14,7 @@ from thaw.models.backbone import Backbone
 
 @torch.no_grad()
 def image_features(backbone: Backbone, images: Tensor, title: str | None = None) -> Tensor:
-    """uint8 (N, 28, 28) -> float32 (N, D), in eval mode, on the images' device; with a `title` progress is shown."""
+    """uint8 (N, C, H, W) -> float32 (N, D), in eval mode, on the images' device; with a `title` progress is shown."""
     backbone.eval().to(images.device)
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std).to(images.device)
     return by_batches(lambda batch: backbone(preprocess(batch)).float(), images, title=title)

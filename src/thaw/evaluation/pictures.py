@@ -1,6 +1,6 @@
 """Figures about models, each a PNG, and the list of wrong images.
 
-Shapes: N images of uint8 (N, 28, 28), K classes; logits (N, K), labels (N,).
+Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,).
 """
 
 import csv
@@ -115,15 +115,17 @@ def shorten_name(name: str) -> str:
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
-    """An image (H, W), 255 is black."""
-    axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=255, extent=(0, image.shape[1], image.shape[0], 0))
+    """An image (C, H, W); of a grey one, 255 is black."""
+    height, width = image.shape[1:]
+    shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    axes.imshow(shown.numpy(), cmap="gray_r", vmin=0, vmax=255, extent=(0, width, height, 0))
 
 
 def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> None:
     """Rows of equally many images, one title a row."""
     figure = new_figure(0.62 * len(rows[0]) + 1.2, 0.66 * len(rows))
     for panel, row, title in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, titles, strict=True):
-        show_image(panel, torch.cat(list(F.pad(row, (1, 1, 1, 1))), dim=1))
+        show_image(panel, torch.cat(list(F.pad(row, (1, 1, 1, 1))), dim=2))
         panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.data.datamodule import change_settings
+from thaw.data.module import change_settings
 from thaw.data.preprocess import Preprocess
 from thaw.evaluation.probes import Labelled
 from thaw.freezing.cache import FeatureCache

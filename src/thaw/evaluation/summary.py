@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import nn
 
 from thaw.classifier import Classifier
-from thaw.data.images import dataset_name
 from thaw.evaluation.final_test import FinalTest
 from thaw.evaluation.probes import Choice
 from thaw.freezing.policy import NEVER
@@ -84,7 +83,6 @@ def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], sec
         **NOT_TESTED,
         **results,
         **source.facts(),
-        "dataset": dataset_name(cfg.data),
         "n_train": len(source.train.labels),
         "n_val": len(source.val.labels),
         "backbone": backbone_name(cfg.backbone),
@@ -151,7 +149,7 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
         ((name, chosen),) = facts["chosen"].items()
         lines["probe"] = f"{facts['probe']}, {name} = {chosen:g}, the best of {len(facts['candidates'])} on validation"
     sizes = f"{facts['n_train']:,} to train, {facts['n_val']:,} to validate"
-    lines["data"] = f"{facts['dataset']}, {facts['data_title']}: {sizes}"
+    lines["data"] = f"{', '.join(filter(None, (facts['dataset'], facts['data_source'])))}: {sizes}"
     lines["backbone"] = f"{facts['backbone']}, weights: {facts['weights']}"
     share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
     lines["trainable"] = f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters{share}"

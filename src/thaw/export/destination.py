@@ -62,7 +62,7 @@ def summary(facts: Mapping[str, Any], path: Path, trained: str) -> str:
         f"{facts['parity_largest_difference']:.2g}",
         f"test       {facts['test_accuracy']:.2%} accuracy, 95 % interval {low:.2%} to {high:.2%}, "
         f"n = {facts['test_digits']:,}",
-        f"data       {facts['data_title']}",
+        f"data       {facts['data_source']}",
     ]
     if not trained.startswith("32"):
         lines.append(

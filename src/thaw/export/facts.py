@@ -17,7 +17,7 @@ from thaw.run.record import git_commit
 PARITY_IMAGES = 1000
 PARITY_TOLERANCE = 1e-3  # of a probability
 INPUT = (
-    "uint8 (N, 28, 28), N of 1 or more: one grey image each, 0 the paper and 255 the ink, prepared as MNIST's were: "
+    "uint8 (N, 1, 28, 28), N of 1 or more: one grey image each, 0 the paper and 255 the ink, prepared as MNIST's were: "
     "scaled into 20 x 20 pixels and centred by its mass in 28 x 28"
 )
 
@@ -38,7 +38,7 @@ def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
 
 
 def parity_sample(predictor: Predictor, test: Images) -> tuple[Tensor, Tensor]:
-    """At most 1,000 test images (N, 28, 28), evenly spread, and the trained model's probabilities (N, 10) for them."""
+    """At most 1,000 test images (N, C, H, W), evenly spread, and the trained model's probabilities (N, 10) for them."""
     images = test.images[evenly_spread(len(test.labels), PARITY_IMAGES)]
     return images, predictor(images)
 

@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 
 
 class CardModel:
-    """The model that a card's code loads in its folder: uint8 (N, 28, 28) -> probabilities (N, 10), in batches."""
+    """The model that a card's code loads in its folder: uint8 (N, C, H, W) -> probabilities (N, 10), in batches."""
 
     def __init__(self, code: str, folder: Path) -> None:
         names: dict[str, Any] = {}

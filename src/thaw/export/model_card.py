@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from torch import nn
 
+from thaw.data.mnist import OFFICIAL
 from thaw.models.backbone import Backbone
 from thaw.pages.html import render
 
@@ -68,7 +69,7 @@ def model_card(
         base_model=base_model,
         metrics=["accuracy"],
         model_name=title,
-        eval_results=[result] if facts["data_source"] == "official" else None,  # others do not know the sample's test
+        eval_results=[result] if facts["data_source"] == OFFICIAL else None,  # others do not know the sample's test
     )
     whole: Any = OmegaConf.to_container(config, resolve=True)
     recipe = {key: without_places(whole[key]) for key in RECIPE if whole.get(key) is not None}

@@ -22,11 +22,10 @@ class OnnxModel:
         self.session, self.metadata = session, metadata
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 28, 28) -> probabilities (N, 10)."""
-        if images.dtype != torch.uint8 or images.ndim != 3 or images.shape[1:] != (28, 28):
-            raise UserError(
-                f"Images must be uint8 (N, 28, 28), not {images.dtype} {tuple(images.shape)}; convert and stack them."
-            )
+        """uint8 (N, 1, 28, 28) -> probabilities (N, 10)."""
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise UserError(f"Images must be uint8 (N, 1, 28, 28), not {given}; convert and stack them.")
         if not len(images):  # an empty batch could end the process
             return torch.zeros(0, len(self.metadata["classes"]))
         return by_batches(self.run, images.cpu())
@@ -67,10 +66,10 @@ def load_onnx(path: Path) -> OnnxModel:
     inputs = [(given.name, given.type, given.shape[1:]) for given in session.get_inputs()]
     outputs = [output.name for output in session.get_outputs()]
     stored = session.get_modelmeta().custom_metadata_map
-    known = inputs == [("images", "tensor(uint8)", [28, 28])] and outputs[:1] == ["probabilities"]
+    known = inputs == [("images", "tensor(uint8)", [1, 28, 28])] and outputs[:1] == ["probabilities"]
     if not known or "thaw" not in stored:
         raise UserError(
             f"{path} is an ONNX model, but not one of thaw's: it takes {inputs} and gives {outputs}, expected uint8 "
-            "images (N, 28, 28), probabilities and thaw's metadata. Give a file that export.py wrote."
+            "images (N, 1, 28, 28), probabilities and thaw's metadata. Give a file that export.py wrote."
         )
     return OnnxModel(session, {key: json.loads(value) for key, value in stored.items()})

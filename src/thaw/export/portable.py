@@ -17,7 +17,7 @@ from thaw.run.errors import UserError
 
 
 class Portable(nn.Module):
-    """uint8 (B, 28, 28) -> probabilities (B, 10), in a tuple of one, as earlier files and cards have them."""
+    """uint8 (B, C, H, W) -> probabilities (B, K), in a tuple of one, as earlier files and cards have them."""
 
     def __init__(self, preprocess: Preprocess, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def trace(model: Portable, name: str) -> ExportedProgram:
 
     A UserError names a model that cannot be traced.
     """
-    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
     for layer in attention_layers(model.backbone):
         layer.fused_attn = False  # type: ignore[assignment]  # plain matrix products, as in all earlier files
     try:

@@ -91,8 +91,8 @@ def frozen_features(
     """The output of the first `cut` layers for all images, in the trainer's precision and on its device.
 
     Args:
-        images: uint8 (N, 28, 28), on any device; the name of their split is a part of the key.
-        preprocess: uint8 (B, 28, 28) -> (B, C, S, S), as the backbone takes it.
+        images: uint8 (N, C, H, W), on any device; the name of their split is a part of the key.
+        preprocess: uint8 (B, C, H, W) -> (B, C, S, S), as the backbone takes it.
         backbone: in eval mode, on the trainer's device.
         trainer: of the processes that call this together.
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.freezing.cache import TOKENS
 from thaw.run.config import build
 from thaw.run.errors import UserError
@@ -232,7 +232,7 @@ class SameShape(TorchFunctionMode):
 
 
 def blank_images(number: int) -> Tensor:
-    return torch.empty(number, 28, 28, dtype=torch.uint8)
+    return torch.empty(number, 1, 28, 28, dtype=torch.uint8)
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

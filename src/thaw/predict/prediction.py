@@ -116,7 +116,7 @@ def read_file(path: Path) -> Iterator[Read]:
 def predictions(model: ImageModel, read: Sequence[Read], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A row for each image, in their order: file, index, class, confidence and probabilities, or an error."""
     images = [one.digit.image for one in read if one.digit.image is not None]
-    chances = iter(model(torch.from_numpy(np.stack(images))).tolist() if images else [])
+    chances = iter(model(torch.from_numpy(np.stack(images)[:, None])).tolist() if images else [])
     for file, number, digit in read:
         row: dict[str, Any] = {"file": file, "index": number, "class": None, "confidence": None, "probabilities": None}
         row |= {"error": digit.error or None, "warning": digit.warning or None}

@@ -1,6 +1,6 @@
 """A trained classifier that predicts; eval.py, predict.py, export.py, serve.py and the notebooks share it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from thaw.classifier import Classifier
 from thaw.data.batches import EVAL_BATCH, by_batches
-from thaw.data.images import dataset_name, with_numbers
 from thaw.data.mnist import DATASETS, class_names
 from thaw.data.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
@@ -27,17 +26,17 @@ class ImageModel(Protocol):
     has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 28, 28) -> probabilities (N, 10)."""
+        """uint8 (N, C, H, W) -> probabilities (N, K)."""
 
     def attention(self, images: Tensor) -> Tensor:
-        """uint8 (N, 28, 28) -> each patch's share in what the head sees (N, h, w)."""
+        """uint8 (N, C, H, W) -> each patch's share in what the head sees (N, h, w)."""
 
     def facts(self) -> dict[str, Any]:
         """Facts that identify the model, as values of JSON."""
 
 
 class Predictor:
-    """Images, uint8 (N, 28, 28) on any device -> logits or probabilities (N, 10) on the CPU, in float32.
+    """Images, uint8 (N, C, H, W) on any device -> logits or probabilities (N, K) on the CPU, in float32.
 
     Args:
         model: a classifier in eval mode.
@@ -45,35 +44,36 @@ class Predictor:
             is one, the images in a batch.
         checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
-        classes: their names; a class without a name is called by its number.
+        data: the record of the images that it was trained on: `name` and `origin`, names of the `classes`, `shape`
+            (C, H, W) and `reader`.
 
     Attributes:
         has_attention: whether `attention` works.
     """
 
     def __init__(
-        self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str, classes: Sequence[str]
+        self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str, data: Mapping[str, Any]
     ) -> None:
         self.cfg, self.checkpoint, self.commit = cfg, checkpoint, commit
-        self.classes = with_numbers(classes, model.num_classes)
+        self.data, self.classes = data, list(data["classes"])
         self.fabric = Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision)
         self.model = model.to(self.fabric.device)
         self.has_attention = bool(attention_layers(model.backbone))
 
     def logits(self, images: Tensor, advance: Callable[[int], Any] | None = None) -> Tensor:
-        """(N, 28, 28) -> (N, 10); `advance` is called with the number of images after each batch."""
+        """(N, C, H, W) -> (N, K); `advance` is called with the number of images after each batch."""
         return self.compute(self.model, images, advance)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 28, 28) -> probabilities (N, 10)."""
-        return self.logits(images).softmax(dim=1)
+        """(N, C, H, W) -> probabilities (N, K)."""
+        return self.model.task.probabilities(self.logits(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 28, 28) -> the backbone's features (N, D)."""
+        """(N, C, H, W) -> the backbone's features (N, D)."""
         return self.compute(lambda batch: self.model.backbone(self.model.preprocess(batch)), images)
 
     def attention(self, images: Tensor) -> Tensor:
-        """(N, 28, 28) -> (N, h, w): each patch's share in what the head sees.
+        """(N, C, H, W) -> (N, h, w): each patch's share in what the head sees.
 
         Raises:
             UserError: the backbone has no attention between all its patches.
@@ -110,8 +110,10 @@ class Predictor:
         return {
             "name": self.cfg.name,
             "backbone": self.name,
-            "dataset": dataset_name(self.cfg.data),
+            "dataset": self.data["name"],
             "classes": self.classes,
+            "shape": list(self.data["shape"]),
+            "reader": self.data["reader"],
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights_sha256": tensors_sha256(self.model.state_dict()),
             "git_commit": self.commit,
@@ -166,6 +168,15 @@ def load_predictor(
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
-    dataset = cfg.data.get("dataset")
-    classes = checkpoint.get("classes", class_names(dataset) if dataset in DATASETS else [])
-    return Predictor(model, cfg, path, checkpoint["git_commit"], classes)
+    return Predictor(model, cfg, path, checkpoint["git_commit"], data_record(checkpoint, model.num_classes))
+
+
+def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """The record of a checkpoint's data; earlier versions, which knew grey images of 28 x 28 alone, wrote less."""
+    if "data" in checkpoint:
+        return checkpoint["data"]
+    data = checkpoint["config"]["data"]
+    name = data.get("dataset") or data["_target_"].rpartition(".")[2]
+    named = checkpoint.get("classes") or (class_names(name) if name in DATASETS else [])
+    classes = [*named, *map(str, range(len(named), num_classes))]
+    return {"name": name, "origin": "", "classes": classes, "shape": [1, 28, 28], "reader": "digit"}

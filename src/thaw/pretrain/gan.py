@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from thaw.data.augment import Augment
 from thaw.data.batches import by_batches, evenly_spread
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
@@ -69,7 +69,7 @@ class GAN(Objective):
     grid: Tensor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        real = self.augment.transform(batch.images[:, None].float() / 255)  # (B, 1, 28, 28)
+        real = self.augment.transform(batch.images.float() / 255)  # (B, 1, 28, 28)
         noise = torch.randn(len(real), self.latent, device=real.device)
         fake = self.augment.transform(self.generator(noise))  # Zhao et al. 2020: gradients pass through
         scores = self.discriminator(torch.cat([real, fake.detach()]))
@@ -88,12 +88,12 @@ class GAN(Objective):
 
     def discriminator(self, pixels: Tensor) -> Tensor:
         """Pixels in [0, 1], (B, 1, 28, 28) -> scores (B,), high for images that look real."""
-        images = self.preprocess(255 * pixels[:, 0])  # (B, C, S, S)
+        images = self.preprocess(255 * pixels)  # (B, C, S, S)
         return self.score(self.backbone(images))[:, 0].float()
 
     def frozen_discriminator(self, pixels: Tensor) -> Tensor:
         """The same scores; their gradient reaches the pixels, but no weight of the discriminator."""
-        images = self.preprocess(255 * pixels[:, 0])
+        images = self.preprocess(255 * pixels)
         features = functional_call(self.backbone, detached(self.backbone), images)
         return functional_call(self.score, detached(self.score), features)[:, 0].float()
 
@@ -129,8 +129,8 @@ class GAN(Objective):
         self.register_buffer("grid", fixed_latents(8 * 16, latent))
 
     def draw(self, latents: Tensor) -> Tensor:
-        """Latents (N, Z) -> images, uint8 (N, 28, 28), by the averaged generator."""
-        return (255 * by_batches(self.average, latents)[:, 0]).round().to(torch.uint8)
+        """Latents (N, Z) -> images, uint8 (N, 1, 28, 28), by the averaged generator."""
+        return (255 * by_batches(self.average, latents)).round().to(torch.uint8)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images drawn from latents that never change, and a row of real ones."""

@@ -15,7 +15,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thaw.data.augment import Augment
-from thaw.data.datamodule import Batch
+from thaw.data.module import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
@@ -30,17 +30,17 @@ class Objective(LightningModule):
 
     Args:
         backbone: images (B, C, S, S) -> features (B, D).
-        augment: uint8 (B, 28, 28) -> uint8 (B, 28, 28), random.
+        augment: uint8 (B, C, H, W) -> uint8 (B, C, H, W), random.
         optim: groups, optimizer and schedule.
         output: path of the safetensors file that the trained backbone is written to (fp16).
     """
 
     def loss(self, images: Tensor) -> Tensor:
-        """The scalar to minimize, of uint8 images (B, 28, 28); it may draw random numbers."""
+        """The scalar to minimize, of uint8 images (B, C, H, W); it may draw random numbers."""
         raise NotImplementedError
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
-        """Of validation images, uint8 (N, 28, 28): rows of pictures (K, S, S) that show progress, and their titles."""
+        """Rows of pictures (K, C, S, S) of validation images, uint8 (N, C, H, W), that show progress; and titles."""
         raise NotImplementedError
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -55,7 +55,7 @@ class Objective(LightningModule):
         self.log("val/loss", loss, prog_bar=True, sync_dist=True, batch_size=len(batch.images))
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 (B, 28, 28) -> features for a probe, (B, D)."""
+        """uint8 (B, C, H, W) -> features for a probe, (B, D)."""
         return self.backbone(self.preprocess(images))
 
     def __init__(self, backbone: Backbone, augment: Augment, optim: OptimizerRecipe, output: str) -> None:

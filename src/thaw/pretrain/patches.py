@@ -76,7 +76,7 @@ def grey(preprocess: Preprocess) -> Tensor:
 
 
 def show_patches(patches: Tensor, side: int, preprocess: Preprocess) -> Tensor:
-    """True or drawn patches (B, T, p * p * C) -> uint8 images (B, S, S), with `Preprocess` undone."""
+    """True or drawn patches (B, T, p * p * C) -> uint8 images (B, C, S, S), with `Preprocess` undone."""
     images = unpatchify(patches, side, preprocess.channels).float()
-    x = (images * preprocess.std + preprocess.mean).mean(dim=1)  # (B, S, S)
+    x = images * preprocess.std + preprocess.mean  # (B, C, S, S)
     return (255 * x).round().clamp(0, 255).to(torch.uint8)

@@ -52,7 +52,7 @@ class SimCLR(Objective):
     """
 
     def loss(self, images: Tensor) -> Tensor:
-        views = self.augment(images.repeat(2, 1, 1))  # (2B, 28, 28) uint8
+        views = self.augment(images.repeat(2, 1, 1, 1))  # (2B, C, H, W) uint8
         projections = self.projector(self.features(views))  # (2B, P)
         first, second = (self.gather(z) for z in projections.chunk(2))  # (B, P) of all processes
         return nt_xent(torch.cat([first, second]), self.temperature)

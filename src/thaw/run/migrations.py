@@ -22,6 +22,7 @@ RENAMED = {  # class -> its name today
     "thaw.callbacks.log_interval.LogInterval": "thaw.callbacks.progress.LogInterval",
     "thaw.callbacks.progress.progress": "thaw.callbacks.progress.RunProgress",
     "thaw.callbacks.progress.progress_bar": "thaw.callbacks.progress.RunProgress",
+    "thaw.data.datamodule.MNISTDataModule": "thaw.data.mnist.MNISTData",
     "thaw.callbacks.test_report.TestReport": "thaw.evaluation.final_test.FinalTest",
     "thaw.csv_log.RunCSV": "thaw.run.csv_log.RunCSV",
     "thaw.loggers.wandb_logger": "thaw.run.loggers.wandb_logger",
@@ -96,7 +97,16 @@ def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot:
 def blocks_of_today(target: str) -> list[dict[str, Any]]:
     """The blocks of the configuration files that build a class."""
     files = [path for path, text in config_files().items() if target in text]
-    return [block for path in files for _, block in mappings(parsed(path)) if block.get("_target_") == target]
+    return [block for path in files for _, block in mappings(inherited(path)) if block.get("_target_") == target]
+
+
+def inherited(path: Path) -> dict[str, Any]:
+    """The content of a configuration file, below it that of the files in its folder that it starts from."""
+    content = parsed(path)
+    parents = [path.with_name(f"{name}.yaml") for name in content.get("defaults", []) if isinstance(name, str)]
+    for parent in parents:
+        content = (inherited(parent) if parent in config_files() else {}) | content
+    return content
 
 
 @cache

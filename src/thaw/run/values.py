@@ -35,7 +35,7 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "robustness.rotation": list[float],
     "workers": Count | None,
 }
-AUTO = ("precision", "fused_attention")  # settings whose `auto` `thaw.run.config.settle` replaces
+AUTO = ("precision", "fused_attention", "num_classes")  # settings whose `auto` is replaced before use
 TYPE_WORDS: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"},
     list: "a list",

@@ -44,6 +44,6 @@ def to_json(answer: Answer, received: ReceivedImages, names: Sequence[str]) -> b
             attention = None
             if answer.attention is not None:
                 attention = [[float(f"{share:.4g}") for share in line] for line in answer.attention[place]]
-            part += f',"input":{json.dumps(received.images[place].tolist())},"attention":{json.dumps(attention)}'
+            part += f',"input":{json.dumps(received.images[place, 0].tolist())},"attention":{json.dumps(attention)}'
         parts.append(part + "}")
     return f'{{"predictions":[{",".join(parts)}]}}'.encode()

@@ -83,7 +83,7 @@ class Batcher:
         return all(worker.is_alive() for worker in self.workers)
 
     async def predict(self, images: np.ndarray, explain: bool) -> Answer:
-        """uint8 (N, 28, 28) -> the answer; if the caller is cancelled, its images leave the queue.
+        """uint8 (N, C, H, W) -> the answer; if the caller is cancelled, its images leave the queue.
 
         Raises:
             RefusedError: the queue has no room.
@@ -163,7 +163,7 @@ class Batcher:
 
     def compute(self, pieces: list[Piece]) -> list[Answer]:
         """One call of the model for all pieces, and one for the attention of the requests that ask for it."""
-        images = torch.from_numpy(np.concatenate([job.images[piece] for job, piece in pieces]))  # (N, 28, 28)
+        images = torch.from_numpy(np.concatenate([job.images[piece] for job, piece in pieces]))  # (N, C, H, W)
         probabilities = self.model(images)  # (N, C)
         if not probabilities.isfinite().all():
             raise FloatingPointError("the model's probabilities are not finite")

@@ -1,4 +1,4 @@
-"""Reads the images, uint8 (N, 28, 28), in the body of a request, in bounded memory and time."""
+"""Reads the images, uint8 (N, 1, 28, 28), in the body of a request, in bounded memory and time."""
 
 import asyncio
 import base64
@@ -56,7 +56,7 @@ class PredictRequest(BaseModel):
 
 
 class ReceivedImages(NamedTuple):
-    """The content of a request: uint8 (N, 28, 28), a doubt or "" for each, and whether to explain the answer."""
+    """The content of a request: uint8 (N, 1, 28, 28), a doubt or "" for each, and whether to explain the answer."""
 
     images: np.ndarray
     warnings: list[str]
@@ -130,7 +130,7 @@ class RequestReader:
         images = await self.in_thread(read_images, content, "the body")
         self.check_count(len(images))
         if are_like_mnist(images).all():
-            return ReceivedImages(images, [""] * len(images), False)
+            return ReceivedImages(images[:, None], [""] * len(images), False)
         digits = [await self.read_array(image, f"the body, image {place},") for place, image in enumerate(images)]
         return gathered(digits, False)
 
@@ -159,7 +159,7 @@ class RequestReader:
 
 def gathered(digits: list[Digit], explain: bool) -> ReceivedImages:
     images = np.stack([digit.image for digit in digits if digit.image is not None])
-    return ReceivedImages(images, [digit.warning for digit in digits], explain)
+    return ReceivedImages(images[:, None], [digit.warning for digit in digits], explain)
 
 
 def parse(body: bytes) -> PredictRequest:

@@ -132,7 +132,7 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         **{name: finite_number(facts, key, folder, warnings) for key, name in NUMBERS.items()},
         reason="" if state == DONE else UNFINISHED.get(state) or str(failure.get("reason")),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
-        data=f"{summary['dataset']}, {summary['data_title']}" if "data_title" in summary else "",
+        data=", ".join(filter(None, (summary.get("dataset"), summary.get("data_source")))),
         command=str(record.get("command", "")),
         started=str(record.get("started", "")),
         settings=settings_of(config),

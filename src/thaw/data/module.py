@@ -1,34 +1,33 @@
 """Batches of images: fixed splits held as uint8 tensors, each batch taken by one indexing operation.
 
-Other data than MNIST's need a data module of their own, named by `data._target_`. The short way is a subclass of
-`MNISTDataModule` that overrides `load`. Any other LightningDataModule must offer
+A source of your own is a subclass of `ImageDataModule`, named by `data._target_`: a dataclass whose fields are its
+settings, with the method `read() -> thaw.data.images.Source`. Any other LightningDataModule must offer
 
 - `load() -> thaw.data.images.Source`, all images in their splits, for evaluation, export and probes;
 - loaders that yield a `Batch`, and for the cache of frozen features `split_dataset(split) -> ImageDataset`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
 from omegaconf import DictConfig
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from thaw.data.images import Images, Source
-from thaw.data.mnist import load_mnist
+from thaw.data.batches import evenly_spread
+from thaw.data.images import Images, Source, check_source
 from thaw.run.config import build
 from thaw.run.errors import UserError
-from thaw.run.values import Count, Seed, check_types
+from thaw.run.values import Count, CountOrZero, Seed, check_types
 
-MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
 
 
 class Batch(NamedTuple):
-    """images uint8 (B, 28, 28), labels int64 (B,), indices int64 (B,) of the images in their split.
+    """images uint8 (B, C, H, W), labels int64 (B,), indices int64 (B,) of the images in their split.
 
     features (B, ...): the cached output of the frozen part of the model, where there is a cache.
     """
@@ -68,13 +67,21 @@ class BatchSampler(DistributedSampler):
     Every epoch's order is cut into global batches of `batch_size * num_replicas` images and each of these among the
     ranks, so that every rank takes the same number of steps and no image is repeated or left out. (The parent pads
     by repeating images, which biases validation.) Lightning leaves a DistributedSampler in place and calls its
-    `set_epoch`.
+    `set_epoch`. With `weights` (N,) an epoch's images are drawn with replacement, in proportion to their weights.
     """
 
     def __init__(
-        self, dataset: Dataset, batch_size: int, shuffle: bool, seed: int, num_replicas: int, rank: int
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        num_replicas: int,
+        rank: int,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
+        self.weights = weights
         self.batch_size = batch_size
         self.num_images = len(dataset)  # type: ignore[arg-type]  # torch declares no length for a Dataset
 
@@ -82,7 +89,13 @@ class BatchSampler(DistributedSampler):
         order = torch.arange(self.num_images)
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.num_images, generator=generator)
+            if self.weights is None:
+                order = torch.randperm(self.num_images, generator=generator)
+            else:
+                draws = torch.rand(
+                    self.num_images, dtype=torch.float64, generator=generator
+                )  # multinomial ends at 2**24
+                order = torch.searchsorted(self.weights.double().cumsum(0) / self.weights.double().sum(), draws)
         batches = list(order.split(self.batch_size * self.num_replicas))  # one for each step of all ranks together
         if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
             batches[-2:] = [torch.cat(batches[-2:])]
@@ -120,63 +133,77 @@ class ImageLoader(DataLoader):
         self.resume_at = state
 
 
-class MNISTDataModule(LightningDataModule):
-    """MNIST, or another dataset of the same files, in three fixed splits.
+@dataclass(kw_only=True, eq=False)
+class ImageDataModule(LightningDataModule):
+    """Images in three fixed splits; each source is a subclass with fields of its own and the method `read`.
 
     Args:
-        dataset, dir, source, mirrors: see `thaw.data.mnist.load_mnist`.
-        train_size: use only the first so many training images; None stands for all.
+        reader: how predict.py and the server read a user's picture: `digit` by MNIST's rule, or `photo`.
+        train_size: only so many training images: the first ones, or evenly many of each class where they are sorted by
+            class; None stands for all.
         batch_size: training images a step on each process.
         eval_batch_size: images a step in validation and test.
         num_workers: worker processes; 0 is the fastest, as images lie on the training device and a batch is one
             indexing operation there.
+        class_weights: `balanced` weights the training loss of a class by N / (K n), of its n among N images.
+        sampler: `shuffled` takes every training image once in an epoch, `balanced` draws with replacement, all classes
+            equally often.
         seed: of the order of the training images. The splits do not depend on it.
     """
 
-    def __init__(
-        self,
-        dataset: Literal["MNIST", "FashionMNIST", "KMNIST"],
-        dir: str,
-        source: Literal["auto", "official", "sample"],
-        mirrors: Sequence[MirrorURL] | None,
-        train_size: Count | None,
-        batch_size: Count,
-        eval_batch_size: Count,
-        num_workers: Annotated[int, Field(ge=0)],
-        seed: Seed,
-    ) -> None:
+    reader: Literal["digit", "photo"]
+    train_size: Count | None
+    batch_size: Count
+    eval_batch_size: Count
+    num_workers: CountOrZero
+    class_weights: Literal["balanced"] | None
+    sampler: Literal["shuffled", "balanced"]
+    seed: Seed
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.dataset, self.dir, self.source, self.mirrors = dataset, dir, source, mirrors
-        self.train_size, self.batch_size, self.eval_batch_size = train_size, batch_size, eval_batch_size
-        self.num_workers, self.seed = num_workers, seed
         self.loaded: Source | None = None
         self.datasets: dict[tuple[str, torch.device], ImageDataset] = {}
         self.train_loader: ImageLoader | None = None
         self.resume_at = NOT_RESUMED
+
+    def read(self) -> Source:
+        """The images of this source in their splits; called once."""
+        raise NotImplementedError
 
     def prepare_data(self) -> None:
         """Download what is missing; Lightning calls this on one process only."""
         self.load()
 
     def setup(self, stage: str | None = None) -> None:
-        if self.trainer and self.trainer.world_size > 1:  # all ranks take rank 0's choice, official files or sample
-            source: Any = self.trainer.strategy.broadcast(self.load().name if self.trainer.is_global_zero else "")
-            if self.loaded is None:
-                self.source = source
         self.load()
 
     def load(self) -> Source:
-        """The images in their splits, read once."""
+        """The images in their splits, read once.
+
+        Raises:
+            UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source`.
+        """
         if self.loaded is None:
-            source = load_mnist(self.dataset, self.dir, self.source, self.mirrors)
+            source = self.read()
+            check_source(source)
             available = len(source.train.labels)
             if self.train_size is not None and self.train_size > available:
                 raise UserError(
-                    f"data.train_size={self.train_size} but the training split of the {source.name} data has "
+                    f"data.train_size={self.train_size} but the training split of {source.title} has "
                     f"{available:,} images; choose 1 to {available} or null for all."
                 )
-            self.loaded = source._replace(train=source.train.take(slice(self.train_size)))
+            if self.train_size is not None:
+                by_class = bool((source.train.labels.diff() >= 0).all())
+                which = evenly_spread(available, self.train_size) if by_class else slice(self.train_size)
+                source = source._replace(train=source.train.take(which))
+            self.loaded = source
         return self.loaded
+
+    def shares(self) -> Tensor:
+        """N / (K n) of each class (K,): how rare it is among the N training images; 0 for a class without any."""
+        counts = torch.bincount(self.load().train.labels, minlength=len(self.load().classes))
+        return torch.where(counts > 0, counts.sum() / (len(counts) * counts), 0.0)
 
     def train_dataloader(self) -> ImageLoader:
         size = len(self.split_dataset("train"))
@@ -207,12 +234,14 @@ class MNISTDataModule(LightningDataModule):
         return self.loader("test", self.eval_batch_size, shuffle=False)
 
     def split_dataset(self, split: str) -> ImageDataset:
-        """The images of `train`, `val` or `test`, on the training device unless worker processes fetch them."""
+        """The images of `train`, `val` or `test`, on the training device if they fit and no workers fetch them."""
         device = torch.device("cpu")
+        images, labels = getattr(self.load(), split)
         if self.trainer and self.num_workers == 0:
             device = self.trainer.strategy.root_device
+            if device.type == "cuda" and images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+                device = torch.device("cpu")  # each batch goes to the GPU on its own
         if (split, device) not in self.datasets:
-            images, labels = getattr(self.load(), split)
             self.datasets[split, device] = ImageDataset(Images(images.to(device), labels.to(device)))
         return self.datasets[split, device]
 
@@ -228,30 +257,35 @@ class MNISTDataModule(LightningDataModule):
                 f"to overfit, train on few images: data.train_size={self.batch_size}."
             )
         dataset = self.split_dataset(split)
+        weights = self.shares()[dataset.data.labels.cpu()] if shuffle and self.sampler == "balanced" else None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return ImageLoader(
             dataset,
-            sampler=BatchSampler(dataset, batch_size, shuffle, self.seed, num_replicas=ranks, rank=rank),
+            sampler=BatchSampler(dataset, batch_size, shuffle, self.seed, ranks, rank, weights),
             batch_size=None,  # the sampler yields whole batches of indices, nothing is collated
             num_workers=self.num_workers,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
         )
 
 
-def check_classes(num_classes: int, datamodule: Any) -> None:
-    """Refuse a model with another number of classes than the data has, as far as the data module tells.
+def count_classes(wanted: int | str, datamodule: Any) -> int:
+    """The number of classes in the data, as far as the data module tells; `wanted` is `model.num_classes`.
 
     Raises:
-        UserError: names both numbers.
+        UserError: `wanted` is another number, or nothing tells.
     """
-    if not hasattr(datamodule, "load"):
-        return
-    source = datamodule.load()
-    found = len(source.classes) or int(source.train.labels.max()) + 1  # unnamed classes
-    if found > num_classes or (source.classes and found < num_classes):
+    found = len(datamodule.load().classes) if hasattr(datamodule, "load") else wanted
+    if found == "auto":
         raise UserError(
-            f"model.num_classes={num_classes} but the data has {found} classes; set model.num_classes={found}."
+            f"model.num_classes=auto takes the classes of the data, but {type(datamodule).__name__} has no load(); "
+            "set model.num_classes."
         )
+    if wanted not in ("auto", found):
+        raise UserError(
+            f"model.num_classes={wanted} but {datamodule.load().title} has {found} classes; leave it out or set "
+            f"model.num_classes={found}."
+        )
+    return int(found)
 
 
 def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
@@ -268,9 +302,9 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
     if not hasattr(datamodule, "load"):
         raise UserError(
             f"data._target_={data._target_} has no method load() that returns a thaw.data.images.Source, from which "
-            "a checkpoint is tested; see thaw.data.datamodule."
+            "a checkpoint is tested; see thaw.data.module."
         )
-    if isinstance(datamodule, MNISTDataModule):
+    if isinstance(datamodule, ImageDataModule):
         datamodule.train_size = None  # the training split of today's data may be smaller, and is not needed
     try:
         return datamodule.load()
