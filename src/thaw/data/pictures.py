@@ -12,6 +12,7 @@ from thaw.run.errors import UserError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
+LEAST_SIDE = 8  # pixels; a smaller picture is doubtful
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
 
@@ -77,3 +78,10 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     ends = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
     end = next((end for end in ends if values.max() <= end), values.max())
     return Image.fromarray((values * (255 / end)).round().astype(np.uint8))
+
+
+def shape_doubts(picture: Image.Image) -> list[str]:
+    """What should be said of a picture of which `fit_photo` shows little."""
+    short, long = sorted(picture.size)
+    doubts = [f"its short side has less than {LEAST_SIDE} pixels"] * (short < LEAST_SIDE)
+    return doubts + ["its middle square is less than a tenth of it"] * (long > 10 * short)

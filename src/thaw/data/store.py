@@ -26,8 +26,7 @@ NUMPY = {  # numpy has no bf16: its bits
     **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
     **{torch.uint8: np.uint8, torch.bfloat16: np.int16},
 }
-KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: images that this process has decoded or mapped, and
-# their JSON; all that is derived from them is kept under their SHA-256, so that not all of them need be read
+KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: the decoded images that this process has, and their JSON
 
 
 class TensorStore:
@@ -102,7 +101,9 @@ class TensorStore:
                 os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
         return torch.from_numpy(array).view(dtype)
 
-    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor, known: Mapping[str, Any] | None = None) -> None:
+    def commit(
+        self, key: str, facts: Mapping[str, Any], tensor: Tensor, known: Mapping[str, Any] | None = None
+    ) -> None:
         """Make the filled tensor of `create` the entry; what is `known` of it stands in its JSON, e.g. its SHA-256."""
         path = self.path(key)
         record = {
@@ -137,9 +138,14 @@ def size_and_time(path: Path) -> tuple[int, float]:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers."""
+    """SHA-256 of names, types, shapes and numbers; for decoded images, of the files that they come from."""
     total = hashlib.sha256()
     for name, tensor in tensors.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        start = tensor.untyped_storage().data_ptr()
+        source = [found["sha256"] for images, found in KNOWN.values() if images.untyped_storage().data_ptr() == start]
+        if source:  # hundreds of GB need not be read
+            total.update(f"{source[0]} {tensor.storage_offset()} {tensor.stride()}".encode())
+        else:
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
