@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from thaw.run.errors import UserError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
 LEAST_SIDE = 8  # pixels; a smaller picture is doubtful
 
