@@ -36,14 +36,14 @@ Answer = TypeVar("Answer")
 class PictureFiles(NamedTuple):
     """Files to decode.
 
-    names: by which messages call them.
+    names: of the files, relative to `folder`.
     facts: values of JSON that change whenever a file does; the key of the decoded images is a hash of them.
     arrange: gets the SHA-256 of each readable file by its number; returns the numbers of each split in the order
         wanted, and lines for the user about the files.
     skip_unreadable: leave out what cannot be read.
     """
 
-    paths: Sequence[Path]
+    folder: Path
     names: Sequence[str]
     facts: Mapping[str, Any]
     arrange: Callable[[Mapping[int, str]], tuple[Order, list[str]]]
@@ -66,7 +66,7 @@ def decode_once(
         UserError: the images are larger than `max_gb`, or files cannot be read.
         UserFileError: the folder cannot be used and memory is too small.
     """
-    shape = (len(files.paths), channels, size, size)
+    shape = (len(files.names), channels, size, size)
     check_room(shape, max_gb)
     facts = {"format": DECODE_FORMAT, "shape": [*shape], **files.facts}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -146,7 +146,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     unreadable: dict[int, Exception] = {}
 
     def content_hash(number: int) -> str:
-        return hashlib.sha256(files.paths[number].read_bytes()).hexdigest()
+        return hashlib.sha256((files.folder / files.names[number]).read_bytes()).hexdigest()
 
     for number, answer in enumerate(in_threads(content_hash, range(count), "reading pictures")):
         if isinstance(answer, Exception):
@@ -160,7 +160,8 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     rows = dict(zip(numbers, range(count), strict=False))
 
     def decode(number: int) -> list[str]:
-        picture, found = open_picture(files.paths[number].read_bytes(), files.names[number], 2 * size)
+        name = files.names[number]
+        picture, found = open_picture((files.folder / name).read_bytes(), name, 2 * size)
         array[rows[number]] = fit_photo(picture, channels, size)
         return [*found, *shape_doubts(picture)]
 
