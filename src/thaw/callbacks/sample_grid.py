@@ -30,5 +30,6 @@ class SampleGrid(Callback):
         images = trainer.datamodule.load().train.images[: self.columns]
         with torch.random.fork_rng():  # a picture must not change the run
             rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]
-        save_contact_sheet(rows, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
+        titles = ["as it is", *(f"draw {n + 1}" for n in range(self.draws))]
+        save_contact_sheet(rows, titles, getattr(trainer.datamodule, "reader", "photo"), self.path)
         log_image(trainer.loggers, "train/augmented_digits", self.path)
