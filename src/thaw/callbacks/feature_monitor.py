@@ -49,7 +49,7 @@ class FeatureMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
+        from thaw.evaluation.pictures import on_paper, save_contact_sheet  # matplotlib, only for pictures
 
         path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"
         images = validation_images(trainer).images[: self.images]
@@ -57,7 +57,7 @@ class FeatureMonitor(Callback):
             torch.manual_seed(0)  # the same masks each time, and a run that pictures do not change
             rows, titles = pl_module.contact_sheet(images)
         reader = getattr(trainer.datamodule, "reader", "photo")  # type: ignore[attr-defined]
-        save_contact_sheet([row.cpu() for row in rows], titles, reader, path)
+        save_contact_sheet([on_paper(row.cpu(), reader) for row in rows], titles, path)
         log_image(trainer.loggers, "val/pretraining", path)
 
     def check_collapse(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:

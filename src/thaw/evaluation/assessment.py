@@ -13,23 +13,8 @@ from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source
 from thaw.evaluation.corruptions import CORRUPTIONS, Corruption
 from thaw.evaluation.cost import cost_facts
-from thaw.evaluation.metrics import (
-    MANY_CLASSES,
-    OTHER_ACCURACIES,
-    accuracy_facts,
-    calibration_error,
-    class_scores,
-    fit_temperature,
-    least_certain,
-)
-from thaw.evaluation.pictures import (
-    MOST_EXAMPLES,
-    draw_errors,
-    save_attention,
-    save_images,
-    save_reliability,
-    shorten_name,
-)
+from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
+from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, on_paper, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
 
@@ -56,19 +41,6 @@ class Assessment:
         """Name and text of each fact about the run that trained the checkpoint."""
         keys = {"overrides": "overrides", "checkpoint": "checkpoint", "git_commit": "trained by commit"}
         return [(title, str(self.facts[key])) for key, title in keys.items() if self.facts[key]]
-
-    @property
-    def accuracies(self) -> list[tuple[str, float]]:
-        """Name and value of each accuracy besides the share of correct answers; see `accuracy_facts`."""
-        return [(name, self.facts[key]) for name, key in OTHER_ACCURACIES.items() if key in self.facts]
-
-    @property
-    def classes(self) -> list[dict[str, Any]]:
-        """Scores of each class, in the order of the labels, or, if they are many, of their recall; absent ones last."""
-        rows = self.facts["classes"]
-        recalls = [2.0 if row["recall"] is None else row["recall"] for row in rows]
-        order = sorted(range(len(rows)), key=recalls.__getitem__) if len(rows) > MANY_CLASSES else range(len(rows))
-        return [rows[place] for place in order]
 
 
 def assess(
@@ -170,12 +142,12 @@ def draw_pictures(
 ) -> list[tuple[str, Path]]:
     """Draw all figures, and write the list of wrong images; returns title and file of each figure."""
     images, labels = test
-    classes, reader = predictor.classes, predictor.data["reader"]
-    draw_errors(images, logits, labels, torch.arange(len(labels)), classes, reader, folder)
+    reader = predictor.data["reader"]
+    draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, reader, folder)
     save_reliability(logits, labels, temperature, folder / "reliability.png")
     unsure = least_certain(logits, MOST_EXAMPLES)
-    order, path = "Least certain first", folder / "least_certain.png"
-    save_images(images[unsure], logits[unsure], labels[unsure], unsure, classes, reader, order, path)
+    shown = (on_paper(images[unsure], reader), logits[unsure], labels[unsure], unsure)
+    save_images(*shown, predictor.classes, "Least certain first", folder / "least_certain.png")
     pictures = {
         "Where it errs": "confusion_matrix",
         "How sure it is": "reliability",
@@ -185,7 +157,7 @@ def draw_pictures(
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
         first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
-        answers = [shorten_name(classes[c]) for c in logits[first].argmax(dim=1).tolist()]
-        attention = predictor.attention(images[first])
-        save_attention(images[first], attention, answers, reader, folder / "attention.png")
+        answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
+        shares = predictor.attention(images[first])
+        save_attention(on_paper(images[first], reader), shares, answers, folder / "attention.png")
     return [(title, folder / f"{name}.png") for title, name in pictures.items()]

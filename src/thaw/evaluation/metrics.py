@@ -16,9 +16,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from thaw.run.errors import UserError
 
 BINS = 15  # of confidence, as in Guo et al. 2017
-MANY_CLASSES = 20  # with more of them the accuracy of the best 5 answers is of interest, too
-UNEVEN = 1.5  # times the images of the smallest class in the largest: then the mean recall is of interest, too
-
+MANY_CLASSES = 20  # above which it counts, too, whether the label is among the best 5
+UNEVEN = 1.5  # the images of the largest class over those of the smallest, above which the mean recall counts, too
 OTHER_ACCURACIES = {"top-5": "test/top5", "balanced": "test/balanced_acc"}  # keys of `accuracy_facts` by their names
 
 
@@ -31,8 +30,8 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy of predictions, (N,) or logits (N, C), on test images with its 95 % interval, as values of JSON.
 
-    `test/top5` is there for logits of more than 20 classes, `test/balanced_acc` where the largest class has more than
-    1.5 times the images of the smallest.
+    `test/top5` is there for logits of more than 20 classes, `test/balanced_acc`, the mean recall of the classes, where
+    the largest has more than 1.5 times the images of the smallest.
 
     Raises:
         UserError: there are no images.
@@ -40,22 +39,15 @@ def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
     if not (total := len(labels)):
         raise UserError("There are no test images, so there is no accuracy; give a test split, or set test=false.")
     answers = predictions if predictions.ndim == 1 else predictions.argmax(dim=1)
-    correct = int((answers == labels).sum())
-    low, high = accuracy_interval(correct, total)
-    facts = {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high}
+    counts = torch.bincount(labels)  # of each class
+    correct = torch.bincount(labels[answers == labels], minlength=len(counts)).double()
+    low, high = accuracy_interval(int(correct.sum()), total)
+    facts = {"test/acc": float(correct.sum()) / total, "test/acc_low": low, "test/acc_high": high}
     if predictions.ndim == 2 and predictions.shape[1] > MANY_CLASSES:
         facts["test/top5"] = float((predictions.topk(5).indices == labels[:, None]).any(dim=1).double().mean())
-    counts = torch.bincount(labels)
     if counts.max() > UNEVEN * counts[counts > 0].min():
-        facts["test/balanced_acc"] = balanced_accuracy(answers, labels)
+        facts["test/balanced_acc"] = float((correct / counts)[counts > 0].mean())  # of classes that have images
     return {**facts, "n_test": total}
-
-
-def balanced_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """The mean recall of the classes that have images, so that each counts alike however many it has."""
-    counts = torch.bincount(labels)
-    correct = torch.bincount(labels[predictions == labels], minlength=len(counts))
-    return float((correct.double() / counts)[counts > 0].mean())
 
 
 def other_accuracies(facts: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Figures about models, each a PNG, and the list of wrong images.
 
-Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,). `reader` is the setting of the data: what
-`digit` reads is bright ink on black and shown as dark ink on paper; what `photo` reads, grey too, is shown as it is.
+Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,). Images are drawn as they are; `on_paper`
+turns bright ink on black into dark ink on paper.
 """
 
 import csv
@@ -40,12 +40,13 @@ def draw_errors(
 ) -> None:
     """Write `confusion_matrix.png`, `worst_images.png` and `wrong_images.csv` into a folder.
 
-    `indices` (N,) are the images' places in their split (M, C, H, W), `classes` the names of the K classes.
+    `indices` (N,) are the images' places in their split (M, C, H, W), `classes` the names of the K classes, `reader` is
+    as in `on_paper`.
     """
     save_confusion_matrix(labels, logits.argmax(dim=1), classes, folder / "confusion_matrix.png")
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
-    shown = (split[indices[worst]], logits[worst], labels[worst], indices[worst])
-    save_images(*shown, classes, reader, "Highest loss first", folder / "worst_images.png")
+    shown = (on_paper(split[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
+    save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
     write_wrong_images(indices, logits, labels, classes, folder / WRONG_IMAGES)
 
 
@@ -110,14 +111,7 @@ def list_pairs(axes: Axes, errors: Tensor, classes: Sequence[str]) -> None:
 
 
 def save_images(
-    images: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    indices: Tensor,
-    classes: Sequence[str],
-    reader: str,
-    order: str,
-    path: Path,
+    images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor, classes: Sequence[str], order: str, path: Path
 ) -> None:
     """The given images in a grid, each with its index, the model's confidence, its label and the model's answer.
 
@@ -135,7 +129,7 @@ def save_images(
         panel.axis("off")
     facts = zip(indices.tolist(), confidences.tolist(), names, (answers != labels).tolist(), strict=True)
     for panel, image, (index, confidence, (label, answer), wrong) in zip(panels, images, facts, strict=False):
-        show_image(panel, image, reader)
+        show_image(panel, image)
         title = f"#{index}  {confidence:.0%}\n{label}{gap}{ARROW} {answer}"
         panel.set_title(title, fontsize=9, color=ACCENT if wrong else INK)
     figure.suptitle(f"{order}: #index, confidence, true {ARROW} predicted (red: wrong)", fontsize=11)
@@ -147,21 +141,24 @@ def shorten_name(name: str, most: int = 14) -> str:
     return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
-def show_image(axes: Axes, image: Tensor, reader: str) -> None:
+def on_paper(images: Tensor, reader: str) -> Tensor:
+    """Images as a person sees them: inverted if their `reader` is `digit`; what `photo` reads, grey or not, stays."""
+    return 255 - images if reader == "digit" else images
+
+
+def show_image(axes: Axes, image: Tensor) -> None:
     """An image (C, H, W), grey or RGB."""
     height, width = image.shape[1:]
-    shown = 255 - image if reader == "digit" else image
-    pixels = shown[0] if len(shown) == 1 else shown.permute(1, 2, 0)
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
     axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
 
 
-def save_contact_sheet(rows: list[Tensor], titles: list[str], reader: str, path: Path) -> None:
+def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> None:
     """Rows of equally many images, one title a row."""
     figure = new_figure(0.62 * len(rows[0]) + 1.2, 0.66 * len(rows))
-    paper = 0 if reader == "digit" else 255
     for panel, row, title in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, titles, strict=True):
         margins = [max(1, row.shape[-1] // 28)] * 4
-        show_image(panel, torch.cat(list(F.pad(row, margins, value=paper)), dim=2), reader)
+        show_image(panel, torch.cat(list(F.pad(row, margins, value=255)), dim=2))
         panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
@@ -193,14 +190,14 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
     save_figure(figure, path)
 
 
-def save_attention(images: Tensor, shares: Tensor, titles: list[str], reader: str, path: Path) -> None:
+def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path) -> None:
     """Titled images, and below each the share (N, h, w) of its patches in what the head sees, as a map over it."""
     figure = new_figure(1.15 * len(images), 2.75)
     panels = figure.subplots(2, len(images), squeeze=False).T
     for (above, below), image, share, title in zip(panels, images, shares, titles, strict=True):
-        show_image(above, image, reader)
-        above.set_title(title, fontsize=9)
-        show_image(below, image, reader)
+        show_image(above, image)
+        above.set_title(shorten_name(title), fontsize=9)
+        show_image(below, image)
         over = {"extent": above.images[0].get_extent(), "interpolation": "bicubic"}
         below.imshow(share.numpy(), cmap="inferno", alpha=0.65, **over)
         above.axis("off")
