@@ -20,6 +20,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.data.module import load_source, second_source
     from thaw.evaluation.assessment import assess, images_to_predict
     from thaw.evaluation.assessment_files import log_assessment, write_assessments
+    from thaw.evaluation.metrics import other_accuracies
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
     from thaw.run.command_line import override_key
@@ -53,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         with progress(label, total) as advance:
             assessment = assess(label, predictor, source, second, robustness, pictures, advance)
         facts = assessment.facts
-        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}{other_accuracies(facts)}"
         say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} images of {source.title}")
         assessments.append(assessment)
     page = write_assessments(assessments, folder)
