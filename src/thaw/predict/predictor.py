@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from thaw.classifier import Classifier
 from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.data.mnist import DATASETS, class_names
+from thaw.data.readers import READERS
 from thaw.freezing.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
@@ -19,10 +21,13 @@ from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 
+MAX_SIDE = 10_000  # pixels of an image that a file may claim
+
 
 class ImageModel(Protocol):
     """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
 
+    data: Mapping[str, Any]  # the record of its images, see `checked_record`
     has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -44,8 +49,7 @@ class Predictor:
             is one, the images in a batch.
         checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
-        data: the record of the images that it was trained on: `name` and `origin`, names of the `classes`, `shape`
-            (C, H, W) and `reader`.
+        data: the record of the images that it was trained on, see `checked_record`.
 
     Attributes:
         has_attention: whether `attention` works.
@@ -168,7 +172,13 @@ def load_predictor(
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
-    return Predictor(model, cfg, path, checkpoint["git_commit"], data_record(checkpoint, model.num_classes))
+    data = checked_record(data_record(checkpoint, model.num_classes), path)
+    if len(data["classes"]) != model.num_classes:
+        raise UserError(
+            f"{path} names {len(data['classes'])} classes, but its model has {model.num_classes}; "
+            "give a checkpoint that train.py wrote."
+        )
+    return Predictor(model, cfg, path, checkpoint["git_commit"], data)
 
 
 def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
@@ -180,3 +190,29 @@ def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, An
     named = checkpoint.get("classes") or (class_names(name) if name in DATASETS else [])
     classes = [*named, *map(str, range(len(named), num_classes))]
     return {"name": name, "origin": "", "classes": classes, "shape": [1, 28, 28], "reader": "digit"}
+
+
+def checked_record(data: Any, path: Path) -> dict[str, Any]:
+    """The record of a model's images, as it lies in a file: `name`, `origin`, names of the `classes`, `shape`, `reader`.
+
+    `shape` is (C, H, W); `reader`, `digit` or `photo`, says how a picture becomes such an image.
+
+    Raises:
+        UserError: names the value that is wrong.
+    """
+    record = data if isinstance(data, dict) else {}
+    classes, shape = ([*value] if isinstance(value := record.get(key), list) else [] for key in ("classes", "shape"))
+    right = {
+        "name": isinstance(record.get("name"), str),
+        "classes": classes and all(isinstance(name, str) for name in classes),
+        "shape": [type(size) for size in shape] == [int] * 3 and shape[0] in (1, 3) and 0 < min(shape) <= max(shape) <= MAX_SIDE,
+        "reader": record.get("reader") in READERS,
+    }
+    for key in right:
+        if not right[key]:
+            raise UserError(
+                f"{path}: its record of the images has {key}={shorten(repr(record.get(key)), 60)}; expected are a name, "
+                f"names of the classes, a shape [1 or 3, height, width] of at most {MAX_SIDE:,} pixels, and a reader of "
+                f"{', '.join(READERS)}. Give a file that train.py or export.py wrote."
+            )
+    return record
