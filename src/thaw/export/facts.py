@@ -17,8 +17,8 @@ from thaw.run.record import git_commit
 PARITY_IMAGES = 1000
 PARITY_TOLERANCE = 1e-3  # of a probability
 PREPARED = {  # by the reader of a model
-    "digit": "0 the paper and 255 the ink, prepared as MNIST's were: scaled into 20 x 20 pixels and centred by its mass "
-    "in 28 x 28",
+    "digit": "0 the paper and 255 the ink, prepared as MNIST's were: scaled into 20 x 20 pixels and centred by its "
+    "mass in 28 x 28",
     "photo": "0 to 255, the centre square of an upright picture, resized by antialiased bicubic interpolation",
 }
 

@@ -29,7 +29,9 @@ class OnnxModel:
         shape = tuple(self.data["shape"])
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             given = f"{images.dtype} {tuple(images.shape)}"
-            raise UserError(f"Images must be uint8 (N, {', '.join(map(str, shape))}), not {given}; convert and stack them.")
+            raise UserError(
+                f"Images must be uint8 (N, {', '.join(map(str, shape))}), not {given}; convert and stack them."
+            )
         if not len(images):  # an empty batch could end the process
             return torch.zeros(0, len(self.data["classes"]))
         return by_batches(self.run, images.cpu())

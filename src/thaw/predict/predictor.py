@@ -13,7 +13,6 @@ from torch import Tensor
 from thaw.classifier import Classifier
 from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.data.mnist import DATASETS, class_names
-from thaw.data.readers import READERS
 from thaw.freezing.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
@@ -193,7 +192,7 @@ def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, An
 
 
 def checked_record(data: Any, path: Path) -> dict[str, Any]:
-    """The record of a model's images, as it lies in a file: `name`, `origin`, names of the `classes`, `shape`, `reader`.
+    """The record of a model's images in a file: `name`, `origin`, names of the `classes`, `shape` and `reader`.
 
     `shape` is (C, H, W); `reader`, `digit` or `photo`, says how a picture becomes such an image.
 
@@ -201,18 +200,28 @@ def checked_record(data: Any, path: Path) -> dict[str, Any]:
         UserError: names the value that is wrong.
     """
     record = data if isinstance(data, dict) else {}
-    classes, shape = ([*value] if isinstance(value := record.get(key), list) else [] for key in ("classes", "shape"))
-    right = {
-        "name": isinstance(record.get("name"), str),
-        "classes": classes and all(isinstance(name, str) for name in classes),
-        "shape": [type(size) for size in shape] == [int] * 3 and shape[0] in (1, 3) and 0 < min(shape) <= max(shape) <= MAX_SIDE,
-        "reader": record.get("reader") in READERS,
+    classes: Any = record.get("classes")
+    shape: Any = record.get("shape")
+    expected = {
+        "name": ("a text", isinstance(record.get("name"), str)),
+        "classes": ("a list of names", is_list_of(str, classes) and len(classes) > 0),
+        "shape": (
+            f"[1 or 3, height, width] with at most {MAX_SIDE:,} pixels",
+            is_list_of(int, shape)
+            and len(shape) == 3
+            and shape[0] in (1, 3)
+            and 0 < min(shape) <= max(shape) <= MAX_SIDE,
+        ),
+        "reader": ("a text", isinstance(record.get("reader"), str)),
     }
-    for key in right:
-        if not right[key]:
+    for key, (words, is_right) in expected.items():
+        if not is_right:
             raise UserError(
-                f"{path}: its record of the images has {key}={shorten(repr(record.get(key)), 60)}; expected are a name, "
-                f"names of the classes, a shape [1 or 3, height, width] of at most {MAX_SIDE:,} pixels, and a reader of "
-                f"{', '.join(READERS)}. Give a file that train.py or export.py wrote."
+                f"{path} says of its images {key}={shorten(repr(record.get(key)), 60)}, expected {words}; give a file "
+                "that train.py or export.py wrote."
             )
     return record
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
