@@ -28,10 +28,10 @@ class StandIn:
     """Class `brightness of the first pixel % 10`, surely. `open` lets it answer; `broken` makes it fail."""
 
     has_attention = True
-    classes = [*"012345678", "<b>nine"]
 
     def __init__(self) -> None:
         self.open, self.broken, self.batches = threading.Event(), False, list[int]()
+        self.classes = [*"012345678", "<b>nine"]
         self.seen: list[list[int]] = []
         self.open.set()
 
