@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from thaw.data.images import Source
+from thaw.data.mnist import OFFICIAL
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.predict.predictor import Predictor, load_predictor
@@ -136,7 +137,7 @@ def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path
     assert config["thaw"] == facts
     assert config["pretrained_cfg"]["license"] is config["pretrained_cfg"]["tag"] is None, "those of published weights"
 
-    official = source._replace(name="official")
+    official = source._replace(origin=OFFICIAL)
     export_folder(predictor, official, "apache-2.0", tmp_path / "hub")  # replaces the first
     front = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---\n")[1])
     assert front["license"] == "apache-2.0"

@@ -121,7 +121,7 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
         write_json(config, folder / CONFIG)
         state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # convnet is channels_last
         save_file(state, folder / WEIGHTS)
-    return card_code(backbone, head_settings(head), has_classifier=classifier is not None)
+    return card_code(backbone, head_settings(head), classifier is not None, predictor.data)
 
 
 def folded(head: nn.Module) -> nn.Linear | None:
