@@ -103,6 +103,21 @@ def tiny_vit(build: Callable[..., Predictor]) -> Callable[..., Predictor]:
     )
 
 
+@pytest.fixture(scope="session")
+def made(
+    build: Callable[..., Predictor], tiny_vit: Callable[..., Predictor], source: Source
+) -> Callable[[str], tuple[Predictor, Source]]:
+    """Builds one of `KINDS`, with the images that it is for."""
+
+    def make(name: str) -> tuple[Predictor, Source]:
+        given = photos(*PHOTOS[name]) if name in PHOTOS else None
+        return (build if "experiment=" in "".join(KINDS[name]) else tiny_vit)(
+            *KINDS[name], photos=given
+        ), given or source
+
+    return make
+
+
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -120,20 +135,15 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported(
-    build: Callable[..., Predictor],
-    tiny_vit: Callable[..., Predictor],
-    source: Source,
-    tmp_path_factory: pytest.TempPathFactory,
+    made: Callable[[str], tuple[Predictor, Source]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Exported]:
     """Exports one of `KINDS`, once in a session for each format."""
 
     @cache
     def write(name: str, format: str, quantize: str | None = None) -> Exported:
-        given = photos(*PHOTOS[name]) if name in PHOTOS else None
-        predictor = (build if "experiment=" in "".join(KINDS[name]) else tiny_vit)(*KINDS[name], photos=given)
-        used = given or source
-        wanted = predictor(used.train.images[:501])
+        predictor, source = made(name)
+        wanted = predictor(source.train.images[:501])
         path = tmp_path_factory.mktemp("export") / ("model.onnx" if format == "onnx" else "model.pt2")
-        return Exported(predictor, wanted, export_file(predictor, used, format, quantize, path), path, used)
+        return Exported(predictor, wanted, export_file(predictor, source, format, quantize, path), path, source)
 
     return write

@@ -17,6 +17,7 @@ from thaw.data.images import Source
 from thaw.data.mnist import SAMPLE
 from thaw.export import export_file as module
 from thaw.export.export_file import export_file
+from thaw.export.onnx_file import save_onnx
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import Portable
 from thaw.export.portable import portable as real_portable
@@ -162,3 +163,41 @@ def test_images_of_another_kind(exported: Callable[..., Any]) -> None:
     ):
         with pytest.raises(ValueError, match="must be uint8"):
             model(wrong)
+
+
+def test_files_of_earlier_versions_take_images_without_channels(exported: Callable[..., Any], tmp_path: Path) -> None:
+    """Their input is (N, 28, 28), and their facts name neither shape nor reader."""
+    _, wanted, facts, path, source = exported("vit", "onnx")
+    model = onnx.load(path)
+    (given,) = model.graph.input
+    given.name = "pixels"
+    for node in model.graph.node:
+        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
+    old = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", 28, 28])
+    model.graph.input.remove(given)
+    model.graph.input.append(old)
+    axes = onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [1])
+    model.graph.initializer.append(axes)
+    model.graph.node.insert(0, onnx.helper.make_node("Unsqueeze", ["images", "axes"], ["pixels"]))
+    save_onnx(
+        model, {key: value for key, value in facts.items() if key not in ("shape", "reader")}, tmp_path / "old.onnx"
+    )
+    loaded = load_onnx(tmp_path / "old.onnx")
+    assert largest(loaded(source.train.images[:501]), wanted) < 1e-5
+    assert (loaded.data["shape"], loaded.data["reader"], loaded.data["classes"]) == (
+        [1, 28, 28],
+        "digit",
+        [*"0123456789"],
+    )
+    save_onnx(model, {**facts, "classes": 10}, tmp_path / "wrong.onnx")
+    with pytest.raises(ValueError, match=r"wrong\.onnx says of its images classes=10, expected a list of names"):
+        load_onnx(tmp_path / "wrong.onnx")
+
+
+def test_facts_of_photographs(exported: Callable[..., Any]) -> None:
+    _, _, facts, path, source = exported("photo_convnet", "onnx")
+    model = load_onnx(path)
+    assert facts["input"].startswith("uint8 (N, 3, 32, 32), N of 1 or more: 0 to 255, the centre square")
+    assert facts["output"] == "probabilities (N, 37), in the order of classes"
+    assert facts["classes"] == model.data["classes"] == source.classes
+    assert (facts["dataset"], facts["reader"], facts["shape"]) == ("my pictures", "photo", [3, 32, 32])

@@ -21,7 +21,10 @@ LICENCES = {  # a dataset's id on the hub, and the licence that its authors stat
     "KMNIST": (None, "KMNIST, by the ROIS-DS Center for Open Data in the Humanities, CC BY-SA 4.0"),
 }
 RECIPE = ("seed", "data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "trainer")
-LOCAL = ("dir", "mirrors", "default_root_dir", "plugins", "profiler", "num_workers", "enable_progress_bar")
+LOCAL = (  # settings of the machine that trained
+    *("dir", "cache_dir", "max_gb", "mirrors", "num_workers"),
+    *("default_root_dir", "plugins", "profiler", "enable_progress_bar"),
+)
 
 
 def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool, data: Mapping[str, Any]) -> str:
