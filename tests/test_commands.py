@@ -84,7 +84,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
             return [*KINDS[kind], *SHORT]
         torch.manual_seed(0)
         model = instantiate(block, weights="none", fused_attention=False).model
-        save_file(model.state_dict(), folder / "w.safetensors")
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        save_file(state, folder / "w.safetensors")
         return [*KINDS[kind], *SHORT, f"backbone.weights={folder}/w.safetensors"]
 
     return overrides
