@@ -20,6 +20,7 @@ def main(cfg: DictConfig) -> None:
     from thaw.data.module import load_source, second_source
     from thaw.evaluation.assessment import assess, images_to_predict
     from thaw.evaluation.assessment_files import log_assessment, write_assessments
+    from thaw.evaluation.metrics import other_accuracies
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
     from thaw.run.command_line import override_key
@@ -27,7 +28,7 @@ def main(cfg: DictConfig) -> None:
 
     typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
-    block = OmegaConf.to_container(cfg.data, resolve=False)
+    block: Any = OmegaConf.to_container(cfg.data, resolve=False)
     changes = {key: value for key, value in block.items() if (f"data.{key}" in typed if chosen else value is not None)}
     settings = (cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
     ckpts = cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
@@ -53,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         with progress(label, total) as advance:
             assessment = assess(label, predictor, source, second, robustness, pictures, advance)
         facts = assessment.facts
-        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}{other_accuracies(facts)}"
         say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} images of {source.title}")
         assessments.append(assessment)
     page = write_assessments(assessments, folder)

@@ -68,7 +68,7 @@ SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data
 SHORT += ["logger=none", "validate=false", "trainer.precision=32-true", "trainer.enable_progress_bar=false", *OFF]
 PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
 STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
-STEADY += ["robustness.digits=10"]
+STEADY += ["robustness.images=10"]
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 

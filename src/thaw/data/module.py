@@ -14,13 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
-from thaw.data.images import Images, Source, check_source
+from thaw.data.images import Images, Source, absent_classes, check_source
 from thaw.run.config import build
+from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.targets import import_target
 from thaw.run.values import Count, CountOrZero, Seed, check_types
@@ -199,6 +201,8 @@ class ImageDataModule(LightningDataModule):
                 by_class = bool((source.train.labels.diff() >= 0).all())
                 which = evenly_spread(available, self.train_size) if by_class else slice(self.train_size)
                 source = source._replace(train=source.train.take(which))
+            for line in absent_classes(source):
+                rank_zero_only(say)(line)
             self.loaded = source
         return self.loaded
 

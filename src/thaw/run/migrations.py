@@ -104,7 +104,7 @@ def inherited(path: Path) -> dict[str, Any]:
     """The content of a configuration file, below it that of the files in its folder that it starts from."""
     content = parsed(path)
     for name in content.get("defaults", []):
-        parent = path.with_name(f"{str(name).partition('@')[0]}.yaml")
+        parent = path.parent / f"{str(name).partition('@')[0]}.yaml"
         if parent in config_files():
             content = inherited(parent) | content
     return content
