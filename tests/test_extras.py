@@ -75,11 +75,11 @@ def test_drop_path(model: Callable[..., Classifier]) -> None:
 
 def test_erasing(model: Callable[..., Classifier]) -> None:
     white = torch.full((50, 1, 28, 28), 255, dtype=torch.uint8)
-    for blank in model("augment.erase=1").augment(white) == 0:
+    for blank in model("augment.erase=1").augment(white)[:, 0] == 0:
         rows, columns = blank.any(dim=1), blank.any(dim=0)
         assert torch.equal(blank, rows[:, None] & columns)
         assert 5 <= rows.sum() <= 15 and 5 <= columns.sum() <= 15
-    share = (model("augment.erase=0.3").augment(white.repeat(20, 1, 1)) == 0).any(dim=(1, 2)).float().mean()
+    share = (model("augment.erase=0.3").augment(white.repeat(20, 1, 1, 1)) == 0).any(dim=(1, 2, 3)).float().mean()
     assert share.item() == pytest.approx(0.3, abs=0.05)
 
 
