@@ -19,6 +19,7 @@ from thaw.run.config import settle
 
 TINY = [  # random weights, one block
     *("experiment=vit_from_scratch", "backbone.arguments.depth=1", "augment=none", "data.source=sample"),
+    "model.num_classes=10",
     *("logger=none", "callbacks.early_stopping=null", "trainer.precision=32-true"),
 ]
 SGD = ["optim=sgd", "optim.optimizer.momentum=0", "optim.optimizer.nesterov=false", "optim.weight_decay=0"]
@@ -164,7 +165,7 @@ def test_the_average_is_what_is_tested(
     averaged, current = (best[key]["head.linear.weight"] for key in ("state_dict", "current_weights"))
     assert not torch.equal(averaged, current)
     summary = json.loads((run_dir / "summary.json").read_text())
-    few = ["robustness.digits=20", f"hydra.run.dir={run_dir / 'eval'}"]
+    few = ["robustness.images=20", f"hydra.run.dir={run_dir / 'eval'}"]
     assert command("eval.py", f"ckpt={run_dir}", *few) == 0
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 
