@@ -1,4 +1,4 @@
-"""Serve a checkpoint, or an exported model: a page to draw on, and a JSON API.    python serve.py ckpt=last"""
+"""Serve a checkpoint, or an exported model: a page that takes pictures, and a JSON API.    python serve.py ckpt=last"""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ def main(cfg: DictConfig) -> None:
     limits = limits_of(cfg)  # before what takes seconds to import
     import torch
 
+    from thaw.data.readers import image_reader
     from thaw.predict.predictor import ImageModel, Predictor, load_predictor
     from thaw.run.console import say
 
@@ -37,7 +38,8 @@ def main(cfg: DictConfig) -> None:
     else:
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         on_cpu = model.fabric.device.type == "cpu"
-    app = create_app(model, limits, cfg.workers or (cores if on_cpu else 1))
+    reader = image_reader(cfg.reader or model.data["reader"], model.data["shape"])
+    app = create_app(model, reader, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]
     url = f"http://{address}:{port}"
     ready = f"draw    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"

@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from thaw.data.digit_image import read_digits
 from thaw.data.mnist import load_mnist
+from thaw.data.readers import DigitReader
 from thaw.predict.predictor import load_predictor
 from thaw.run.console import lenient
 
@@ -71,6 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     predictor = load_predictor(given.ckpt)
     test = load_mnist("MNIST", given.data, "official", None).test
+    reader = DigitReader((1, 28, 28))
     step = len(test.labels) // COUNT
     images, labels = test.images[::step], test.labels[::step]
 
@@ -80,9 +81,9 @@ def main() -> None:
     print(f"{'as they are':42} {accuracy(images)}")
     for name, kind in KINDS.items():
         random = np.random.default_rng(0)
-        files = (draw_picture(image.numpy(), random, kind) for image in images)
-        digits = [next(read_digits(file, "picture")) for file in files]
-        found = np.stack([np.zeros((28, 28), np.uint8) if digit.image is None else digit.image for digit in digits])
+        files = (draw_picture(image[0].numpy(), random, kind) for image in images)
+        digits = [reader.picture(file, "picture") for file in files]
+        found = np.stack([np.zeros((1, 28, 28), np.uint8) if digit.image is None else digit.image for digit in digits])
         doubtful = np.mean([bool(digit.warning or digit.error) for digit in digits])
         print(f"{name:42} {accuracy(torch.from_numpy(found))}, a warning at {doubtful:.2%}", flush=True)
 

@@ -48,8 +48,8 @@ class Load(NamedTuple):
 def loads() -> dict[str, Load]:
     """Real digits, as clients would send them."""
     digits = load_mnist("MNIST", ROOT / "data", "sample", None).test.images
-    pixels = json.dumps({"images": [digits[7].tolist()]}, separators=(",", ":")).encode()
-    idx = {f"IDX, {n} images": Load(write_idx(digits[:n]), "application/octet-stream", n) for n in (16, 64)}
+    pixels = json.dumps({"images": [digits[7, 0].tolist()]}, separators=(",", ":")).encode()
+    idx = {f"IDX, {n} images": Load(write_idx(digits[:n, 0]), "application/octet-stream", n) for n in (16, 64)}
     return {"JSON, 1 image": Load(pixels, "application/json", 1), **idx}
 
 

@@ -104,10 +104,10 @@ def batch() -> Batch:
     """16 random images whose label is the height of a bright bar."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 10
-    images = torch.randint(0, 100, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (16, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(images, labels.tolist(), strict=True):
         image[2 * label : 2 * label + 6] = 255
-    return Batch(images, labels, torch.arange(16))
+    return Batch(images[:, None], labels, torch.arange(16))
 
 
 @pytest.fixture

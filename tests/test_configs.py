@@ -22,7 +22,11 @@ GROUPS += ["experiment", "debug"]
 def names(group: str) -> list[str]:
     """The options of a group, such as `affine` or, in a subfolder, `baseline/mlp`."""
     folder = CONFIGS / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix()
+        for path in folder.rglob("*.yaml")
+        if path.parent.name != "settings"
+    )
 
 
 OPTIONS = [f"{group}={name}" for group in GROUPS for name in names(group)]

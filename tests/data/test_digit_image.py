@@ -16,15 +16,19 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor
 
-from thaw.data.digit_image import BOX, MAX_BYTES, PICTURE_FORMATS, Digit, find_digit, read_digits
+from thaw.data.digit_image import BOX, find_digit
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
+from thaw.data.pictures import PICTURE_FORMATS
+from thaw.data.readers import MAX_BYTES, DigitReader, Reading
+
+read_digits = DigitReader((1, 28, 28)).file
 
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
     """A test digit of each class and 20 more."""
-    return load_mnist("MNIST", "nowhere", "sample", None).test.images[::17]
+    return load_mnist("MNIST", "nowhere", "sample", None).test.images[::17, 0]
 
 
 def picture(digit: Tensor, paper: tuple[int, ...], ink: tuple[int, ...], scale: int = 6) -> Image.Image:
@@ -46,7 +50,7 @@ def read(content: bytes) -> np.ndarray:
     [digit] = read_digits(content, "it")
     assert digit.image is not None, digit.error
     assert not digit.warning
-    return digit.image
+    return digit.image[0]
 
 
 def found_in(image: Image.Image) -> np.ndarray:
@@ -96,7 +100,7 @@ def test_mnist_itself_stays_as_it_is(digits: Tensor) -> None:
     for content in (write_idx(digits), gzip.compress(write_idx(digits))):
         found = list(read_digits(content, "it"))
         assert not any(one.error or one.warning for one in found)
-        assert np.array_equal([one.image for one in found], digits.numpy())
+        assert np.array_equal([one.image for one in found], digits[:, None].numpy())
     for digit in digits:
         assert difference(found_in(Image.fromarray(digit.numpy())), digit) < 0.12
 
@@ -105,7 +109,7 @@ def test_idx_of_another_size_is_brought_to_the_rule(digits: Tensor) -> None:
     large = torch.from_numpy(np.kron(digits[:3].numpy(), np.ones((1, 2, 2), dtype=np.uint8)))
     for found, digit in zip(read_digits(write_idx(large), "it"), digits, strict=False):
         assert found.image is not None
-        assert difference(found.image, digit) < 0.02
+        assert difference(found.image[0], digit) < 0.02
 
 
 def test_transparency_orientation_depth_and_palette(digits: Tensor) -> None:
@@ -206,7 +210,7 @@ def test_arrays_of_another_polarity_or_scale(digits: Tensor) -> None:
         expected = 255 * black if odd.max() == 1 else digits
         found = list(read_digits(write_idx(odd), "it"))
         assert all(word in one.warning for one in found)
-        differences = [difference(one.image, digit) for one, digit in zip(found, expected, strict=True)]  # type: ignore[arg-type]
+        differences = [difference(one.image[0], digit) for one, digit in zip(found, expected, strict=True)]  # type: ignore[arg-type]
         assert median(differences) < 0.2
         assert max(differences) < 1.0, "a shift by one pixel costs about 0.5"
     for blank in (0, 1, 128, 255):
@@ -231,7 +235,7 @@ def test_only_the_first_frame_is_read(digits: Tensor) -> None:
         first.save(file, format, save_all=True, append_images=[second])
         [digit] = read_digits(file.getvalue(), "it")
         assert digit.image is not None
-        assert difference(digit.image, found_in(first)) < 0.1
+        assert difference(digit.image[0], found_in(first)) < 0.1
         assert "first of its frames" in digit.warning
 
 
@@ -257,7 +261,7 @@ def test_damaged_exif_is_not_believed_and_the_picture_is_read(digits: Tensor) ->
     for kind, content in odd_exif(image).items():
         [digit] = read_digits(content, "it")
         assert digit.image is not None, kind
-        assert difference(digit.image, found_in(image)) < 0.1, kind
+        assert difference(digit.image[0], found_in(image)) < 0.1, kind
         assert "EXIF" in digit.warning, kind
 
 
@@ -317,7 +321,7 @@ def test_what_is_no_digit_is_refused(content: Callable[[], bytes], reason: str) 
     try:
         digit = next(read_digits(content(), "it.png"))
     except ValueError as error:
-        digit = Digit(None, str(error))
+        digit = Reading(None, str(error))
     assert digit.image is None
     assert re.search(reason, digit.error)
     assert "it.png" in digit.error

@@ -24,7 +24,7 @@ from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
 
 FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
-FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.digits=100"]
+FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.images=100"]
 
 
 def evaluate(folder: Path, *overrides: str) -> Path:

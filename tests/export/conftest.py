@@ -11,7 +11,7 @@ from conftest import compose_run
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from thaw.data.images import Source
+from thaw.data.images import Images, Source
 from thaw.data.mnist import class_names, load_mnist
 from thaw.export.export_file import export_file
 from thaw.predict.predictor import Predictor
@@ -34,7 +34,23 @@ KINDS: dict[str, list[str]] = {
     "lstm": ["experiment=baseline/rnn", "backbone.hidden_size=16"],
     "gru": ["experiment=baseline/rnn", "backbone.hidden_size=16", "backbone.cell=gru", "backbone.num_layers=2"],
     "pixels": ["experiment=baseline/logistic_regression"],
+    "photo_vit": ["backbone.channels=3", "backbone.image_size=56", "backbone.arguments.patch_size=14"],
+    "photo_in_grey": [],
+    "photo_convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]", "backbone.channels=3"],
 }
+PHOTOS = {"photo_vit": (2, (3, 32, 48)), "photo_in_grey": (10, (3, 32, 32)), "photo_convnet": (37, (3, 32, 32))}
+
+
+def photos(classes: int, shape: tuple[int, ...]) -> Source:
+    """Random images of a shape (C, H, W) and classes with odd names."""
+    generator = torch.Generator().manual_seed(classes)
+
+    def images(count: int) -> Images:
+        pixels = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+        return Images(pixels, torch.arange(count) % classes)
+
+    names = ['a, b "c"', "<b>ü数</b>", *map(str, range(classes - 2))]
+    return Source(images(501), images(60), images(60), names, "my pictures", "the folder my pictures")
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +65,10 @@ def source() -> Source:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
     """Builds the model of a command line, with random weights in every tensor, and saves it as a checkpoint."""
 
-    def predictor(*overrides: str) -> Predictor:
+    def predictor(*overrides: str, photos: Source | None = None) -> Predictor:
         folder = tmp_path_factory.mktemp("model")
-        fixed = ["data.source=sample", "logger=none", "trainer.precision=32-true"]
+        classes = photos.classes if photos else class_names("MNIST")
+        fixed = ["data.source=sample", "logger=none", "trainer.precision=32-true", f"model.num_classes={len(classes)}"]
         cfg = compose_run(folder, *fixed, *overrides)
         settle(cfg)
         torch.manual_seed(0)
@@ -70,7 +87,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
         path = folder / "checkpoints" / "best.ckpt"
         path.parent.mkdir()
         torch.save({"config": plain(cfg), "state_dict": model.state_dict(), "epoch": 1, "git_commit": "c0ffee"}, path)
-        return Predictor(model, cfg, path, "c0ffee", class_names(cfg.data.dataset))
+        data = {"name": "MNIST", "origin": "sample", "classes": classes, "shape": [1, 28, 28], "reader": "digit"}
+        if photos:
+            data |= {"name": photos.name, "origin": photos.origin, "shape": [*photos.shape], "reader": "photo"}
+        return Predictor(model, cfg, path, "c0ffee", data)
 
     return predictor
 
@@ -78,7 +98,24 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
 @pytest.fixture(scope="session")
 def tiny_vit(build: Callable[..., Predictor]) -> Callable[..., Predictor]:
     """Builds a classifier on a ViT of two narrow blocks."""
-    return lambda *overrides: build("experiment=vit_from_scratch", "augment=none", *TINY, *overrides)
+    return lambda *overrides, **photos: build(
+        "experiment=vit_from_scratch", "augment=none", *TINY, *overrides, **photos
+    )
+
+
+@pytest.fixture(scope="session")
+def made(
+    build: Callable[..., Predictor], tiny_vit: Callable[..., Predictor], source: Source
+) -> Callable[[str], tuple[Predictor, Source]]:
+    """Builds one of `KINDS`, with the images that it is for."""
+
+    def make(name: str) -> tuple[Predictor, Source]:
+        given = photos(*PHOTOS[name]) if name in PHOTOS else None
+        return (build if "experiment=" in "".join(KINDS[name]) else tiny_vit)(
+            *KINDS[name], photos=given
+        ), given or source
+
+    return make
 
 
 @pytest.fixture(params=KINDS)
@@ -87,28 +124,26 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 class Exported(NamedTuple):
-    """A written file. wanted: the predictor's probabilities for 501 training digits, before the export changes it."""
+    """A written file. wanted: the predictor's probabilities for 501 training images, before the export changes it."""
 
     predictor: Predictor
     wanted: Tensor
     facts: dict[str, Any]
     path: Path
+    source: Source
 
 
 @pytest.fixture(scope="session")
 def exported(
-    build: Callable[..., Predictor],
-    tiny_vit: Callable[..., Predictor],
-    source: Source,
-    tmp_path_factory: pytest.TempPathFactory,
+    made: Callable[[str], tuple[Predictor, Source]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Exported]:
     """Exports one of `KINDS`, once in a session for each format."""
 
     @cache
     def write(name: str, format: str, quantize: str | None = None) -> Exported:
-        predictor = (build if "experiment=" in "".join(KINDS[name]) else tiny_vit)(*KINDS[name])
+        predictor, source = made(name)
         wanted = predictor(source.train.images[:501])
         path = tmp_path_factory.mktemp("export") / ("model.onnx" if format == "onnx" else "model.pt2")
-        return Exported(predictor, wanted, export_file(predictor, source, format, quantize, path), path)
+        return Exported(predictor, wanted, export_file(predictor, source, format, quantize, path), path, source)
 
     return write

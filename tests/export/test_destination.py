@@ -49,8 +49,8 @@ def test_where_it_goes(tmp_path: Path) -> None:
 
 
 def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
-    facts: dict[str, Any] = {"parity_digits": 500, "parity_largest_difference": 1e-6, "data_title": "mine"}
-    facts |= {"test_accuracy": 0.97, "test_accuracy_interval": [0.95, 0.98], "test_digits": 500}
+    facts: dict[str, Any] = {"parity_images": 500, "parity_largest_difference": 1e-6, "data_source": "mine"}
+    facts |= {"test_accuracy": 0.97, "test_accuracy_interval": [0.95, 0.98], "test_images": 500}
     said = summary(facts, tmp_path, "bf16-mixed")
     assert "WARNING" not in said and "fp32; the run was trained and tested in bf16-mixed" in said
     facts |= {"quantized": "int8", "quantized_operators": {"MatMulInteger": 3}, "agreement_with_fp32": 0.9}

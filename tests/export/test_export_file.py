@@ -14,8 +14,10 @@ import torch
 from conftest import ROOT
 
 from thaw.data.images import Source
+from thaw.data.mnist import SAMPLE
 from thaw.export import export_file as module
 from thaw.export.export_file import export_file
+from thaw.export.onnx_file import save_onnx
 from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import Portable
 from thaw.export.portable import portable as real_portable
@@ -34,10 +36,10 @@ def largest(one: Any, other: Any) -> float:
     return float((torch.as_tensor(one) - torch.as_tensor(other)).abs().max())
 
 
-def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callable[..., Any], source: Source) -> None:
-    _, wanted, facts, path = exported(kind, "onnx")
+def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callable[..., Any]) -> None:
+    _, wanted, facts, path, source = exported(kind, "onnx")
     images = source.train.images[:501]
-    assert facts["parity_digits"] == 60 and facts["parity_largest_difference"] < 1e-5
+    assert facts["parity_images"] == 60 and facts["parity_largest_difference"] < 1e-5
 
     session = onnxruntime.InferenceSession(path)  # nothing of thaw
     for count in (1, 2, 501):
@@ -47,14 +49,14 @@ def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callabl
 
     model = load_onnx(path)
     assert largest(model(images), wanted) < 1e-5
-    assert model(images[:0]).shape == (0, 10)
+    assert model(images[:0]).shape == (0, len(source.classes))
     with pytest.raises(ValueError, match="attention maps load the checkpoint"):
         model.attention(images)
 
 
-@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "convnet"])
-def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any], source: Source) -> None:
-    _, wanted, facts, path = exported(name, "torch_export")
+@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "photo_convnet"])
+def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any]) -> None:
+    _, wanted, facts, path, source = exported(name, "torch_export")
     extra = {"thaw.json": ""}
     loaded = torch.export.load(path, extra_files=extra).module()
     for count in (1, 501):
@@ -63,8 +65,8 @@ def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any]
     assert str(ROOT).encode() not in path.read_bytes()
 
 
-def test_metadata(exported: Callable[..., Any], source: Source) -> None:
-    predictor, _, facts, path = exported("lora_class_and_mean", "onnx")
+def test_metadata(exported: Callable[..., Any]) -> None:
+    predictor, _, facts, path, source = exported("lora_class_and_mean", "onnx")
     stored = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
     assert {key: json.loads(value) for key, value in stored.items()} == facts
     assert load_onnx(path).facts() == facts
@@ -75,7 +77,7 @@ def test_metadata(exported: Callable[..., Any], source: Source) -> None:
     right = (predictor(source.test.images).argmax(dim=1) == source.test.labels).float().mean()
     assert facts["test_accuracy"] == pytest.approx(float(right), abs=1e-6)
     low, high = facts["test_accuracy_interval"]
-    assert low < facts["test_accuracy"] < high and facts["test_digits"] == 60 and facts["data_source"] == "sample"
+    assert low < facts["test_accuracy"] < high and facts["test_images"] == 60 and facts["data_source"] == SAMPLE
     content = path.read_bytes()
     assert str(ROOT).encode() not in content and str(path.parent.parent).encode() not in content
     onnx.checker.check_model(onnx.load(path), full_check=True)
@@ -85,7 +87,7 @@ def test_metadata(exported: Callable[..., Any], source: Source) -> None:
 
 def test_needs_onnxruntime_and_numpy_alone(exported: Callable[..., Any], source: Source, tmp_path: Path) -> None:
     """The README's lines, where nothing else that thaw needs can be imported."""
-    _, wanted, _, path = exported("vit", "onnx")
+    _, wanted, _, path, _ = exported("vit", "onnx")
     np.save(tmp_path / "images.npy", source.train.images[:60].numpy())
     (tmp_path / "model.onnx").symlink_to(path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -122,7 +124,7 @@ def test_a_file_that_computes_something_else_gets_no_name(
 
 @pytest.mark.parametrize("name", ["vit", "lstm"])
 def test_int8(name: str, exported: Callable[..., Any], source: Source) -> None:
-    predictor, _, facts, path = exported(name, "onnx", "int8")
+    predictor, _, facts, path, _ = exported(name, "onnx", "int8")
     wanted = predictor(source.test.images)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     assert path.stat().st_size < facts["fp32_bytes"]
@@ -152,8 +154,50 @@ def test_other_files(tmp_path: Path) -> None:
         load_onnx(tmp_path / "other.onnx")
 
 
-def test_digits_of_another_kind(exported: Callable[..., Any]) -> None:
+def test_images_of_another_kind(exported: Callable[..., Any]) -> None:
     model = load_onnx(exported("pixels", "onnx").path)
-    for wrong in (torch.zeros(2, 28, 28), torch.zeros(2, 1, 28, 28, dtype=torch.uint8)):
+    for wrong in (
+        torch.zeros(2, 28, 28),
+        torch.zeros(2, 3, 28, 28, dtype=torch.uint8),
+        torch.zeros(2, 28, 28, dtype=torch.uint8),
+    ):
         with pytest.raises(ValueError, match="must be uint8"):
             model(wrong)
+
+
+def test_files_of_earlier_versions_take_images_without_channels(exported: Callable[..., Any], tmp_path: Path) -> None:
+    """Their input is (N, 28, 28), and their facts name neither shape nor reader."""
+    _, wanted, facts, path, source = exported("vit", "onnx")
+    model = onnx.load(path)
+    (given,) = model.graph.input
+    given.name = "pixels"
+    for node in model.graph.node:
+        node.input[:] = ["pixels" if name == "images" else name for name in node.input]
+    old = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", 28, 28])
+    model.graph.input.remove(given)
+    model.graph.input.append(old)
+    axes = onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [1])
+    model.graph.initializer.append(axes)
+    model.graph.node.insert(0, onnx.helper.make_node("Unsqueeze", ["images", "axes"], ["pixels"]))
+    save_onnx(
+        model, {key: value for key, value in facts.items() if key not in ("shape", "reader")}, tmp_path / "old.onnx"
+    )
+    loaded = load_onnx(tmp_path / "old.onnx")
+    assert largest(loaded(source.train.images[:501]), wanted) < 1e-5
+    assert (loaded.data["shape"], loaded.data["reader"], loaded.data["classes"]) == (
+        [1, 28, 28],
+        "digit",
+        [*"0123456789"],
+    )
+    save_onnx(model, {**facts, "classes": 10}, tmp_path / "wrong.onnx")
+    with pytest.raises(ValueError, match=r"wrong\.onnx says of its images classes=10, expected a list of names"):
+        load_onnx(tmp_path / "wrong.onnx")
+
+
+def test_facts_of_photographs(exported: Callable[..., Any]) -> None:
+    _, _, facts, path, source = exported("photo_convnet", "onnx")
+    model = load_onnx(path)
+    assert facts["input"].startswith("uint8 (N, 3, 32, 32), N of 1 or more: 0 to 255, the centre square")
+    assert facts["output"] == "probabilities (N, 37), in the order of classes"
+    assert facts["classes"] == model.data["classes"] == source.classes
+    assert (facts["dataset"], facts["reader"], facts["shape"]) == ("my pictures", "photo", [3, 32, 32])

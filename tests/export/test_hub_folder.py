@@ -1,19 +1,24 @@
+import json
 import re
 import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from thaw.data.images import Source
+from thaw.data.mnist import OFFICIAL
+from thaw.data.readers import image_reader
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.predict.predictor import Predictor, load_predictor
@@ -117,6 +122,37 @@ def test_baselines_are_loaded_by_thaw(
     assert "not know" in (tmp_path / "hub" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["photo_vit", "photo_in_grey", "photo_convnet"])
+def test_card_of_photographs(
+    name: str, made: Callable[[str], tuple[Predictor, Source]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code reads a picture as thaw does, and names the classes; nothing in it speaks of digits."""
+    predictor, source = made(name)
+    picture = Image.effect_noise((75, 61), 90).convert("RGB")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / "picture.png", exif=turned)
+    reader = image_reader("photo", (3, 32, 32))
+    [seen] = reader.file((tmp_path / "picture.png").read_bytes(), "it")
+    wanted = predictor(torch.from_numpy(seen.image)[None])
+    folder = tmp_path / "hub"
+    export_folder(predictor, source, None, folder)
+    names: dict = {}
+    monkeypatch.chdir(folder)
+    exec(code_of(folder), names)
+    image = names["read"](tmp_path / "picture.png")
+    assert np.array_equal(image.numpy(), seen.image)
+    torch.testing.assert_close(names["probabilities"](image[None]), wanted, atol=1e-5, rtol=0)
+    text = (folder / "README.md").read_text()
+    said = text.partition("<details>")[0]
+    assert "digit" not in said.replace("digits_vit", "") and "MNIST" not in said
+    assert "the folder my pictures" in text and "the centre square, at" in text
+    [classes] = re.findall(r"```json\n(.*?)\n```", text, re.DOTALL)
+    assert json.loads(classes) == source.classes
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert "datasets" not in front and "my pictures" in front["tags"]
+
+
 def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path) -> None:
     predictor = tiny_vit("augment=affine")
     facts = export_folder(predictor, source, None, tmp_path / "hub")
@@ -136,7 +172,7 @@ def test_card(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path
     assert config["thaw"] == facts
     assert config["pretrained_cfg"]["license"] is config["pretrained_cfg"]["tag"] is None, "those of published weights"
 
-    official = source._replace(name="official")
+    official = source._replace(origin=OFFICIAL)
     export_folder(predictor, official, "apache-2.0", tmp_path / "hub")  # replaces the first
     front = yaml.safe_load((tmp_path / "hub" / "README.md").read_text().split("---\n")[1])
     assert front["license"] == "apache-2.0"

@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 from rich.console import Console
 
 import predict
-from thaw.data.digit_image import Digit
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
+from thaw.data.readers import Reading, image_reader
 from thaw.predict.prediction import (
     COLUMNS,
     LAST_COLUMNS,
@@ -40,10 +40,10 @@ def folder(tmp_path: Path) -> Path:
     (folder / "below").mkdir(parents=True)
     test = load_mnist("MNIST", "nowhere", "sample", None).test
     for number in range(30):
-        image = Image.fromarray(test.images[16 * number].numpy()).resize((150, 150))
+        image = Image.fromarray(test.images[16 * number, 0].numpy()).resize((150, 150))
         image = ImageOps.invert(image) if number % 2 else image
         image.save(folder / f"{number:02d}_{int(test.labels[16 * number])}.{'png' if number % 3 else 'jpg'}")
-    (folder / "below" / "three.idx").write_bytes(write_idx(test.images[:3]))
+    (folder / "below" / "three.idx").write_bytes(write_idx(test.images[:3, 0]))
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("not asked for")
     Image.new("RGB", (40, 40), "red").save(folder / "empty.png")
@@ -105,11 +105,11 @@ def test_one_bad_image_is_one_row(linear_probe: Path, tmp_path: Path) -> None:
     """A blank image in an IDX file costs its row alone, and file names of any encoding are written."""
     images = load_mnist("MNIST", "nowhere", "sample", None).test.images[:4].clone()
     images[2] = 0
-    (tmp_path / "four-ubyte").write_bytes(write_idx(images))
+    (tmp_path / "four-ubyte").write_bytes(write_idx(images[:, 0]))
     names = {os.fsdecode(b"latin1-\xe4.png"): "latin1-\\xe4.png", "ümlaut-数.png": "ümlaut-数.png"}
     for name in names:
-        Image.fromarray(images[0].numpy()).save(tmp_path / name)
-    two = np.concatenate([images[0].numpy(), images[1].numpy()], axis=1)
+        Image.fromarray(images[0, 0].numpy()).save(tmp_path / name)
+    two = np.concatenate([images[0, 0].numpy(), images[1, 0].numpy()], axis=1)
     Image.fromarray(two).save(tmp_path / "two.png")
     for output in (tmp_path / "out" / "answers.csv", tmp_path / "out" / "answers.jsonl"):
         with pytest.raises(ValueError, match="1 of 7 rows have no prediction"):
@@ -143,12 +143,12 @@ def test_standard_output_of_another_encoding(tmp_path: Path, monkeypatch: pytest
 
 
 def test_probabilities_that_are_not_finite_are_an_error() -> None:
-    digits = [Read("x", place, Digit(np.zeros((28, 28), np.uint8))) for place in range(3)]
+    readings = [Read("x", place, Reading(np.zeros((1, 28, 28), np.uint8))) for place in range(3)]
 
     def model(images: torch.Tensor) -> torch.Tensor:
         return torch.tensor([[0.9, 0.1], [float("nan")] * 2, [float("inf"), 0.0]])
 
-    rows = list(predictions(model, digits, ["a", "b"]))  # type: ignore[arg-type]
+    rows = list(predictions(model, readings, ["a", "b"]))  # type: ignore[arg-type]
     assert [row["class"] for row in rows] == ["a", None, None]
     assert all("not finite" in row["error"] for row in rows[1:])
 
@@ -163,8 +163,8 @@ def test_what_is_taken_from_a_folder_and_what_is_left_out(tmp_path: Path) -> Non
     files, left_out = find_files([str(tmp_path)])
     assert {file.name for file in files} == {"a.heic", "b.JFIF", "c.svg", "no suffix", "e.bmp", "f.webp"}
     assert left_out == [f"files of {tmp_path} left out: 3 hidden and 2 that are not pictures (labels.csv, notes.txt)"]
-    [read] = read_file(tmp_path / "a.heic")
-    assert "a.heic is not a PNG" in read.digit.error
+    [read] = read_file(tmp_path / "a.heic", image_reader("digit", (1, 28, 28)))
+    assert "a.heic is not a PNG" in read.reading.error
 
 
 def test_an_interrupted_output_leaves_the_old_one(tmp_path: Path) -> None:

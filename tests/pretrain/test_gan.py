@@ -84,7 +84,7 @@ def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> Non
     got = gradients(model)
 
     torch.manual_seed(1)
-    real = model.augment.transform(batch.images[:, None] / 255)
+    real = model.augment.transform(batch.images / 255)
     fake = model.augment.transform(model.generator(torch.randn(6, 8)))
     normalize: Callable[[Tensor], Tensor] = lambda x: (x - 0.1307) / 0.3081  # noqa: E731
     score: Callable[[Tensor], Tensor] = lambda x: model.score(model.backbone(normalize(x)))[:, 0]  # noqa: E731
@@ -116,8 +116,8 @@ def test_the_generators_loss_teaches_the_discriminator_nothing_and_the_other_way
 def test_the_discriminator_sees_what_features_sees(size: int, channels: int) -> None:
     model, images = gan(backbone(size, channels)), digits().images
     expected = model.score(model.features(images))[:, 0]
-    torch.testing.assert_close(model.discriminator(images[:, None] / 255), expected)
-    torch.testing.assert_close(model.frozen_discriminator(images[:, None] / 255), expected)
+    torch.testing.assert_close(model.discriminator(images / 255), expected)
+    torch.testing.assert_close(model.frozen_discriminator(images / 255), expected)
     model.training_step(digits(), 0).backward()  # the resize has a gradient of a gradient
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from thaw.data.readers import PhotoReader, image_reader
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
 from thaw.serve.server import Server, open_port
@@ -30,16 +31,18 @@ class StandIn:
 
     def __init__(self) -> None:
         self.open, self.broken, self.batches = threading.Event(), False, list[int]()
+        self.classes = [*"012345678", "<b>nine"]
         self.seen: list[list[int]] = []
         self.open.set()
 
     def __call__(self, images: Tensor) -> Tensor:
         self.batches.append(len(images))
-        self.seen.append(images[:, 0, 0].tolist())
+        self.seen.append(images[:, 0, 0, 0].tolist())
         assert self.open.wait(20)
         if self.broken:
             raise RuntimeError("out of order")
-        return torch.eye(10)[images[:, 0, 0].long() % 10]
+        count = len(self.classes)
+        return torch.eye(count)[images[:, 0, 0, 0].long() % count]
 
     def attention(self, images: Tensor) -> Tensor:
         return torch.full((len(images), 2, 2), 0.25)
@@ -47,7 +50,7 @@ class StandIn:
     def facts(self) -> dict[str, Any]:
         return {
             "name": "stand-in",
-            "classes": [*"012345678", "<b>nine"],
+            "classes": self.classes,
             "checkpoint": "/home/someone/runs/a/b/best.ckpt",
         }
 
@@ -64,9 +67,10 @@ def serving() -> Iterator[Callable[..., str]]:
     """Start a server of a model with these limits; returns its address."""
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(model: Any, **limits: Any) -> str:
+    def start(model: Any, reader: PhotoReader | None = None, **limits: Any) -> str:
         opened = open_port("127.0.0.1", 0)
-        server = Server(create_app(model, Limits(**{**LIMITS, **limits}), workers=1))
+        reader = reader or image_reader("digit", (1, 28, 28))
+        server = Server(create_app(model, reader, Limits(**{**LIMITS, **limits}), workers=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         running.append((server, thread))

@@ -60,7 +60,7 @@ def test_answers_equal_the_predictors(linear_probe, serving) -> None:
     address = serving(predictor, request_seconds=20.0)
     images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8)
     images[:, 0] = images[:, -1] = images[:, :, 0] = images[:, :, -1] = 0  # a dark ground
-    expected, maps = predictor(images), predictor.attention(images)
+    expected, maps = predictor(images[:, None]), predictor.attention(images[:, None])
     asked = {"images": images.tolist(), "explain": True}
     as_json, as_file = post(address, asked).json(), post(address, write_idx(images), "application/octet-stream").json()
     for answer in (as_json, as_file):

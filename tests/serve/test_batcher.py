@@ -24,8 +24,8 @@ def batching(model, max_batch: int = 8, max_queue: int = 100) -> Iterator[Batche
 
 
 def digits(*classes: int) -> np.ndarray:
-    images = np.zeros((len(classes), 28, 28), dtype=np.uint8)
-    images[:, 0, 0] = classes
+    images = np.zeros((len(classes), 1, 28, 28), dtype=np.uint8)
+    images[:, 0, 0, 0] = classes
     return images
 
 
@@ -148,7 +148,7 @@ def test_workers_share_a_request_and_keep_its_order(stand_in) -> None:
 
     class Slow(type(stand_in)):
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
-            (first if images[0, 0, 0] == 0 else second).wait(5)
+            (first if images[0, 0, 0, 0] == 0 else second).wait(5)
             return super().__call__(images)
 
     async def run() -> list[int]:

@@ -66,7 +66,7 @@ def strokes_of(digit: np.ndarray) -> Strokes:
 def digits() -> list[np.ndarray]:
     """The first digit of each class that is in the sample's test split."""
     test = load_mnist("MNIST", ROOT / "data", "sample", None).test
-    return [test.images[(test.labels == label).nonzero()[0, 0]].numpy() for label in range(10)]
+    return [test.images[(test.labels == label).nonzero()[0, 0], 0].numpy() for label in range(10)]
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def opened(browser, address) -> Iterator[Callable]:
 def settled(page) -> str:
     """The answer, once the page has asked for all that was drawn."""
     stop = time.monotonic() + 15
-    while page.evaluate("asking || changed && strokes.length > 0"):
+    while page.evaluate("asking || changed && isGiven()"):
         assert time.monotonic() < stop
         page.wait_for_timeout(20)
     return page.inner_text("#name")

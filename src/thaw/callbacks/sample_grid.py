@@ -25,10 +25,11 @@ class SampleGrid(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero or not pl_module.augment.is_random:
             return
-        from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
+        from thaw.evaluation.pictures import on_paper, save_contact_sheet  # matplotlib, only for pictures
 
         images = trainer.datamodule.load().train.images[: self.columns]
         with torch.random.fork_rng():  # a picture must not change the run
             rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]
-        save_contact_sheet(rows, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
+        shown = [on_paper(row, getattr(trainer.datamodule, "reader", "photo")) for row in rows]
+        save_contact_sheet(shown, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
         log_image(trainer.loggers, "train/augmented_digits", self.path)

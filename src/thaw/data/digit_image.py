@@ -5,11 +5,7 @@ MNIST's rule (LeCun et al. 1998, section III.A; http://yann.lecun.com/exdb/mnist
 a field of 28 x 28. Ink is 255, background 0.
 """
 
-import gzip
-import io
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,13 +14,10 @@ from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.morphology import closing, disk, opening
 
-from thaw.data.idx import read_idx
-from thaw.data.pictures import PICTURE_FORMATS, open_picture
 from thaw.run.errors import UserError
 
 SIDE, BOX = 28, 20  # pixels: of the field, and of the box that the digit fits
 CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's own training images
-MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the search for the digit
 SHADOW_SIDE = 400  # pixels; pictures partly in shadow are reduced to this size to estimate their background
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
@@ -33,58 +26,6 @@ SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate 
 MAX_STROKES = 100  # examined in one picture
 SECOND = 0.3  # size, as a share of the largest stroke's, from which another stroke may be a second digit
 WIDE = 1.5  # ratio of width to height above which one stroke may be two digits; 0.2 % of MNIST's digits exceed it
-READABLE = f"{', '.join(PICTURE_FORMATS)} or IDX file"
-
-
-class Digit(NamedTuple):
-    """The digit in a picture, uint8 (28, 28), or an error that says why none was found; `warning` names doubts."""
-
-    image: np.ndarray | None
-    error: str = ""
-    warning: str = ""
-
-
-def read_digits(content: bytes, name: str) -> Iterator[Digit]:
-    """The digits in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
-
-    Raises:
-        UserError: an IDX or .gz file is damaged or too large; begins with `name`.
-    """
-    content = unpack(content, name)
-    if not is_idx(content):
-        yield read_picture(content, name)
-        return
-    images = read_images(content, name)
-    for index, (image, ordinary) in enumerate(zip(images, are_like_mnist(images), strict=True)):
-        yield Digit(image) if ordinary else read_array(image, f"{name}, image {index},")
-
-
-def unpack(content: bytes, name: str) -> bytes:
-    """Decompress gzip content, to at most `MAX_BYTES`; return other content unchanged."""
-    if content[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{name} is a damaged gzip file ({error}).") from error
-        if len(content) > MAX_BYTES:
-            raise UserError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
-    if not content:
-        raise UserError(f"{name} is empty; give a {READABLE}.")
-    return content
-
-
-def is_idx(content: bytes) -> bool:
-    """Whether content begins with two zero bytes, as HEIC and icons do too, and an element type of IDX."""
-    return content[:2] == b"\0\0" and content[2:3] in (b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d", b"\x0e")
-
-
-def read_images(content: bytes, name: str) -> np.ndarray:
-    """The images of an IDX file, uint8 (N, H, W), N at least 1."""
-    images = read_idx(content, name).numpy()
-    if images.ndim != 3 or not images.size:
-        raise UserError(f"{name}: IDX data of shape {images.shape}, expected images (N, height, width).")
-    return images
 
 
 def are_like_mnist(images: np.ndarray) -> np.ndarray:
@@ -94,37 +35,6 @@ def are_like_mnist(images: np.ndarray) -> np.ndarray:
     edges = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], axis=1)
     contrasts = np.ptp(images.reshape(len(images), -1), axis=1)
     return ((edges > 64).mean(axis=1) < 0.5) & (contrasts >= 255 * FAINTEST)
-
-
-def read_array(image: np.ndarray, name: str) -> Digit:
-    """The digit in uint8 (H, W) of any size, contrast and polarity."""
-    doubts = []
-    if image.max() == 1 and image.min() == 0:
-        image = 255 * image
-        doubts.append("its pixels are 0 and 1, read as 0 and 255")
-        if are_like_mnist(image[None])[0]:
-            return Digit(image, warning="; ".join(doubts))
-    if image.shape == (SIDE, SIDE):
-        doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
-    return read_opened(Image.fromarray(image), name, doubts)
-
-
-def read_picture(content: bytes, name: str) -> Digit:
-    """The digit in a file of one of `PICTURE_FORMATS`."""
-    try:
-        picture, doubts = open_picture(content, name, WORKING_SIDE)
-    except UserError as error:
-        return Digit(None, str(error))
-    return read_opened(picture, name, doubts)
-
-
-def read_opened(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit:
-    try:
-        image, doubt = find_digit(picture)
-    except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
-        reason = str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
-        return Digit(None, f"{name} {reason}")
-    return Digit(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
 
 
 def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:

@@ -58,10 +58,10 @@ def summary(facts: Mapping[str, Any], path: Path, trained: str) -> str:
     """The measured facts in a few lines; `trained` is the precision of the run."""
     low, high = facts["test_accuracy_interval"]
     lines = [
-        f"parity     same classes on {facts['parity_digits']:,} images, probabilities within "
+        f"parity     same classes on {facts['parity_images']:,} images, probabilities within "
         f"{facts['parity_largest_difference']:.2g}",
         f"test       {facts['test_accuracy']:.2%} accuracy, 95 % interval {low:.2%} to {high:.2%}, "
-        f"n = {facts['test_digits']:,}",
+        f"n = {facts['test_images']:,}",
         f"data       {facts['data_source']}",
     ]
     if not trained.startswith("32"):

@@ -46,7 +46,7 @@ def export_file(predictor: Predictor, source: Source, format: str, quantize: str
     model = portable(predictor)
     facts = model_facts(predictor, format)
     say(f"tracing {predictor.name}")
-    exported: Any = trace(model, predictor.name)
+    exported: Any = trace(model, predictor.name, predictor.data["shape"])
     if format == "onnx":
         say("converting it to ONNX")
         exported = to_onnx(exported, predictor.name)

@@ -1,6 +1,6 @@
 """Facts about an exported model, as values of JSON: its origin, its agreement with the trained one, its accuracy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -16,10 +16,11 @@ from thaw.run.record import git_commit
 
 PARITY_IMAGES = 1000
 PARITY_TOLERANCE = 1e-3  # of a probability
-INPUT = (
-    "uint8 (N, 1, 28, 28), N of 1 or more: one grey image each, 0 the paper and 255 the ink, prepared as MNIST's were: "
-    "scaled into 20 x 20 pixels and centred by its mass in 28 x 28"
-)
+PREPARED = {  # by the reader of a model
+    "digit": "0 the paper and 255 the ink, prepared as MNIST's were: scaled into 20 x 20 pixels and centred by its "
+    "mass in 28 x 28",
+    "photo": "0 to 255, the centre square of an upright picture, resized by antialiased bicubic interpolation",
+}
 
 
 def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
@@ -32,13 +33,18 @@ def model_facts(predictor: Predictor, format: str) -> dict[str, Any]:
         "trained_commit": facts["git_commit"],
         "exported_commit": git_commit(),
         "torch": torch.__version__,
-        "input": INPUT,
-        "output": "probabilities (N, 10), in the order of classes",
+        "input": f"uint8 {of_images(facts['shape'])}, N of 1 or more: {PREPARED[facts['reader']]}",
+        "output": f"probabilities (N, {len(facts['classes'])}), in the order of classes",
     }
 
 
+def of_images(shape: Sequence[int]) -> str:
+    """The shape of N images of the shape (C, H, W), as text."""
+    return f"(N, {', '.join(map(str, shape))})"
+
+
 def parity_sample(predictor: Predictor, test: Images) -> tuple[Tensor, Tensor]:
-    """At most 1,000 test images (N, C, H, W), evenly spread, and the trained model's probabilities (N, 10) for them."""
+    """At most 1,000 test images (N, C, H, W), evenly spread, and the trained model's probabilities (N, K) for them."""
     images = test.images[evenly_spread(len(test.labels), PARITY_IMAGES)]
     return images, predictor(images)
 
@@ -58,7 +64,7 @@ def check_parity(model: Callable[[Tensor], Tensor], images: Tensor, wanted: Tens
             f"and a probability by up to {difference:.2g}; allowed are none and {PARITY_TOLERANCE:g}. Nothing was "
             "written. Try another format=, or another version of torch."
         )
-    return {"parity_digits": len(given), "parity_largest_difference": difference}
+    return {"parity_images": len(given), "parity_largest_difference": difference}
 
 
 def tested_facts(probabilities: Tensor, source: Source) -> dict[str, Any]:
@@ -67,6 +73,6 @@ def tested_facts(probabilities: Tensor, source: Source) -> dict[str, Any]:
     return {
         "test_accuracy": round(found["test/acc"], 6),
         "test_accuracy_interval": [round(found[end], 6) for end in ("test/acc_low", "test/acc_high")],
-        "test_digits": found["n_test"],
+        "test_images": found["n_test"],
         **source.facts(),
     }

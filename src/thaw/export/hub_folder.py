@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetens
 
 
 class CardModel:
-    """The model that a card's code loads in its folder: uint8 (N, C, H, W) -> probabilities (N, 10), in batches."""
+    """The model that a card's code loads in its folder: uint8 (N, C, H, W) -> probabilities (N, K), in batches."""
 
     def __init__(self, code: str, folder: Path) -> None:
         names: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def export_folder(
         written = CardModel(code, part)
         facts |= check_parity(written, *sample)
         correct = by_batches(written, source.val.images, title="validation accuracy").argmax(dim=1) == source.val.labels
-        facts |= {"val_accuracy": round(correct.float().mean().item(), 6), "val_digits": len(correct)}
+        facts |= {"val_accuracy": round(correct.float().mean().item(), 6), "val_images": len(correct)}
         facts |= tested_facts(by_batches(written, source.test.images, title="test accuracy"), source)
         facts["bytes"] = sum(file.stat().st_size for file in part.glob("*.safetensors"))
         write_json({**read_json(part / CONFIG), "thaw": facts}, part / CONFIG)
@@ -121,7 +121,7 @@ def write_model(folder: Path, model: Portable, predictor: Predictor) -> str:
         write_json(config, folder / CONFIG)
         state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # convnet is channels_last
         save_file(state, folder / WEIGHTS)
-    return card_code(backbone, head_settings(head), has_classifier=classifier is not None)
+    return card_code(backbone, head_settings(head), classifier is not None, predictor.data)
 
 
 def folded(head: nn.Module) -> nn.Linear | None:

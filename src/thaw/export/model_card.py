@@ -9,7 +9,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from torch import nn
 
-from thaw.data.mnist import OFFICIAL
+from thaw.data.mnist import OFFICIAL, SAMPLE
+from thaw.data.preprocess import LUMA
+from thaw.export.facts import of_images
 from thaw.models.backbone import Backbone
 from thaw.pages.html import render
 
@@ -19,21 +21,38 @@ LICENCES = {  # a dataset's id on the hub, and the licence that its authors stat
     "KMNIST": (None, "KMNIST, by the ROIS-DS Center for Open Data in the Humanities, CC BY-SA 4.0"),
 }
 RECIPE = ("seed", "data", "augment", "mix", "average", "backbone", "head", "freeze", "optim", "trainer")
-LOCAL = ("dir", "mirrors", "default_root_dir", "plugins", "profiler", "num_workers", "enable_progress_bar")
+LOCAL = (  # settings of the machine that trained
+    *("dir", "cache_dir", "max_gb", "mirrors", "num_workers"),
+    *("default_root_dir", "plugins", "profiler", "enable_progress_bar"),
+)
 
 
-def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool) -> str:
-    """The lines of a card that turn images into probabilities; `head` holds the arguments that built the model's."""
+def card_code(backbone: Any, head: Mapping[str, Any], has_classifier: bool, data: Mapping[str, Any]) -> str:
+    """The lines of a card that turn images into probabilities.
+
+    `head` holds the arguments that built the model's, `data` is `thaw.predict.predictor.Predictor.data`.
+    """
+    channels, height, width = data["shape"]
+    images = {
+        "channels": channels,
+        "side": min(height, width),
+        "is_square": height == width,
+        "is_photo": data["reader"] == "photo",
+        "shapes": f"uint8 {of_images(data['shape'])}",
+        "num_classes": len(data["classes"]),
+    }
     if not isinstance(backbone, Backbone):
-        return render("model_card_code.py.txt", is_timm=False)
+        return render("model_card_code.py.txt", is_timm=False, **images)
     return render(
         "model_card_code.py.txt",
         is_timm=True,
+        **images,
         has_classifier=has_classifier,
         size=backbone.image_size,
         mean=[[[[float(f"{value:.10g}")]] for value in backbone.mean]],  # (1, C, 1, 1)
         std=[[[[float(f"{value:.10g}")]] for value in backbone.std]],
-        repeats_grey=backbone.channels > len(backbone.mean),
+        repeats_grey=backbone.channels > max(channels, len(backbone.mean)),
+        luma=list(LUMA) if backbone.channels < channels else None,
         pool=backbone.pool,
         norm=head.get("norm", "layer"),
         is_mlp="hidden_features" in head,
@@ -81,6 +100,8 @@ def model_card(
         is_timm=is_timm,
         origin=origin,
         code=code.strip(),
+        is_official=facts["data_source"] == OFFICIAL,
+        is_sample=facts["data_source"] == SAMPLE,
         data_licence=data_licence,
         license=license,
         epochs=checkpoint["epoch"] + 1 if "epoch" in checkpoint else None,

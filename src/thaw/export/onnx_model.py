@@ -1,6 +1,7 @@
 """An exported ONNX file as a model that predicts, computed by onnxruntime."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thaw.data.batches import by_batches
+from thaw.predict.predictor import checked_record
 from thaw.run.errors import UserError
 
 MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install -e '.[export]'."
@@ -18,19 +20,24 @@ class OnnxModel:
 
     has_attention = False
 
-    def __init__(self, session: Any, metadata: dict[str, Any]) -> None:
-        self.session, self.metadata = session, metadata
+    def __init__(self, session: Any, metadata: dict[str, Any], data: Mapping[str, Any]) -> None:
+        self.session, self.metadata, self.data = session, metadata, data
+        self.takes_channels = len(session.get_inputs()[0].shape) == 4  # files of earlier versions take (N, 28, 28)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, 1, 28, 28) -> probabilities (N, 10)."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+        """uint8 (N, C, H, W) -> probabilities (N, K)."""
+        shape = tuple(self.data["shape"])
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != shape:
             given = f"{images.dtype} {tuple(images.shape)}"
-            raise UserError(f"Images must be uint8 (N, 1, 28, 28), not {given}; convert and stack them.")
+            raise UserError(
+                f"Images must be uint8 (N, {', '.join(map(str, shape))}), not {given}; convert and stack them."
+            )
         if not len(images):  # an empty batch could end the process
-            return torch.zeros(0, len(self.metadata["classes"]))
+            return torch.zeros(0, len(self.data["classes"]))
         return by_batches(self.run, images.cpu())
 
     def run(self, images: Tensor) -> Tensor:
+        images = images if self.takes_channels else images[:, 0]
         return torch.from_numpy(self.session.run(["probabilities"], {"images": images.numpy()})[0])
 
     def attention(self, images: Tensor) -> Tensor:
@@ -66,10 +73,13 @@ def load_onnx(path: Path) -> OnnxModel:
     inputs = [(given.name, given.type, given.shape[1:]) for given in session.get_inputs()]
     outputs = [output.name for output in session.get_outputs()]
     stored = session.get_modelmeta().custom_metadata_map
-    known = inputs == [("images", "tensor(uint8)", [1, 28, 28])] and outputs[:1] == ["probabilities"]
+    known = [given[:2] for given in inputs] == [("images", "tensor(uint8)")] and outputs[:1] == ["probabilities"]
     if not known or "thaw" not in stored:
         raise UserError(
             f"{path} is an ONNX model, but not one of thaw's: it takes {inputs} and gives {outputs}, expected uint8 "
-            "images (N, 1, 28, 28), probabilities and thaw's metadata. Give a file that export.py wrote."
+            "images, probabilities and thaw's metadata. Give a file that export.py wrote."
         )
-    return OnnxModel(session, {key: json.loads(value) for key, value in stored.items()})
+    metadata = {key: json.loads(value) for key, value in stored.items()}
+    shape = inputs[0][2] if len(inputs[0][2]) == 3 else [1, *inputs[0][2]]
+    data = {"name": metadata.get("dataset"), "origin": "", "classes": metadata.get("classes"), "shape": shape}
+    return OnnxModel(session, metadata, checked_record({**data, "reader": metadata.get("reader", "digit")}, path))

@@ -1,6 +1,7 @@
 """A trained classifier as one module: pixels as they are stored in, probabilities out."""
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.fx
@@ -42,12 +43,12 @@ def portable(predictor: Predictor) -> Portable:
     return Portable(model.preprocess, model.backbone, model.head).eval().requires_grad_(False)
 
 
-def trace(model: Portable, name: str) -> ExportedProgram:
-    """The computation of a model in fp32 on the CPU as a graph, for any number of images.
+def trace(model: Portable, name: str, shape: Sequence[int]) -> ExportedProgram:
+    """The computation of a model in fp32 on the CPU as a graph, for any number of images of the shape (C, H, W).
 
     A UserError names a model that cannot be traced.
     """
-    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
     for layer in attention_layers(model.backbone):
         layer.fused_attn = False  # type: ignore[assignment]  # plain matrix products, as in all earlier files
     try:

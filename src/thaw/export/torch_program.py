@@ -24,7 +24,7 @@ class TorchProgram:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> probabilities (N, 10)."""
+        """uint8 (N, C, H, W) -> probabilities (N, K)."""
         return by_batches(lambda batch: self.module(batch)[0], images)
 
     def facts(self) -> dict[str, Any]:

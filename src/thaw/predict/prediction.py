@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thaw.data.digit_image import PICTURE_FORMATS, Digit, read_digits
+from thaw.data.pictures import PICTURE_FORMATS
+from thaw.data.readers import PhotoReader, Reading
 from thaw.predict.predictor import ImageModel
 from thaw.run.console import ESCAPES, results
 from thaw.run.errors import UserError
@@ -36,7 +37,7 @@ class Read(NamedTuple):
 
     file: str
     number: int  # place of the image in the file
-    digit: Digit
+    reading: Reading
 
 
 def printable(name: object) -> str:
@@ -101,26 +102,26 @@ def first_names(files: Sequence[Path]) -> str:
     return names if len(files) <= 5 else f"{names} and {len(files) - 5:,} more"
 
 
-def read_file(path: Path) -> Iterator[Read]:
+def read_file(path: Path, reader: PhotoReader) -> Iterator[Read]:
     """The images of one file, or an error in their place where it cannot be read."""
     name = printable(path)
     try:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read: split it.")
-        for index, digit in enumerate(read_digits(path.read_bytes(), name)):
-            yield Read(name, index, digit)
+        for index, reading in enumerate(reader.file(path.read_bytes(), name)):
+            yield Read(name, index, reading)
     except (ValueError, OSError) as error:
-        yield Read(name, 0, Digit(None, printable(error)))
+        yield Read(name, 0, Reading(None, printable(error)))
 
 
 def predictions(model: ImageModel, read: Sequence[Read], classes: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A row for each image, in their order: file, index, class, confidence and probabilities, or an error."""
-    images = [one.digit.image for one in read if one.digit.image is not None]
-    chances = iter(model(torch.from_numpy(np.stack(images)[:, None])).tolist() if images else [])
-    for file, number, digit in read:
+    images = [one.reading.image for one in read if one.reading.image is not None]
+    chances = iter(model(torch.from_numpy(np.stack(images))).tolist() if images else [])
+    for file, number, reading in read:
         row: dict[str, Any] = {"file": file, "index": number, "class": None, "confidence": None, "probabilities": None}
-        row |= {"error": digit.error or None, "warning": digit.warning or None}
-        if digit.image is not None:
+        row |= {"error": reading.error or None, "warning": reading.warning or None}
+        if reading.image is not None:
             probabilities = [round(chance, 6) for chance in next(chances)]
             if all(map(math.isfinite, probabilities)):
                 confidence = max(probabilities)

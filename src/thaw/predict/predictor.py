@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,13 @@ from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 
+MAX_SIDE = 10_000  # pixels of an image that a file may claim
+
 
 class ImageModel(Protocol):
     """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
 
+    data: Mapping[str, Any]  # the record of its images, see `checked_record`
     has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -44,8 +48,7 @@ class Predictor:
             is one, the images in a batch.
         checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
-        data: the record of the images that it was trained on: `name` and `origin`, names of the `classes`, `shape`
-            (C, H, W) and `reader`.
+        data: the record of the images that it was trained on, see `checked_record`.
 
     Attributes:
         has_attention: whether `attention` works.
@@ -168,7 +171,13 @@ def load_predictor(
     model = checkpoints.load_model(checkpoint)
     if not isinstance(model, Classifier):
         raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
-    return Predictor(model, cfg, path, checkpoint["git_commit"], data_record(checkpoint, model.num_classes))
+    data = checked_record(data_record(checkpoint, model.num_classes), path)
+    if len(data["classes"]) != model.num_classes:
+        raise UserError(
+            f"{path} names {len(data['classes'])} classes, but its model has {model.num_classes}; "
+            "give a checkpoint that train.py wrote."
+        )
+    return Predictor(model, cfg, path, checkpoint["git_commit"], data)
 
 
 def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
@@ -180,3 +189,39 @@ def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, An
     named = checkpoint.get("classes") or (class_names(name) if name in DATASETS else [])
     classes = [*named, *map(str, range(len(named), num_classes))]
     return {"name": name, "origin": "", "classes": classes, "shape": [1, 28, 28], "reader": "digit"}
+
+
+def checked_record(data: Any, path: Path) -> dict[str, Any]:
+    """The record of a model's images in a file: `name`, `origin`, names of the `classes`, `shape` and `reader`.
+
+    `shape` is (C, H, W); `reader`, `digit` or `photo`, says how a picture becomes such an image.
+
+    Raises:
+        UserError: names the value that is wrong.
+    """
+    record = data if isinstance(data, dict) else {}
+    classes: Any = record.get("classes")
+    shape: Any = record.get("shape")
+    expected = {
+        "name": ("a text", isinstance(record.get("name"), str)),
+        "classes": ("a list of names", is_list_of(str, classes) and len(classes) > 0),
+        "shape": (
+            f"[1 or 3, height, width] with at most {MAX_SIDE:,} pixels",
+            is_list_of(int, shape)
+            and len(shape) == 3
+            and shape[0] in (1, 3)
+            and 0 < min(shape) <= max(shape) <= MAX_SIDE,
+        ),
+        "reader": ("a text", isinstance(record.get("reader"), str)),
+    }
+    for key, (words, is_right) in expected.items():
+        if not is_right:
+            raise UserError(
+                f"{path} says of its images {key}={shorten(repr(record.get(key)), 60)}, expected {words}; give a file "
+                "that train.py or export.py wrote."
+            )
+    return record
+
+
+def is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
+from thaw.data.readers import PhotoReader
 from thaw.pages.html import render
 from thaw.predict.predictor import ImageModel
 from thaw.serve.answers import to_json
@@ -34,22 +36,23 @@ DOCS_FILES = "/docs-files"  # the address of the files of /docs
 DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
-def create_app(model: ImageModel, limits: Limits, workers: int) -> FastAPI:
-    """The application that uvicorn serves; `workers` threads run the model.
+def create_app(model: ImageModel, reader: PhotoReader, limits: Limits, workers: int) -> FastAPI:
+    """The application that uvicorn serves; `reader` makes the model's images, `workers` threads run the model.
 
     The server sets `app.state.stopping` before it ends.
     """
-    metrics, reader = Metrics(limits.max_batch), RequestReader(limits)
+    limits = limits.for_images_of(math.prod(reader.shape))
+    metrics, requests = Metrics(limits.max_batch), RequestReader(reader, limits)
     batcher = Batcher(model, limits.max_batch, limits.max_queue, workers, metrics.batch)
     metrics.waiting.set_function(lambda: batcher.waiting)
-    facts = public(model.facts())
+    facts = {**public(model.facts()), "shape": reader.shape, "reader": reader.kind}
     names = list(map(str, facts["classes"]))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(batcher.close, limits.request_seconds)
-        reader.decoders.shutdown(wait=False, cancel_futures=True)
+        requests.decoders.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPIOffline(  # its /docs loads nothing from the network
         docs_url=None,  # below, with security headers
@@ -67,7 +70,7 @@ def create_app(model: ImageModel, limits: Limits, workers: int) -> FastAPI:
     app.add_exception_handler(ModelFailedError, failed)  # the batcher has logged it
     app.add_exception_handler(Exception, failed)
 
-    @app.post("/predict", summary="Classify images", **predict_docs(limits))
+    @app.post("/predict", summary="Classify images", **predict_docs(requests, limits))
     async def predict(request: Request) -> Response:
         """One or many images, as JSON or as one picture or IDX file."""
         deadline = asyncio.get_running_loop().time() + limits.request_seconds
@@ -76,13 +79,17 @@ def create_app(model: ImageModel, limits: Limits, workers: int) -> FastAPI:
             allowed = f"send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}"
             raise RefusedError(415, f"Content-Type {kind!r} is not read; {allowed}.")
         try:
-            received = await reader.read(request, kind, deadline)
+            received = await requests.read(request, kind, deadline)
             async with asyncio.timeout_at(deadline):
                 answer = await batcher.predict(received.images, received.explain)
         except TimeoutError:
             reason = f"no answer within {limits.request_seconds:g} s; try again later, or with fewer images."
             raise RefusedError(503, reason, batcher.retry_after()) from None
-        return Response(to_json(answer, received, names), media_type=JSON)
+        if received.explain:  # large inputs take long to write
+            written = await requests.in_thread(to_json, answer, received, names)
+        else:
+            written = to_json(answer, received, names)
+        return Response(written, media_type=JSON)
 
     @app.get("/healthz", summary="200 if the server can serve, else 503")
     async def healthz() -> Response:

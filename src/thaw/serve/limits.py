@@ -30,6 +30,11 @@ class Limits:
                 "give max_queue at least max_images."
             )
 
+    def for_images_of(self, size: int) -> "Limits":
+        """The same for images of `size` bytes: no more of them than fit beside a body into `max_bodies`."""
+        most = max(1, (self.max_bodies - self.max_body) // size)
+        return dataclasses.replace(self, max_images=min(self.max_images, most), max_queue=min(self.max_queue, most))
+
     @property
     def max_body(self) -> int:
         """Bytes of one request's body."""
@@ -37,7 +42,7 @@ class Limits:
 
     @property
     def max_bodies(self) -> int:
-        """Bytes of all bodies in memory together."""
+        """Bytes of all bodies, and of the images being read from them, in memory together."""
         return 8 * self.max_body
 
 

@@ -1,0 +1,169 @@
+"""Reads a user's files into images of a model's shape: as photographs (`photo`), or by MNIST's rule (`digit`)."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from thaw.data.digit_image import SIDE, WORKING_SIDE, are_like_mnist, find_digit
+from thaw.data.idx import read_idx
+from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture
+from thaw.run.errors import UserError
+
+MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
+READABLE = f"{', '.join(PICTURE_FORMATS)} or IDX file"
+
+
+class Reading(NamedTuple):
+    """One image, uint8 (C, H, W), or an error that says why there is none; `warning` names doubts."""
+
+    image: np.ndarray | None
+    error: str = ""
+    warning: str = ""
+
+
+class PhotoReader:
+    """Takes the centre square of a picture, as training does with the files of a folder.
+
+    Args:
+        shape: (C, H, W) of the model's images.
+    """
+
+    kind = "photo"
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self.side = min(self.shape[1:])  # pixels; a large JPEG is decoded at not much more
+
+    def file(self, content: bytes, name: str) -> Iterator[Reading]:
+        """The images in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
+
+        Raises:
+            UserError: an IDX or .gz file is damaged or too large; begins with `name`.
+        """
+        content = unpack(content, name)
+        if not is_idx(content):
+            yield self.picture(content, name)
+            return
+        images = read_images(content, name)
+        for index, (pixels, unchanged) in enumerate(zip(images, self.are_inputs(images), strict=True)):
+            yield Reading(pixels[None]) if unchanged else self.array(pixels, f"{name}, image {index},")
+
+    def picture(self, content: bytes, name: str) -> Reading:
+        """The image in a file of one of `PICTURE_FORMATS`."""
+        try:
+            picture, doubts = open_picture(content, name, self.side)
+        except UserError as error:
+            return Reading(None, str(error))
+        return self.opened(picture, name, doubts)
+
+    def array(self, pixels: np.ndarray, name: str) -> Reading:
+        """The image in uint8 (H, W) or (H, W, 3) of any size."""
+        if self.are_inputs(pixels[None])[0]:
+            return Reading(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
+        return self.opened(Image.fromarray(pixels), name, [])
+
+    def opened(self, picture: Image.Image, name: str, doubts: Sequence[str]) -> Reading:
+        try:
+            image, doubt = self.fit(picture)
+        except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
+            reason = (
+                str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
+            )
+            return Reading(None, f"{name} {reason}")
+        return Reading(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
+
+    def are_inputs(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W) or (N, H, W, 3) -> bool (N,): images taken unchanged."""
+        channels, *size = self.shape
+        return np.full(len(images), images.shape[1:] == (*size, *([channels] if channels > 1 else [])))
+
+    def fit(self, picture: Image.Image) -> tuple[np.ndarray, str]:
+        """The image (C, H, W) of a picture, and a doubt about it, or an empty string."""
+        channels, height, width = self.shape
+        image = np.zeros(self.shape, dtype=np.uint8)  # of images that are not square a model sees the centre
+        top, left = (height - self.side) // 2, (width - self.side) // 2
+        image[:, top : top + self.side, left : left + self.side] = fit_photo(picture, channels, self.side)
+        return image, ""
+
+
+class DigitReader(PhotoReader):
+    """Finds the digit in a picture and brings it to MNIST's form, see `thaw.data.digit_image`.
+
+    Raises:
+        UserError: the images have another shape than MNIST's.
+    """
+
+    kind = "digit"
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        if tuple(shape) != (1, SIDE, SIDE):
+            raise UserError(
+                f"reader=digit makes images of the shape (1, {SIDE}, {SIDE}), but this model takes {tuple(shape)}; "
+                "use reader=photo."
+            )
+        super().__init__(shape)
+        self.side = WORKING_SIDE
+
+    def array(self, pixels: np.ndarray, name: str) -> Reading:
+        """As for photographs, but of any contrast and polarity."""
+        doubts = []
+        if pixels.max() == 1 and pixels.min() == 0:
+            pixels = 255 * pixels
+            doubts.append("its pixels are 0 and 1, read as 0 and 255")
+        if are_like_mnist(pixels[None])[0]:
+            return Reading(pixels[None], warning="; ".join(doubts))
+        if pixels.shape == (SIDE, SIDE):
+            doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
+        return self.opened(Image.fromarray(pixels), name, doubts)
+
+    def are_inputs(self, images: np.ndarray) -> np.ndarray:
+        return are_like_mnist(images)
+
+    def fit(self, picture: Image.Image) -> tuple[np.ndarray, str]:
+        image, doubt = find_digit(picture)
+        return image[None], doubt
+
+
+def image_reader(kind: str, shape: Sequence[int]) -> PhotoReader:
+    """The reader of a model whose images have the shape (C, H, W).
+
+    Raises:
+        UserError: no such kind, or it does not make images of that shape.
+    """
+    kinds = {reader.kind: reader for reader in (DigitReader, PhotoReader)}
+    if kind not in kinds:
+        raise UserError(f"reader={kind} is unknown; choose {' or '.join(kinds)}, null for the checkpoint's.")
+    return kinds[kind](shape)
+
+
+def unpack(content: bytes, name: str) -> bytes:
+    """Decompress gzip content, to at most `MAX_BYTES`; return other content unchanged."""
+    if content[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(MAX_BYTES + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{name} is a damaged gzip file ({error}).") from error
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
+    if not content:
+        raise UserError(f"{name} is empty; give a {READABLE}.")
+    return content
+
+
+def is_idx(content: bytes) -> bool:
+    """Whether content begins with two zero bytes, as HEIC and icons do too, and an element type of IDX."""
+    return content[:2] == b"\0\0" and content[2:3] in (b"\x08", b"\x09", b"\x0b", b"\x0c", b"\x0d", b"\x0e")
+
+
+def read_images(content: bytes, name: str) -> np.ndarray:
+    """The images of an IDX file, uint8 (N, H, W), N at least 1."""
+    images = read_idx(content, name).numpy()
+    if images.ndim != 3 or not images.size:
+        raise UserError(f"{name}: IDX data of shape {images.shape}, expected images (N, height, width).")
+    return images
