@@ -208,7 +208,7 @@ def in_threads(work: Callable[[int], Answer], numbers: Sequence[int], title: str
 def reasons(files: PictureFiles, errors: Mapping[int, Exception]) -> list[str]:
     """Why files cannot be read, each with its name."""
     return [
-        str(error).rstrip(".")
+        str(error).partition("; ")[0].rstrip(".")
         if isinstance(error, UserError)
         else f"{files.names[number]} cannot be read ({getattr(error, 'strerror', None) or error})"
         for number, error in sorted(errors.items())
