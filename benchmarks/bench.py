@@ -27,8 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from thaw.data.augment import Augment
-from thaw.data.mnist import load_mnist
-from thaw.data.module import MNISTDataModule
+from thaw.data.mnist import MNISTData, load_mnist
 from thaw.data.preprocess import Preprocess
 from thaw.freezing import cache as feature_cache
 from thaw.models.backbone import Backbone
@@ -232,7 +231,10 @@ class Bench:
         theirs = textbook.TextbookDataModule(source, backbone, 512, affine=True).train_dataloader()
         for _ in theirs:  # starts the workers
             pass
-        loader = MNISTDataModule("MNIST", self.data, "official", None, 20000, 512, 512, 0, 0).train_dataloader()
+        places = {"dataset": "MNIST", "dir": self.data, "source": "official", "mirrors": None, "reader": "digit"}
+        batches = {"train_size": 20000, "batch_size": 512, "eval_batch_size": 512, "num_workers": 0, "seed": 0}
+        data = MNISTData(**places, **batches, class_weights=None, sampler="shuffled")
+        loader = data.train_dataloader()
         augment, preprocess = Augment(**AFFINE), Preprocess(28, 1, backbone.mean, backbone.std)
 
         def ours() -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
 from thaw.data.mix import Mix
+from thaw.data.mnist import MNISTData
 from thaw.data.module import Batch
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.policy import FreezePolicy
@@ -89,6 +90,13 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         return Classifier(base, head, augment, NO_MIX, chosen, recipe, cache=cache, **values)
 
     return build
+
+
+def mnist_data(**changes: Any) -> MNISTData:
+    """The bundled sample, in batches of 32."""
+    places: dict[str, Any] = {"dataset": "MNIST", "dir": "nowhere", "source": "sample", "mirrors": None}
+    batches = {"train_size": None, "batch_size": 32, "eval_batch_size": 100, "num_workers": 0, "seed": 0}
+    return MNISTData(**places, **batches | {"reader": "digit", "class_weights": None, "sampler": "shuffled"} | changes)
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def facts(run_dir: Path) -> dict[str, Any]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test digits as an IDX file."""
     path = tmp_path_factory.mktemp("digits") / "digits.idx"
-    path.write_bytes(write_idx(load_mnist("MNIST", "nowhere", "sample", None).test.images))
+    path.write_bytes(write_idx(load_mnist("MNIST", "nowhere", "sample", None).test.images[:, 0]))
     return path
 
 

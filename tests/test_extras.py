@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> Callable[..., Classifier]:
 @pytest.fixture
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (8, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (8, 1, 28, 28), dtype=torch.uint8, generator=generator)
     return Batch(images, torch.arange(8), torch.arange(8))
 
 
@@ -74,7 +74,7 @@ def test_drop_path(model: Callable[..., Classifier]) -> None:
 
 
 def test_erasing(model: Callable[..., Classifier]) -> None:
-    white = torch.full((50, 28, 28), 255, dtype=torch.uint8)
+    white = torch.full((50, 1, 28, 28), 255, dtype=torch.uint8)
     for blank in model("augment.erase=1").augment(white) == 0:
         rows, columns = blank.any(dim=1), blank.any(dim=0)
         assert torch.equal(blank, rows[:, None] & columns)

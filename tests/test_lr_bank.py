@@ -239,6 +239,6 @@ def test_a_whole_run(train: Callable[..., Path], capsys: pytest.CaptureFixture) 
     assert [float(row["best/lr"]) for row in rows if row["best/lr"]] == [lr]
     assert matplotlib.image.imread(run_dir / "report" / "lr_bank.png").std() > 0.05
     model = checkpoints.load_model(checkpoint)
-    images = torch.randint(0, 256, (4, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)
     features = model.backbone(model.preprocess(images))
     torch.testing.assert_close(model(images), model.head.logits(features)[:, winner])

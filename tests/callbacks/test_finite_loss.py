@@ -49,7 +49,7 @@ class Delayed(FiniteLoss):
 
 
 def fit(model: Model, check: FiniteLoss | None = None, validate: bool = False, **changes: Any) -> None:
-    images = torch.full((40, 28, 28), 100, dtype=torch.uint8)
+    images = torch.full((40, 1, 28, 28), 100, dtype=torch.uint8)
     batches = [Batch(part, torch.zeros(10), torch.arange(10) + 10 * i) for i, part in enumerate(images.split(10))]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": 2, "devices": 1}

@@ -7,7 +7,7 @@ from thaw.data.batches import by_batches, evenly_spread
 
 
 def test_batches_give_what_all_images_at_once_give() -> None:
-    images, sizes = torch.randint(0, 256, (7, 28, 28), dtype=torch.uint8), []
+    images, sizes = torch.randint(0, 256, (7, 1, 28, 28), dtype=torch.uint8), []
 
     def compute(batch: torch.Tensor) -> torch.Tensor:
         sizes.append(len(batch))

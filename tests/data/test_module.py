@@ -14,17 +14,17 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from small_models import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from thaw.data.images import Images
-from thaw.data.mnist import load_mnist
-from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, MNISTDataModule, load_source
+from thaw.data.mnist import MNISTData, load_mnist
+from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, load_source
 
 
-def datamodule(**changes: Any) -> MNISTDataModule:
-    given = {"train_size": 45, "batch_size": 10, "eval_batch_size": 120, "num_workers": 0, "seed": 0} | changes
-    return MNISTDataModule(dataset="MNIST", dir="nowhere", source="sample", mirrors=None, **given)
+def datamodule(**changes: Any) -> MNISTData:
+    return mnist_data(**{"train_size": 45, "batch_size": 10, "eval_batch_size": 120, **changes})
 
 
 def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 0, epoch: int = 0) -> BatchSampler:
@@ -36,7 +36,7 @@ def sampler(n: int, batch_size: int, ranks: int = 1, rank: int = 0, seed: int = 
 def loader(n: int, batch_size: int, num_workers: int = 0) -> ImageLoader:
     """Images whose every pixel is their label, 10 labels."""
     labels = torch.arange(n) % 10
-    images = labels.to(torch.uint8)[:, None, None].expand(n, 28, 28)
+    images = labels.to(torch.uint8)[:, None, None, None].expand(n, 1, 28, 28)
     return ImageLoader(
         ImageDataset(Images(images, labels)), sampler=sampler(n, batch_size), batch_size=None, num_workers=num_workers
     )
@@ -100,7 +100,7 @@ def test_batches_hold_what_their_indices_say(num_workers: int) -> None:
         assert batch.images.dtype == torch.uint8
         assert batch.labels.dtype == torch.int64
         assert torch.equal(batch.labels, batch.indices % 10)
-        assert torch.equal(batch.images, batch.labels.to(torch.uint8)[:, None, None].expand(-1, 28, 28))
+        assert torch.equal(batch.images, batch.labels.to(torch.uint8)[:, None, None, None].expand(-1, 1, 28, 28))
     assert order(batches) == order(loader(25, 10))
 
 
@@ -193,7 +193,7 @@ def test_settings_that_are_not_allowed(name: str, value: Any, allowed: str) -> N
         load_source(block, {name: value})
 
 
-def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTDataModule:
+def on_rank(rank: int, ranks: int, **changes: Any) -> MNISTData:
     data = datamodule(**changes)
     data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, overfit_batches=0)
     data.trainer.strategy = SimpleNamespace(root_device=torch.device("cpu"))

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import compose_config
 from omegaconf import OmegaConf
-from own_digits import write_csv
+from own_digits import CLASSES, write_csv
 
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_sample
@@ -33,16 +33,16 @@ def command(name: str, folder: Path, *overrides: str) -> None:
 def own_data(tmp_path: Path, **settings: object) -> list[str]:
     """A CSV of five classes, and the overrides by which a user chooses a data module for it."""
     write_csv(tmp_path / "mine.csv", classes=5, rows=500)
-    block = {"path": str(tmp_path / "mine.csv"), "batch_size": 32, **settings}
+    block = {"path": str(tmp_path / "mine.csv"), **settings}
     (tmp_path / "configs/data").mkdir(parents=True)
     (tmp_path / "configs/data/mine.yaml").write_text(yaml.safe_dump(block))
-    return [f"hydra.searchpath=[file://{tmp_path / 'configs'}]", "data=mine", "model.num_classes=5"]
+    return [f"hydra.searchpath=[file://{tmp_path / 'configs'}]", "data=mine", "data.batch_size=32"]
 
 
 @pytest.fixture
 def csv_run(train: Callable[..., Path], tmp_path: Path) -> Path:
-    """A run on five classes of a CSV, by the subclass of MNISTDataModule."""
-    settings = {"eval_batch_size": 100, "num_workers": 0, "seed": 0}
+    """A run on five classes of a CSV, by a subclass of ImageDataModule."""
+    settings = {"defaults": ["batches"], "reader": "digit"}
     return train(*own_data(tmp_path, _target_="own_digits.CSVDigits", **settings), *SMALL)
 
 
@@ -50,13 +50,13 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     """On the bundled sample, whose labels are others, this model is right less often than by chance."""
     trained = json.loads((csv_run / "summary.json").read_text())
     assert trained["test/acc"] > 0.8 and trained["n_test"] == 100
-    assert (trained["dataset"], trained["data_source"]) == ("CSVDigits", "my CSV")
+    assert (trained["dataset"], trained["data_source"]) == ("own digits", "my CSV")
 
     command("eval", tmp_path / "eval", f"ckpt={csv_run}", *FEW)
     facts = json.loads((tmp_path / "eval/report/report.json").read_text())["models"]["train"]
     assert facts["test/acc"] == trained["test/acc"] and facts["data_source"] == "my CSV"
-    assert [row["class"] for row in facts["classes"]] == ["0", "1", "2", "3", "4"]
-    assert "100 test images of CSVDigits (my CSV)" in (tmp_path / "eval/report/report.html").read_text()
+    assert [row["class"] for row in facts["classes"]] == CLASSES
+    assert "100 test images of own digits (my CSV)" in (tmp_path / "eval/report/report.html").read_text()
 
     output = tmp_path / "model.onnx"
     import_module("export").main(compose_config("export", ALLOW, f"ckpt={csv_run}", f"output={output}"))
@@ -67,7 +67,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     shared = compose_config("export", ALLOW, f"ckpt={csv_run}", "format=hub_folder", f"output={folder}")
     import_module("export").main(shared)
     card = (folder / "README.md").read_text()
-    assert "CSVDigits's 5 classes" in card and "of my CSV, **not the official test split**" in card
+    assert "own digits's 5 classes" in card and "of my CSV, **not the official test split**" in card
     assert "model-index" not in yaml.safe_load(card.split("---")[1])
 
     command("probe", tmp_path / "probe", f"ckpt={csv_run}", "probe=knn", "probe.k=[1]", "cache.mode=off")
@@ -86,15 +86,13 @@ def test_files_that_are_gone_are_an_error(csv_run: Path, tmp_path: Path) -> None
         ValueError, match=r"data\.source=sample: .*CSVDigits has no such setting; it has .*data\.path, "
     ):
         command("eval", tmp_path / "wrong", f"ckpt={csv_run}", "data.source=sample")
-    with pytest.raises(ValueError, match=r"data\.train_size=.*has no such setting"):
-        command("probe", tmp_path / "wrong", f"ckpt={csv_run}", "data.train_size=9")
     command("eval", tmp_path / "eval", f"ckpt={csv_run}", f"+data.path={moved}", *FEW)
     assert (tmp_path / "eval/report/report.html").is_file()
 
 
 def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    run = train(*own_data(tmp_path, _target_="own_digits.PlainDigits"), *SMALL)
-    assert "PlainDigits, digits of my own: 300 to train" in capsys.readouterr().out
+    run = train(*own_data(tmp_path, _target_="own_digits.PlainDigits", batch_size=32), *SMALL)
+    assert "own digits, digits of my own: 300 to train" in capsys.readouterr().out
     trained = json.loads((run / "summary.json").read_text())
     command("eval", tmp_path / "eval", f"ckpt={run}", *FEW)
     facts = json.loads((tmp_path / "eval/report/report.json").read_text())["models"]["train"]
@@ -107,7 +105,7 @@ def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys:
         assert {row["label"] for row in rows} <= {"four", "three", "two", "one", "zero"}
 
     (tmp_path / "mine.csv").unlink()  # who only predicts needs no data
-    (tmp_path / "digit-idx3-ubyte").write_bytes(write_idx(load_sample("MNIST").test.images[:1]))
+    (tmp_path / "digit-idx3-ubyte").write_bytes(write_idx(load_sample("MNIST").test.images[:1, 0]))
     asked = [f"ckpt={run}", f"inputs=[{tmp_path / 'digit-idx3-ubyte'}]", f"output={tmp_path / 'answers.csv'}"]
     import_module("predict").main(compose_config("predict", ALLOW, *asked))
     assert "p(four),p(three),p(two),p(one),p(zero)" in (tmp_path / "answers.csv").read_text()
@@ -115,7 +113,7 @@ def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys:
 
 def test_a_checkpoint_without_classes_still_names_them(linear_probe: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(linear_probe / "checkpoints/best.ckpt")
-    assert checkpoint.pop("classes") == [str(digit) for digit in range(10)]
+    assert checkpoint.pop("data")["classes"] == [str(digit) for digit in range(10)]
     checkpoint["config"]["data"]["dataset"] = "FashionMNIST"
     torch.save(checkpoint, tmp_path / "old.ckpt")
     assert load_predictor(str(tmp_path / "old.ckpt")).classes[:2] == ["T-shirt/top", "Trouser"]

@@ -10,7 +10,7 @@ from thaw.data.preprocess import Preprocess
 
 @pytest.fixture
 def digits() -> torch.Tensor:
-    return torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def test_values_per_channel(digits: torch.Tensor) -> None:

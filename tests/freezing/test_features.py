@@ -10,12 +10,14 @@ import lightning as L
 import pytest
 import torch
 from freezing.test_cache import new, nothing_at_hand, trainer_of  # noqa: F401  (an autouse fixture)
+from small_models import mnist_data
 from torch import Tensor
 
 from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
-from thaw.data.module import Batch, MNISTDataModule
+from thaw.data.mnist import MNISTData
+from thaw.data.module import Batch
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 
@@ -45,8 +47,8 @@ def model(tmp_path: Path, classifier: Build, policy: Callable[..., FreezePolicy]
     return build
 
 
-def digits(train_size: int = TRAIN, seed: int = 0) -> MNISTDataModule:
-    return MNISTDataModule("MNIST", "nowhere", "sample", None, train_size, 32, 100, 0, seed)
+def digits(train_size: int = TRAIN, seed: int = 0) -> MNISTData:
+    return mnist_data(train_size=train_size, seed=seed)
 
 
 class Watch(L.Callback):
@@ -63,7 +65,7 @@ class Watch(L.Callback):
         self.val.append((batch.features, batch.indices))
 
 
-def fitted(model: Classifier, data: MNISTDataModule | None = None, epochs: int = 2, **changes: Any) -> L.Trainer:
+def fitted(model: Classifier, data: MNISTData | None = None, epochs: int = 2, **changes: Any) -> L.Trainer:
     trainer = trainer_of(max_epochs=epochs, callbacks=[*changes.pop("callbacks", []), StepSeed(0)], **changes)
     trainer.fit(model, data or digits())
     return trainer

@@ -59,7 +59,7 @@ def test_modes_of_a_frozen_backbone_under_a_training_head(classifier: Build, tin
 
 def outputs(model: Classifier) -> list[Tensor]:
     """What the stem, each block, the final norm and the head give for the same images."""
-    tokens = model.preprocess(torch.arange(8 * 28 * 28).reshape(8, 28, 28).to(torch.uint8))
+    tokens = model.preprocess(torch.arange(8 * 28 * 28).reshape(8, 1, 28, 28).to(torch.uint8))
     seen = []
     for layer in (*model.backbone.layers, model.head):
         tokens = layer(tokens)

@@ -82,7 +82,7 @@ def states(run_dir: Path, name: str = "best") -> dict[str, Any]:
 
 
 def logits(checkpoint: dict[str, Any]) -> torch.Tensor:
-    images = torch.arange(8 * 28 * 28).reshape(8, 28, 28).to(torch.uint8)
+    images = torch.arange(8 * 28 * 28).reshape(8, 1, 28, 28).to(torch.uint8)
     with torch.no_grad():
         return checkpoints.load_model(checkpoint)(images)
 

@@ -269,4 +269,4 @@ def test_a_run_names_it_and_its_checkpoint_loads(train: Callable[..., Path]) -> 
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["backbone"], summary["weights"]) == ("lenet5", "none")
     model = load_model(read_checkpoint(run_dir / "checkpoints" / "best.ckpt"))
-    assert model(torch.zeros(2, 28, 28, dtype=torch.uint8)).shape == (2, 10)
+    assert model(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 10)

@@ -54,7 +54,7 @@ def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
     depths = model.depths()
     groups = model.optim.groups(model.named_parameters(), depths, model.thaw.epochs)
     optimizer = model.optim.optimizer(groups, lr=1e-3, weight_decay=0.0)
-    images = torch.randint(0, 255, (BATCH, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 255, (BATCH, 1, 28, 28), dtype=torch.uint8)
     batch = Batch(images, torch.arange(BATCH) % 10, torch.arange(BATCH))
 
     def forward() -> torch.Tensor:

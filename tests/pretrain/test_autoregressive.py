@@ -24,7 +24,7 @@ def autoregressive(vit: dict = VIT, *, fused: bool = False, **settings: Any) -> 
 
 def digits(number: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 100, (number, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (number, 1, 28, 28), dtype=torch.uint8, generator=generator)
     images[:, 7:21] += (50 * (torch.arange(number) % 3)).to(torch.uint8)[:, None, None]
     return images
 
@@ -158,7 +158,7 @@ def test_contact_sheet() -> None:
     with torch.no_grad():
         (shown, given, completed), titles = model.contact_sheet(images)
     assert titles == ["image", "given", "completed"]
-    assert all(row.shape == (16, 28, 28) and row.dtype == torch.uint8 for row in (shown, given, completed))
+    assert all(row.shape == (16, 1, 28, 28) and row.dtype == torch.uint8 for row in (shown, given, completed))
     assert torch.equal(shown, images[:16])
     for row in (given, completed):
         assert torch.equal(row[:, :14], images[:16, :14])

@@ -41,7 +41,7 @@ def gan(trained: Backbone | None = None, **changes: Any) -> GAN:
 
 
 def digits(number: int = 6) -> Batch:
-    images = torch.randint(0, 256, (number, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(0, 256, (number, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return Batch(images, torch.zeros(number), torch.arange(number))
 
 
@@ -147,7 +147,7 @@ def test_the_latents_are_fixed() -> None:
     assert torch.equal(model.grid, fixed_latents(128, 8)) and "grid" in model.state_dict()
     first, again = (model.contact_sheet(digits(20).images) for _ in range(2))
     assert first[1] == ["generated", "", "", "", "", "", "", "", "real"]
-    assert [row.shape for row in first[0]] == 9 * [(16, 28, 28)] and {row.dtype for row in first[0]} == {torch.uint8}
+    assert [row.shape for row in first[0]] == 9 * [(16, 1, 28, 28)] and {row.dtype for row in first[0]} == {torch.uint8}
     assert all(torch.equal(a, b) for a, b in zip(first[0], again[0], strict=True))
     assert torch.equal(first[0][8], digits(20).images[:16])
 
@@ -218,6 +218,6 @@ def test_the_measurement_is_that_of_its_parts(tmp_path: Path) -> None:
     model.on_validation_epoch_end()
     assert logged["val/fid"] == pytest.approx(logged["val/fid_floor"], rel=1e-6) and logged["val/fid"] > 0
     assert logged["val/precision"] > 0.5
-    model.draw = lambda latents: torch.zeros(len(latents), 28, 28, dtype=torch.uint8)
+    model.draw = lambda latents: torch.zeros(len(latents), 1, 28, 28, dtype=torch.uint8)
     model.on_validation_epoch_end()
     assert logged["val/fid"] > 3 * logged["val/fid_floor"] and logged["val/precision"] == 0

@@ -99,7 +99,7 @@ def test_the_picture_keeps_what_was_seen() -> None:
     model, images = mae().eval(), digits(20).images
     with torch.no_grad():
         rows, titles = model.contact_sheet(images)
-    assert titles == ["image", "seen", "drawn"] and all(row.shape == (16, 28, 28) for row in rows)
+    assert titles == ["image", "seen", "drawn"] and all(row.shape == (16, 1, 28, 28) for row in rows)
     shown = rows[1] != 128
     assert torch.equal(rows[1][shown], images[:16][shown]) and torch.equal(rows[2][shown], images[:16][shown])
     assert 0.3 < shown.float().mean() < 0.45

@@ -34,7 +34,7 @@ def recipe() -> OptimizerRecipe:
 
 def digits(number: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 200, (number, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 200, (number, 1, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(number) % 3
     images[:, :14] += (25 * labels).to(torch.uint8)[:, None, None]
     return Batch(images, labels, torch.arange(number))

@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, compose_config, compose_run, train_once
 from omegaconf import OmegaConf
+from small_models import mnist_data
 
-from thaw.data.module import MNISTDataModule
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.evaluation.probe_run import checkpoint_backbone
 from thaw.models.pretrained import BUNDLED
@@ -51,7 +51,7 @@ def test_evaluation_needs_the_file_alone(run_dir: Path, tmp_path: Path, monkeypa
 def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
     checkpoint = read_checkpoint(run_dir / "checkpoints" / "best.ckpt")
     model = load_model(checkpoint)
-    data = MNISTDataModule("MNIST", "data", "sample", None, None, 32, 100, 0, 0).load()
+    data = mnist_data().load()
     with torch.no_grad():
         right = (model(data.test.images).argmax(1) == data.test.labels).sum().item()
     assert json.loads((run_dir / "summary.json").read_text())["test/acc"] == right / len(data.test.labels)
@@ -133,7 +133,7 @@ def test_training_settings_bind_nobody(tmp_path: Path, trained: dict[str, Any], 
     checkpoint["config"]["trainer"] |= trained
     torch.save(checkpoint, tmp_path / "elsewhere.ckpt")
     predictor = load_predictor(str(tmp_path / "elsewhere.ckpt"))
-    assert predictor(torch.zeros(2, 28, 28, dtype=torch.uint8)).shape == (2, 10)
+    assert predictor(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 10)
     if not torch.accelerator.is_available():
         assert predictor.fabric.device.type == "cpu"
         assert predictor.cfg.trainer.precision == precision or precision is None
