@@ -26,7 +26,7 @@ import torchvision.datasets
 from thaw.data import mnist
 from thaw.data.idx import write_idx
 from thaw.data.images import Images, Source
-from thaw.data.mnist import load_mnist
+from thaw.data.mnist import OFFICIAL, SAMPLE, load_mnist
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES = [
     f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -172,7 +172,7 @@ def assert_equal(one: Images, other: Images) -> None:
 
 
 def assert_synthetic(found: Source, digits: Tensors) -> None:
-    assert found.name == "official"
+    assert found.origin == OFFICIAL
     whole = Images(*(torch.cat(parts) for parts in zip(found.val, found.train, strict=True)))
     assert_equal(whole, Images(digits[TRAIN_IMAGES], digits[TRAIN_LABELS].long()))
     assert_equal(found.test, Images(digits[TEST_IMAGES], digits[TEST_LABELS].long()))
@@ -184,9 +184,9 @@ def assert_synthetic(found: Source, digits: Tensors) -> None:
 
 def test_sample_splits() -> None:
     sample, again = (load_mnist("MNIST", "nowhere", "sample", None) for _ in range(2))
-    assert sample.name == "sample"
+    assert sample.origin == SAMPLE
     for digits, same, per_class in zip(sample[:3], again[:3], (400, 50, 50), strict=True):
-        assert digits.images.shape == (10 * per_class, 28, 28)
+        assert digits.images.shape == (10 * per_class, 1, 28, 28)
         assert digits.images.dtype == torch.uint8
         assert digits.labels.dtype == torch.int64
         assert digits.labels.bincount().tolist() == [per_class] * 10
@@ -342,7 +342,7 @@ def test_what_thaw_put_there_counts_for_nothing(tmp_path: Path) -> None:
     for name in ("FashionMNIST/raw/x.gz", "MNIST/raw/.download.lock", f"MNIST/raw/{TRAIN_IMAGES}.part", ".DS_Store"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert load_mnist("MNIST", tmp_path, "auto", None).name == "sample"
+    assert load_mnist("MNIST", tmp_path, "auto", None).origin == SAMPLE
 
 
 # Downloading
@@ -456,7 +456,7 @@ def test_out_of_reach_falls_back_to_the_sample(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             found = load_mnist("MNIST", tmp_path, "auto", None)
-    assert found.name == "sample"
+    assert found.origin == SAMPLE
     assert len(found.train.labels) == 4000
     [record] = [record for record in caplog.records if record.name == mnist.__name__]
     assert record.levelno == logging.WARNING and len(f"warning: {record.getMessage()}") < 3 * 80

@@ -9,8 +9,8 @@ from thaw.data.images import Images
 from thaw.data.split import complete, divide, name_splits
 
 
-def digests(number: int) -> list[bytes]:
-    return [hashlib.sha256(str(index).encode()).digest() for index in range(number)]
+def digests(number: int) -> list[str]:
+    return [hashlib.sha256(str(index).encode()).hexdigest() for index in range(number)]
 
 
 def test_a_tenth_of_each_class_is_held_out() -> None:

@@ -16,7 +16,7 @@ FOR = {1: "are the validation split", 2: "are the test split, as many the valida
 HELD_OUT = 0.1  # of each class: the share of the remaining training images that a missing split takes
 
 
-def divide(digests: Sequence[bytes], labels: Tensor, missing: Sequence[str]) -> dict[str, Tensor]:
+def divide(digests: Sequence[str], labels: Tensor, missing: Sequence[str]) -> dict[str, Tensor]:
     """Indices, in their order, of the images that stay in `train` and of those that make up each missing split.
 
     digests: a hash of each image's content (N), labels: (N,).
@@ -28,12 +28,12 @@ def divide(digests: Sequence[bytes], labels: Tensor, missing: Sequence[str]) -> 
     return {"train": rest, **parts}
 
 
-def held_out(digests: Sequence[bytes], labels: Tensor) -> Tensor:
+def held_out(digests: Sequence[str], labels: Tensor) -> Tensor:
     """Which images (N,) a split takes: those with the lowest digests of each class, at least one of two or more.
 
     Equal images have equal digests and go together, even where their labels differ.
     """
-    label_of: dict[bytes, int] = {}
+    label_of: dict[str, int] = {}
     for digest, label in zip(digests, labels.tolist(), strict=True):
         label_of[digest] = min(label, label_of.get(digest, label))
     by_class = defaultdict(list)
@@ -66,7 +66,7 @@ def complete(splits: Mapping[str, Images], name: str) -> tuple[Images, Images, I
     """Train, val and test of images in memory; what is missing is taken from `train` by the content of the images."""
     splits, missing = name_splits(splits, name)
     train = splits["train"]
-    digests = [hashlib.sha256(image.contiguous().numpy().data).digest() for image in train.images]
+    digests = [hashlib.sha256(image.contiguous().numpy().data).hexdigest() for image in train.images]
     parts = divide(digests, train.labels, missing)
     whole = {**splits, **{split: train.take(which) for split, which in parts.items()}}
     return whole["train"], whole["val"], whole["test"]
