@@ -7,27 +7,23 @@ a field of 28 x 28. Ink is 255, background 0.
 
 import gzip
 import io
-import re
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.morphology import closing, disk, opening
 
 from thaw.data.idx import read_idx
+from thaw.data.pictures import PICTURE_FORMATS, open_picture
 from thaw.run.errors import UserError
 
-PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
 SIDE, BOX = 28, 20  # pixels: of the field, and of the box that the digit fits
 CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's own training images
-MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
 MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the search for the digit
 SHADOW_SIDE = 400  # pixels; pictures partly in shadow are reduced to this size to estimate their background
@@ -38,8 +34,6 @@ MAX_STROKES = 100  # examined in one picture
 SECOND = 0.3  # size, as a share of the largest stroke's, from which another stroke may be a second digit
 WIDE = 1.5  # ratio of width to height above which one stroke may be two digits; 0.2 % of MNIST's digits exceed it
 READABLE = f"{', '.join(PICTURE_FORMATS)} or IDX file"
-
-warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
 
 
 class Digit(NamedTuple):
@@ -118,7 +112,7 @@ def read_array(image: np.ndarray, name: str) -> Digit:
 def read_picture(content: bytes, name: str) -> Digit:
     """The digit in a file of one of `PICTURE_FORMATS`."""
     try:
-        picture, doubts = open_picture(content, name)
+        picture, doubts = open_picture(content, name, WORKING_SIDE)
     except UserError as error:
         return Digit(None, str(error))
     return read_opened(picture, name, doubts)
@@ -131,35 +125,6 @@ def read_opened(picture: Image.Image, name: str, doubts: Sequence[str]) -> Digit
         reason = str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
         return Digit(None, f"{name} {reason}")
     return Digit(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
-
-
-def open_picture(content: bytes, name: str) -> tuple[Image.Image, list[str]]:
-    """Decode the first frame of a picture, upright, and list doubts about it; checks the stated size before decoding.
-
-    Raises:
-        UserError: not a picture, or too large or damaged.
-    """
-    try:
-        picture: Image.Image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(picture.width * picture.height)
-        several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # a phone's MPO is one picture
-        picture.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # a JPEG is decoded at about that size
-        picture.load()
-    except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not a {READABLE}; convert it to PNG or JPEG.") from error
-    except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
-        size = int(re.findall(r"\d+", str(error))[0])
-        raise UserError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
-    except Exception as error:  # decoders raise nearly anything for damaged data
-        raise UserError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
-    doubts = ["only the first of its frames is read"] if several else []
-    for key in ("xmp", "XML:com.adobe.xmp"):  # ignored as in browsers: programs that turn a picture leave it unchanged
-        picture.info.pop(key, None)
-    with suppress(Exception):  # damaged EXIF data raise nearly anything, though the picture itself is whole
-        if all(value == value for value in picture.getexif().values()):  # a fraction with the denominator 0 is NaN
-            return ImageOps.exif_transpose(picture), doubts
-    return picture, [*doubts, "its EXIF data are damaged, so it is not turned"]
 
 
 def find_digit(picture: Image.Image) -> tuple[np.ndarray, str]:

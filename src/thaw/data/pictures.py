@@ -1,0 +1,88 @@
+"""Picture files of people: opened safely and upright, and photographs brought to one size."""
+
+import io
+import re
+import warnings
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from thaw.run.errors import UserError
+
+PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
+LEAST_SIDE = 8  # pixels; a smaller picture is doubtful
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
+
+
+def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, list[str]]:
+    """Decode the first frame of a picture, upright, and list doubts about it; checks the stated size before decoding.
+
+    A large JPEG is decoded at an eighth, a quarter or half of its size where it stays at least `side` pixels high and
+    wide.
+
+    Raises:
+        UserError: not a picture, or too large or damaged.
+    """
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(picture.width * picture.height)
+        several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # a phone's MPO is one picture
+        picture.draft("RGB", (side, side))
+        picture.load()
+    except UnidentifiedImageError as error:
+        formats = f"{', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]}"
+        raise UserError(f"{name} is not a {formats} file; convert it to PNG or JPEG.") from error
+    except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
+        size = int(re.findall(r"\d+", str(error))[0])
+        raise UserError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+    except Exception as error:  # decoders raise nearly anything for damaged data
+        raise UserError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
+    doubts = ["only the first of its frames is read"] if several else []
+    for key in ("xmp", "XML:com.adobe.xmp"):  # ignored as in browsers: programs that turn a picture leave it unchanged
+        picture.info.pop(key, None)
+    with suppress(Exception):  # damaged EXIF data raise nearly anything, though the picture itself is whole
+        if all(value == value for value in picture.getexif().values()):  # a fraction with the denominator 0 is NaN
+            return ImageOps.exif_transpose(picture), doubts
+    return picture, [*doubts, "its EXIF data are damaged, so it is not turned"]
+
+
+def fit_photo(picture: Image.Image, channels: int, size: int) -> np.ndarray:
+    """The central square of a picture, antialiased (bicubic), uint8 (channels, size, size): RGB, or grey for 1.
+
+    The square is cut first, so that a picture of 30,000 x 10 pixels is never enlarged as a whole. Transparent pixels
+    are white.
+    """
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = eight_bits(picture.crop((left, top, left + side, top + side)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB" if channels == 3 else "L")
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or of fractions, by its whole range, as 8 bits; another picture unchanged.
+
+    The range ends at 65,535; fractions may also end at 1 or 255, and what exceeds all of these at its own maximum.
+    """
+    if picture.mode[0] not in "IF":
+        return picture
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
+    ends = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
+    end = next((end for end in ends if values.max() <= end), values.max())
+    return Image.fromarray((values * (255 / end)).round().astype(np.uint8))
+
+
+def shape_doubts(picture: Image.Image) -> list[str]:
+    """What should be said of a picture of which `fit_photo` shows little."""
+    short, long = sorted(picture.size)
+    doubts = [f"its short side has less than {LEAST_SIDE} pixels"] * (short < LEAST_SIDE)
+    return doubts + ["its middle square is less than a tenth of it"] * (long > 10 * short)
