@@ -16,7 +16,7 @@ from torch import Tensor
 from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.split import complete
+from thaw.data.splits import Share, split_images
 from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
@@ -38,13 +38,16 @@ class ArrayData(ImageDataModule):
         path: .npz, .npy, .csv or IDX (packed or not), or a folder of them. The words in the names of files and of an
             .npz's arrays say what an array is: `x_train`, `test_labels.npy`, `mnist_test.csv`, `images`, `labels`.
         classes: names in the order of the labels; None stands for the numbers.
+        val_share, test_share: of each class of the training images, where that split is missing.
     """
 
     path: str
     classes: Sequence[str] | None
+    val_share: Share
+    test_share: Share
 
     def read(self) -> Source:
-        """See `thaw.data.split.complete` for splits that are missing.
+        """See `thaw.data.splits.split_images` for splits that are missing.
 
         Raises:
             UserError: names the file or array, what was found there and what is allowed.
@@ -73,9 +76,8 @@ class ArrayData(ImageDataModule):
         if count > len(labels):
             raise UserError(f"data.path={self.path}: {len(labels)} labels up to {count - 1} are not those of classes.")
         classes = self.classes or [str(label) for label in range(count)]
-        return Source(
-            *complete(splits, path.stem), classes=classes, name=path.stem, origin=f"the arrays in {path.name}"
-        )
+        parts = split_images(splits, self.val_share, self.test_share, f"data.path={self.path}")
+        return Source(*parts, classes, path.stem, f"the arrays in {path.name}")
 
 
 def find_arrays(path: Path) -> Iterator[tuple[str, list[str], np.ndarray]]:

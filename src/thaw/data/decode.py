@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ Order: TypeAlias = Mapping[str, Sequence[int]]  # by split, the numbers of its f
 Answer = TypeVar("Answer")
 
 
+class Readable(Protocol):
+    """A path, or whatever else gives the content of a picture file."""
+
+    def read_bytes(self) -> bytes: ...
+
+
 class PictureFiles(NamedTuple):
     """Files to decode.
 
@@ -43,7 +49,7 @@ class PictureFiles(NamedTuple):
     skip_unreadable: leave out what cannot be read.
     """
 
-    paths: Sequence[Path]
+    paths: Sequence[Readable]
     names: Sequence[str]
     facts: Mapping[str, Any]
     arrange: Callable[[Mapping[int, str]], tuple[Order, list[str]]]
