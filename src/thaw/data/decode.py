@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,24 +33,19 @@ Order: TypeAlias = Mapping[str, Sequence[int]]  # by split, the numbers of its f
 Answer = TypeVar("Answer")
 
 
-class Readable(Protocol):
-    """A path, or whatever else gives the content of a picture file."""
-
-    def read_bytes(self) -> bytes: ...
-
-
 class PictureFiles(NamedTuple):
     """Files to decode.
 
-    names: by which messages call them.
+    names: of the files, for messages.
+    read: gets the number of a file, returns its content.
     facts: values of JSON that change whenever a file does; the key of the decoded images is a hash of them.
     arrange: gets the SHA-256 of each readable file by its number; returns the numbers of each split in the order
         wanted, and lines for the user about the files.
     skip_unreadable: leave out what cannot be read.
     """
 
-    paths: Sequence[Readable]
     names: Sequence[str]
+    read: Callable[[int], bytes]
     facts: Mapping[str, Any]
     arrange: Callable[[Mapping[int, str]], tuple[Order, list[str]]]
     skip_unreadable: bool
@@ -72,7 +67,7 @@ def decode_once(
         UserError: the images are larger than `max_gb`, or files cannot be read.
         UserFileError: the folder cannot be used and memory is too small.
     """
-    shape = (len(files.paths), channels, size, size)
+    shape = (len(files.names), channels, size, size)
     check_room(shape, max_gb)
     facts = {"format": DECODE_FORMAT, "shape": [*shape], **files.facts}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -152,7 +147,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     unreadable: dict[int, Exception] = {}
 
     def content_hash(number: int) -> str:
-        return hashlib.sha256(files.paths[number].read_bytes()).hexdigest()
+        return hashlib.sha256(files.read(number)).hexdigest()
 
     for number, answer in enumerate(in_threads(content_hash, range(count), "reading pictures")):
         if isinstance(answer, Exception):
@@ -166,7 +161,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     rows = dict(zip(numbers, range(count), strict=False))
 
     def decode(number: int) -> list[str]:
-        picture, found = open_picture(files.paths[number].read_bytes(), files.names[number], 2 * size)
+        picture, found = open_picture(files.read(number), files.names[number], 2 * size)
         array[rows[number]] = fit_photo(picture, channels, size)
         return [*found, *shape_doubts(picture)]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from thaw.data.decode import PictureFiles, Readable, decode_once
+from thaw.data.decode import PictureFiles, decode_once
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
 from thaw.data.splits import SPLITS, ListedFile, Share, check_classes_of_splits, plan_splits, split_files
@@ -43,12 +43,17 @@ class DecodedData(ImageDataModule):
     max_gb: Positive
 
     def decode(
-        self, files: Sequence[ListedFile], contents: Sequence[Readable], classes: Sequence[str], name: str, **facts: Any
+        self,
+        files: Sequence[ListedFile],
+        content: Callable[[int], bytes],
+        classes: Sequence[str],
+        name: str,
+        **facts: Any,
     ) -> Source:
         """The images of listed files by split; prints what is left out, and how splits are made.
 
         Args:
-            contents: where each file is read, in their order.
+            content: gets the number of a file, returns what is in it.
             classes: in the order of the labels; a file has one of them as its label.
             name: of the dataset.
             facts: what else distinguishes the pictures from those of another dataset, as values of JSON.
@@ -59,8 +64,8 @@ class DecodedData(ImageDataModule):
         uses, shares = plan_splits({file.split for file in files}, self.val_share, self.test_share, name)
         files = [file._replace(split=uses.get(file.split, "")) for file in files]
         wanted = PictureFiles(
-            paths=contents,
             names=[file.name for file in files],
+            read=content,
             facts={**facts, "files": hashlib.sha256(repr(files).encode()).hexdigest(), **shares},
             arrange=partial(split_files, files, shares),
             skip_unreadable=self.skip_unreadable,

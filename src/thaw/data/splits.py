@@ -48,10 +48,11 @@ def plan_splits(
     lines, uses = [], {split: split for split in given}
     if given == {"train", "val"}:
         uses["val"] = "test"
-        lines.append("val is tested on, as there is no test")
+        lines.append("what lies in val is tested on, as there is no test")
     shares = {"test": test_share, "val": val_share}
     shares = {split: share for split, share in shares.items() if split not in uses.values()}
-    lines += [f"{split} is {share:.0%} of each class{' in train' * bool(given)}" for split, share in shares.items()]
+    where = " in train" if given else ""
+    lines += [f"{split} takes {share:.0%} of each class{where}" for split, share in shares.items()]
     if lines:
         say(f"splits: {'; '.join(lines)}")
     return uses, shares
