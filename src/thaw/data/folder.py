@@ -25,7 +25,7 @@ from thaw.run.values import Count, Positive
 log = logging.getLogger(__name__)
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
+SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,8 +50,8 @@ class FolderData(ImageDataModule):
     table: str | None
     image_size: Count
     channels: Literal[1, 3]
-    val_share: Share
-    test_share: Share
+    val_share: SplitShare
+    test_share: SplitShare
     skip_unreadable: bool
     cache_dir: str
     max_gb: Positive
