@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
 
     typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
-    block = OmegaConf.to_container(cfg.data, resolve=False)
+    block: Any = OmegaConf.to_container(cfg.data, resolve=False)
     changes = {key: value for key, value in block.items() if (f"data.{key}" in typed if chosen else value is not None)}
     settings = (cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
     ckpts = cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]

@@ -29,7 +29,16 @@ TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
 LINEAR = partial(LinearHead, norm="layer")
-AS_IT_IS = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+
+
+def augmentation(**settings: Any) -> Augment:
+    """augment=none but for these settings."""
+    none: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "augment" / "none.yaml"))
+    none.pop("_target_")
+    return Augment(**none | settings)
+
+
+AS_IT_IS = augmentation()
 NO_MIX = Mix(None, None, probability=1)
 NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1)
 

@@ -1,4 +1,4 @@
-"""The store of features: exact or nothing, whatever was killed, damaged, full or in use by another process."""
+"""The store of tensors: exact or nothing, whatever was killed, damaged, full or in use by another process."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from thaw.data.store import TensorStore
 
 KEY, OTHER, THIRD = ("0123456789abcdef", "1" * 16, "2" * 16)
 FACTS = {"weights": "abc", "size": [28, 28]}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> TensorStore:
 
 def put(store: TensorStore, key: str = KEY, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Write (2, 5, 4) random numbers."""
-    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)).mul(50).to(dtype)
     with store.lock(key):
         target = store.create(key, (2, 5, 4), dtype)
         target.copy_(values)
@@ -138,6 +138,21 @@ def test_damage_is_told(store: TensorStore, caplog: pytest.LogCaptureFixture) ->
     os.truncate(store.path(KEY), 200)
     assert store.read(KEY, FACTS) is None
     assert f"{KEY}.npy is damaged and will be computed again" in caplog.text
+
+
+def test_images_are_compared_by_type_shape_and_size_alone(store: TensorStore) -> None:
+    """Hundreds of GB are not read to find a changed byte; a file that is cut short is found."""
+    values = put(store, dtype=torch.uint8)
+    path = store.path(KEY)
+    changed = path.read_bytes()[:-1] + b"\xee"
+    path.write_bytes(changed)
+    got = store.read(KEY, FACTS, whole=False)
+    assert got is not None and torch.equal(got.flatten()[:-1], values.flatten()[:-1]) and got.flatten()[-1] == 0xEE
+    reshaped(path)
+    assert store.read(KEY, FACTS, whole=False) is None
+    put(store, dtype=torch.uint8)
+    os.truncate(path, path.stat().st_size - 1)
+    assert store.read(KEY, FACTS, whole=False) is None
 
 
 def test_other_facts_under_the_same_key_are_no_entry(store: TensorStore) -> None:

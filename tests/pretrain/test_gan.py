@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import compose_run
 from hydra.utils import instantiate
-from pretrain.tiny import STILL, VIT, recipe, refused
+from pretrain.tiny import VIT, recipe, refused
 from pretrain.tiny import backbone as tiny_backbone
+from small_models import augmentation
 from torch import Tensor, nn
 
-from thaw.data.augment import Augment
 from thaw.data.module import Batch
 from thaw.models.backbone import Backbone
 from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
@@ -32,7 +32,7 @@ def backbone(size: int = 28, channels: int = 1, fused: bool = False) -> Backbone
 
 def gan(trained: Backbone | None = None, **changes: Any) -> GAN:
     torch.manual_seed(0)
-    augment = Augment(**STILL | {"degrees": 10.0, "translate": 0.1, "scale": 0.1, "thickness": 0.5})
+    augment = augmentation(degrees=10.0, translate=0.1, scale=0.1, thickness=0.5)
     own: dict[str, Any] = {"latent": 8, "width": 32, "generator_lr": 1.0, "r1": 10.0, "r1_every": 2}
     own |= {"average_decay": 0.9, "samples": 50, "measured_by": backbone()} | changes
     model = GAN(trained or backbone(), augment, recipe(), "w.safetensors", **own)

@@ -16,8 +16,6 @@ from thaw.run.values import check_types
 
 VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
 CLASS_TOKEN = VIT | {"class_token": True, "global_pool": "token"}
-STILL = dict.fromkeys(("degrees", "translate", "scale", "shear", "elastic", "thickness", "erase"), 0.0)  # of Augment
-STILL["elastic_sigma"] = 4.0
 
 
 def backbone(arguments: dict | None = None, name: str = "vit_tiny_patch16_224", **changes: Any) -> Backbone:

@@ -36,15 +36,16 @@ Answer = TypeVar("Answer")
 class PictureFiles(NamedTuple):
     """Files to decode.
 
-    names: of the files, relative to `folder`.
+    names: of the files, for messages.
+    read: gets the number of a file, returns its content.
     facts: values of JSON that change whenever a file does; the key of the decoded images is a hash of them.
     arrange: gets the SHA-256 of each readable file by its number; returns the numbers of each split in the order
         wanted, and lines for the user about the files.
     skip_unreadable: leave out what cannot be read.
     """
 
-    folder: Path
     names: Sequence[str]
+    read: Callable[[int], bytes]
     facts: Mapping[str, Any]
     arrange: Callable[[Mapping[int, str]], tuple[Order, list[str]]]
     skip_unreadable: bool
@@ -146,7 +147,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     unreadable: dict[int, Exception] = {}
 
     def content_hash(number: int) -> str:
-        return hashlib.sha256((files.folder / files.names[number]).read_bytes()).hexdigest()
+        return hashlib.sha256(files.read(number)).hexdigest()
 
     for number, answer in enumerate(in_threads(content_hash, range(count), "reading pictures")):
         if isinstance(answer, Exception):
@@ -160,8 +161,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> tuple[dict[str, Any], boo
     rows = dict(zip(numbers, range(count), strict=False))
 
     def decode(number: int) -> list[str]:
-        name = files.names[number]
-        picture, found = open_picture((files.folder / name).read_bytes(), name, 2 * size)
+        picture, found = open_picture(files.read(number), files.names[number], 2 * size)
         array[rows[number]] = fit_photo(picture, channels, size)
         return [*found, *shape_doubts(picture)]
 
@@ -208,7 +208,7 @@ def in_threads(work: Callable[[int], Answer], numbers: Sequence[int], title: str
 def reasons(files: PictureFiles, errors: Mapping[int, Exception]) -> list[str]:
     """Why files cannot be read, each with its name."""
     return [
-        str(error).rstrip(".")
+        str(error).partition("; ")[0].rstrip(".")
         if isinstance(error, UserError)
         else f"{files.names[number]} cannot be read ({getattr(error, 'strerror', None) or error})"
         for number, error in sorted(errors.items())

@@ -39,7 +39,7 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
         raise UserError(f"{name} is not a {formats} file; convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
         size = int(re.findall(r"\d+", str(error))[0])
-        raise UserError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+        raise UserError(f"{name} claims {size:,} pixels, more than {MAX_PIXELS:,}; reduce it.") from error
     except Exception as error:  # decoders raise nearly anything for damaged data
         raise UserError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
     doubts = ["only the first of its frames is read"] if several else []

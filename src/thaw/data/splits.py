@@ -1,12 +1,22 @@
 """Which files are trained on, validated and tested on, where that is not given: a fixed function of their content."""
 
+import hashlib
+import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, NamedTuple, TypeAlias
+
+import torch
+from pydantic import Field
 
 from thaw.data.decode import Order, some
-from thaw.run.console import plural
+from thaw.data.images import Images
+from thaw.run.console import plural, say
+from thaw.run.errors import UserError
 
+log = logging.getLogger(__name__)
+
+Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 SPLITS = ("train", "val", "test")
 
 
@@ -18,6 +28,50 @@ class ListedFile(NamedTuple):
     split: str
     size: int = 0  # bytes
     modified: int = 0  # nanoseconds since 1970
+
+
+def plan_splits(
+    given: Collection[str], val_share: float, test_share: float, place: str
+) -> tuple[dict[str, str], dict[str, float]]:
+    """The use of each given split, and the shares of train for those that are missing; prints what it decides.
+
+    Where train and val are given but no test, val is what is tested on, as nothing may be chosen on the test split.
+    """
+    given = {*given} - {""}
+    if given and "train" not in given:
+        raise UserError(f"{place} has the splits {', '.join(sorted(given))}, but no train.")
+    if val_share + test_share >= 1:
+        raise UserError(
+            f"data.val_share={val_share} and data.test_share={test_share} leave nothing to train on; their sum must be "
+            "below 1."
+        )
+    lines, uses = [], {split: split for split in given}
+    if given == {"train", "val"}:
+        uses["val"] = "test"
+        lines.append("what lies in val is tested on, as there is no test")
+    shares = {"test": test_share, "val": val_share}
+    shares = {split: share for split, share in shares.items() if split not in uses.values()}
+    where = " in train" if given else ""
+    lines += [f"{split} takes {share:.0%} of each class{where}" for split, share in shares.items()]
+    if lines:
+        say(f"splits: {'; '.join(lines)}")
+    return uses, shares
+
+
+def split_images(
+    splits: Mapping[str, Images], val_share: float, test_share: float, place: str
+) -> tuple[Images, Images, Images]:
+    """Train, val and test of images in memory, in their order; what is missing is taken from train by content."""
+    uses, shares = plan_splits(splits, val_share, test_share, place)
+    found = {uses[split]: images for split, images in splits.items()}
+    if shares:
+        train = found["train"]
+        files = [ListedFile("", str(label), "train") for label in train.labels.tolist()]
+        hashes = [hashlib.sha256(image.contiguous().numpy().data).hexdigest() for image in train.images]
+        chosen = choose_splits(files, shares, dict(enumerate(hashes)))
+        for split in ("train", *shares):
+            found[split] = train.take(torch.tensor([chosen[content] == split for content in hashes]))
+    return found["train"], found["val"], found["test"]
 
 
 def split_files(
@@ -76,3 +130,21 @@ def choose_splits(
             free = free[wanted:]
         chosen |= dict.fromkeys(free, "train")
     return chosen
+
+
+def check_classes_of_splits(splits: Mapping[str, Images], classes: Sequence[str]) -> None:
+    """Name classes without a picture in a split.
+
+    Raises:
+        UserError: a split has none at all, or a class none to train on.
+    """
+    for split, (_, labels) in splits.items():
+        present = set(labels.tolist())
+        absent = [name for number, name in enumerate(classes) if number not in present]
+        if absent and (split == "train" or not present):
+            raise UserError(
+                f"The {split} split has no picture of {some(absent)}. Add some: of a class of three or more different "
+                "pictures, at least one is taken for each split that is missing."
+            )
+        if absent:
+            log.warning("the %s split has no picture of %s", split, some(absent))
