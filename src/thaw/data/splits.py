@@ -8,9 +8,9 @@ from typing import Annotated, NamedTuple, TypeAlias
 import torch
 from pydantic import Field
 
-from thaw.data.decode import Order, some
+from thaw.data.decode import Order, some, tell
 from thaw.data.images import Images
-from thaw.run.console import plural, say
+from thaw.run.console import plural
 from thaw.run.errors import UserError
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
@@ -51,7 +51,7 @@ def plan_splits(
     where = " in train" if given else ""
     lines += [f"{split} takes {share:.0%} of each class{where}" for split, share in shares.items()]
     if lines:
-        say(f"splits: {'; '.join(lines)}")
+        tell(f"splits: {'; '.join(lines)}")
     return uses, shares
 
 
