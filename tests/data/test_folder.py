@@ -16,6 +16,7 @@ from PIL import Image
 
 from thaw.data.folder import FolderData
 from thaw.data.images import Images, Source
+from thaw.data.readers import image_reader
 from thaw.data.store import KNOWN
 from thaw.run.config import build
 from thaw.run.values import check_types
@@ -133,6 +134,18 @@ def test_one_channel_and_another_size(tmp_path: Path) -> None:
 def test_classes_that_are_numbers_come_in_their_order(tmp_path: Path) -> None:
     put(tmp_path / "in", *(name for label in (0, 2, 10, 1) for name in numbered(str(label), 5)))
     assert read(tmp_path / "in").classes == ["0", "1", "2", "10"]
+
+
+def test_a_users_picture_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    """Also a JPEG that is decoded at a part of its size."""
+    folder = tmp_path / "in"
+    put(folder, *numbered("train/ant", 10), *numbered("train/bee", 10), "test/bee/1.png")
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (90, 110, 3), dtype=np.uint8)).save(folder / "test" / "bee" / "1.jpg")
+    (folder / "test" / "bee" / "1.png").unlink()
+    source = read(folder)
+    [reading] = image_reader("photo", source.shape).file((folder / "test" / "bee" / "1.jpg").read_bytes(), "it")
+    assert reading.image is not None and np.array_equal(reading.image, source.test.images[0].numpy())
 
 
 # A table

@@ -11,7 +11,7 @@ from PIL import Image
 
 from thaw.data.digit_image import SIDE, WORKING_SIDE, are_like_mnist, find_digit
 from thaw.data.idx import read_idx
-from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture
+from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture, shape_doubts
 from thaw.run.errors import UserError
 
 MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
@@ -37,7 +37,8 @@ class PhotoReader:
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self.side = min(self.shape[1:])  # pixels; a large JPEG is decoded at not much more
+        self.side = min(self.shape[1:])  # pixels
+        self.decoded_side = 2 * self.side  # a large JPEG is decoded at no less, as in training
 
     def file(self, content: bytes, name: str) -> Iterator[Reading]:
         """The images in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
@@ -56,7 +57,7 @@ class PhotoReader:
     def picture(self, content: bytes, name: str) -> Reading:
         """The image in a file of one of `PICTURE_FORMATS`."""
         try:
-            picture, doubts = open_picture(content, name, self.side)
+            picture, doubts = open_picture(content, name, self.decoded_side)
         except UserError as error:
             return Reading(None, str(error))
         return self.opened(picture, name, doubts)
@@ -88,7 +89,7 @@ class PhotoReader:
         image = np.zeros(self.shape, dtype=np.uint8)  # of images that are not square a model sees the centre
         top, left = (height - self.side) // 2, (width - self.side) // 2
         image[:, top : top + self.side, left : left + self.side] = fit_photo(picture, channels, self.side)
-        return image, ""
+        return image, "; ".join(shape_doubts(picture))
 
 
 class DigitReader(PhotoReader):
@@ -107,7 +108,7 @@ class DigitReader(PhotoReader):
                 "use reader=photo."
             )
         super().__init__(shape)
-        self.side = WORKING_SIDE
+        self.decoded_side = WORKING_SIDE
 
     def array(self, pixels: np.ndarray, name: str) -> Reading:
         """As for photographs, but of any contrast and polarity."""
