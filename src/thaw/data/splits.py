@@ -16,7 +16,7 @@ from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
 
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
+SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 SPLITS = ("train", "val", "test")
 
 
