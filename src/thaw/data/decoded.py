@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from thaw.data.decode import PictureFiles, decode_once
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.splits import SPLITS, ListedFile, Share, check_classes_of_splits, plan_splits, split_files
+from thaw.data.splits import SPLITS, ListedFile, SplitShare, check_classes_of_splits, plan_splits, split_files
 from thaw.run.values import Count, Positive
 
 log = logging.getLogger(__name__)
@@ -37,8 +37,8 @@ class DecodedData(ImageDataModule):
 
     image_size: Count
     channels: Literal[1, 3]
-    val_share: Share
-    test_share: Share
+    val_share: SplitShare
+    test_share: SplitShare
     skip_unreadable: bool
     cache_dir: str
     max_gb: Positive

@@ -13,7 +13,7 @@ from thaw.data.images import Images
 from thaw.run.console import plural
 from thaw.run.errors import UserError
 
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
+SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 SPLITS = ("train", "val", "test")
 
 
