@@ -135,7 +135,9 @@ def test_second_dataset(linear_probe: Path) -> None:
     source = load_mnist("MNIST", "nowhere", "sample", None)
     noise = torch.randint(0, 256, source.test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     other = source._replace(test=source.test._replace(images=noise))
-    facts = second_facts(other._replace(name="KMNIST"), predictor, predictor.logits(source.test.images), lambda done: None)
+    facts = second_facts(
+        other._replace(name="KMNIST"), predictor, predictor.logits(source.test.images), lambda done: None
+    )
     assert 0.03 < facts["test/acc"] < 0.2
     own, others = (predictor(images).amax(dim=1) for images in (source.test.images, noise))
     assert facts["mean_confidence"] == pytest.approx(float(others.mean()))

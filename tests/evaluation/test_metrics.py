@@ -75,7 +75,10 @@ def test_which_accuracies_are_of_interest() -> None:
     three_to_two, two_to_one = torch.tensor([0, 0, 0, 4, 4]), torch.tensor([0, 0, 4])
     assert "test/balanced_acc" not in accuracy_facts(three_to_two, three_to_two)
     assert accuracy_facts(torch.zeros(3), two_to_one)["test/balanced_acc"] == 0.5
-    assert other_accuracies({"test/acc": 0.1, "test/top5": 0.5, "test/balanced_acc": 0.25}) == ", top-5 50.00%, balanced 25.00%"
+    assert (
+        other_accuracies({"test/acc": 0.1, "test/top5": 0.5, "test/balanced_acc": 0.25})
+        == ", top-5 50.00%, balanced 25.00%"
+    )
     assert other_accuracies({"test/acc": 0.1}) == ""
 
 

@@ -69,13 +69,18 @@ def test_a_confusion_matrix_is_readable(tmp_path: Path, monkeypatch: pytest.Monk
     matrix, *pairs = figure.findobj(Axes)
     assert not overlapping(figure) and max(figure.get_size_inches()) < 15
     cells = {text.get_text() for text in matrix.texts}
-    assert cells == ({"240", "237", "120", "118", "117", "0"} & cells if size <= 40 else set()) and bool(cells) == (size <= 40)
+    assert cells == ({"240", "237", "120", "118", "117", "0"} & cells if size <= 40 else set()) and bool(cells) == (
+        size <= 40
+    )
     names = [label.get_text() for label in matrix.get_yticklabels()]
     assert names[:2] == (["a_long_name_0 (absent)", "b_long_name_1"] if size <= 60 else [])
     assert bool(pairs) == (size > 20)
     if pairs:
         (text,) = pairs[0].texts
-        assert text.get_text().splitlines()[2:] == [f" 120  {classes[-1]} → {classes[0]}", f"   2  {classes[1]} → {classes[0]}"]
+        assert text.get_text().splitlines()[2:] == [
+            f" 120  {classes[-1]} → {classes[0]}",
+            f"   2  {classes[1]} → {classes[0]}",
+        ]
 
 
 def test_photographs_keep_their_colours_and_digits_are_ink_on_paper(tmp_path: Path) -> None:
