@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     app = create_app(model, reader, limits, cfg.workers or (cores if on_cpu else 1))
     address, port = opened.getsockname()[:2]
     url = f"http://{address}:{port}"
-    ready = f"draw    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"
+    ready = f"page    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"
     with spared_collector():
         serve(app, opened, ready)
 
