@@ -9,15 +9,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command import command
 
+MNIST = "thaw.data.mnist.MNISTData"
+
 
 @command("eval")
 def main(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from thaw.data.images import check_same_classes
-    from thaw.data.module import load_source
+    from thaw.data.module import load_source, second_source
     from thaw.evaluation.assessment import assess, images_to_predict
     from thaw.evaluation.assessment_files import log_assessment, write_assessments
+    from thaw.evaluation.metrics import other_accuracies
     from thaw.predict.predictor import load_predictor
     from thaw.run import checkpoint as checkpoints
     from thaw.run.command_line import override_key
@@ -25,9 +28,8 @@ def main(cfg: DictConfig) -> None:
 
     typed = {override_key(override) for override in HydraConfig.get().overrides.task}
     chosen = "_target_" in cfg.data  # data=fashion_mnist
-    changes = {
-        key: cfg.data[key] for key in cfg.data if (f"data.{key}" in typed if chosen else cfg.data[key] is not None)
-    }
+    block: Any = OmegaConf.to_container(cfg.data, resolve=False)
+    changes = {key: value for key, value in block.items() if (f"data.{key}" in typed if chosen else value is not None)}
     settings = (cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
     ckpts = cfg.ckpt if OmegaConf.is_list(cfg.ckpt) else [cfg.ckpt]
     predictors = [load_predictor(str(ckpt), *settings) for ckpt in ckpts]
@@ -39,18 +41,20 @@ def main(cfg: DictConfig) -> None:
     for number, predictor in enumerate(predictors, start=1):
         label = predictor.cfg.name + (f" {number}" if names[predictor.cfg.name] > 1 else "")
         own = changes
-        if chosen and predictor.cfg.data.get("source") == "sample":
+        if chosen and not (cfg.data._target_ == predictor.cfg.data._target_ == MNIST):  # which share a folder
+            own = {}
+        elif chosen and predictor.cfg.data.get("source") == "sample":
             own = {key: value for key, value in changes.items() if key != "dir"}  # which is the second dataset's
         source = load_source(predictor.cfg.data, own)
         check_same_classes(predictor.classes, source, f"ckpt={ckpts[number - 1]}")
-        second = load_source(OmegaConf.merge(predictor.cfg, {"data": cfg.data}).data, {}) if chosen else None
+        second = second_source(block, predictor.cfg) if chosen else None
         total = images_to_predict(source, second, robustness)
         pictures = folder / (f"model_{number}" if len(predictors) > 1 else "")
         say(f"evaluating {label}: {total:,} test, validation and corrupted images")
         with progress(label, total) as advance:
             assessment = assess(label, predictor, source, second, robustness, pictures, advance)
         facts = assessment.facts
-        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}{other_accuracies(facts)}"
         say(f"test/acc {facts['test/acc']:.2%}, {interval}, {facts['n_test']:,} images of {source.title}")
         assessments.append(assessment)
     page = write_assessments(assessments, folder)

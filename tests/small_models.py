@@ -29,7 +29,16 @@ TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
 LINEAR = partial(LinearHead, norm="layer")
-AS_IT_IS = Augment(0, 0, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+
+
+def augmentation(**settings: Any) -> Augment:
+    """augment=none but for these settings."""
+    none: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "augment" / "none.yaml"))
+    none.pop("_target_")
+    return Augment(**none | settings)
+
+
+AS_IT_IS = augmentation()
 NO_MIX = Mix(None, None, probability=1)
 NO_CACHE = FeatureCache("off", dir="nowhere", max_gb=1)
 
@@ -104,10 +113,10 @@ def batch() -> Batch:
     """16 random images whose label is the height of a bright bar."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 10
-    images = torch.randint(0, 100, (16, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (16, 28, 28), dtype=torch.uint8, generator=generator)
     for image, label in zip(images, labels.tolist(), strict=True):
         image[2 * label : 2 * label + 6] = 255
-    return Batch(images, labels, torch.arange(16))
+    return Batch(images[:, None], labels, torch.arange(16))
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_loss_is_the_cross_entropy_of_the_augmented_digits(classifier: Build, ba
             return 255 - images
 
     model = classifier("full")
-    model.augment, model.label_smoothing = Inverted(), 0.1
+    model.augment, model.task.label_smoothing = Inverted(), 0.1
     inverted = model(255 - batch.images)
     torch.testing.assert_close(
         loss_of(model, batch), F.cross_entropy(inverted, batch.labels, label_smoothing=0.1), rtol=1e-5, atol=1e-6

@@ -68,7 +68,7 @@ SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data
 SHORT += ["logger=none", "validate=false", "trainer.precision=32-true", "trainer.enable_progress_bar=false", *OFF]
 PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
 STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
-STEADY += ["robustness.digits=10"]
+STEADY += ["robustness.images=10"]
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
@@ -84,7 +84,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[s
             return [*KINDS[kind], *SHORT]
         torch.manual_seed(0)
         model = instantiate(block, weights="none", fused_attention=False).model
-        save_file(model.state_dict(), folder / "w.safetensors")
+        state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        save_file(state, folder / "w.safetensors")
         return [*KINDS[kind], *SHORT, f"backbone.weights={folder}/w.safetensors"]
 
     return overrides

@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT, SMALL
 from processes import FORKED
 
+from thaw.data.mnist import SAMPLE
 from thaw.sweeps import job_queue
 
 PROBE = "experiment=vit_linear_probe"
@@ -35,7 +36,7 @@ def test_linear_probe_on_the_sample(
     assert 0.96 <= summary["test/acc"] < 1.0, "100 % of 500 would be too good to be true"
     assert summary["test/acc_low"] < summary["test/acc"] < summary["test/acc_high"]
     assert summary["n_test"] == 500
-    assert summary["data_source"] == "sample"
+    assert summary["data_source"] == SAMPLE
     assert summary["weights"] == "bundled"
     assert summary["trainable_params"] == 192 * 10 + 10
     assert {"val/acc", "total_params", "seconds", "seed", "git_commit"} <= summary.keys()
@@ -44,7 +45,7 @@ def test_linear_probe_on_the_sample(
     for file in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "record.yaml", "parameters.txt"):
         assert (tmp_path / file).exists()
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    few = ["robustness.digits=20", f"hydra.run.dir={tmp_path / 'eval'}"]
+    few = ["robustness.images=20", f"hydra.run.dir={tmp_path / 'eval'}"]
     assert command("eval.py", f"ckpt={tmp_path}", *few) == 0
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 

@@ -19,6 +19,7 @@ from thaw.run.config import settle
 
 TINY = [  # random weights, one block
     *("experiment=vit_from_scratch", "backbone.arguments.depth=1", "augment=none", "data.source=sample"),
+    "model.num_classes=10",
     *("logger=none", "callbacks.early_stopping=null", "trainer.precision=32-true"),
 ]
 SGD = ["optim=sgd", "optim.optimizer.momentum=0", "optim.optimizer.nesterov=false", "optim.weight_decay=0"]
@@ -75,11 +76,11 @@ def test_drop_path(model: Callable[..., Classifier]) -> None:
 
 def test_erasing(model: Callable[..., Classifier]) -> None:
     white = torch.full((50, 1, 28, 28), 255, dtype=torch.uint8)
-    for blank in model("augment.erase=1").augment(white) == 0:
+    for blank in model("augment.erase=1").augment(white)[:, 0] == 0:
         rows, columns = blank.any(dim=1), blank.any(dim=0)
         assert torch.equal(blank, rows[:, None] & columns)
         assert 5 <= rows.sum() <= 15 and 5 <= columns.sum() <= 15
-    share = (model("augment.erase=0.3").augment(white.repeat(20, 1, 1)) == 0).any(dim=(1, 2)).float().mean()
+    share = (model("augment.erase=0.3").augment(white.repeat(20, 1, 1, 1)) == 0).any(dim=(1, 2, 3)).float().mean()
     assert share.item() == pytest.approx(0.3, abs=0.05)
 
 
@@ -164,7 +165,7 @@ def test_the_average_is_what_is_tested(
     averaged, current = (best[key]["head.linear.weight"] for key in ("state_dict", "current_weights"))
     assert not torch.equal(averaged, current)
     summary = json.loads((run_dir / "summary.json").read_text())
-    few = ["robustness.digits=20", f"hydra.run.dir={run_dir / 'eval'}"]
+    few = ["robustness.images=20", f"hydra.run.dir={run_dir / 'eval'}"]
     assert command("eval.py", f"ckpt={run_dir}", *few) == 0
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 

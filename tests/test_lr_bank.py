@@ -25,6 +25,7 @@ from thaw.lr_bank import BankClassifier, LRBank, measure_heads
 from thaw.models.heads import LinearHead
 from thaw.run import checkpoint as checkpoints
 from thaw.run.values import check_types
+from thaw.task import SingleLabel
 
 LRS, DECAYS = [1e-4, 1e-2, 3e-1], [0.0, 0.5]
 NAMES = [f"lr={lr}_wd={decay}" for lr in ("0.0001", "0.01", "0.3") for decay in ("0", "0.5")]
@@ -140,13 +141,13 @@ def test_forward_is_the_chosen_head() -> None:
 
 def test_measure_equals_counting_by_hand() -> None:
     logits, labels = torch.randn(7, 3, 10), torch.arange(7)
-    mean, sums = measure_heads(logits, labels, label_smoothing=0.1)
+    mean, sums = measure_heads(logits, labels, SingleLabel(10, label_smoothing=0.1).training_losses)
     for k in range(3):
         torch.testing.assert_close(mean[k], F.cross_entropy(logits[:, k], labels, label_smoothing=0.1))
         assert sums[1, k] == sum(int(row.argmax()) == n for n, row in enumerate(logits[:, k]))
     torch.testing.assert_close(sums[0], 7 * mean)
     shares = torch.rand(7, 10).softmax(dim=1)  # of mixed images
-    mean, sums = measure_heads(logits, shares, label_smoothing=0.0)
+    mean, sums = measure_heads(logits, shares, SingleLabel(10, label_smoothing=0.0).training_losses)
     torch.testing.assert_close(mean[1], F.cross_entropy(logits[:, 1], shares))
     assert sums[1, 1] == (logits[:, 1].argmax(dim=1) == shares.argmax(dim=1)).sum()
 

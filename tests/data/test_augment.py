@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import compose_config
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scipy import ndimage
+from small_models import CONFIGS, augmentation
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 
 from thaw.data import augment
-from thaw.data.augment import Augment
+from thaw.data.augment import Augment, resize_boxes
 from thaw.data.mnist import load_mnist
 from thaw.run.values import check_types
 
-OFF = dict.fromkeys(("degrees", "translate", "scale", "shear", "elastic", "thickness", "erase"), 0.0)
-OFF["elastic_sigma"] = 4.0
 STRONG = {
     "degrees": 20.0,
     "translate": 0.12,
@@ -30,16 +32,21 @@ STRONG = {
     "thickness": 0.8,
     "erase": 0.5,
 }
+PHOTOS = {"flip": 0.5, "crop_area": 0.3, "crop_padding": 4, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
 DRAWS = ("degrees", "shear", "scale", "shift_x", "shift_y")  # in this order
-
-
-def build(**settings: float) -> Augment:
-    return Augment(**(OFF | settings))
 
 
 @pytest.fixture(scope="module")
 def digits() -> Tensor:
     return load_mnist("MNIST", "nowhere", "sample", None).test.images[::40]  # 13 digits
+
+
+@pytest.fixture(scope="module")
+def photos() -> Tensor:
+    """Twelve smooth colour images, with no level so near black or white that a change of PHOTOS would clamp it."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(80, 176, (12, 3, 5, 6), generator=generator).float()
+    return F.interpolate(coarse, (40, 48), mode="bicubic").round().clamp(80, 175).to(torch.uint8)
 
 
 @pytest.fixture
@@ -56,9 +63,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def assert_close(got: Tensor, expected: Any, digits: Tensor) -> None:
     """Equal but for the rounding of grey levels, and not because nothing happened."""
-    difference = np.abs(got.numpy().astype(float) - np.asarray(expected, dtype=float))
-    assert difference.max() <= 1
-    assert np.abs(got.numpy().astype(float) - digits.numpy()).max() > 50
+    pixels = got.squeeze(1).numpy().astype(float)
+    assert np.abs(pixels - np.asarray(expected, dtype=float).reshape(pixels.shape)).max() <= 1
+    assert np.abs(pixels - digits.squeeze(1).numpy()).max() > 50
 
 
 # What each transform does
@@ -66,13 +73,13 @@ def assert_close(got: Tensor, expected: Any, digits: Tensor) -> None:
 
 def test_zeros_are_the_identity_and_draw_nothing(digits: Tensor) -> None:
     state = torch.get_rng_state()
-    assert torch.equal(build()(digits), digits)
+    assert torch.equal(augmentation()(digits), digits)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_uint8_to_uint8_and_the_input_is_left_alone(digits: Tensor) -> None:
     before = digits.clone()
-    out = build(**STRONG)(digits)
+    out = augmentation(**STRONG)(digits)
     assert out.dtype == torch.uint8
     assert out.shape == digits.shape
     assert torch.equal(digits, before)
@@ -93,10 +100,10 @@ def test_one_at_a_time_as_torchvision_does_it(
     drawn(**dict.fromkeys(setting, sign))
     still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     expected = [
-        tv.affine(digit[None].float(), **(still | affine(sign)), interpolation=InterpolationMode.BILINEAR)[0].numpy()
+        tv.affine(digit.float(), **(still | affine(sign)), interpolation=InterpolationMode.BILINEAR).numpy()
         for digit in digits
     ]
-    assert_close(build(**setting)(digits), expected, digits)
+    assert_close(augmentation(**setting)(digits), expected, digits)
 
 
 @pytest.mark.parametrize(("x", "y"), [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.5, -1.0)])
@@ -104,8 +111,8 @@ def test_translation_is_in_fractions_of_the_side(
     x: float, y: float, digits: Tensor, drawn: Callable[..., None]
 ) -> None:
     drawn(shift_x=x, shift_y=y)
-    out = build(translate=2 / 28)(digits)  # up to 2 pixels
-    assert np.array_equal(out, [ndimage.shift(digit.numpy(), (-2 * y, -2 * x), order=0) for digit in digits])
+    out = augmentation(translate=2 / 28)(digits)  # up to 2 pixels
+    assert np.array_equal(out, [ndimage.shift(digit.numpy(), (0, -2 * y, -2 * x), order=0) for digit in digits])
 
 
 def test_all_at_once_is_one_interpolation(
@@ -119,7 +126,7 @@ def test_all_at_once_is_one_interpolation(
     pixels_to_unit = 2 / 28
     monkeypatch.setattr(Augment, "random_displacement", lambda *_: torch.tensor(wobble * pixels_to_unit).float())
 
-    out = build(degrees=20, translate=0.1, scale=0.2, shear=15, elastic=1)(digits)
+    out = augmentation(degrees=20, translate=0.1, scale=0.2, shear=15, elastic=1)(digits)
 
     y, x = np.mgrid[:28, :28] - 13.5  # from the centre
     expected = []
@@ -129,7 +136,7 @@ def test_all_at_once_is_one_interpolation(
         from_x = (math.cos(angle) * sheared - math.sin(angle) * y) / zoom + 28 * 0.1 * values["shift_x"][i]
         from_y = (math.sin(angle) * sheared + math.cos(angle) * y) / zoom + 28 * 0.1 * values["shift_y"][i]
         places = [from_y + wobble[i, ..., 1] + 13.5, from_x + wobble[i, ..., 0] + 13.5]
-        expected.append(ndimage.map_coordinates(digit.numpy().astype(float), places, order=1, mode="grid-constant"))
+        expected.append(ndimage.map_coordinates(digit[0].numpy().astype(float), places, order=1, mode="grid-constant"))
     assert_close(out, expected, digits)
 
 
@@ -138,7 +145,7 @@ def test_half_precision_training_moves_nothing(digits: Tensor) -> None:
     for autocast in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            results.append(build(degrees=10, translate=0.07, scale=0.1)(digits))
+            results.append(augmentation(degrees=10, translate=0.07, scale=0.1)(digits))
     assert torch.equal(*results)
 
 
@@ -148,14 +155,14 @@ def test_thickness_is_a_share_of_scipys_dilation_or_erosion(
 ) -> None:
     monkeypatch.setattr(augment, "uniform", lambda x: torch.full((len(x),), draw))
     change = ndimage.grey_dilation if draw > 0 else ndimage.grey_erosion
-    old = digits.numpy().astype(float)
+    old = digits[:, 0].numpy().astype(float)
     target = np.stack([change(digit, size=(3, 3)) for digit in old])
-    assert_close(build(thickness=thickness)(digits), old + abs(thickness * draw) * (target - old), digits)
+    assert_close(augmentation(thickness=thickness)(digits), old + abs(thickness * draw) * (target - old), digits)
 
 
 def test_erased_rectangles() -> None:
     torch.manual_seed(0)
-    out = build(erase=0.3)(torch.full((4000, 28, 28), 200, dtype=torch.uint8))
+    out = augmentation(erase=0.3)(torch.full((4000, 1, 28, 28), 200, dtype=torch.uint8))[:, 0]
     assert set(out.unique().tolist()) == {0, 200}
     erased = (out == 0).nonzero().split((out == 0).sum((1, 2)).tolist())  # each digit's (place, row, column)
     boxes = [(*place[:, 1:].amin(0).tolist(), *(place[:, 1:].amax(0) + 1).tolist()) for place in erased if len(place)]
@@ -172,18 +179,159 @@ def test_erased_rectangles() -> None:
 
 @pytest.mark.parametrize(("erase", "share"), [(0.0, 0), (1.0, 1)])
 def test_erase_never_and_always(erase: float, share: float) -> None:
-    out = build(erase=erase)(torch.full((200, 28, 28), 200, dtype=torch.uint8))
+    out = augmentation(erase=erase)(torch.full((200, 1, 28, 28), 200, dtype=torch.uint8))[:, 0]
     assert (out == 0).any(2).any(1).float().mean() == share
 
 
+# Photographs
+
+
+def both(photos: Tensor) -> tuple[Tensor, Tensor]:
+    return photos, photos[:, :1]
+
+
+def test_flips_some_images_as_they_are(photos: Tensor) -> None:
+    torch.manual_seed(0)
+    for images in both(photos.repeat(20, 1, 1, 1)):
+        out = augmentation(flip=0.3)(images)
+        flipped = (out == images.flip(3)).all((1, 2, 3))
+        assert ((out == images).all((1, 2, 3)) ^ flipped).all()
+        assert flipped.float().mean() == pytest.approx(0.3, abs=0.1)
+        assert torch.equal(augmentation(flip=1.0)(images), images.flip(3))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_boxes_are_resized_as_torchvision_does_it(on_gpu: bool, photos: Tensor) -> None:
+    """A GPU samples floats by a grid."""
+    torch.manual_seed(0)
+    settings = augmentation(crop_area=0.08)
+    for images in both(photos):
+        boxes, flips = settings.random_boxes(images), torch.arange(12) % 2 == 0
+        out = resize_boxes(images.float() if on_gpu else images, boxes, flips)
+        for image, result, box, flip in zip(images, out, boxes.tolist(), flips.tolist(), strict=True):
+            expected = tv.resized_crop(image.float(), *box, size=[40, 48], antialias=True)
+            expected = tv.hflip(expected) if flip else expected
+            assert (result.float() - expected).abs().max() <= (1e-3 if on_gpu else 1)
+
+
+def test_boxes_have_the_wanted_area_and_aspect() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(1, 1, 1, 1).expand(5000, 1, 300, 400)
+    top, left, height, width = augmentation(crop_area=0.25).random_boxes(images).double().T
+    assert min(top.min(), left.min()) == 0
+    assert (top + height).max() == 300 and (left + width).max() == 400
+    area, aspect = height * width / 300 / 400, width / height
+    assert 0.24 < area.min() < 0.26 and 0.95 < area.max() <= 1
+    assert 0.74 < aspect.min() < 0.76 and 1.32 < aspect.max() < 1.35
+    small = area < 0.5  # any of these fits
+    assert area[small].mean() == pytest.approx(0.375, abs=0.01)
+    assert aspect[small].log().mean().abs() < 0.02
+    assert (top / (300 - height + 1))[small].mean() == pytest.approx(0.5, abs=0.02)
+    assert torch.corrcoef(torch.stack([top, left, height, width])[:, small])[0, 1].abs() < 0.05
+
+
+@pytest.mark.parametrize("mode", ["reflect", "constant"])
+def test_padded_crops_are_slices_of_torchvisions_padding(mode: str, photos: Tensor) -> None:
+    torch.manual_seed(0)
+    settings = augmentation(flip=0.5, crop_padding=2, padding_mode=mode)
+    for images in both(photos.repeat(20, 1, 1, 1)):
+        padded = tv.pad(images, [2], padding_mode=mode)
+        slices = [padded[:, :, top : top + 40, left : left + 48] for top in range(5) for left in range(5)]
+        slices = torch.stack([*slices, *(part.flip(3) for part in slices)])  # (50, 240, C, 40, 48)
+        found = (settings(images) == slices).all((2, 3, 4))  # (50, 240)
+        assert (found.sum(0) == 1).all()
+        assert found.any(1).sum() >= 45
+
+
+def test_colours_as_torchvision_changes_them_one_after_another(photos: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    colours = augmentation(brightness=0.2, contrast=0.2, saturation=0.2)
+    for images, chunk in zip(both(photos), (1, 5 * 40 * 48), strict=True):
+        monkeypatch.setattr(augment, "FLOATS_AT_ONCE", chunk)  # an image at a time, five at a time
+        torch.manual_seed(0)
+        factors = colours.random_factors(images).T.tolist()
+        torch.manual_seed(0)
+        for image, result, (brightness, contrast, saturation) in zip(images, colours(images), factors, strict=True):
+            expected = tv.adjust_brightness(image / 255, brightness)
+            expected = tv.adjust_contrast(expected, contrast)
+            expected = 255 * tv.adjust_saturation(expected, saturation)
+            assert expected.min() > 0 and expected.max() < 255  # torchvision clamps after each
+            assert (result.float() - expected).abs().max() <= 0.6
+            assert (result.float() - image).abs().max() > 2
+
+
+def test_colours_are_clamped(photos: Tensor) -> None:
+    torch.manual_seed(0)
+    settings = augmentation(brightness=0.9)
+    bright = torch.full((50, 3, 8, 8), 250, dtype=torch.uint8)
+    factors = settings.random_factors(bright)[0]
+    torch.manual_seed(0)
+    assert torch.equal(settings(bright)[:, 0, 0, 0], (250 * factors).round().clamp(max=255).to(torch.uint8))
+
+
+def test_saturation_leaves_grey_images_alone(photos: Tensor) -> None:
+    settings = augmentation(saturation=0.5)
+    assert torch.equal(settings(photos[:, :1]), photos[:, :1])
+    assert (settings(photos).int() - photos.int()).abs().max() > 5
+
+
+@pytest.mark.parametrize("name", ["natural", "padded"])
+def test_floats_are_transformed_as_integers_are_and_pass_gradients_on(name: str, photos: Tensor) -> None:
+    settings = compose_config("train", f"augment={name}").augment
+    results = []
+    pixels = (photos / 255).requires_grad_()
+    for transform, images in ((instantiate(settings), photos), (instantiate(settings).transform, pixels)):
+        torch.manual_seed(0)
+        results.append(transform(images))
+    assert results[0].dtype == torch.uint8
+    assert (results[0] - 255 * results[1]).abs().max() <= 2  # rounded after the crop and after the colours
+    results[1].square().sum().backward()
+    assert (pixels.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_two_ways_to_crop_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"crop_area=0\.5 and augment\.crop_padding=4 are two ways to crop an image"):
+        augmentation(crop_area=0.5, crop_padding=4)
+
+
+def test_an_image_smaller_than_its_reflection_is_refused(photos: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"crop_padding=40 .* below the side of the images, 40 pixels; .*constant"):
+        augmentation(crop_padding=40)(photos)
+    assert augmentation(crop_padding=40, padding_mode="constant")(photos).shape == photos.shape
+
+
 # The random numbers
+
+
+@pytest.mark.parametrize("setting", PHOTOS)
+def test_every_photograph_has_its_own_parameters(setting: str, photos: Tensor) -> None:
+    torch.manual_seed(0)
+    images = photos[:1].expand(60, -1, -1, -1)
+    out = augmentation(**{setting: PHOTOS[setting]})(images)
+    assert out.shape == images.shape and out.dtype == torch.uint8
+    different = len({image.numpy().tobytes() for image in out})
+    assert different == 2 if setting == "flip" else different >= 35
+
+
+@pytest.mark.parametrize(
+    ("settings", "means", "next_number"),
+    [
+        ({"degrees": 10.0, "translate": 0.07, "scale": 0.1}, [25.915, 24.528, 33.347, 30.388], 0.436891),
+        (STRONG, [10.371, 26.313, 24.398, 14.945], 0.410597),
+    ],
+)
+def test_the_numbers_of_a_seed_are_those_of_earlier_versions(
+    settings: dict[str, float], means: list[float], next_number: float, digits: Tensor
+) -> None:
+    torch.manual_seed(0)
+    assert augmentation(**settings)(digits)[:4].float().mean((1, 2, 3)).tolist() == pytest.approx(means, abs=0.02)
+    assert float(torch.rand(())) == pytest.approx(next_number)
 
 
 @pytest.mark.parametrize("setting", STRONG)
 def test_every_digit_has_its_own_parameters(setting: str, digits: Tensor) -> None:
     torch.manual_seed(0)
     value = 1.0 if setting == "erase" else STRONG[setting]
-    out = build(**{setting: value})(digits[:1].expand(20, -1, -1))
+    out = augmentation(**{setting: value})(digits[:1].expand(20, -1, -1, -1))
     assert len({image.numpy().tobytes() for image in out}) >= 18
 
 
@@ -191,14 +339,18 @@ def test_the_same_seed_gives_the_same_digits(digits: Tensor) -> None:
     results = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        results.append(build(**STRONG)(digits))
+        results.append(augmentation(**STRONG)(digits))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
 
 def test_parameters_fill_their_range_and_keep_to_it() -> None:
     torch.manual_seed(0)
-    maps = build(degrees=20, translate=0.1, scale=0.25, shear=15).random_affine(torch.zeros(5000, 1, 28, 28)).double()
+    maps = (
+        augmentation(degrees=20, translate=0.1, scale=0.25, shear=15)
+        .random_affine(torch.zeros(5000, 1, 28, 28))
+        .double()
+    )
     linear, shift = maps[:, :, :2], maps[:, :, 2]
     angle = torch.atan2(linear[:, 1, 0], linear[:, 0, 0])
     zoom = linear[:, :, 0].norm(dim=1)
@@ -223,7 +375,7 @@ def test_parameters_fill_their_range_and_keep_to_it() -> None:
 @pytest.mark.parametrize(("elastic", "sigma"), [(1.2, 4.0), (0.5, 2.0)])
 def test_displacement_has_the_wanted_size_and_smoothness(elastic: float, sigma: float) -> None:
     torch.manual_seed(0)
-    settings = build(elastic=elastic, elastic_sigma=sigma)
+    settings = augmentation(elastic=elastic, elastic_sigma=sigma)
     field = settings.random_displacement(torch.zeros(1000, 1, 28, 28)) * 28 / 2 / elastic  # (B, S, S, 2), deviation 1
     assert field.shape == (1000, 28, 28, 2)
     assert field.mean().abs() < 0.03
@@ -240,10 +392,23 @@ def test_displacement_has_the_wanted_size_and_smoothness(elastic: float, sigma: 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [*dict.fromkeys(OFF, -0.5).items(), ("scale", 1.0), ("erase", 1.5), ("elastic_sigma", 0.0)]
+    ("name", "value"),
+    [
+        *dict.fromkeys(STRONG, -0.5).items(),
+        *[("scale", 1.0), ("erase", 1.5), ("elastic_sigma", 0.0)],
+        *[
+            ("flip", 1.5),
+            ("crop_area", 0.0),
+            ("crop_area", 1.5),
+            ("brightness", 1.0),
+            ("contrast", -0.1),
+            ("saturation", 2),
+        ],
+    ],
 )
 def test_settings_out_of_range(name: str, value: float) -> None:
-    block = OmegaConf.create({"_target_": "thaw.data.augment.Augment"} | OFF | {name: value})
+    block = OmegaConf.load(CONFIGS / "augment" / "none.yaml")
+    block[name] = value
     with pytest.raises(ValueError, match=rf"^augment\.{name}={value} must be a number[^=]*$"):
         check_types(block, "augment.")
 
@@ -258,6 +423,6 @@ def test_can_be_built_under_a_debugger() -> None:
     before = sys.gettrace()
     sys.settrace(read_locals)
     try:
-        build(**STRONG)
+        augmentation(**STRONG)
     finally:
         sys.settrace(before)

@@ -26,7 +26,7 @@ import torchvision.datasets
 from thaw.data import mnist
 from thaw.data.idx import write_idx
 from thaw.data.images import Images, Source
-from thaw.data.mnist import load_mnist
+from thaw.data.mnist import OFFICIAL, SAMPLE, load_mnist
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = NAMES = [
     f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -172,10 +172,10 @@ def assert_equal(one: Images, other: Images) -> None:
 
 
 def assert_synthetic(found: Source, digits: Tensors) -> None:
-    assert found.name == "official"
+    assert found.origin == OFFICIAL
     whole = Images(*(torch.cat(parts) for parts in zip(found.val, found.train, strict=True)))
-    assert_equal(whole, Images(digits[TRAIN_IMAGES], digits[TRAIN_LABELS].long()))
-    assert_equal(found.test, Images(digits[TEST_IMAGES], digits[TEST_LABELS].long()))
+    assert_equal(whole, Images(digits[TRAIN_IMAGES][:, None], digits[TRAIN_LABELS].long()))
+    assert_equal(found.test, Images(digits[TEST_IMAGES][:, None], digits[TEST_LABELS].long()))
     assert [len(part.labels) for part in found[:3]] == [100, 6000, 100]
 
 
@@ -184,9 +184,9 @@ def assert_synthetic(found: Source, digits: Tensors) -> None:
 
 def test_sample_splits() -> None:
     sample, again = (load_mnist("MNIST", "nowhere", "sample", None) for _ in range(2))
-    assert sample.name == "sample"
+    assert sample.origin == SAMPLE
     for digits, same, per_class in zip(sample[:3], again[:3], (400, 50, 50), strict=True):
-        assert digits.images.shape == (10 * per_class, 28, 28)
+        assert digits.images.shape == (10 * per_class, 1, 28, 28)
         assert digits.images.dtype == torch.uint8
         assert digits.labels.dtype == torch.int64
         assert digits.labels.bincount().tolist() == [per_class] * 10
@@ -214,7 +214,7 @@ def flip(content: bytes) -> bytes:
     [
         (lambda right: right[TRAIN_IMAGES][:5000], r"truncated at 5,000 bytes"),
         (lambda right: flip(right[TRAIN_IMAGES]), "corrupt"),
-        (lambda right: right[TEST_IMAGES], f"it holds {TEST_IMAGES} of MNIST"),
+        (lambda right: right[TEST_IMAGES], f"it holds {TEST_IMAGES} of MNIST; data.dataset=MNIST reads that"),
         (lambda right: b"\n " + HTML, "HTML page"),
         (lambda right: gzip.compress(b"other"), r"it is not an IDX file: it starts with b'other'"),
         (lambda right: write_idx(torch.zeros(9, 28, 28).byte()), r"it holds other data, of shape \(9, 28, 28\)"),
@@ -228,7 +228,7 @@ def test_a_wrong_file_is_never_used(
     path.write_bytes(make(packed))
     with pytest.raises(ValueError, match=message) as caught:
         load_mnist("MNIST", tmp_path, source, None)
-    for part in (str(path), "Move it away", "data module of your own", "data._target_"):
+    for part in (str(path), "Move it away", f"data=arrays data.path={path.parent}"):
         assert part in str(caught.value)
 
 
@@ -298,7 +298,8 @@ def test_files_whose_unpacked_content_is_unknown(packed: Files, tmp_path: Path) 
     raw = tmp_path / "KMNIST/raw"
     raw.mkdir(parents=True)
     (raw / TRAIN_IMAGES.removesuffix(".gz")).write_bytes(gzip.decompress(packed[TRAIN_LABELS]))
-    with pytest.raises(ValueError, match=r"expected bdb82020997e1d708af4cf47b453dcf7, as published\."):
+    as_published = "expected bdb82020997e1d708af4cf47b453dcf7 as published; no other copy can be verified"
+    with pytest.raises(ValueError, match=as_published):
         load_mnist("KMNIST", tmp_path, "official", [])
 
 
@@ -342,7 +343,7 @@ def test_what_thaw_put_there_counts_for_nothing(tmp_path: Path) -> None:
     for name in ("FashionMNIST/raw/x.gz", "MNIST/raw/.download.lock", f"MNIST/raw/{TRAIN_IMAGES}.part", ".DS_Store"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert load_mnist("MNIST", tmp_path, "auto", None).name == "sample"
+    assert load_mnist("MNIST", tmp_path, "auto", None).origin == SAMPLE
 
 
 # Downloading
@@ -456,7 +457,7 @@ def test_out_of_reach_falls_back_to_the_sample(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             found = load_mnist("MNIST", tmp_path, "auto", None)
-    assert found.name == "sample"
+    assert found.origin == SAMPLE
     assert len(found.train.labels) == 4000
     [record] = [record for record in caplog.records if record.name == mnist.__name__]
     assert record.levelno == logging.WARNING and len(f"warning: {record.getMessage()}") < 3 * 80
@@ -540,9 +541,9 @@ def test_official_files_as_torchvision_reads_them(real: Path, tmp_path: Path) ->
     train, test = map(partial(torchvision.datasets.MNIST, tmp_path, download=False), (True, False))
     ours = load_mnist("MNIST", real, "official", [])
     assert [len(part.labels) for part in ours[:3]] == [54_000, 6_000, 10_000]
-    assert_equal(ours.val, Images(train.data[:6000], train.targets[:6000]))
-    assert_equal(ours.train, Images(train.data[6000:], train.targets[6000:]))
-    assert_equal(ours.test, Images(test.data, test.targets))
+    assert_equal(ours.val, Images(train.data[:6000, None], train.targets[:6000]))
+    assert_equal(ours.train, Images(train.data[6000:, None], train.targets[6000:]))
+    assert_equal(ours.test, Images(test.data[:, None], test.targets))
 
 
 @pytest.mark.parametrize("name", NAMES)

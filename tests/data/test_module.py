@@ -8,19 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import compose_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
+from sklearn.utils.class_weight import compute_class_weight
 from small_models import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from thaw.data.images import Images
-from thaw.data.mnist import MNISTData, load_mnist
-from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, load_source
+from thaw.data.mnist import SAMPLE, MNISTData, load_mnist
+from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, count_classes, load_source
 
 
 def datamodule(**changes: Any) -> MNISTData:
@@ -164,7 +165,7 @@ def test_train_size_takes_the_first() -> None:
     ("changes", "message"),
     [
         ({"batch_size": 46}, r"data\.batch_size=46 is more than the 45 training images; choose at most 45"),
-        ({"train_size": 4001}, r"data\.train_size=4001 .* sample data has 4,000 images; choose 1 to 4000"),
+        ({"train_size": 4001}, r"data\.train_size=4001 .* sample of 5,000 digits has 4,000 images; choose 1 to 4000"),
     ],
 )
 def test_sizes_that_the_data_do_not_allow(changes: dict[str, int], message: str) -> None:
@@ -187,7 +188,7 @@ def test_sizes_that_the_data_do_not_allow(changes: dict[str, int], message: str)
 )
 def test_settings_that_are_not_allowed(name: str, value: Any, allowed: str) -> None:
     """In a run, and when a checkpoint's data module is given other settings."""
-    block = OmegaConf.load(ROOT / "configs/data/mnist.yaml")
+    block = compose_config("train").data
     block.merge_with({"source": "sample", "seed": 0})
     with pytest.raises(ValueError, match=rf"^data\.{name}={re.escape(repr(value))} must be {allowed}\.$"):
         load_source(block, {name: value})
@@ -216,9 +217,9 @@ def test_every_process_takes_the_source_of_the_first() -> None:
     data = on_rank(1, 2)
     data.source = "official"
     data.trainer.is_global_zero = False
-    data.trainer.strategy = SimpleNamespace(broadcast=lambda _: "sample")  # the first fell back to it
+    data.trainer.strategy = SimpleNamespace(broadcast=lambda _: SAMPLE)  # the first fell back to it
     data.setup()
-    assert data.load().name == "sample"
+    assert data.load().origin == SAMPLE
 
 
 # Inside Lightning
@@ -313,3 +314,52 @@ def test_lightnings_own_sampler_stays_out(monkeypatch: pytest.MonkeyPatch) -> No
 def test_overfit_batches_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trainer\.overfit_batches=2 is not supported.*data\.train_size=10"):
         trainer(overfit_batches=2).fit(Recorder(), datamodule())
+
+
+# Classes of uneven sizes
+
+
+@pytest.fixture
+def uneven(monkeypatch: pytest.MonkeyPatch) -> MNISTData:
+    """300 zeros, 100 ones and 20 twos of the sample, sorted by class."""
+    data = datamodule(train_size=None, sampler="balanced", class_weights="balanced")
+    sample = data.read()
+    parts = [sample.train.take(sample.train.labels == label).take(slice(n)) for label, n in enumerate((300, 100, 20))]
+    train = Images(*map(torch.cat, zip(*parts, strict=True)))
+    monkeypatch.setattr(data, "read", lambda: sample._replace(train=train))
+    return data
+
+
+def test_a_balanced_sampler_draws_all_classes_equally_often(uneven: MNISTData) -> None:
+    loader = uneven.train_dataloader()
+    labels = []
+    for epoch in range(20):
+        loader.sampler.set_epoch(epoch)
+        labels += [batch.labels for batch in loader]
+    counts = torch.bincount(torch.cat(labels), minlength=10)
+    assert counts.sum() == 20 * 420 and counts[3:].sum() == 0
+    assert (counts[:3] - 2800).abs().max() < 5 * (8400 * 2 / 9) ** 0.5  # five standard deviations
+    again = uneven.train_dataloader()
+    again.sampler.set_epoch(19)
+    assert torch.equal(torch.cat([batch.labels for batch in again]), torch.cat(labels[-len(again) :]))
+
+
+def test_shares_are_those_of_scikit_learn(uneven: MNISTData) -> None:
+    labels = uneven.load().train.labels
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert torch.allclose(uneven.shares()[:3], torch.from_numpy(wanted).float())
+    assert uneven.shares()[3:].eq(0).all()
+
+
+def test_few_images_of_a_sorted_split_are_of_all_its_classes(uneven: MNISTData) -> None:
+    uneven.train_size = 42
+    assert torch.bincount(uneven.load().train.labels).tolist() == [30, 10, 2]
+
+
+def test_the_number_of_classes_comes_from_the_data(uneven: MNISTData) -> None:
+    assert count_classes("auto", uneven) == count_classes(10, uneven) == 10
+    with pytest.raises(ValueError, match=r"model.num_classes=7 but MNIST, the bundled .* has 10 classes"):
+        count_classes(7, uneven)
+    assert count_classes(7, object()) == 7
+    with pytest.raises(ValueError, match=r"object has no load\(\); set model.num_classes"):
+        count_classes("auto", object())

@@ -19,7 +19,7 @@ from thaw.data.module import load_source
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
 
-FEW = ["robustness.digits=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
+FEW = ["robustness.images=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
 MLP = ["backbone=mlp", "backbone.hidden=[64]", "freeze=full", "optim.lr=3e-3", "trainer.max_epochs=6", "validate=false"]
 SMALL = [*MLP, "logger=none", "cache.mode=off"]
 ALLOW = "++allow=[own_digits]"
@@ -42,7 +42,7 @@ def own_data(tmp_path: Path, **settings: object) -> list[str]:
 @pytest.fixture
 def csv_run(train: Callable[..., Path], tmp_path: Path) -> Path:
     """A run on five classes of a CSV, by a subclass of ImageDataModule."""
-    settings = {"defaults": ["batches"], "reader": "digit"}
+    settings = {"defaults": ["settings/batches@_here_"], "reader": "digit"}
     return train(*own_data(tmp_path, _target_="own_digits.CSVDigits", **settings), *SMALL)
 
 

@@ -10,18 +10,17 @@ import lightning as L
 import pytest
 import torch
 from freezing.test_cache import new, nothing_at_hand, trainer_of  # noqa: F401  (an autouse fixture)
-from small_models import mnist_data
+from small_models import augmentation, mnist_data
 from torch import Tensor
 
 from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
-from thaw.data.augment import Augment
 from thaw.data.mnist import MNISTData
 from thaw.data.module import Batch
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 
-MOVED = Augment(10, 0.1, 0, 0, 0, elastic_sigma=4, thickness=0, erase=0)
+MOVED = augmentation(degrees=10.0, translate=0.1)
 TRAIN, VAL = 160, 500
 
 Build = Callable[..., Classifier]

@@ -155,5 +155,7 @@ def test_the_scale_is_above_0(alpha: str, tmp_path: Path) -> None:
 
 
 def test_a_model_without_linear_layers(backbone: Callable[..., Backbone]) -> None:
-    with pytest.raises(ValueError, match="this backbone has none, so that LoRA cannot be used"):
+    with pytest.raises(
+        ValueError, match=r"this backbone has none: choose another policy, e\.g\. freeze=last_blocks, or a transformer"
+    ):
         add_lora(backbone(**CONVNET), ".*", None, 1, 1.0)

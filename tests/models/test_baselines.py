@@ -22,10 +22,11 @@ from thaw.run.checkpoint import load_model, read_checkpoint
 from thaw.run.values import check_types
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "backbone"
-NAMES = ["pixels", "mlp", "lenet5", "convnet", "rnn"]
+NAMES = ["pixels", "mlp", "lenet5", "convnet", "resnet9", "rnn"]
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 24]},
     "convnet": {"widths": [8, 12, 16]},
+    "resnet9": {"widths": [8, 12, 16, 20], "image_size": 28, "channels": 1},
     "rnn": {"hidden_size": 16},
 }
 PLAIN = partial(LinearHead, norm="none")
@@ -46,7 +47,7 @@ def backbone() -> Build:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("image_size", "channels"), [(28, 1), (28, 3), (33, 1)])
+@pytest.mark.parametrize(("image_size", "channels"), [(28, 1), (28, 3), (33, 1), (32, 3)])
 def test_shapes(backbone: Build, name: str, image_size: int, channels: int) -> None:
     net = backbone(name, image_size=image_size, channels=channels)
     features = net(torch.randn(3, channels, image_size, image_size))
@@ -121,6 +122,25 @@ def test_convnet_by_hand(backbone: Build) -> None:
     torch.testing.assert_close(net.eval()(images), x.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_resnet9_by_hand(backbone: Build) -> None:
+    net, images = backbone("resnet9", image_size=32, channels=3), torch.randn(4, 3, 32, 32)
+    net.train()(torch.randn(64, 3, 32, 32))
+    tensors = list(net.eval().state_dict().values())
+    layers = iter([tensors[start : start + 5] for start in range(0, len(tensors), 6)])  # a convolution and its norm
+
+    def convolve(x: Tensor) -> Tensor:
+        weight, gamma, beta, mean, var = next(layers)
+        return F.relu(F.batch_norm(F.conv2d(x, weight, padding=1), mean, var, gamma, beta))
+
+    x = convolve(images)
+    for side, is_residual in ((16, True), (8, False), (4, True)):
+        x = F.max_pool2d(convolve(x), 2)
+        assert x.shape[2:] == (side, side)
+        x = x + convolve(convolve(x)) if is_residual else x
+    assert next(layers, None) is None
+    torch.testing.assert_close(net(images), x.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
+
+
 def read_rows(rows: Tensor, weights: list[Tensor], cell: str) -> Tensor:
     """(B, T, F) -> states (B, T, H), one row after the other, by the equations in torch's documentation."""
     w_input, w_state, b_input, b_state = weights
@@ -162,7 +182,7 @@ def test_rnn_equals_a_loop_over_rows(backbone: Build, cell: str, bidirectional: 
 def test_a_classifier_trains_on_it(
     classifier: Callable[..., Classifier], batch: Batch, fit: Callable, name: str
 ) -> None:
-    model = classifier("full", name=name, loaded=False, dropout=0.0) if name in ("mlp", "convnet") else None
+    model = classifier("full", name=name, loaded=False, dropout=0.0) if name in ("mlp", "convnet", "resnet9") else None
     model = model or classifier("full", name=name, loaded=False)
     before = {key: value.clone() for key, value in model.named_parameters()}
     model.eval()
@@ -171,6 +191,24 @@ def test_a_classifier_trains_on_it(
     assert trainer.callback_metrics["val/loss"].item() < 0.7 * loss
     assert "val/acc" in trainer.callback_metrics
     assert not any(torch.equal(before[key], value) for key, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("numbers", [[0.3], [0.2, 0.3, 0.4]])
+def test_mean_and_std_are_one_number_or_three(
+    classifier: Callable[..., Classifier], channels: int, numbers: list[float]
+) -> None:
+    """Three are averaged for one grey channel; a colour image has each channel's own."""
+    changes: dict[str, Any] = {"mean": numbers, "std": numbers, "channels": channels, "image_size": 32}
+    model = classifier("full", name="pixels", loaded=False, **changes)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    own = torch.tensor(numbers if channels == 3 else [0.3]).reshape(1, -1, 1, 1)
+    pixels = (
+        images / 255
+        if channels == 3
+        else (images / 255 * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, True)
+    )
+    torch.testing.assert_close(model.preprocess(images), (pixels - own) / own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +266,10 @@ def test_pixels_have_nothing_to_freeze(classifier: Callable[..., Classifier], ba
         ("rnn", "cell", ["LSTM", "rnn", None], "lstm or gru"),
         *(("rnn", setting, [0, 1.5, True], "a whole number, 1 or more") for setting in ("hidden_size", "num_layers")),
         ("rnn", "bidirectional", ["both"], "true or false"),
-        *((name, "image_size", [0], "a whole number, 1 or more") for name in ("pixels", "mlp", "convnet", "rnn")),
+        *(
+            (name, "image_size", [0], "a whole number, 1 or more")
+            for name in ("pixels", "mlp", "convnet", "resnet9", "rnn")
+        ),
         ("lenet5", "image_size", [11], "a whole number, 12 or more"),
         *((name, "channels", [2], "1 or 3") for name in NAMES),
         *((name, "mean", [None], "a list, each item a number") for name in NAMES),
@@ -249,7 +290,9 @@ def test_an_image_that_is_too_small_for_its_stages(backbone: Build) -> None:
         backbone("convnet", image_size=3)
 
 
-@pytest.mark.parametrize(("name", "image_size"), [("lenet5", 12), ("convnet", 4), ("mlp", 1), ("rnn", 1)])
+@pytest.mark.parametrize(
+    ("name", "image_size"), [("lenet5", 12), ("convnet", 4), ("resnet9", 8), ("mlp", 1), ("rnn", 1)]
+)
 def test_smallest_image(backbone: Build, name: str, image_size: int) -> None:
     net = backbone(name, image_size=image_size)
     assert net(torch.randn(2, 1, image_size, image_size)).isfinite().all()

@@ -24,9 +24,9 @@ def autoregressive(vit: dict = VIT, *, fused: bool = False, **settings: Any) -> 
 
 def digits(number: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 100, (number, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (number, 28, 28), dtype=torch.uint8, generator=generator)
     images[:, 7:21] += (50 * (torch.arange(number) % 3)).to(torch.uint8)[:, None, None]
-    return images
+    return images[:, None]
 
 
 # What a prediction depends on
@@ -161,8 +161,8 @@ def test_contact_sheet() -> None:
     assert all(row.shape == (16, 1, 28, 28) and row.dtype == torch.uint8 for row in (shown, given, completed))
     assert torch.equal(shown, images[:16])
     for row in (given, completed):
-        assert torch.equal(row[:, :14], images[:16, :14])
-    assert given[:, 14:].unique().tolist() == [128]
+        assert torch.equal(row[:, :, :14], images[:16, :, :14])
+    assert given[:, :, 14:].unique().tolist() == [128]
 
 
 # Training

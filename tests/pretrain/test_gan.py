@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import compose_run
 from hydra.utils import instantiate
-from pretrain.tiny import STILL, VIT, recipe, refused
+from pretrain.tiny import VIT, recipe, refused
 from pretrain.tiny import backbone as tiny_backbone
+from small_models import augmentation
 from torch import Tensor, nn
 
-from thaw.data.augment import Augment
 from thaw.data.module import Batch
 from thaw.models.backbone import Backbone
 from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
@@ -32,7 +32,7 @@ def backbone(size: int = 28, channels: int = 1, fused: bool = False) -> Backbone
 
 def gan(trained: Backbone | None = None, **changes: Any) -> GAN:
     torch.manual_seed(0)
-    augment = Augment(**STILL | {"degrees": 10.0, "translate": 0.1, "scale": 0.1, "thickness": 0.5})
+    augment = augmentation(degrees=10.0, translate=0.1, scale=0.1, thickness=0.5)
     own: dict[str, Any] = {"latent": 8, "width": 32, "generator_lr": 1.0, "r1": 10.0, "r1_every": 2}
     own |= {"average_decay": 0.9, "samples": 50, "measured_by": backbone()} | changes
     model = GAN(trained or backbone(), augment, recipe(), "w.safetensors", **own)
@@ -84,7 +84,7 @@ def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> Non
     got = gradients(model)
 
     torch.manual_seed(1)
-    real = model.augment.transform(batch.images[:, None] / 255)
+    real = model.augment.transform(batch.images / 255)
     fake = model.augment.transform(model.generator(torch.randn(6, 8)))
     normalize: Callable[[Tensor], Tensor] = lambda x: (x - 0.1307) / 0.3081  # noqa: E731
     score: Callable[[Tensor], Tensor] = lambda x: model.score(model.backbone(normalize(x)))[:, 0]  # noqa: E731
@@ -116,8 +116,8 @@ def test_the_generators_loss_teaches_the_discriminator_nothing_and_the_other_way
 def test_the_discriminator_sees_what_features_sees(size: int, channels: int) -> None:
     model, images = gan(backbone(size, channels)), digits().images
     expected = model.score(model.features(images))[:, 0]
-    torch.testing.assert_close(model.discriminator(images[:, None] / 255), expected)
-    torch.testing.assert_close(model.frozen_discriminator(images[:, None] / 255), expected)
+    torch.testing.assert_close(model.discriminator(images / 255), expected)
+    torch.testing.assert_close(model.frozen_discriminator(images / 255), expected)
     model.training_step(digits(), 0).backward()  # the resize has a gradient of a gradient
 
 

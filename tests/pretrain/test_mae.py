@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from pretrain.tiny import CLASS_TOKEN, STILL, VIT, backbone, digits, losses_of_training, recipe, refused
+from pretrain.tiny import CLASS_TOKEN, VIT, backbone, digits, losses_of_training, recipe, refused
+from small_models import augmentation
 from torch import nn
 
-from thaw.data.augment import Augment
 from thaw.pretrain.mae import MAE
 from thaw.pretrain.patches import encode, patchify, unpatchify
 
 
 def mae(*architecture: Any, mask_ratio: float = 0.6, normalize: bool = True) -> MAE:
     torch.manual_seed(0)
-    return MAE(backbone(*architecture), Augment(**STILL), recipe(), "w.safetensors", mask_ratio, 16, 1, 2, normalize)
+    return MAE(backbone(*architecture), augmentation(), recipe(), "w.safetensors", mask_ratio, 16, 1, 2, normalize)
 
 
 def test_patches_are_rows_of_squares_and_go_back() -> None:

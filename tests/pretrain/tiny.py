@@ -16,8 +16,6 @@ from thaw.run.values import check_types
 
 VIT = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "class_token": False, "global_pool": "avg"}
 CLASS_TOKEN = VIT | {"class_token": True, "global_pool": "token"}
-STILL = dict.fromkeys(("degrees", "translate", "scale", "shear", "elastic", "thickness", "erase"), 0.0)  # of Augment
-STILL["elastic_sigma"] = 4.0
 
 
 def backbone(arguments: dict | None = None, name: str = "vit_tiny_patch16_224", **changes: Any) -> Backbone:
@@ -34,10 +32,10 @@ def recipe() -> OptimizerRecipe:
 
 def digits(number: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 200, (number, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 200, (number, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(number) % 3
     images[:, :14] += (25 * labels).to(torch.uint8)[:, None, None]
-    return Batch(images, labels, torch.arange(number))
+    return Batch(images[:, None], labels, torch.arange(number))
 
 
 def losses_of_training(model: Objective, batch: Batch, steps: int) -> list[float]:

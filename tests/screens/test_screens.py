@@ -32,7 +32,7 @@ COMMANDS = {  # in the order in which a person types them
     "linear_probe": f"train.py {PROBE}",
     "linear_probe_again": f"train.py {PROBE}",
     "resume": "train.py resume=last",
-    "eval": "eval.py ckpt=last robustness.digits=1",
+    "eval": "eval.py ckpt=last robustness.images=1",
     "predict": "predict.py ckpt=last pictures",
     "export": "export.py ckpt=last format=hub_folder",
     "wrong_setting": "train.py experiment=vit_linear_probe optim.lrr=1",

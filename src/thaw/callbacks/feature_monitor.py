@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from pydantic import Field
 from torch import Tensor
 
-from thaw.data.batches import by_batches
+from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.run.loggers import log_image
 from thaw.run.values import Count
 
@@ -24,13 +24,13 @@ class FeatureMonitor(Callback):
 
     Args:
         every_n_steps: between two checks for collapse.
-        digits: how many of the first validation images these checks and the picture take.
+        images: how many of the first validation images these checks and the picture take.
         min_std: below this `feature_std` the features count as constant.
     """
 
-    def __init__(self, run_dir: str, every_n_steps: Count, digits: Annotated[int, Field(ge=2)], min_std: float) -> None:
+    def __init__(self, run_dir: str, every_n_steps: Count, images: Annotated[int, Field(ge=2)], min_std: float) -> None:
         self.folder = Path(run_dir) / "report"
-        self.every_n_steps, self.images, self.min_std = every_n_steps, digits, min_std
+        self.every_n_steps, self.images, self.min_std = every_n_steps, images, min_std
         self.warned = False
 
     def on_train_batch_end(
@@ -49,14 +49,15 @@ class FeatureMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        from thaw.evaluation.pictures import save_contact_sheet  # matplotlib, only for pictures
+        from thaw.evaluation.pictures import on_paper, save_contact_sheet  # matplotlib, only for pictures
 
         path = self.folder / f"epoch_{trainer.current_epoch + 1:04d}.png"
         images = validation_images(trainer).images[: self.images]
         with torch.random.fork_rng(), trainer.precision_plugin.forward_context(), torch.no_grad():
             torch.manual_seed(0)  # the same masks each time, and a run that pictures do not change
             rows, titles = pl_module.contact_sheet(images)
-        save_contact_sheet([row.cpu() for row in rows], titles, path)
+        reader = getattr(trainer.datamodule, "reader", "photo")  # type: ignore[attr-defined]
+        save_contact_sheet([on_paper(row.cpu(), reader) for row in rows], titles, path)
         log_image(trainer.loggers, "val/pretraining", path)
 
     def check_collapse(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:
@@ -94,10 +95,13 @@ def knn_accuracy(features: Tensor, labels: Tensor) -> Tensor:
 
     Of classes with equal votes the lowest wins.
     """
-    z = F.normalize(features, dim=1)
-    similarity = (z @ z.T).fill_diagonal_(-torch.inf)  # (N, N)
-    neighbours = labels[similarity.topk(min(20, len(labels) - 1)).indices]  # (N, 20)
-    return (neighbours.mode(dim=1).values == labels).float().mean()
+    z, correct = F.normalize(features, dim=1), []
+    for chosen in torch.arange(len(z), device=z.device).split(EVAL_BATCH):
+        similarity = z[chosen] @ z.T  # (B, N)
+        similarity[range(len(chosen)), chosen] = -torch.inf
+        neighbours = labels[similarity.topk(min(20, len(labels) - 1)).indices]  # (B, 20)
+        correct.append(neighbours.mode(dim=1).values == labels[chosen])
+    return torch.cat(correct).float().mean()
 
 
 def feature_std(features: Tensor) -> float:

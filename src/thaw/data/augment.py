@@ -1,24 +1,40 @@
 """Random transforms with their own parameters for every image, applied to a whole batch on the batch's device."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 
-from thaw.run.values import NonNegative, Positive, Probability
+from thaw.run.errors import UserError
+from thaw.run.values import CountOrZero, NonNegative, Positive, Probability
+
+FactorSpread: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+BOX_TRIES = 10
+FLOATS_AT_ONCE = 2**18  # pixels of a CPU's chunk: as floats they stay in its cache
 
 
 class Augment(nn.Module):
-    """uint8 (B, C, S, S) -> uint8 (B, C, S, S), each image transformed on its own.
+    """uint8 (B, C, H, W) -> uint8 (B, C, H, W), each image transformed on its own; C is 1 or 3.
 
-    Affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
-    interpolated once. A setting of 0 switches its transform off. The affine map alone runs about 2.4 times as fast as
-    kornia's RandomAffine on two CPU threads (benchmarks/once.md).
+    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. Of these last the
+    affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
+    interpolated once. A setting of 0 switches its transform off, as does a crop_area of 1. The affine map alone runs
+    about 2.4 times as fast as kornia's RandomAffine on two CPU threads (benchmarks/once.md).
 
     Args:
+        flip: probability that left and right are exchanged.
+        crop_area: random resized crop (Szegedy et al. 2015, section 6): a box of at least this share of the area and
+            of an aspect ratio from 3/4 to 4/3 is resized to H x W.
+        crop_padding: padded crop: each side gets so many more pixels, then a box of H x W is cut out.
+        padding_mode: what the padded crop adds: the image mirrored at its edge, or zeros (constant).
+        brightness: multiplies pixels by a factor between 1 - brightness and 1 + brightness.
+        contrast: multiplies their difference from the image's mean grey by a factor in such a range.
+        saturation: multiplies their difference from their own grey by a factor in such a range; no effect if C is 1.
         degrees: rotation up to so many degrees either way.
         translate: shift up to this fraction of the side, in x and y.
         scale: zoom by a factor between 1 - scale and 1 + scale.
@@ -26,14 +42,22 @@ class Augment(nn.Module):
         elastic: standard deviation of the smooth displacement, in pixels.
         elastic_sigma: smoothness of that displacement, in pixels.
         thickness: strokes grow or shrink by up to this fraction of a 3 x 3 dilation or erosion.
-        erase: probability that a random rectangle of 5 to 15 pixels a side is set to 0 (Zhong et al. 2017).
+        erase: probability that a random rectangle is set to 0 (Zhong et al. 2017). Its sides are 5 to 15 pixels of 28,
+            and in proportion in larger images.
     """
 
     def __init__(
         self,
+        flip: Probability,
+        crop_area: Annotated[float, Field(gt=0, le=1)],
+        crop_padding: CountOrZero,
+        padding_mode: Literal["reflect", "constant"],
+        brightness: FactorSpread,
+        contrast: FactorSpread,
+        saturation: FactorSpread,
         degrees: NonNegative,
         translate: NonNegative,
-        scale: Annotated[float, Field(ge=0, lt=1)],
+        scale: FactorSpread,
         shear: NonNegative,
         elastic: NonNegative,
         elastic_sigma: Positive,
@@ -41,22 +65,47 @@ class Augment(nn.Module):
         erase: Probability,
     ) -> None:
         super().__init__()
-        self.settings = {
-            **{"degrees": degrees, "translate": translate, "scale": scale, "shear": shear},
-            **{"elastic": elastic, "elastic_sigma": elastic_sigma, "thickness": thickness, "erase": erase},
-        }
+        if crop_area < 1 and crop_padding:
+            raise UserError(
+                f"augment.crop_area={crop_area} and augment.crop_padding={crop_padding} are two ways to crop an image; "
+                "choose one: crop_area=1.0 or crop_padding=0 switches the other off."
+            )
+        self.flip, self.crop_area, self.crop_padding, self.padding_mode = flip, crop_area, crop_padding, padding_mode
+        self.colours = (brightness, contrast, saturation)
         self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
         self.elastic, self.elastic_sigma, self.thickness, self.erase = elastic, elastic_sigma, thickness, erase
         self.warps = any((degrees, translate, scale, shear, elastic))
-        self.is_random = bool(self.warps or thickness or erase)
+        self.redraws = bool(self.warps or thickness or erase)
+        self.is_random = bool(flip or crop_area < 1 or crop_padding or any(self.colours) or self.redraws)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.is_random:
-            return images
-        return self.transform(images.float()).round().clamp(0, 255).to(torch.uint8)
+        images = self.random_crop(images)
+        if any(self.colours):
+            size = len(images) if images.is_cuda else max(1, FLOATS_AT_ONCE // images[0].numel())
+            chunks = zip(images.split(size), self.random_factors(images).split(size, dim=1), strict=True)
+            images = torch.cat([to_uint8(recolour(chunk.float(), *factors)) for chunk, factors in chunks])
+        return to_uint8(self.redraw(images.float())) if self.redraws else images
 
     def transform(self, x: Tensor) -> Tensor:
-        """As `forward`, for float pixels (B, C, S, S) of any scale whose background is 0; gradients pass through."""
+        """As `forward`, for float pixels (B, C, H, W) of any scale whose background is 0; gradients pass through.
+
+        Recoloured pixels are not clamped, as their scale is not known.
+        """
+        x = self.random_crop(x)
+        if any(self.colours):
+            x = recolour(x, *self.random_factors(x))
+        return self.redraw(x)
+
+    def random_crop(self, x: Tensor) -> Tensor:
+        """Crop and flip; uint8 stays uint8."""
+        if self.crop_area < 1:
+            return resize_boxes(x, self.random_boxes(x), self.random_flips(x))
+        if self.crop_padding or self.flip:
+            return self.random_padded_crop(x)
+        return x
+
+    def redraw(self, x: Tensor) -> Tensor:
+        """The transforms of digits, float (B, C, S, S)."""
         if self.warps:
             grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)
             if self.elastic:
@@ -67,6 +116,43 @@ class Augment(nn.Module):
         if self.erase:
             x = x * self.random_rectangles(x)
         return x
+
+    def random_flips(self, x: Tensor) -> Tensor:
+        """(B,) of true and false."""
+        return torch.rand(len(x), device=x.device) < self.flip
+
+    def random_factors(self, x: Tensor) -> Tensor:
+        """(3, B) for brightness, contrast and saturation."""
+        spread = torch.tensor(self.colours, device=x.device)[:, None]
+        return 1 + spread * (2 * torch.rand(3, len(x), device=x.device) - 1)
+
+    def random_boxes(self, x: Tensor) -> Tensor:
+        """(B, 4) of top, left, height and width: of several boxes for each image the first that fits into it."""
+        sides = torch.tensor(x.shape[2:], device=x.device)[:, None, None]  # (2, 1, 1) H and W
+        area, aspect = torch.rand(2, BOX_TRIES, len(x), device=x.device)
+        area = (self.crop_area + (1 - self.crop_area) * area) * sides.prod()
+        aspect = (4 / 3) ** (2 * aspect - 1)  # its logarithm is uniform
+        boxes = torch.stack([area / aspect, area * aspect]).sqrt().round().clamp(min=1)  # (2, BOX_TRIES, B)
+        first = (boxes <= sides).all(0).int().argmax(0)  # 0 if none fits
+        boxes = boxes[:, first, torch.arange(len(x), device=x.device)].minimum(sides[:, 0])  # (2, B)
+        corners = torch.rand(2, len(x), device=x.device) * (sides[:, 0] - boxes + 1)
+        return torch.cat([corners, boxes]).long().T
+
+    def random_padded_crop(self, x: Tensor) -> Tensor:
+        """Padded crop and flip by one gather, which on a CPU is many times as fast as slicing each image."""
+        height, width, padding = *x.shape[2:], self.crop_padding
+        if self.padding_mode == "reflect" and padding >= min(height, width):
+            raise UserError(
+                f"augment.crop_padding={padding} with padding_mode=reflect must be below the side of the images, "
+                f"{min(height, width)} pixels; choose a smaller one or padding_mode=constant."
+            )
+        padded = F.pad(x, [padding] * 4, mode=self.padding_mode)
+        top, left = torch.randint(2 * padding + 1, (2, len(x), 1), device=x.device)
+        rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+        columns = torch.where(self.random_flips(x)[:, None], columns.flip(0), columns)  # (B, W)
+        places = (top + rows)[:, :, None] * padded.shape[3] + (left + columns)[:, None]  # (B, H, W)
+        places = places.flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (B, C, H W)
+        return padded.flatten(2).gather(2, places).view_as(x)
 
     def random_affine(self, x: Tensor) -> Tensor:
         """(B, 2, 3) maps from output to input coordinates in [-1, 1]: scale, rotation, shear, then shift."""
@@ -102,12 +188,52 @@ class Augment(nn.Module):
     def random_rectangles(self, x: Tensor) -> Tensor:
         """(B, 1, S, S) of 1, with 0 inside one rectangle of each chosen image."""
         positions = torch.arange(x.shape[-1], device=x.device)
-        length = torch.randint(5, 16, (2, len(x), 1), device=x.device)  # rows, columns
-        start = (torch.rand(2, len(x), 1, device=x.device) * (x.shape[-1] - length + 1)).long()
+        side = x.shape[-1]
+        length = torch.randint(max(1, 5 * side // 28), 15 * side // 28 + 1, (2, len(x), 1), device=x.device)
+        start = (torch.rand(2, len(x), 1, device=x.device) * (side - length + 1)).long()  # rows, columns
         rows, columns = (positions >= start) & (positions < start + length)  # (B, S) each
         inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, S, S)
         chosen = (torch.rand(len(x), device=x.device) < self.erase)[:, None, None, None]
         return (~(inside & chosen)).to(x.dtype)
+
+
+def resize_boxes(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """Each image's box (B, 4) of top, left, height and width, resized to H x W and perhaps flipped.
+
+    A CPU resizes uint8 images one by one, several times as fast as it samples a batch. NumPy copies them, because
+    torch would share each small copy among its threads. The sampling grid ends at the centres of a box's outer pixels,
+    so both give the same pixels.
+    """
+    if x.dtype == torch.uint8 and x.device.type == "cpu":
+        resized = np.empty(x.shape, np.uint8)
+        parts = zip(x.numpy(), boxes.tolist(), flips.tolist(), resized, strict=True)
+        for image, (top, left, height, width), flip, out in parts:
+            box = image[:, top : top + height, left : left + width]
+            box = torch.from_numpy(np.ascontiguousarray(box[..., ::-1] if flip else box))
+            out[:] = F.interpolate(box[None], x.shape[2:], mode="bilinear", antialias=True)[0].numpy()
+        return torch.from_numpy(resized)
+    axes = []
+    for start, length, side in zip(boxes.T[:2, :, None], boxes.T[2:, :, None], x.shape[2:], strict=True):
+        centres = (torch.arange(side, device=x.device) + 0.5) * length / side  # (B, side) pixels within the box
+        axes.append(2 * (start + centres.clamp(min=0.5).minimum(length - 0.5)) / side - 1)
+    rows, columns = axes
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), dim=3)  # (B, H, W, 2)
+    if x.dtype == torch.uint8:
+        return to_uint8(F.grid_sample(x.float(), grid, align_corners=False))
+    return F.grid_sample(x, grid.to(x.dtype), align_corners=False)
+
+
+def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Float (B, C, H, W) with factors (B,), applied in this order without clamping in between."""
+    brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
+    grey = rgb_to_grayscale(x)  # (B, 1, H, W), x itself if C is 1
+    mean = grey.mean((2, 3), keepdim=True)
+    return brightness * (contrast * (saturation * x + (1 - saturation) * grey) + (1 - contrast) * mean)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    return x.round().clamp(0, 255).to(torch.uint8)
 
 
 def affine_grid(maps: Tensor, side: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The IDX file format of MNIST (http://yann.lecun.com/exdb/mnist): a magic number, the shape, then raw bytes."""
 
+import gzip
 import math
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 from thaw.run.errors import UserError
 
 UINT8 = 0x08  # the only IDX element type that the MNIST family uses
+
+
+def unpacked(content: bytes) -> bytes:
+    """Decompress gzip content; return other content unchanged, whatever the file's name says."""
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
 
 
 def read_idx(content: bytes, name: str) -> Tensor:

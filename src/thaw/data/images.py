@@ -80,6 +80,20 @@ def check_source(source: Source) -> None:
             )
 
 
+def absent_classes(source: Source) -> list[str]:
+    """A line about each split that lacks some classes; a split without images has none."""
+    effects = {"train": "cannot be learned", "val": "do not count in val/acc", "test": "have no recall"}
+    lines = []
+    for split, effect in effects.items():
+        present = set(getattr(source, split).labels.unique().tolist())
+        names = [name for number, name in enumerate(source.classes) if number not in present]
+        if present and names:
+            these = f"{len(names)} of {len(source.classes)} classes have no {split} images and {effect}"
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            lines.append(f"{source.title}: {these}: {', '.join(names[:5])}{more}")
+    return lines
+
+
 def check_same_classes(known: Sequence[str], source: Source, model: Any) -> None:
     """Raise UserError unless a dataset has the classes that `model`, a checkpoint, was trained on."""
     if list(known) == list(source.classes):

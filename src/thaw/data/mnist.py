@@ -23,7 +23,7 @@ from filelock import FileLock
 from pydantic import Field
 from torch import Tensor
 
-from thaw.data.idx import read_idx
+from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
 from thaw.run.console import progress, say
@@ -198,11 +198,13 @@ def read_official(dataset: str, name: str, path: Path, modified: int) -> Tensor 
     if official_name(content) == (dataset, name):
         return read_idx(unpacked(content), str(path))
     wanted = dict(getattr(torchvision.datasets, dataset).resources)[name]
+    verified = (
+        "packed, or the same content" if dataset in UNPACKED_MD5 else "as published; no other copy can be verified"
+    )
     return (
         f"{path} is not the official file ({describe_wrong_file(content)}): MD5 {hashlib.md5(content).hexdigest()}, "
-        f"expected {wanted}{' packed, or the same content' if dataset in UNPACKED_MD5 else ', as published'}. Move it "
-        f"away and run again to download {name}, point data.dir at intact files, or, for images of your own, choose "
-        "another source: data=folder, data=arrays, ... (see thaw.data.module)."
+        f"expected {wanted} {verified}. Move it away and run again to download {name}, point data.dir at intact files, "
+        f"or take the files as they are: data=arrays data.path={path.parent}."
     )
 
 
@@ -220,15 +222,10 @@ def official_name(content: bytes) -> tuple[str, str] | None:
     return None
 
 
-def unpacked(content: bytes) -> bytes:
-    """Decompress gzip content; return other content unchanged, whatever the file's name says."""
-    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-
-
 def describe_wrong_file(content: bytes) -> str:
     """Say in a few words what a file is that should be another."""
     if known := official_name(content):
-        return f"it holds {known[1]} of {known[0]}"
+        return f"it holds {known[1]} of {known[0]}; data.dataset={known[0]} reads that"
     if content[:256].lstrip()[:1] == b"<":
         return "it is an HTML page, not data"
     try:
@@ -334,6 +331,6 @@ def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
     more = f" and {len(held) - NAMES_SHOWN} more" if len(held) > NAMES_SHOWN else ""
     return (
         f"data.dir={directory} holds {', '.join(held[:NAMES_SHOWN])}{more}, but not {expected}. Add them, set "
-        "data.mirrors to a reachable one, or data.source=sample to take the bundled sample instead. Data of another "
-        "form need another source: data=folder, or one of your own (see thaw.data.module)."
+        "data.mirrors to a reachable one, or data.source=sample to take the bundled sample instead. data=folder reads "
+        "pictures in folders, data=arrays arrays and CSV files."
     )

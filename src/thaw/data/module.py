@@ -7,20 +7,25 @@ settings, with the method `read() -> thaw.data.images.Source`. Any other Lightni
 - loaders that yield a `Batch`, and for the cache of frozen features `split_dataset(split) -> ImageDataset`.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
-from thaw.data.images import Images, Source, check_source
+from thaw.data.images import Images, Source, absent_classes, check_source
+from thaw.data.store import files_sha256
 from thaw.run.config import build
+from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.targets import import_target
 from thaw.run.values import Count, CountOrZero, Seed, check_types
 
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
@@ -47,12 +52,15 @@ class ImageDataset(Dataset[Batch]):
 
     def __init__(self, data: Images) -> None:
         self.data = data
+        self.is_mapped = files_sha256(data.images) is not None
         self.features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data.labels)
 
     def __getitem__(self, indices: Tensor) -> Batch:
+        if self.is_mapped:  # from the disk they are read in order; within a batch the order means nothing
+            indices = indices.sort().values
         features = self.features  # index_select is several times as fast as indexing with a tensor
         if features is not None:
             features = features.index_select(0, indices.to(features.device))
@@ -145,7 +153,7 @@ class ImageDataModule(LightningDataModule):
         eval_batch_size: images a step in validation and test.
         num_workers: worker processes; 0 is the fastest, as images lie on the training device and a batch is one
             indexing operation there.
-        class_weights: `balanced` weights the training loss of a class by N / (K n), of its n among N images.
+        class_weights: `balanced` weights the training loss of a class by its `shares`.
         sampler: `shuffled` takes every training image once in an epoch, `balanced` draws with replacement, all classes
             equally often.
         seed: of the order of the training images. The splits do not depend on it.
@@ -197,13 +205,18 @@ class ImageDataModule(LightningDataModule):
                 by_class = bool((source.train.labels.diff() >= 0).all())
                 which = evenly_spread(available, self.train_size) if by_class else slice(self.train_size)
                 source = source._replace(train=source.train.take(which))
+            for line in absent_classes(source):
+                rank_zero_only(say)(line)
             self.loaded = source
         return self.loaded
 
     def shares(self) -> Tensor:
-        """N / (K n) of each class (K,): how rare it is among the N training images; 0 for a class without any."""
+        """How rare each class is among the training images (K,): N / (number of classes n), 0 for a class without any.
+
+        This is scikit-learn's `balanced`; its mean over the images is 1.
+        """
         counts = torch.bincount(self.load().train.labels, minlength=len(self.load().classes))
-        return torch.where(counts > 0, counts.sum() / (len(counts) * counts), 0.0)
+        return torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts), 0.0)
 
     def train_dataloader(self) -> ImageLoader:
         size = len(self.split_dataset("train"))
@@ -313,6 +326,18 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
             f"The data that {data._target_} reads are gone: {error}. Put them back, or say where they lie by one of "
             f"its settings: {setting_names(data)}."
         ) from error
+
+
+def second_source(block: Mapping[str, Any], cfg: DictConfig) -> Source:
+    """The splits of another dataset than the one that `cfg`, a model's configuration, names.
+
+    References in its block, as to `backbone.image_size`, are to `cfg`. Keys that are null and unknown to its data
+    module are those that eval.yaml has for the checkpoint's data.
+    """
+    known = inspect.signature(import_target(block["_target_"])).parameters
+    cfg = cfg.copy()
+    cfg.data = {key: value for key, value in block.items() if value is not None or key in known or key == "_target_"}
+    return load_source(cfg.data, {})
 
 
 def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:

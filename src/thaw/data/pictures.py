@@ -11,7 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from thaw.run.errors import UserError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
+LEAST_SIDE = 8  # pixels; a smaller picture is doubtful
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
 
@@ -37,7 +39,7 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
         raise UserError(f"{name} is not a {formats} file; convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
         size = int(re.findall(r"\d+", str(error))[0])
-        raise UserError(f"{name} claims {size:,} pixels; at most {MAX_PIXELS:,} are read: reduce it.") from error
+        raise UserError(f"{name} claims {size:,} pixels, more than {MAX_PIXELS:,}; reduce it.") from error
     except Exception as error:  # decoders raise nearly anything for damaged data
         raise UserError(f"{name} is a damaged picture ({error or type(error).__name__}).") from error
     doubts = ["only the first of its frames is read"] if several else []
@@ -77,3 +79,10 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     ends = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
     end = next((end for end in ends if values.max() <= end), values.max())
     return Image.fromarray((values * (255 / end)).round().astype(np.uint8))
+
+
+def shape_doubts(picture: Image.Image) -> list[str]:
+    """What should be said of a picture of which `fit_photo` shows little."""
+    short, long = sorted(picture.size)
+    doubts = [f"its short side has less than {LEAST_SIDE} pixels"] * (short < LEAST_SIDE)
+    return doubts + ["its middle square is less than a tenth of it"] * (long > 10 * short)

@@ -11,12 +11,14 @@ from torchmetrics.functional.classification import binary_auroc
 
 from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source
-from thaw.evaluation.corruptions import CORRUPTIONS
+from thaw.evaluation.corruptions import CORRUPTIONS, Corruption
 from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
-from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, save_attention, save_images, save_reliability
+from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, on_paper, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
+
+CORRUPTED_AT_ONCE = 2**26  # values of images: 256 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Assessment:
     logits: Tensor  # (N, K)
     test: Images
     pictures: list[tuple[str, Path]]  # titles and files
+
+    @property
+    def title(self) -> str:
+        """Name and origin of the images."""
+        return ", ".join(filter(None, (self.facts["dataset"], self.facts["data_source"])))
 
     @property
     def origin(self) -> list[tuple[str, str]]:
@@ -51,7 +58,7 @@ def assess(
         label: tells it from other checkpoints.
         source: of its images; the temperature is chosen on the validation split, all else uses the test split.
         second: another dataset, to whose test split the checkpoint is applied too.
-        robustness: `digits`, how many test images are corrupted, and the strengths of each corruption.
+        robustness: `images`, how many test images are corrupted, and the strengths of each corruption.
         folder: where the figures go.
         advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
     """
@@ -64,7 +71,7 @@ def assess(
         **predictor.facts(),
         "overrides": predictor.cfg.overrides,
         **source.facts(),
-        **accuracy_facts(logits.argmax(dim=1), labels),
+        **accuracy_facts(logits, labels),
         "classes": class_facts(predictor.classes, logits, labels),
         "calibration": {
             "ece": calibration_error(logits, labels),
@@ -82,7 +89,7 @@ def assess(
 def images_to_predict(source: Source, second: Source | None, robustness: Mapping[str, Any]) -> int:
     """How many images `assess` will predict."""
     points = sum(len(robustness[name]) + 1 for name in CORRUPTIONS)
-    corrupted = points * len(evenly_spread(len(source.test.labels), robustness["digits"]))
+    corrupted = points * len(evenly_spread(len(source.test.labels), robustness["images"]))
     return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second.test.labels) if second else 0)
 
 
@@ -98,17 +105,22 @@ def robustness_facts(
     predictor: Predictor, test: Images, robustness: Mapping[str, Any], advance: Callable[[int], Any]
 ) -> dict[str, Any]:
     """For each corruption pairs of strength and accuracy in ascending order; the harmless strength is one of them."""
-    chosen = evenly_spread(len(test.labels), robustness["digits"])
-    images, labels = (part[chosen] for part in test)
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for name, corruption in CORRUPTIONS.items():
-        curves[name] = []
-        for strength in sorted({corruption.harmless, *map(float, robustness[name])}):
+    chosen = evenly_spread(len(test.labels), robustness["images"])
+    parts = chosen.split(max(4, CORRUPTED_AT_ONCE // test.images[0].numel() // 4 * 4))  # shifts have four directions
+
+    def accuracy(corruption: Corruption, strength: float) -> float:
+        correct = 0
+        for images, labels in map(test.take, parts):
             harder = images if strength == corruption.harmless else corruption.apply(images, strength)
-            correct = predictor.logits(harder, advance).argmax(dim=1) == labels
-            curves[name].append((strength, float(correct.double().mean())))
+            correct += int((predictor.logits(harder, advance).argmax(dim=1) == labels).sum())
+        return correct / len(chosen)
+
+    curves = {}
+    for name, corruption in CORRUPTIONS.items():
+        strengths = sorted({corruption.harmless, *map(float, robustness[name])})
+        curves[name] = [(strength, accuracy(corruption, strength)) for strength in strengths]
     harmed = [acc for name, curve in curves.items() for at, acc in curve if at != CORRUPTIONS[name].harmless]
-    return {"digits": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
+    return {"images": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
 
 
 def second_facts(source: Source, predictor: Predictor, logits: Tensor, advance: Callable[[int], Any]) -> dict[str, Any]:
@@ -130,20 +142,22 @@ def draw_pictures(
 ) -> list[tuple[str, Path]]:
     """Draw all figures, and write the list of wrong images; returns title and file of each figure."""
     images, labels = test
-    draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, folder)
+    reader = predictor.data["reader"]
+    draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, reader, folder)
     save_reliability(logits, labels, temperature, folder / "reliability.png")
     unsure = least_certain(logits, MOST_EXAMPLES)
-    order, path = "Least certain first", folder / "least_certain.png"
-    save_images(images[unsure], logits[unsure], labels[unsure], unsure, predictor.classes, order, path)
+    shown = (on_paper(images[unsure], reader), logits[unsure], labels[unsure], unsure)
+    save_images(*shown, predictor.classes, "Least certain first", folder / "least_certain.png")
     pictures = {
         "Where it errs": "confusion_matrix",
         "How sure it is": "reliability",
-        "The images with the highest loss": "worst_digits",
+        "The images with the highest loss": "worst_images",
         "The images it is least certain about": "least_certain",
     }
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
         first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
         answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
-        save_attention(images[first], predictor.attention(images[first]), answers, folder / "attention.png")
+        shares = predictor.attention(images[first])
+        save_attention(on_paper(images[first], reader), shares, answers, folder / "attention.png")
     return [(title, folder / f"{name}.png") for title, name in pictures.items()]

@@ -27,13 +27,9 @@ def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
         UserError: they were not tested on the same images.
     """
     pairs = []
+    for other in assessments[1:]:
+        check_same_images(assessments[0], other)
     for first, second in combinations(assessments, 2):
-        if not torch.equal(first.test.images, second.test.images):
-            raise UserError(
-                f"{first.label} and {second.label} have other test images ({first.facts['dataset']}, "
-                f"{first.facts['data_source']}, and {second.facts['dataset']}, {second.facts['data_source']}), so that "
-                "they cannot be compared; set data.source=official or data.source=sample for both."
-            )
         correct = [model.logits.argmax(dim=1) == model.test.labels for model in (first, second)]
         only_first, only_second, p_value = mcnemar(*correct)
         found = {"only_first_right": only_first, "only_second_right": only_second, "p_value": p_value}
@@ -41,12 +37,23 @@ def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
     return pairs
 
 
+def check_same_images(first: Assessment, second: Assessment) -> None:
+    """Raise UserError if two models were tested on other images; the same photographs may have two sizes."""
+    resized = first.test.images.shape[1:] != second.test.images.shape[1:] and first.title == second.title
+    if not torch.equal(*((model.test.labels if resized else model.test.images) for model in (first, second))):
+        raise UserError(
+            f"{first.label} and {second.label} have other test images ({first.title}, and {second.title}), so that "
+            "they cannot be compared; set data.dir to one folder for both, or for MNIST data.source=official or "
+            "data.source=sample."
+        )
+
+
 def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
     """Write everything into a folder; returns the page."""
     pairs = compare_pairs(assessments)
     robustness = {model.label: model.facts["robustness"] for model in assessments}
     curves = {label: facts["curves"] for label, facts in robustness.items()}
-    save_robustness(curves, min(facts["digits"] for facts in robustness.values()), folder / "robustness.png")
+    save_robustness(curves, min(facts["images"] for facts in robustness.values()), folder / "robustness.png")
     facts = {"models": {model.label: model.facts for model in assessments}, "comparison": pairs}
     write_json(facts, folder / "report.json")
     page, names = folder / "report.html", ", ".join(model.label for model in assessments)
@@ -88,7 +95,7 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
 
     try:
         facts = assessment.facts
-        numbers = {name: facts[name] for name in ("test/acc", "test/acc_low", "test/acc_high")}
+        numbers = {name: value for name, value in facts.items() if name.startswith("test/")}
         numbers |= {f"report/{name}": value for name, value in facts["calibration"].items()}
         numbers |= {"report/robustness": facts["robustness"]["mean"]}
         numbers |= {f"report/{name}": facts["cost"][name] for name in ("flops", "latency_ms", "images_per_second")}

@@ -27,18 +27,19 @@ class FinalTest(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        parts = (outputs.float(), batch.labels, batch.images, batch.indices)
+        parts = (outputs.float(), batch.labels, batch.indices)
         self.parts.append(tuple(part.cpu() for part in parts))
 
     def on_test_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
         own = tuple(torch.cat(part) for part in zip(*self.parts, strict=True))
         parts = from_all_ranks(own) if trainer.world_size > 1 else [own]
-        logits, labels, images, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.results = accuracy_facts(logits.argmax(dim=1), labels)
+        logits, labels, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.results = accuracy_facts(logits, labels)
         if not trainer.is_global_zero:
             return
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
-        draw_errors(images, logits, labels, indices, trainer.datamodule.load().classes, self.folder)
-        for picture in ("confusion_matrix", "worst_digits"):
+        source, reader = trainer.datamodule.load(), getattr(trainer.datamodule, "reader", "photo")
+        draw_errors(source.test.images, logits, labels, indices, source.classes, reader, self.folder)
+        for picture in ("confusion_matrix", "worst_images"):
             log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

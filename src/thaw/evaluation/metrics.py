@@ -4,6 +4,7 @@ Shapes: N images, C classes; logits (N, C), labels (N,).
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from thaw.run.errors import UserError
 
 BINS = 15  # of confidence, as in Guo et al. 2017
+MANY_CLASSES = 20  # above which it counts, too, whether the label is among the best 5
+UNEVEN = 1.5  # the images of the largest class over those of the smallest, above which the mean recall counts, too
+OTHER_ACCURACIES = {"top-5": "test/top5", "balanced": "test/balanced_acc"}  # keys of `accuracy_facts` by their names
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -24,16 +28,31 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracy of predicted labels (N,) on test images with its 95 % interval, as values of JSON.
+    """Accuracy of predictions, (N,) or logits (N, C), on test images with its 95 % interval, as values of JSON.
+
+    `test/top5` is there for logits of more than 20 classes, `test/balanced_acc`, the mean recall of the classes, where
+    the largest has more than 1.5 times the images of the smallest.
 
     Raises:
         UserError: there are no images.
     """
-    correct, total = int((predictions == labels).sum()), len(labels)
-    if not total:
+    if not (total := len(labels)):
         raise UserError("There are no test images, so there is no accuracy; give a test split, or set test=false.")
-    low, high = accuracy_interval(correct, total)
-    return {"test/acc": correct / total, "test/acc_low": low, "test/acc_high": high, "n_test": total}
+    answers = predictions if predictions.ndim == 1 else predictions.argmax(dim=1)
+    counts = torch.bincount(labels)  # of each class
+    correct = torch.bincount(labels[answers == labels], minlength=len(counts)).double()
+    low, high = accuracy_interval(int(correct.sum()), total)
+    facts = {"test/acc": float(correct.sum()) / total, "test/acc_low": low, "test/acc_high": high}
+    if predictions.ndim == 2 and predictions.shape[1] > MANY_CLASSES:
+        facts["test/top5"] = float((predictions.topk(5).indices == labels[:, None]).any(dim=1).double().mean())
+    if counts.max() > UNEVEN * counts[counts > 0].min():
+        facts["test/balanced_acc"] = float((correct / counts)[counts > 0].mean())  # of classes that have images
+    return {**facts, "n_test": total}
+
+
+def other_accuracies(facts: Mapping[str, Any]) -> str:
+    """`, top-5 99.10%, balanced 97.00%` where `accuracy_facts` has them, to be added to a line."""
+    return "".join(f", {name} {facts[key]:.2%}" for name, key in OTHER_ACCURACIES.items() if key in facts)
 
 
 def highest_losses(logits: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -74,7 +93,12 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T for which softmax(logits / T) has the lowest cross-entropy on validation images (Guo et al. 2017, 4.2)."""
+    """The T for which softmax(logits / T) has the lowest cross-entropy on validation images (Guo et al. 2017, 4.2).
+
+    Without images it is 1.
+    """
+    if not len(labels):
+        return 1.0
     log_inverse = torch.zeros((), dtype=torch.float64, requires_grad=True)  # log 1/T
     logits = logits.double()
     optimizer = torch.optim.LBFGS([log_inverse], max_iter=100, line_search_fn="strong_wolfe")

@@ -1,41 +1,52 @@
 """Figures about models, each a PNG, and the list of wrong images.
 
-Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,).
+Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,). Images are drawn as they are; `on_paper`
+turns bright ink on black into dark ink on paper.
 """
 
 import csv
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.metrics import BINS, accuracy_interval, calibration_error, highest_losses, reliability
+from thaw.evaluation.metrics import (
+    BINS,
+    MANY_CLASSES,
+    accuracy_interval,
+    calibration_error,
+    highest_losses,
+    reliability,
+)
 from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
 from thaw.run.files import atomic
 
 MOST_EXAMPLES = 32  # images or classes in a figure
+MOST_NAMED, MOST_COUNTED = 60, 40  # classes of a confusion matrix with names at its sides, with numbers in its cells
+MOST_PAIRS = 25  # of classes that are listed beside it
 WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def draw_errors(
-    images: Tensor, logits: Tensor, labels: Tensor, indices: Tensor, classes: Sequence[str], folder: Path
+    split: Tensor, logits: Tensor, labels: Tensor, indices: Tensor, classes: Sequence[str], reader: str, folder: Path
 ) -> None:
-    """Write `confusion_matrix.png`, `worst_digits.png` and `wrong_images.csv` into a folder.
+    """Write `confusion_matrix.png`, `worst_images.png` and `wrong_images.csv` into a folder.
 
-    `indices` (N,) are the images' places in their split, `classes` the names of the K classes.
+    `indices` (N,) are the images' places in their split (M, C, H, W), `classes` the names of the K classes, `reader` is
+    as in `on_paper`.
     """
     save_confusion_matrix(labels, logits.argmax(dim=1), classes, folder / "confusion_matrix.png")
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
-    shown = (images[worst], logits[worst], labels[worst], indices[worst])
-    save_images(*shown, classes, "Highest loss first", folder / "worst_digits.png")
+    shown = (on_paper(split[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
+    save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
     write_wrong_images(indices, logits, labels, classes, folder / WRONG_IMAGES)
 
 
@@ -55,32 +66,48 @@ def write_wrong_images(indices: Tensor, logits: Tensor, labels: Tensor, classes:
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:
     """Counts by true class (rows) and predicted class (columns), both by number; `classes` are the names of all.
 
-    Colour shows the errors, not the many correct answers.
+    Colour shows the errors, not the many correct answers. Of many classes the most confused pairs are listed beside it.
     """
     size = len(classes)
     # 15 times as fast as torchmetrics' confusion matrix, on 10,000 images
     counts = torch.bincount(size * labels + predictions, minlength=size**2).reshape(size, size)
-    errors = counts.clone().fill_diagonal_(0)
-    side = max(6.0, 0.5 * size)
-    figure = new_figure(side, side)
-    axes = figure.add_subplot()
+    errors, present = counts.clone().fill_diagonal_(0), counts.sum(dim=1) > 0
+    many = size > MANY_CLASSES
+    side = min(max(6.0, 0.5 * size), 10.5)
+    figure = new_figure(side + 4 * many, side)
+    left, *beside = figure.subfigures(1, 1 + many, width_ratios=[side, 4][: 1 + many], squeeze=False)[0]
+    axes = left.add_subplot()
     most = int(errors.max())
-    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, most))
-    for row, column in product(range(size), repeat=2):
+    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, most), interpolation="nearest")
+    text = {"ha": "center", "va": "center", "fontsize": min(10, 260 / size)}
+    for row, column in (counts + present.diag()).nonzero().tolist() if size <= MOST_COUNTED else ():
         count = int(counts[row, column])
-        if row == column:
-            axes.text(column, row, str(count), ha="center", va="center", color="#2a6f2a", weight="bold")
-        elif count:
-            colour = "white" if count > 0.6 * most else INK
-            axes.text(column, row, str(count), ha="center", va="center", color=colour)
-    axes.set_title(f"{int(errors.sum())} of {len(labels):,} images wrong", fontsize=12)
-    names = [shorten_name(name) for name in classes]
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_xticks(range(size), names, rotation=90 if max(map(len, names)) > 4 else 0)
-    axes.set_yticks(range(size), names)
+        colour = "#2a6f2a" if row == column else "white" if count > 0.6 * most else INK
+        axes.text(column, row, str(count), **text, color=colour, weight="bold" if row == column else "normal")
+    axes.set_title(f"{int(errors.sum()):,} of {len(labels):,} images wrong", fontsize=12)
+    axes.set(xlabel="predicted", ylabel="true", xticks=[], yticks=[])
+    if size <= MOST_NAMED:
+        names, small = [shorten_name(name) for name in classes], {"fontsize": min(10, 400 / size)}
+        axes.set_xticks(range(size), names, rotation=90 if many or max(map(len, names)) > 4 else 0, **small)
+        rows = zip(names, present.tolist(), strict=True)
+        axes.set_yticks(range(size), [name if found else f"{name} (absent)" for name, found in rows], **small)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    for right in beside:
+        list_pairs(right.add_subplot(), errors, classes)
     save_figure(figure, path)
+
+
+def list_pairs(axes: Axes, errors: Tensor, classes: Sequence[str]) -> None:
+    """Write down which pairs of a true and a predicted class have the most errors (K, K), two or more if any has."""
+    lines = [f"Most often confused (true {ARROW} predicted):", ""]
+    names = [shorten_name(name, 25) for name in classes]
+    for place in errors.flatten().argsort(descending=True, stable=True)[:MOST_PAIRS].tolist():
+        label, answer = divmod(place, len(names))
+        if (count := int(errors[label, answer])) >= min(2, int(errors.max())) > 0:
+            lines.append(f"{count:4}  {names[label]} {ARROW} {names[answer]}")
+    axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, in_layout=False)
+    axes.axis("off")
 
 
 def save_images(
@@ -109,23 +136,29 @@ def save_images(
     save_figure(figure, path)
 
 
-def shorten_name(name: str) -> str:
-    """The name of a class in at most 14 characters."""
-    return name if len(name) <= 14 else f"{name[:11]}..."
+def shorten_name(name: str, most: int = 14) -> str:
+    """The name of a class in at most so many characters."""
+    return name if len(name) <= most else f"{name[: most - 3]}..."
+
+
+def on_paper(images: Tensor, reader: str) -> Tensor:
+    """Images as a person sees them: inverted if their `reader` is `digit`; what `photo` reads, grey or not, stays."""
+    return 255 - images if reader == "digit" else images
 
 
 def show_image(axes: Axes, image: Tensor) -> None:
-    """An image (C, H, W); of a grey one, 255 is black."""
+    """An image (C, H, W), grey or RGB."""
     height, width = image.shape[1:]
-    shown = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    axes.imshow(shown.numpy(), cmap="gray_r", vmin=0, vmax=255, extent=(0, width, height, 0))
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
 
 
 def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> None:
     """Rows of equally many images, one title a row."""
     figure = new_figure(0.62 * len(rows[0]) + 1.2, 0.66 * len(rows))
     for panel, row, title in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, titles, strict=True):
-        show_image(panel, torch.cat(list(F.pad(row, (1, 1, 1, 1))), dim=2))
+        margins = [max(1, row.shape[-1] // 28)] * 4
+        show_image(panel, torch.cat(list(F.pad(row, margins, value=255)), dim=2))
         panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
@@ -163,7 +196,7 @@ def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path
     panels = figure.subplots(2, len(images), squeeze=False).T
     for (above, below), image, share, title in zip(panels, images, shares, titles, strict=True):
         show_image(above, image)
-        above.set_title(title, fontsize=9)
+        above.set_title(shorten_name(title), fontsize=9)
         show_image(below, image)
         over = {"extent": above.images[0].get_extent(), "interpolation": "bicubic"}
         below.imshow(share.numpy(), cmap="inferno", alpha=0.65, **over)
@@ -196,15 +229,18 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
 
 
 def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Features in two dimensions (N, 2), coloured by class; a class's name stands at its median."""
+    """Features in two dimensions (N, 2), coloured by class; a class's name stands at its median, if they are few."""
     figure = new_figure(7, 6)
     axes = figure.add_subplot()
     x, y = points.T.numpy()
-    axes.scatter(x, y, c=labels.numpy(), cmap="tab10", s=7, alpha=0.7, linewidths=0)
-    for number, name in enumerate(classes):
+    few = len(classes) <= 10
+    colours = colormaps["tab10"](range(10)) if few else colormaps["gist_rainbow"](np.linspace(0, 1, len(classes)))
+    axes.scatter(x, y, c=colours[labels.numpy()], s=7, alpha=0.7, linewidths=0)
+    for number, name in enumerate(classes if len(classes) <= MOST_NAMED else ()):
         if (chosen := labels == number).any():
             x, y = points[chosen].median(dim=0).values.tolist()
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#888888", "alpha": 0.85}
-            axes.text(x, y, name, ha="center", va="center", weight="bold", bbox=box)
+            size = 10 if few else 7
+            axes.text(x, y, shorten_name(name), ha="center", va="center", weight="bold", fontsize=size, bbox=box)
     axes.axis("off")
     save_figure(figure, path)

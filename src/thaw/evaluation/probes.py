@@ -18,7 +18,7 @@ from thaw.run.console import progress, say
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
-SIMILARITIES = 2**25  # and votes that are held at a time: 128 MiB
+SIMILARITIES = 2**25  # that are held at a time: 128 MiB
 
 
 class Labelled(NamedTuple):
@@ -80,10 +80,12 @@ def knn(
         """Labels (Q,) for each wanted k, from one search."""
         parts = []
         for similarities, indices in nearest(queries, train.features, max(wanted), metric, name):  # (B, k), best first
-            votes = F.one_hot(targets[indices], len(classes)).float()  # (B, k, K)
+            votes = torch.ones_like(similarities)
             if vote == "weighted":  # Wu et al. 2018, section 3.4; relative to the best one's weight, against overflow
-                votes = votes * ((similarities - similarities[:, :1]) / temperature).exp()[..., None]
-            parts.append(torch.stack([classes[votes[:, :k].sum(dim=1).argmax(dim=1)] for k in wanted]))
+                votes = ((similarities - similarities[:, :1]) / temperature).exp()
+            none, named = votes.new_zeros(len(votes), len(classes)), targets[indices]  # (B, K), (B, k)
+            sums = (none.scatter_add(1, named[:, :k], votes[:, :k]) for k in wanted)
+            parts.append(torch.stack([classes[each.argmax(dim=1)] for each in sums]))
         return list(torch.cat(parts, dim=1))
 
     predictions = predict(val.features, candidates, "validation")
@@ -108,7 +110,7 @@ def nearest(queries: Tensor, references: Tensor, k: int, metric: str, name: str)
         queries, references = queries - centre, references - centre
         offset = references.square().sum(dim=1) / 2  # (N,)
     with progress(f"neighbours of {name} images", len(queries)) as advance:
-        for chunk in queries.split(max(1, SIMILARITIES // (len(references) + 16 * k))):  # 16 or so classes to vote for
+        for chunk in queries.split(max(1, SIMILARITIES // (len(references) + 4 * k))):
             top = (chunk @ references.T - offset).topk(k, dim=1)  # (B, D) -> (B, N) -> (B, k)
             yield top.values, top.indices
             advance(len(chunk))
@@ -199,6 +201,8 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 def check_data(train: Labelled, val: Labelled) -> None:
     check_finite("training", train.features)
     check_finite("validation", val.features)
+    if not len(val.labels):
+        raise UserError("There are no validation images for a probe to choose its setting by; give a validation split.")
     if len(found := train.labels.unique()) < 2:
         raise UserError(
             f"All {len(train.labels):,} training images are of class {int(found[0])}; a probe needs two: raise "

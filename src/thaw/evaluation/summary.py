@@ -16,6 +16,7 @@ from torch import nn
 
 from thaw.classifier import Classifier
 from thaw.evaluation.final_test import FinalTest
+from thaw.evaluation.metrics import OTHER_ACCURACIES, other_accuracies
 from thaw.evaluation.probes import Choice
 from thaw.freezing.policy import NEVER
 from thaw.run.command_line import setting
@@ -27,7 +28,8 @@ from thaw.run.record import git_commit
 
 LOSSES = {"train/loss": "training", "val/loss": "validation"}  # of pretraining
 NOT_TESTED = {"test/acc": None, "test/acc_low": None, "test/acc_high": None, "n_test": None}
-LOGGED = ("val/acc", "val/knn_acc", "test/acc", "trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
+LOGGED = ("val/acc", "val/knn_acc", "test/acc", *OTHER_ACCURACIES.values())
+LOGGED += ("trainable_params", "seconds", "peak_memory_gb", "checkpoint_mb")
 
 
 def report_run(cfg: DictConfig, trainer: Any, val_acc: float | None, seconds: float) -> None:
@@ -83,6 +85,7 @@ def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], sec
         **NOT_TESTED,
         **results,
         **source.facts(),
+        "classes": list(source.classes),
         "n_train": len(source.train.labels),
         "n_val": len(source.val.labels),
         "backbone": backbone_name(cfg.backbone),
@@ -148,7 +151,7 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     if is_probe := "probe" in facts:
         ((name, chosen),) = facts["chosen"].items()
         lines["probe"] = f"{facts['probe']}, {name} = {chosen:g}, the best of {len(facts['candidates'])} on validation"
-    sizes = f"{facts['n_train']:,} to train, {facts['n_val']:,} to validate"
+    sizes = f"{len(facts['classes'])} classes, {facts['n_train']:,} to train, {facts['n_val']:,} to validate"
     lines["data"] = f"{', '.join(filter(None, (facts['dataset'], facts['data_source'])))}: {sizes}"
     lines["backbone"] = f"{facts['backbone']}, weights: {facts['weights']}"
     share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
@@ -169,7 +172,7 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
         best = f"learning rate {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
         lines["head"] = f"{best}: the best of {plural(facts['heads'], 'head')} on validation"
     if facts["test/acc"] is not None:
-        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}{other_accuracies(facts)}"
         lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{of_last}"
     memory, size = facts["peak_memory_gb"], facts["checkpoint_mb"]
     lines["cost"] = f"{facts['seconds']:.1f} s" + (f", at most {memory:.1f} GB of memory" if memory else "")

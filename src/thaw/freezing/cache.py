@@ -17,7 +17,7 @@ from lightning import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from thaw.freezing.store import FeatureStore
+from thaw.data.store import TensorStore
 from thaw.run.console import progress, say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
@@ -39,7 +39,7 @@ class FeatureCache:
 
     def __init__(self, mode: Literal["auto", "off", "memory", "disk", False], dir: str, max_gb: Positive) -> None:
         self.mode, self.max_gb = mode or "off", max_gb  # YAML reads off as false
-        self.store = FeatureStore(Path(dir).expanduser(), max_gb * 1e9)
+        self.store = TensorStore(Path(dir).expanduser(), max_gb * 1e9)
         self.splits: list[str] = []  # that nothing has been printed about, with their number of images
         self.bytes, self.seconds, self.place = 0, 0.0, ""  # of those splits
 

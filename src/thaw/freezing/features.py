@@ -8,8 +8,8 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from thaw.data.store import tensors_sha256
 from thaw.freezing.cache import FeatureCache
-from thaw.freezing.store import tensors_sha256
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 

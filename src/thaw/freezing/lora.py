@@ -57,7 +57,7 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
         raise UserError(
             f"freeze.lora.match={match!r} is the name of no linear layer"
             f"{'' if last is None else f' in the last {last} layers'}; this backbone has "
-            f"{', '.join(kinds) or 'none, so that LoRA cannot be used'}."
+            f"{', '.join(kinds) or 'none: choose another policy, e.g. freeze=last_blocks, or a transformer'}."
         )
     smallest = min(min(module.weight.shape) for module in chosen.values())
     if not 1 <= rank <= smallest:

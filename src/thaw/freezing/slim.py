@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thaw.freezing.store import tensors_sha256
+from thaw.data.store import tensors_sha256
 from thaw.run.errors import UserError
 
 

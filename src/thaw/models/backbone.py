@@ -18,7 +18,7 @@ from timm.models import ConvNeXt
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, places
+from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, is_convolutional, places
 from thaw.models.pretrained import check_fit, locate, read_weights
 from thaw.run.errors import UserError
 from thaw.run.values import Count
@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         layers: stem, each block, and final norm with pooling, applied one after the other. A model that is not such a
             chain (ResNet, ...) is a single layer.
         is_chain: whether there are several layers.
-        num_tokens: T after the stem; without tokens, the number of positions at a stride of 16.
+        num_tokens: T after the stem; in a convolutional net, the number of positions at a stride of 16.
 
     Raises:
         UserError: unknown name, size that the model cannot take, weights that do not fit or are not weights.
@@ -69,6 +69,8 @@ class Backbone(nn.Module):
         self.image_size, self.channels, self.pool = image_size, channels, pool
         arguments = {key: OmegaConf.to_object(x) if OmegaConf.is_config(x) else x for key, x in arguments.items()}
         self.model = create(name, image_size, channels, arguments)
+        if is_convolutional(self.model):
+            self.model.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU in bf16
         stated = self.model.pretrained_cfg
         self.mean = match_channels("mean", stated["mean"] if mean is None else mean, channels)
         self.std = match_channels("std", stated["std"] if std is None else std, channels)
@@ -122,13 +124,14 @@ class Backbone(nn.Module):
         """
         published = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
         config: dict[str, Any] = {"pretrained_cfg": dict.fromkeys(published)}  # facts about weights of timm, not these
-        model = self.model
+        made, weights = self.architecture, self.model.state_dict()
         if classifier:
-            made, name = self.architecture, self.model.pretrained_cfg["classifier"]
-            model = create(made["name"], self.image_size, self.channels, made["arguments"], len(classes))
-            weights = {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
-            model.load_state_dict(self.model.state_dict() | weights)
+            name = self.model.pretrained_cfg["classifier"]
+            weights |= {f"{name}.{key}": tensor for key, tensor in classifier.state_dict().items()}
             config["label_names"] = list(classes)
+        num_classes = len(classes) if classifier else 0
+        model = create(made["name"], self.image_size, self.channels, made["arguments"], num_classes)
+        model.load_state_dict(weights)
         image = {"input_size": (self.channels, self.image_size, self.image_size), "mean": self.mean, "std": self.std}
         crop = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
         timm.models.save_for_hf(model, str(folder), config, safe_serialization=True, data_config=image | crop)

@@ -157,17 +157,43 @@ class ConvNet(Baseline):
             raise UserError(
                 f"backbone.image_size={image_size} must be {smallest} or more for backbone.widths={widths}."
             )
-        layers = convolution(channels, widths[0], kernel=5, stride=2)  # (B, widths[0], S / 2, S / 2)
-        for stage, (before, width) in enumerate(pairwise(widths)):
-            layers += [nn.MaxPool2d(2)] if stage else []
-            layers += [*convolution(before, width), *convolution(width, width)]
+        layers = self.stages(channels, widths)
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)]  # (B, widths[-1])
         model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         settings = {"widths": list(widths), "dropout": dropout}
         super().__init__(model, widths[-1], image_size, channels, mean, std, settings)
 
+    def stages(self, channels: int, widths: Sequence[int]) -> list[nn.Module]:
+        layers = convolution(channels, widths[0], kernel=5, stride=2)  # (B, widths[0], S / 2, S / 2)
+        for stage, (before, width) in enumerate(pairwise(widths)):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            layers += [*convolution(before, width), *convolution(width, width)]
+        return layers
+
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images.contiguous(memory_format=torch.channels_last))  # 1.3 times as fast on a CPU
+
+
+class ResNet9(ConvNet):
+    """A residual network (He et al. 2016) for small photographs, after Page (2018), "How to train your ResNet".
+
+    A convolution at full resolution, then stages of a convolution with 2 x 2 max-pooling; the first and every second
+    one after it have two more convolutions, whose output is added to their input. With four widths, eight convolutions.
+    """
+
+    def stages(self, channels: int, widths: Sequence[int]) -> list[nn.Module]:
+        layers = convolution(channels, widths[0])  # (B, widths[0], S, S)
+        for stage, (before, width) in enumerate(pairwise(widths)):
+            layers += [*convolution(before, width), nn.MaxPool2d(2)]
+            layers += [Residual(*convolution(width, width), *convolution(width, width))] if stage % 2 == 0 else []
+        return layers
+
+
+class Residual(nn.Sequential):
+    """Adds its input to the output of its layers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + super().forward(input)
 
 
 class RNN(Baseline):

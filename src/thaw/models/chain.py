@@ -1,10 +1,14 @@
-"""A timm model as a chain of layers: its stem, its blocks and its final norm.
+"""A timm model as a chain of layers: its stem, its blocks and what follows them, mostly a norm.
 
-ViT, EVA (with DINOv3), Swin and ConvNeXt are such chains; `count_tokens` tries whether a model is one.
+ViT, EVA (with DINOv3), Swin, ConvNeXt, ResNet, EfficientNet and MobileNet are such chains; `count_tokens` tries whether
+a model is one.
 """
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
@@ -17,9 +21,12 @@ Layer: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
-    """The stem, the blocks and the final norm, which `forward_features` applies one after the other."""
-    if hasattr(model, "stages"):  # ConvNeXt
-        return model.stem, [in_turn(block) for block in blocks_of(model)], model.norm_pre
+    """The stem, the blocks and what follows them, which `forward_features` applies one after the other."""
+    if is_convolutional(model):
+        before, _, after = parts(model)
+        tail = takewhile(lambda name: name not in ("global_pool", "head"), after)
+        blocks = [in_turn(block) for block in blocks_of(model)]
+        return in_turn(list(before.values())), blocks, in_turn([after[name] for name in tail])
     rope = getattr(model, "rope", None)
     if rope is None:
         names = ("patch_embed", "_pos_embed", "patch_drop", "norm_pre")
@@ -33,6 +40,10 @@ def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
     return stem, [partial(block, rope=angles) for block in model.blocks], model.norm
 
 
+def is_convolutional(model: TimmModel) -> bool:
+    return not hasattr(model, "patch_embed")
+
+
 def in_turn(steps: Sequence[Layer]) -> Layer:
     """One layer that applies several in order."""
 
@@ -44,43 +55,57 @@ def in_turn(steps: Sequence[Layer]) -> Layer:
     return run
 
 
+def parts(model: TimmModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, nn.Module]]:
+    """A model's children by name: those before the blocks, those that hold the blocks, and those after them.
+
+    timm defines them in the order in which an image passes them.
+    """
+    children = list(model.named_children())
+    holders = [n for n, (name, _) in enumerate(children) if re.fullmatch(r"blocks|stages|layers|layer\d", name)]
+    first, end = holders[0], holders[-1] + 1
+    return dict(children[:first]), dict(children[first:end]), dict(children[end:])
+
+
 def blocks_of(model: TimmModel) -> list[list[nn.Module]]:
     """The modules of each block, in the order in which an image passes them.
 
     The downsampling at the start of a stage belongs to the stage's first block, as in timm's `group_matcher`.
     """
-    if hasattr(model, "blocks"):
-        return [[block] for block in model.blocks]
-    stages = model.stages if hasattr(model, "stages") else model.layers
-    return [
-        [stage.downsample, block] if number == 0 else [block]
-        for stage in stages
-        for number, block in enumerate(stage.blocks)
-    ]
+    blocks: list[list[nn.Module]] = []
+    children: list[Any] = [child for holder in parts(model)[1].values() for child in holder.children()]
+    for child in children:
+        if hasattr(child, "blocks"):  # a stage of Swin or ConvNeXt
+            first, *others = child.blocks
+            blocks += [[child.downsample, first], *([block] for block in others)]
+        else:  # a stage of EfficientNet or MobileNet, or a block
+            blocks += [[block] for block in (child if isinstance(child, nn.Sequential) else [child])]
+    return blocks
 
 
 def places(model: TimmModel) -> dict[str, int]:
     """The layer of every parameter above the stem, by the beginning of its name: `blocks.0.` is layer 1."""
     blocks = blocks_of(model)
     layers = {module: 1 + number for number, block in enumerate(blocks) for module in block}
-    after = ("norm_pre" if hasattr(model, "stages") else "norm", "fc_norm", "attn_pool", "head")
-    layers |= {getattr(model, name): 1 + len(blocks) for name in after if getattr(model, name, None) is not None}
+    layers |= dict.fromkeys(parts(model)[2].values(), 1 + len(blocks))
     return {f"{name}.": layers[module] for name, module in model.named_modules() if module in layers}
 
 
 def count_tokens(model: TimmModel, images: Tensor) -> int:
-    """The tokens that the stem makes of an image; 0 if the chain does not give exactly `forward_features`."""
+    """The tokens that the stem makes of an image; in a convolutional net, the number of positions at a stride of 16.
+
+    0 if the chain does not give exactly `forward_features`.
+    """
     mode = model.training
     model.eval()
     try:
         with torch.no_grad():
-            stem, blocks, norm = chain(model)
+            stem, blocks, after = chain(model)
             tokens = embedded = stem(images)
             for block in blocks:
                 tokens = block(tokens)
-            same = torch.equal(norm(tokens), model.forward_features(images))
-            width = embedded.shape[1 if hasattr(model, "stages") else -1]  # (1, D, H, W) in a ConvNeXt
-            return embedded.numel() // width if same else 0
+            if not torch.equal(after(tokens), model.forward_features(images)):
+                return 0
+        return math.ceil(images.shape[-1] / 16) ** 2 if is_convolutional(model) else embedded[..., 0].numel()
     except Exception:  # other architectures raise nearly anything here
         return 0
     finally:

@@ -21,7 +21,7 @@ from thaw.run.migrations import CONFIGS
 if TYPE_CHECKING:  # takes seconds
     from thaw.plan.costs import Plan
 
-DATASET_SIZES = {"mnist": (54_000, 10), "imagenet1k": (1_281_167, 1000)}  # images to train on, classes
+DATASET_SIZES = {"mnist": (54_000, None), "imagenet1k": (1_281_167, 1000)}  # images to train on, classes
 
 
 def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
@@ -35,8 +35,9 @@ def make_plans(arguments: Sequence[str]) -> tuple[PlanSettings, "list[Plan]"]:
     from thaw.plan.dry_step import dry_step
 
     dataset = settings.dataset
-    images, classes = DATASET_SIZES[dataset] if isinstance(dataset, str) else (int(dataset), 10)
-    overrides = [f"model.num_classes={classes}", *overrides]
+    images, classes = DATASET_SIZES[dataset] if isinstance(dataset, str) else (int(dataset), None)
+    if classes:
+        overrides = [f"model.num_classes={classes}", *overrides]
     plans = []
     for model in settings.model.split(","):
         for policy in settings.policy.split(","):

@@ -78,6 +78,7 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
                 *(*chosen, f"freeze={policy}", f"optim={settings.optimizer}", f"data.batch_size={settings.batch_size}"),
                 *(f"trainer.precision={settings.precision}", f"cache.mode={'auto' if settings.cache else 'off'}"),
                 *([f"backbone.image_size={size}"] if size else []),
+                "model.num_classes=10",  # a plan reads no data
                 *overrides,
             ],
         )

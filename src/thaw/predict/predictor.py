@@ -13,7 +13,7 @@ from torch import Tensor
 from thaw.classifier import Classifier
 from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.data.mnist import DATASETS, class_names
-from thaw.freezing.store import tensors_sha256
+from thaw.data.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle

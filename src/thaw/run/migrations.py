@@ -36,7 +36,7 @@ RENAMED = {  # class -> its name today
     "thaw.models.sharding.FullyShard": "thaw.sharding.FullyShard",
 }
 REMOVED = {"thaw.callbacks.weight_averaging.SWA"}  # classes whose blocks become null; their weights load as before
-RENAMED_KEYS: dict[tuple[str, str], str] = {}  # (class, key) -> the key's name today
+RENAMED_KEYS = {("thaw.callbacks.sample_grid.SampleGrid", "digits"): "images"}  # (class, key) -> its name today
 REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None
 }  # (class, key) -> the only value that today's code still has
@@ -103,9 +103,10 @@ def blocks_of_today(target: str) -> list[dict[str, Any]]:
 def inherited(path: Path) -> dict[str, Any]:
     """The content of a configuration file, below it that of the files in its folder that it starts from."""
     content = parsed(path)
-    parents = [path.with_name(f"{name}.yaml") for name in content.get("defaults", []) if isinstance(name, str)]
-    for parent in parents:
-        content = (inherited(parent) if parent in config_files() else {}) | content
+    for name in content.get("defaults", []):
+        parent = path.parent / f"{str(name).partition('@')[0]}.yaml"
+        if parent in config_files():
+            content = inherited(parent) | content
     return content
 
 

@@ -110,7 +110,9 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
 
 
 def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") -> None:
-    """Refuse a share of the test split that holds no batch; Lightning would see it only after training."""
+    """Refuse to test on no image, or a share that holds no batch; Lightning would see it only after training."""
+    if hasattr(datamodule, "load") and not len((source := datamodule.load()).test.labels):
+        raise UserError(f"{source.title} has no test images; give a test split, or set test=false.")
     share = trainer.limit_test_batches
     if isinstance(share, float) and share < 1:
         datamodule.prepare_data()

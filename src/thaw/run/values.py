@@ -30,7 +30,7 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "test": bool | Literal["always"],
     "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
     "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
-    "robustness.digits": Count | None,
+    "robustness.images": Count | None,
     **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},
     "robustness.rotation": list[float],
     "workers": Count | None,

@@ -1,4 +1,4 @@
-"""A folder of tensors that several processes share: memory-mapped, verified when read.
+"""A folder of tensors that several processes share, decoded images or cached features: memory-mapped.
 
 An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the facts that the key is a hash of and the
 SHA-256 of the tensor; an entry that does not match its JSON is ignored.
@@ -24,11 +24,12 @@ log = logging.getLogger(__name__)
 
 NUMPY = {  # numpy has no bf16: its bits
     **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
-    torch.bfloat16: np.int16,
+    **{torch.uint8: np.uint8, torch.bfloat16: np.int16},
 }
+KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: the decoded images that this process has, and their JSON
 
 
-class FeatureStore:
+class TensorStore:
     """A folder of entries that several processes may use at once.
 
     Args:
@@ -42,15 +43,20 @@ class FeatureStore:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
-    def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
-        """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged."""
+    def read(self, key: str, facts: Mapping[str, Any], whole: bool = True) -> Tensor | None:
+        """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged.
+
+        `whole` compares its numbers with their SHA-256, at 1 GB/s or more. Without it only facts, type, shape and size
+        are compared: decoded images may fill hundreds of GB, and a damaged pixel does less harm than waiting for that.
+        """
         path = self.path(key)
         record = path.with_suffix(".json")
         try:
             saved = read_json(record)
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
-            damage = saved["facts"] != facts or saved["sha256"] != tensors_sha256({key: tensor})
+            damage = saved["facts"] != facts or saved["shape"] != list(tensor.shape)
+            damage = damage or (whole and saved["sha256"] != tensors_sha256({key: tensor}))
         except FileNotFoundError:
             return None
         except Exception:  # damaged files fail in any way
@@ -95,14 +101,16 @@ class FeatureStore:
                 os.posix_fallocate(file.fileno(), 0, self.part.stat().st_size)
         return torch.from_numpy(array).view(dtype)
 
-    def commit(self, key: str, facts: Mapping[str, Any], tensor: Tensor) -> None:
-        """Make the filled tensor of `create` the entry."""
+    def commit(
+        self, key: str, facts: Mapping[str, Any], tensor: Tensor, known: Mapping[str, Any] | None = None
+    ) -> None:
+        """Make the filled tensor of `create` the entry; what is `known` of it stands in its JSON, e.g. its SHA-256."""
         path = self.path(key)
         record = {
             "facts": facts,
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
-            "sha256": tensors_sha256({key: tensor}),
+            **(known or {"sha256": tensors_sha256({key: tensor})}),
         }
         move(self.part, path)
         write_json(record, path.with_suffix(".json"))
@@ -129,10 +137,20 @@ def size_and_time(path: Path) -> tuple[int, float]:
         return 0, 0.0
 
 
+def files_sha256(tensor: Tensor) -> str | None:
+    """SHA-256 of the files that decoded images, or a part of them, come from; None for another tensor."""
+    start = tensor.untyped_storage().data_ptr()
+    found = (facts["sha256"] for images, facts in KNOWN.values() if images.untyped_storage().data_ptr() == start)
+    return next(found, None)
+
+
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers."""
+    """SHA-256 of names, types, shapes and numbers; for decoded images, of the files that they come from."""
     total = hashlib.sha256()
     for name, tensor in tensors.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if source := files_sha256(tensor):  # hundreds of GB need not be read
+            total.update(f"{source} {tensor.storage_offset()} {tensor.stride()}".encode())
+        else:
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

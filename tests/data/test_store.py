@@ -1,4 +1,4 @@
-"""The store of features: exact or nothing, whatever was killed, damaged, full or in use by another process."""
+"""The store of tensors: exact or nothing, whatever was killed, damaged, full or in use by another process."""
 
 import errno
 import fcntl
@@ -14,21 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from thaw.freezing.store import FeatureStore
+from thaw.data.store import TensorStore
 
 KEY, OTHER, THIRD = ("0123456789abcdef", "1" * 16, "2" * 16)
 FACTS = {"weights": "abc", "size": [28, 28]}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    return FeatureStore(tmp_path / "some" / "cache", max_bytes=10_000)
+def store(tmp_path: Path) -> TensorStore:
+    return TensorStore(tmp_path / "some" / "cache", max_bytes=10_000)
 
 
-def put(store: FeatureStore, key: str = KEY, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def put(store: TensorStore, key: str = KEY, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Write (2, 5, 4) random numbers."""
-    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    values = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)).mul(50).to(dtype)
     with store.lock(key):
         target = store.create(key, (2, 5, 4), dtype)
         target.copy_(values)
@@ -36,22 +36,22 @@ def put(store: FeatureStore, key: str = KEY, dtype: torch.dtype = torch.float32,
     return values
 
 
-def files(store: FeatureStore) -> set[str]:
+def files(store: TensorStore) -> set[str]:
     return {path.name for path in store.folder.iterdir() if path.suffix != ".lock"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_read_gives_what_was_written(store: FeatureStore, dtype: torch.dtype) -> None:
+def test_read_gives_what_was_written(store: TensorStore, dtype: torch.dtype) -> None:
     assert store.read(KEY, FACTS) is None
     values = put(store, dtype=dtype)
-    got = FeatureStore(store.folder, 1).read(KEY, FACTS)
+    got = TensorStore(store.folder, 1).read(KEY, FACTS)
     assert got is not None and got.dtype == dtype and torch.equal(got, values)
     assert files(store) == {f"{KEY}.npy", f"{KEY}.json"}
     bits = np.load(store.path(KEY)).view(np.uint8)  # numpy alone
     assert np.array_equal(bits, values.view(torch.uint8).numpy())
 
 
-def test_what_is_read_is_mapped_and_cannot_change_the_file(store: FeatureStore) -> None:
+def test_what_is_read_is_mapped_and_cannot_change_the_file(store: TensorStore) -> None:
     values = put(store)
     got = store.read(KEY, FACTS)
     assert got is not None
@@ -62,7 +62,7 @@ def test_what_is_read_is_mapped_and_cannot_change_the_file(store: FeatureStore) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
-def test_no_changed_byte_gives_another_number(store: FeatureStore, suffix: str, dtype: torch.dtype) -> None:
+def test_no_changed_byte_gives_another_number(store: TensorStore, suffix: str, dtype: torch.dtype) -> None:
     """Every byte of both files in turn, headers included: the numbers that were written, or nothing."""
     logging.disable()  # hundreds of warnings
     values = put(store, dtype=dtype)
@@ -121,7 +121,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_is_no_entry_and_can_be_written_anew(store: FeatureStore, damage: str) -> None:
+def test_what_is_damaged_is_no_entry_and_can_be_written_anew(store: TensorStore, damage: str) -> None:
     values = put(store)
     DAMAGE[damage](store.path(KEY))
     assert store.read(KEY, FACTS) is None
@@ -132,7 +132,7 @@ def test_what_is_damaged_is_no_entry_and_can_be_written_anew(store: FeatureStore
     assert got is not None and torch.equal(got, values)
 
 
-def test_damage_is_told(store: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_told(store: TensorStore, caplog: pytest.LogCaptureFixture) -> None:
     assert store.read(KEY, FACTS) is None and not caplog.records
     put(store)
     os.truncate(store.path(KEY), 200)
@@ -140,12 +140,27 @@ def test_damage_is_told(store: FeatureStore, caplog: pytest.LogCaptureFixture) -
     assert f"{KEY}.npy is damaged and will be computed again" in caplog.text
 
 
-def test_other_facts_under_the_same_key_are_no_entry(store: FeatureStore) -> None:
+def test_images_are_compared_by_type_shape_and_size_alone(store: TensorStore) -> None:
+    """Hundreds of GB are not read to find a changed byte; a file that is cut short is found."""
+    values = put(store, dtype=torch.uint8)
+    path = store.path(KEY)
+    changed = path.read_bytes()[:-1] + b"\xee"
+    path.write_bytes(changed)
+    got = store.read(KEY, FACTS, whole=False)
+    assert got is not None and torch.equal(got.flatten()[:-1], values.flatten()[:-1]) and got.flatten()[-1] == 0xEE
+    reshaped(path)
+    assert store.read(KEY, FACTS, whole=False) is None
+    put(store, dtype=torch.uint8)
+    os.truncate(path, path.stat().st_size - 1)
+    assert store.read(KEY, FACTS, whole=False) is None
+
+
+def test_other_facts_under_the_same_key_are_no_entry(store: TensorStore) -> None:
     put(store)
     assert store.read(KEY, FACTS | {"weights": "abd"}) is None
 
 
-def test_an_entry_counts_only_when_its_json_is_there(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_counts_only_when_its_json_is_there(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """At no moment of a write is there an entry but the last."""
     moments: list[bool] = []
     replace = Path.replace
@@ -159,7 +174,7 @@ def test_an_entry_counts_only_when_its_json_is_there(store: FeatureStore, monkey
     assert moments == [True, True] and store.read(KEY, FACTS) is not None
 
 
-def test_a_folder_that_cannot_be_written_is_still_read(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_still_read(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -171,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_still_read(store: FeatureStore, monk
     assert store.read(KEY, {}) is None
 
 
-def test_a_full_disk_is_found_before_the_first_number(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_the_first_number(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -181,7 +196,7 @@ def test_a_full_disk_is_found_before_the_first_number(store: FeatureStore, monke
     assert files(store) == set()
 
 
-def test_one_writer_at_a_time(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_writer_at_a_time(store: TensorStore, capsys: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
 
     def second() -> None:
@@ -203,7 +218,7 @@ def test_one_writer_at_a_time(store: FeatureStore, capsys: pytest.CaptureFixture
 # Room
 
 
-def aged(store: FeatureStore, *keys: str) -> int:
+def aged(store: TensorStore, *keys: str) -> int:
     """Write entries, the first used longest ago; returns the size of one."""
     for age, key in enumerate(keys):
         put(store, key)
@@ -211,7 +226,7 @@ def aged(store: FeatureStore, *keys: str) -> int:
     return sum(path.stat().st_size for path in store.folder.glob(f"{keys[0]}.*"))
 
 
-def test_the_least_recently_used_makes_room(store: FeatureStore) -> None:
+def test_the_least_recently_used_makes_room(store: TensorStore) -> None:
     one = aged(store, KEY, OTHER, THIRD)
     assert store.read(KEY, FACTS) is not None  # used now
     store.max_bytes = 3 * one
@@ -220,7 +235,7 @@ def test_the_least_recently_used_makes_room(store: FeatureStore) -> None:
     assert f"{OTHER}.npy" not in files(store)
 
 
-def test_nothing_is_removed_where_there_is_room(store: FeatureStore) -> None:
+def test_nothing_is_removed_where_there_is_room(store: TensorStore) -> None:
     one = aged(store, KEY, OTHER)
     store.max_bytes = 3 * one
     put(store, THIRD)
@@ -228,7 +243,7 @@ def test_nothing_is_removed_where_there_is_room(store: FeatureStore) -> None:
     assert all(store.read(key, FACTS) is not None for key in (KEY, OTHER, THIRD))
 
 
-def test_what_another_process_writes_is_not_removed(store: FeatureStore) -> None:
+def test_what_another_process_writes_is_not_removed(store: TensorStore) -> None:
     aged(store, KEY, OTHER)
     store.max_bytes = 1
     with (store.folder / f"{KEY}.lock").open() as file:
@@ -237,14 +252,14 @@ def test_what_another_process_writes_is_not_removed(store: FeatureStore) -> None
         assert files(store) == {f"{key}.{suffix}" for key in (KEY, "3" * 16) for suffix in ("npy", "json")}
 
 
-def test_a_file_that_another_process_removes_meanwhile_does_no_harm(store: FeatureStore) -> None:
+def test_a_file_that_another_process_removes_meanwhile_does_no_harm(store: TensorStore) -> None:
     aged(store, KEY)
     store.path(OTHER).symlink_to("gone")  # listed, but not there when it is looked at
     put(store, THIRD)
     assert store.read(KEY, FACTS) is not None and store.read(THIRD, FACTS) is not None
 
 
-def test_files_of_others_in_the_folder_are_left_alone(store: FeatureStore) -> None:
+def test_files_of_others_in_the_folder_are_left_alone(store: TensorStore) -> None:
     store.folder.mkdir(parents=True)
     others = {"mine.npy", "mine.json", "README.md", ".gitignore", "notes"}
     for name in others:

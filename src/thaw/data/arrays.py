@@ -1,0 +1,178 @@
+"""Images and labels that lie in files as arrays: .npy, .npz, IDX, or CSV with a label and the pixels in each row."""
+
+import math
+import re
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from thaw.data.idx import read_idx, unpacked
+from thaw.data.images import Images, Source
+from thaw.data.module import ImageDataModule
+from thaw.data.splits import Share, split_images
+from thaw.run.errors import UserError, UserFileError
+
+ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
+WORDS = {  # in the names of files and arrays, and what they say
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing", "t10k"), "test"),
+    **dict.fromkeys(("images", "image", "imgs", "x", "data"), "images"),
+    **dict.fromkeys(("labels", "label", "y", "targets", "target", "class"), "labels"),
+}
+SHAPES = "(N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, or (N, H * W) of squares"
+
+
+@dataclass(kw_only=True, eq=False)
+class ArrayData(ImageDataModule):
+    """Images and labels from arrays in a file or in the files of a folder.
+
+    Args:
+        path: .npz, .npy, .csv or IDX (packed or not), or a folder of them. The words in the names of files and of an
+            .npz's arrays say what an array is: `x_train`, `test_labels.npy`, `mnist_test.csv`, `images`, `labels`.
+        classes: names in the order of the labels; None stands for the numbers.
+        val_share, test_share: of each class of the training images, where that split is missing.
+    """
+
+    path: str
+    classes: Sequence[str] | None
+    val_share: Share
+    test_share: Share
+
+    def read(self) -> Source:
+        """See `thaw.data.splits.split_images` for splits that are missing.
+
+        Raises:
+            UserError: names the file or array, what was found there and what is allowed.
+        """
+        path = Path(self.path).expanduser()
+        arrays: dict[str, dict[str, Tensor]] = defaultdict(dict, train={})
+        names: dict[tuple[str, str], str] = {}
+        for name, words, array in find_arrays(path):
+            split = next((word for word in words if word in ("train", "val", "test")), "train")
+            kind = next((word for word in words if word in ("images", "labels")), None)
+            if kind is None:
+                continue
+            if (split, kind) in names:
+                raise UserError(f"{names[split, kind]} and {name} both hold the {split} {kind}; move one away.")
+            names[split, kind] = name
+            arrays[split][kind] = to_images(array, name) if kind == "images" else to_labels(array, name)
+        for split, kind in ((split, kind) for split in arrays for kind in ("images", "labels")):
+            if kind not in arrays[split]:
+                raise UserError(
+                    f"data.path={self.path} has no {split} {kind} (found: {', '.join(names.values()) or 'no arrays'}). "
+                    "Name arrays or files x_train, y_train, x_test, y_test or images, labels; a CSV has both."
+                )
+        splits = {split: Images(**parts) for split, parts in arrays.items()}
+        labels = torch.cat([each.labels for each in splits.values()])
+        count = int(labels.max()) + 1 if len(labels) else 0
+        if count > len(labels):
+            raise UserError(f"data.path={self.path}: {len(labels)} labels up to {count - 1} are not those of classes.")
+        classes = self.classes or [str(label) for label in range(count)]
+        parts = split_images(splits, self.val_share, self.test_share, f"data.path={self.path}")
+        return Source(*parts, classes, path.stem, f"the arrays in {path.name}")
+
+
+def find_arrays(path: Path) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Name of each array in a file or in the files of a folder, what its name says (of `WORDS`), and the array."""
+    try:
+        files = (
+            [path] if path.is_file() else [each for each in sorted(path.iterdir()) if re.search(ARRAY_FILE, each.name)]
+        )
+        for file in files:
+            for key, array in read_arrays(file):
+                words = re.split(r"[\W_]+", f"{key} {file.name if path.is_dir() else ''}".lower())
+                yield f"{file}{f' ({key})' if key else ''}", [WORDS[word] for word in words if word in WORDS], array
+    except OSError as error:
+        raise UserFileError(
+            f"data.path={path} cannot be read ({error.strerror or error}); set it to an .npz, .npy, .csv or IDX file, "
+            "or to a folder of such files."
+        ) from error
+
+
+def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of a file by their keys; nothing in it is run as code."""
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                yield from arrays.items()
+        elif file.suffix == ".npy":
+            yield "", np.load(file, allow_pickle=False)
+        elif file.suffix == ".csv":
+            yield from read_table(file).items()
+        else:
+            yield "", read_idx(unpacked(file.read_bytes()), str(file)).numpy()
+    except UserError:
+        raise
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):
+            error = ValueError("it holds Python objects, which may run code; save plain arrays of numbers")
+        raise UserError(f"{file} cannot be read: {error}.") from error
+
+
+def read_table(file: Path) -> dict[str, np.ndarray]:
+    """Images (N, H * W) and labels (N,) of a CSV file, with or without a header.
+
+    The labels are in the column that the header calls `label`, `class`, `y` or the like, else in the first one, if the
+    other columns make a square.
+    """
+    with file.open(encoding="utf-8-sig") as lines:
+        header = [cell.strip('" ').lower() for cell in lines.readline().strip().split(",")]
+    has_header = not all(re.fullmatch(r"[-+.\de]+", cell) for cell in header)
+    table = np.loadtxt(
+        file, np.float32, delimiter=",", skiprows=has_header, ndmin=2, quotechar='"', encoding="utf-8-sig"
+    )
+    column = next((number for number, cell in enumerate(header) if WORDS.get(cell) == "labels"), 0)
+    if WORDS.get(header[column]) != "labels" and math.isqrt(len(header)) ** 2 == len(header):
+        return {"images": table}
+    return {"images": np.delete(table, column, axis=1), "labels": table[:, column]}
+
+
+def to_images(array: np.ndarray, name: str) -> Tensor:
+    """Images uint8 (N, C, H, W) of an array of a usual shape, of whole numbers to 255 or of fractions from 0 to 1.
+
+    Raises:
+        UserError: names the array, its shape or values, and what is allowed.
+    """
+    shape = array.shape
+    if array.ndim == 2 and (side := math.isqrt(shape[1])) ** 2 == shape[1]:
+        array = array.reshape(-1, 1, side, side)
+    elif array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and shape[3] in (1, 3):
+        array = array.transpose(0, 3, 1, 2)
+    elif array.ndim != 4 or shape[1] not in (1, 3):
+        raise UserError(f"{name} has the shape {shape}; images must be {SHAPES}.")
+    if 0 in shape:
+        raise UserError(f"{name} has the shape {shape}: it holds no images.")
+    if array.dtype != np.uint8:
+        is_number = array.dtype.kind in "biuf"
+        if is_number and array.dtype.kind in "bf" and array.max() <= 1:
+            array = array * np.float32(255)
+        elif is_number and not (array == np.rint(array)).all():
+            is_number = False
+        if not is_number or not 0 <= array.min() <= array.max() <= 255:
+            raise UserError(
+                f"{name} is {array.dtype}"
+                + (f" from {array.min():.6g} to {array.max():.6g}" if array.dtype.kind in "biuf" else "")
+                + "; images must be whole numbers from 0 to 255, or fractions from 0 to 1."
+            )
+        array = np.rint(array).astype(np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def to_labels(array: np.ndarray, name: str) -> Tensor:
+    """Labels int64 (N,) of an array (N,) or (N, 1) of whole numbers; UserError names another."""
+    labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if labels.ndim != 1 or labels.dtype.kind not in "biuf" or not (labels == np.rint(labels)).all():
+        raise UserError(
+            f"{name} is {array.dtype} {array.shape}; labels must be whole numbers from 0, one for each image: (N,)."
+        )
+    return torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,256 @@
+"""Files decoded once: equal to decoding each anew, whole or not at all, and what happens where the disk fails."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from thaw.data import decode
+from thaw.data.decode import Order, PictureFiles, decode_once
+from thaw.data.pictures import fit_photo
+from thaw.data.store import KNOWN, TensorStore, tensors_sha256
+
+SIZE = 6
+
+
+@pytest.fixture(autouse=True)
+def known() -> Iterator[None]:
+    """What this process knows belongs to one test."""
+    KNOWN.clear()
+    yield
+    KNOWN.clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """150 small pictures of random pixels: more than two threads take at once."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(150):
+        Image.fromarray(random.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(folder / f"{number:03}.png")
+    return folder
+
+
+def files(folder: Path, skip_unreadable: bool = False, **facts: Any) -> PictureFiles:
+    """All of a folder, of which the even numbers are trained on and the odd ones, backwards, tested on."""
+    names = sorted(path.name for path in folder.iterdir())
+
+    def arrange(hashes: Any) -> tuple[Order, list[str]]:
+        even, odd = ([number for number in hashes if number % 2 == rest] for rest in (0, 1))
+        return {"train": even, "test": odd[::-1]}, ["a line"]
+
+    return PictureFiles(folder, names, {"names": names, **facts}, arrange, skip_unreadable)
+
+
+def decoded(folder: Path, cache: Path, max_gb: float = 1.0, **options: Any) -> tuple[Tensor, Order, list[str]]:
+    return decode_once(files(folder, **options), 3, SIZE, cache, max_gb)
+
+
+def anew(folder: Path, order: Order) -> Tensor:
+    names = sorted(path.name for path in folder.iterdir())
+    numbers = [number for part in order.values() for number in part]
+    return torch.tensor(np.stack([fit_photo(Image.open(folder / names[number]), 3, SIZE) for number in numbers]))
+
+
+def entries(cache: Path) -> list[str]:
+    return sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock")
+
+
+def test_images_are_those_of_the_files_in_the_order_wanted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, order, lines = decoded(folder, tmp_path / "cache")
+    assert order == {"train": [*range(0, 150, 2)], "test": [*range(149, 0, -2)]} and lines == ["a line"]
+    assert torch.equal(images, anew(folder, order)) and entries(tmp_path / "cache") == [".json", ".npy"]
+    assert "decoded images: 150 of 3 x 6 x 6" in capsys.readouterr().out
+    KNOWN.clear()  # as in another run
+    monkeypatch.setattr(Path, "read_bytes", None)
+    again, order_again, lines_again = decoded(folder, tmp_path / "cache")
+    assert torch.equal(again, images) and order_again == order and lines_again == lines
+    assert f"in {tmp_path / 'cache'} (reused)" in capsys.readouterr().out
+    assert decoded(folder, tmp_path / "cache")[0].data_ptr() == again.data_ptr()  # the next job of a sweep
+    assert not capsys.readouterr().out
+
+
+def test_other_facts_settings_or_files_are_other_images(folder: Path, tmp_path: Path) -> None:
+    decoded(folder, tmp_path / "cache")
+    decoded(folder, tmp_path / "cache", changed=1)
+    decode_once(files(folder), 1, SIZE, tmp_path / "cache", 1.0)
+    decode_once(files(folder), 3, SIZE + 1, tmp_path / "cache", 1.0)
+    assert len(entries(tmp_path / "cache")) == 8
+
+
+def test_runs_that_start_together_decode_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this run waits for the lock, another one writes the images."""
+    lock = TensorStore.lock
+
+    @contextmanager
+    def waited(store: TensorStore, key: str) -> Iterator[None]:
+        monkeypatch.setattr(TensorStore, "lock", lock)
+        decoded(folder, tmp_path / "cache")
+        KNOWN.clear()
+        monkeypatch.setattr(decode, "decode_all", None)
+        with lock(store, key):
+            yield
+
+    monkeypatch.setattr(TensorStore, "lock", waited)
+    images, order, _ = decoded(folder, tmp_path / "cache")
+    assert torch.equal(images, anew(folder, order))
+
+
+def test_a_key_of_features_does_not_read_the_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _, _ = decoded(folder, tmp_path / "cache")
+    whole = tensors_sha256({"train": images})
+    assert whole != tensors_sha256({"train": images.clone()})  # of the files, not of the numbers
+    parts = [images[:75], images[75:], images[::2], images[:75, :1]]
+    assert len({whole, *(tensors_sha256({"train": part}) for part in parts)}) == 5
+    KNOWN.clear()
+    again, _, _ = decoded(folder, tmp_path / "cache")
+    assert tensors_sha256({"train": again}) == whole
+    (folder / "000.png").write_bytes((folder / "001.png").read_bytes())
+    assert tensors_sha256({"train": decoded(folder, tmp_path / "cache", changed=1)[0]}) != whole
+
+
+# What cannot be read
+
+
+def damage(folder: Path) -> None:
+    (folder / "002.png").write_bytes(b"")
+    (folder / "077.png").write_bytes((folder / "077.png").read_bytes()[:60])
+    (folder / "148.png").write_bytes(b"<html>")
+
+
+def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    damage(folder)
+    for _ in range(2):  # also by what is on the disk already
+        with pytest.raises(
+            ValueError, match=r"3 of 150 pictures cannot be read: 002.png is .*; 077.png is a damaged"
+        ) as e:
+            decoded(folder, tmp_path / "cache")
+        assert "data.skip_unreadable=true" in str(e.value)
+        KNOWN.clear()
+
+
+def test_what_cannot_be_read_is_left_out_if_wanted(folder: Path, tmp_path: Path) -> None:
+    damage(folder)
+    for _ in range(2):
+        images, order, lines = decoded(folder, tmp_path / "cache", skip_unreadable=True)
+        assert len(images) == 147 and torch.equal(images, anew(folder, order))
+        assert {number for part in order.values() for number in part} == {*range(150)} - {2, 77, 148}
+        assert lines[-1].startswith("left out 3 pictures that cannot be read: 002.png is not a PNG")
+        KNOWN.clear()
+
+
+def test_only_ten_are_named(folder: Path, tmp_path: Path) -> None:
+    for path in sorted(folder.iterdir())[:13]:
+        path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"13 of 150 .*; 009.png is not a [^;]*file and 3 more\. Replace"):
+        decoded(folder, tmp_path / "cache")
+
+
+def test_a_file_that_vanishes_is_asked_for_again_by_the_next_run(folder: Path, tmp_path: Path) -> None:
+    wanted = files(folder)
+    content = (folder / "005.png").read_bytes()
+    (folder / "005.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 150 pictures cannot be read: 005.png cannot be read \(No such file"):
+        decode_once(wanted, 3, SIZE, tmp_path / "cache", 1.0)
+    images, order, _ = decode_once(wanted._replace(skip_unreadable=True), 3, SIZE, tmp_path / "cache", 1.0)
+    assert len(images) == 149 and 5 not in order["test"]
+    assert entries(tmp_path / "cache") == []
+    KNOWN.clear()
+    (folder / "005.png").write_bytes(content)
+    assert len(decode_once(wanted, 3, SIZE, tmp_path / "cache", 1.0)[0]) == 150
+
+
+def test_doubts_name_the_pictures(folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 10)).save(folder / "150.png")
+    Image.new("RGB", (1, 1)).save(folder / "151.png")
+    _, _, lines = decoded(folder, tmp_path / "cache")
+    assert "150.png: its middle square is less than a tenth of it" in lines
+    assert "151.png: its short side has less than 8 pixels" in lines
+
+
+# Disk and memory
+
+
+def test_images_that_are_too_large_are_refused_with_what_fits(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"150 images of 3 x 6 x 6 take 1.62e-05 GB, more than data.max_gb=1e-05"):
+        decoded(folder, tmp_path / "cache", max_gb=1e-5)
+    fits = 4  # 150 x 3 x 4 x 4 = 7,200 bytes of 10,000; 5 x 5 would be 11,250
+    with pytest.raises(
+        ValueError, match=rf"data.max_gb or cache.max_gb to 1 or more, or data.image_size to at most {fits}\."
+    ):
+        decoded(folder, tmp_path / "cache", max_gb=1e-5)
+    assert not (tmp_path / "cache").exists()
+    decode_once(files(folder), 3, fits, tmp_path / "cache", 1e-5)
+
+
+def full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_means_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    images, order, _ = decoded(folder, tmp_path / "cache")
+    assert torch.equal(images, anew(folder, order)) and entries(tmp_path / "cache") == []
+    printed = capsys.readouterr().out
+    assert f"in memory, for this run alone, as data.cache_dir={tmp_path / 'cache'} cannot be used (No space" in printed
+    assert "MB in memory (" in printed
+
+
+def test_a_folder_that_cannot_be_made_means_memory_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    images, order, _ = decoded(folder, tmp_path / "cache" / "images")
+    assert torch.equal(images, anew(folder, order))
+
+
+def test_without_disk_and_memory_there_is_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "sysconf", lambda name: 100)
+    with pytest.raises(
+        OSError, match=r"No space left on device\), and .* more than half of the memory. Free some space"
+    ):
+        decoded(folder, tmp_path / "cache")
+
+
+def test_a_disk_that_fails_at_the_end_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("thaw.data.store.move", full)
+    images, order, _ = decoded(folder, tmp_path / "cache")
+    assert torch.equal(images, anew(folder, order)) and entries(tmp_path / "cache") == []
+    assert "not kept for other runs" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "shape_doubts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoded(folder, tmp_path / "cache")
+    assert entries(tmp_path / "cache") == [] and not KNOWN
+
+
+def test_damaged_images_are_decoded_again(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, order, _ = decoded(folder, tmp_path / "cache")
+    [path] = (tmp_path / "cache").glob("*.npy")
+    KNOWN.clear()
+    os.truncate(path, path.stat().st_size - 1)
+    again, _, _ = decoded(folder, tmp_path / "cache")
+    assert torch.equal(again, anew(folder, order)) and "is damaged" in caplog.text
