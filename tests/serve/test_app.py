@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from thaw.data.idx import write_idx
-from thaw.data.readers import image_reader
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 
 ROWS = [[207] + [0] * 27] + [[0] * 28] * 27  # which the stand-in takes for a 7
@@ -99,14 +99,14 @@ def test_pictures(stand_in, serving) -> None:
 def test_pictures_in_colour(stand_in, serving) -> None:
     """A model of photographs takes pictures and rows of [r, g, b], and answers its input as a PNG."""
     stand_in.classes = ["ants, red", 'b"ees"', "<b>ü数</b>"]
-    address = serving(stand_in, image_reader("photo", (3, 32, 40)))
+    address = serving(stand_in, ImageReader("photo", (3, 32, 40)))
     noise = Image.effect_noise((90, 60), 90).convert("RGB")
     file = io.BytesIO()
     noise.save(file, "PNG")
     pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     sent = [base64.b64encode(file.getvalue()).decode(), pixels.tolist()]
     answer = post(address, {"images": sent, "explain": True}).json()["predictions"]
-    [read] = image_reader("photo", (3, 32, 40)).file(file.getvalue(), "it")
+    [read] = ImageReader("photo", (3, 32, 40)).file(file.getvalue(), "it")
     for one, image in zip(answer, (read.image, pixels.transpose(2, 0, 1)), strict=True):
         shown = Image.open(io.BytesIO(base64.b64decode(one["input"].removeprefix("data:image/png;base64,"))))
         assert np.array_equal(np.asarray(shown).transpose(2, 0, 1), image)
@@ -125,7 +125,7 @@ def test_pictures_in_colour(stand_in, serving) -> None:
 
 def test_memory_of_large_images_is_bounded(stand_in, serving) -> None:
     """Tiny pictures become large images: as many are taken as fit into the memory of eight bodies."""
-    address = serving(stand_in, image_reader("photo", (3, 224, 224)))  # 1.4 MB beside a body hold nine
+    address = serving(stand_in, ImageReader("photo", (3, 224, 224)))  # 1.4 MB beside a body hold nine
     limits = httpx.get(f"{address}/info").json()["limits"]
     assert (limits["max_images"], limits["max_queue"]) == (9, 9)
     tiny = base64.b64encode(png((1, 1))).decode()

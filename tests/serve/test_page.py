@@ -11,7 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from thaw.data.mnist import load_mnist
-from thaw.data.readers import image_reader
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 
 Strokes = list[list[tuple[float, float]]]  # points (x, y) from 0 to 1
@@ -243,7 +243,7 @@ def test_a_picture_of_a_digit(opened, digits) -> None:
 def test_a_model_of_photographs(browser, stand_in, serving, tmp_path) -> None:
     """No drawing; the picture, the five most probable of many classes, and where the model looked on it."""
     stand_in.classes = ["ants & bees", "<b>ü数</b>", *map(str, range(35))]
-    address, wrong = serving(stand_in, image_reader("photo", (3, 32, 32)), request_seconds=10.0), []
+    address, wrong = serving(stand_in, ImageReader("photo", (3, 32, 32)), request_seconds=10.0), []
     Image.new("RGB", (300, 200), (38, 200, 10)).save(tmp_path / "green.png")  # 38 % 37 is the second class
     page = browser.new_page(viewport={"width": 360, "height": 740})
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
