@@ -16,7 +16,7 @@ from torch import Tensor
 from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.splits import Share, split_images
+from thaw.data.splits import SplitShare, split_images
 from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
@@ -43,8 +43,8 @@ class ArrayData(ImageDataModule):
 
     path: str
     classes: Sequence[str] | None
-    val_share: Share
-    test_share: Share
+    val_share: SplitShare
+    test_share: SplitShare
 
     def read(self) -> Source:
         """See `thaw.data.splits.split_images` for splits that are missing.
