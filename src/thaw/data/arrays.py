@@ -41,7 +41,7 @@ class ArrayData(ImageDataModule):
         val_share, test_share: of each class of the training images, where that split is missing.
     """
 
-    path: str
+    path: str | None
     classes: Sequence[str] | None
     val_share: SplitShare
     test_share: SplitShare
@@ -52,6 +52,8 @@ class ArrayData(ImageDataModule):
         Raises:
             UserError: names the file or array, what was found there and what is allowed.
         """
+        if self.path is None:
+            raise UserError("data.path is missing: set it to an .npz, .npy, .csv or IDX file, or to a folder of them.")
         path = Path(self.path).expanduser()
         arrays: dict[str, dict[str, Tensor]] = defaultdict(dict, train={})
         names: dict[tuple[str, str], str] = {}
@@ -106,7 +108,7 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         elif file.suffix == ".npy":
             yield "", np.load(file, allow_pickle=False)
         elif file.suffix == ".csv":
-            yield from read_table(file).items()
+            yield from read_pixel_table(file).items()
         else:
             yield "", read_idx(unpacked(file.read_bytes()), str(file)).numpy()
     except UserError:
@@ -117,7 +119,7 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise UserError(f"{file} cannot be read: {error}.") from error
 
 
-def read_table(file: Path) -> dict[str, np.ndarray]:
+def read_pixel_table(file: Path) -> dict[str, np.ndarray]:
     """Images (N, H * W) and labels (N,) of a CSV file, with or without a header.
 
     The labels are in the column that the header calls `label`, `class`, `y` or the like, else in the first one, if the
