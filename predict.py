@@ -31,7 +31,7 @@ inputs: list[str] = []
 @command("predict")
 def main(cfg: DictConfig) -> None:
     from thaw.data.batches import EVAL_BATCH
-    from thaw.data.readers import image_reader
+    from thaw.data.readers import ImageReader
     from thaw.predict.prediction import Read, RowWriter, find_files, open_output, predictions, read_file
     from thaw.predict.predictor import load_predictor
     from thaw.run.console import progress, say
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
         model = load_predictor(
             cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow, stderr=True
         )
-        reader = image_reader(cfg.reader or model.data["reader"], model.data["shape"])
+        reader = ImageReader(cfg.reader or model.data["reader"], model.data["shape"])
         writer = RowWriter(file, format, model.classes)
         read = failed = doubtful = 0
         rows_on_terminal = cfg.output is None and sys.stdout.isatty()

@@ -27,7 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import textbook
 from thaw.data.augment import Augment
+from thaw.data.images import Images
 from thaw.data.mnist import MNISTData, load_mnist
+from thaw.data.module import ImageDataset
 from thaw.data.preprocess import Preprocess
 from thaw.freezing import cache as feature_cache
 from thaw.models.backbone import Backbone
@@ -37,9 +39,7 @@ from thaw.run.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = "1e-4,2e-4,5e-4,1e-3,2e-3,3e-3,5e-3,7e-3,1e-2,2e-2,3e-2,5e-2,1e-1"  # 13
-AFFINE = {"degrees": 10.0, "translate": 0.07, "scale": 0.1, "shear": 0.0}
-AFFINE |= {"elastic": 0.0, "elastic_sigma": 4.0, "thickness": 0.0, "erase": 0.0}
-PARTS = ("main_job", "last_blocks", "fine_tuning", "pipeline", "feature_passes")
+PARTS = ("main_job", "last_blocks", "fine_tuning", "pipeline", "photo_pipelines", "feature_passes")
 HEAD = """# Speed
 
 Written by `make bench`{quick} in {minutes:.0f} minutes on: {machine}.
@@ -235,7 +235,7 @@ class Bench:
         batches = {"train_size": 20000, "batch_size": 512, "eval_batch_size": 512, "num_workers": 0, "seed": 0}
         data = MNISTData(**places, **batches, class_weights=None, sampler="shuffled")
         loader = data.train_dataloader()
-        augment, preprocess = Augment(**AFFINE), Preprocess(28, 1, backbone.mean, backbone.std)
+        augment, preprocess = load_augment("affine"), Preprocess(28, 1, backbone.mean, backbone.std)
 
         def ours() -> None:
             for batch in loader:
@@ -249,6 +249,30 @@ class Bench:
         )
         self.row("input pipeline with affine, images/s", f"{slow:,.0f} (2 workers)", f"{fast:,.0f}", fast / slow, "10")
         self.note(f"Batches without augmentation or normalisation: {plain:,.0f} images/s.")
+
+    def photo_pipelines(self) -> None:
+        """Augmented batches of decoded photographs, and how long a training step waits for one."""
+        crop = load_augment("none", flip=0.5, crop_area=0.08)
+        pad = load_augment("padded", padding_mode="constant")
+        for side, number, batch, augment, goal in ((224, 1024, 64, crop, "1"), (32, 20480, 512, pad, "10")):
+            images = torch.randint(256, (number // (4 if self.quick else 1), 3, side, side), dtype=torch.uint8)
+            data, order = ImageDataset(Images(images, torch.zeros(len(images)))), torch.randperm(len(images))
+            theirs = textbook.photo_loader(images, batch, padded=augment is pad)
+            for _ in theirs:  # starts the workers
+                pass
+            slow, fast = in_turn(
+                3 * self.rounds,
+                lambda images=images, loader=theirs: len(images) / seconds_of(lambda: [None for _ in loader]),
+                lambda data=data, order=order, batch=batch, augment=augment: (
+                    len(data) / seconds_of(lambda: [augment(data[part].images) for part in order.split(batch)])
+                ),
+            )
+            name = f"{'padded' if augment is pad else 'random resized'} crop and flip at 3 x {side} x {side}, images/s"
+            self.row(name, f"{slow:,.0f} (2 workers)", f"{fast:,.0f}", fast / slow, goal)
+            if augment is crop:
+                step = training_step(load_backbone("efficientnet_lite0", weights="none"), batch)
+                name = "wait for these crops, in a step of EfficientNet-Lite0 on 64 of them"
+                self.row(name, "", f"{batch / fast / step:.1%} of {step:.1f} s", None, "at most 3%")
 
     def feature_passes(self) -> None:
         """Forward in bf16 with plain attention, as the cache does, against eager fp32 with timm's fused attention."""
@@ -280,6 +304,25 @@ def load_backbone(name: str, **changes: Any) -> Backbone:
     config = {**OmegaConf.to_container(OmegaConf.load(textbook.CONFIGS / f"{name}.yaml")), **changes}
     del config["_target_"]
     return Backbone(**config).eval()
+
+
+def load_augment(name: str, **changes: Any) -> Augment:
+    files = [OmegaConf.load(textbook.CONFIGS.parent / "augment" / f"{file}.yaml") for file in ("none", name)]
+    config = OmegaConf.to_container(OmegaConf.merge(*files)) | changes
+    return Augment(**{key: value for key, value in config.items() if key not in ("defaults", "_target_")})
+
+
+def training_step(backbone: Backbone, batch: int) -> float:
+    """Seconds of a forward and a backward pass in bf16."""
+    images = torch.randn(batch, backbone.channels, backbone.image_size, backbone.image_size)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            features = backbone.train()(images)
+        features.float().square().mean().backward()
+
+    step()
+    return statistics.median(seconds_of(step) for _ in range(3))
 
 
 def flops(backbone: Backbone) -> float:

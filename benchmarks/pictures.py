@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from thaw.data.mnist import load_mnist
-from thaw.data.readers import DigitReader
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 from thaw.run.console import lenient
 
@@ -71,7 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     predictor = load_predictor(given.ckpt)
     test = load_mnist("MNIST", given.data, "official", None).test
-    reader = DigitReader((1, 28, 28))
+    reader = ImageReader("digit", (1, 28, 28))
     step = len(test.labels) // COUNT
     images, labels = test.images[::step], test.labels[::step]
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
@@ -147,7 +148,9 @@ def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, 
 
     served = compose_config("serve", "ckpt=none")
     limits = Limits(**{field.name: served[field.name] for field in dataclasses.fields(Limits)})
-    with TestClient(create_app(load_predictor(str(run_dir)), limits, workers=1)) as client:
+    with TestClient(
+        create_app(load_predictor(str(run_dir)), ImageReader("digit", (1, 28, 28)), limits, workers=1)
+    ) as client:
         answer = client.post("/predict", content=digits.read_bytes(), headers={"content-type": FILE_TYPES[-1]})
     assert answer.status_code == 200, answer.text
     assert [row["index"] for row in answer.json()["predictions"]] == said

@@ -74,9 +74,33 @@ def issubclass_of_lightning(function: object) -> bool:
     return isinstance(function, type) and "__init__" not in vars(function)
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides: a folder of small pictures in two classes, and a tiny ViT with a file of weights."""
+    import timm
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("photographs")
+    for number in range(60):
+        path = folder / "pets" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (4 * number, 200 * (number % 2), 50)).save(path)
+    save_file(timm.create_model("test_vit", img_size=32, num_classes=0).state_dict(), folder / "w.safetensors")
+    zoo = ["backbone.name=test_vit", f"backbone.weights={folder / 'w.safetensors'}", "backbone.image_size=32"]
+    return ["data=folder", f"data.dir={folder / 'pets'}", *zoo]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_runs_two_batches(experiment: str, train: Callable[..., Path]) -> None:
-    small = ["debug=fast", "data.source=sample", "data.batch_size=16", "data.eval_batch_size=16"]
+def test_experiment_runs_two_batches(
+    experiment: str, train: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    small = ["debug=fast", "data.batch_size=16", "data.eval_batch_size=16"]
+    if experiment.startswith(("folder", "cifar10")):
+        own: list[str] = request.getfixturevalue("photographs")
+        small += own[:2] if experiment.endswith("from_scratch") else own
+    else:
+        small += ["data.source=sample"]
     if experiment == "pretrain_gan":
         small += ["model.samples=50"]
     run_dir = train(f"experiment={experiment}", *small)

@@ -87,7 +87,7 @@ def test_collapse_is_warned_of_once_and_early(pretrain: Callable[..., Path]) -> 
     assert "at step 1 their feature_std is" in told[0] and "of 32" in told[0] and "lower optim.lr" in told[0]
 
 
-@pytest.mark.parametrize(("name", "value", "least"), [("every_n_steps", 0, 1), ("digits", 1, 2)])
+@pytest.mark.parametrize(("name", "value", "least"), [("every_n_steps", 0, 1), ("images", 1, 2)])
 def test_settings_out_of_range(name: str, value: int, least: int) -> None:
     block = OmegaConf.create({"_target_": "thaw.callbacks.feature_monitor.FeatureMonitor", name: value})
     with pytest.raises(ValueError, match=rf"^feature_monitor\.{name}={value} must be a whole number, {least} or more"):

@@ -10,7 +10,7 @@ def test_picture_of_the_augmentation_changes_nothing_else(train: Callable[..., P
     run = ["experiment=vit_last_blocks", *tiny, "trainer.max_epochs=1", "callbacks.step_seed=null", "test=false"]
     with_picture = train(*run, name="with")
     without = train(*run, "callbacks.sample_grid=null", name="without")
-    picture = matplotlib.image.imread(with_picture / "report" / "augmented_digits.png")
+    picture = matplotlib.image.imread(with_picture / "report" / "augmented_images.png")
     assert picture.shape[1] > picture.shape[0] and picture.std() > 0.05
     assert not (without / "report").exists()
     one, two = (

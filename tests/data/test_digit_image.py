@@ -20,9 +20,9 @@ from thaw.data.digit_image import BOX, find_digit
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
 from thaw.data.pictures import PICTURE_FORMATS
-from thaw.data.readers import MAX_BYTES, DigitReader, Reading
+from thaw.data.readers import MAX_BYTES, ImageReader, Reading
 
-read_digits = DigitReader((1, 28, 28)).file
+read_digits = ImageReader("digit", (1, 28, 28)).file
 
 
 @pytest.fixture(scope="module")

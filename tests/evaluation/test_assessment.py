@@ -18,7 +18,7 @@ from thaw.data.images import Images
 from thaw.data.mnist import load_mnist
 from thaw.evaluation import assessment
 from thaw.evaluation.assessment import Assessment, assess, images_to_predict, second_facts
-from thaw.evaluation.assessment_files import write_assessments
+from thaw.evaluation.assessment_files import compare_pairs, write_assessments
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
@@ -63,7 +63,7 @@ def test_report_of_one_run(
     total = re.search(r"evaluating vit_linear_probe: ([\d,]+) test, validation and corrupted images", printed)
     assert total and f"vit_linear_probe: 500 of {total[1]} images, about" in printed
     assert printed.endswith(f"report:\n{os.path.relpath(folder / 'report.html')}\n")
-    names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_digits"]
+    names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_images"]
     assert sorted(path.stem for path in folder.glob("*.png")) == names
     facts = json.loads((folder / "report.json").read_text())["models"]["vit_linear_probe"]
     assert {key: facts[key] for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test")} == {
@@ -135,7 +135,9 @@ def test_second_dataset(linear_probe: Path) -> None:
     source = load_mnist("MNIST", "nowhere", "sample", None)
     noise = torch.randint(0, 256, source.test.images.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     other = source._replace(test=source.test._replace(images=noise))
-    facts = second_facts("KMNIST", other, predictor, predictor.logits(source.test.images), lambda done: None)
+    facts = second_facts(
+        other._replace(name="KMNIST"), predictor, predictor.logits(source.test.images), lambda done: None
+    )
     assert 0.03 < facts["test/acc"] < 0.2
     own, others = (predictor(images).amax(dim=1) for images in (source.test.images, noise))
     assert facts["mean_confidence"] == pytest.approx(float(others.mean()))
@@ -152,26 +154,59 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
     kept = (source.test.labels != 3) & (source.test.labels != 8)
     test = source.test.take(kept)
-    nothing = {"digits": 20} | {name: [] for name in CORRUPTIONS}
-    second = ("<KMNIST>", source._replace(test=Images(*(part[:40] for part in source.test))))
+    nothing = {"images": 20} | {name: [] for name in CORRUPTIONS}
+    second = source._replace(test=source.test.take(slice(40)), name="<KMNIST>")
     done: list[int] = []
     found = assess("one", predictor, source._replace(test=test), second, nothing, tmp_path, done.append)
     assert sum(done) == images_to_predict(source._replace(test=test), second, nothing)
     (images,) = shown
-    firsts = [test.images[test.labels == c][0] for c in (0, 1, 2, 4, 5, 6, 7, 9)]
+    firsts = [255 - test.images[test.labels == c][0] for c in (0, 1, 2, 4, 5, 6, 7, 9)]  # as ink on paper
     assert torch.equal(images, torch.stack(firsts))
     rows = {row["class"]: row for row in found.facts["classes"]}
     assert rows["3"]["n"] == 0 and rows["3"]["recall"] is None and rows["4"]["recall"] > 0.8
     json.dumps(found.facts, allow_nan=False)
     (tmp_path / "attention.png").touch()
     page = write_assessments([found], tmp_path).read_text()
-    assert re.search(r'<td class="text" data-key="3">3</td>.*>-</td>', page)
+    assert re.search(r'<td class="text" data-key="3">3</td><td .*>-</td><td .*>absent</td>', page)
     assert "<h2>On &lt;KMNIST&gt;</h2>" in page and f"{found.facts['second']['test/acc']:.2%} of 40 test images" in page
     assert "10% is chance" in page
     with (tmp_path / "wrong_images.csv").open(newline="") as file:
         wrong = list(csv.DictReader(file))
     assert len(wrong) == round(len(test.labels) * (1 - found.facts["test/acc"]))
     assert all(str(int(test.labels[int(row["index"])])) == row["label"] != row["answer"] for row in wrong)
+
+
+def assessment_of(images: torch.Tensor, labels: list[int], answers: list[int], **facts: str) -> Assessment:
+    test = Images(images, torch.tensor(labels))
+    given = {"dataset": "pets", "data_source": "the folder pets"} | facts
+    return Assessment("a", given, torch.eye(2)[answers], test, [])
+
+
+def test_which_models_can_be_compared() -> None:
+    """Those tested on the same images, which two models may have taken at two sizes."""
+    photos, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), [0, 1, 0, 1]
+    first = assessment_of(photos, labels, [0, 1, 0, 0])
+    larger = assessment_of(torch.zeros(4, 3, 9, 9, dtype=torch.uint8), labels, [0, 0, 1, 1])
+    (pair,) = compare_pairs([first, larger])
+    assert (pair["only_first_right"], pair["only_second_right"]) == (2, 1)
+    others = [
+        assessment_of(photos + 1, labels, labels),
+        assessment_of(photos[:3], labels[:3], labels[:3]),
+        assessment_of(larger.test.images, [1, 0, 1, 0], labels),
+        assessment_of(larger.test.images, labels, labels, data_source="the folder cats"),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match=r"a and a have other test images \(pets, the folder pets, and pets, the"):
+            compare_pairs([first, larger, other])
+
+
+def test_corrupted_images_are_taken_in_parts(linear_probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
+    few = {"images": 50, "rotation": [30], "shift": [3]} | {n: [] for n in ("scale", "noise", "blur", "contrast")}
+    whole = assessment.robustness_facts(predictor, source.test, few, lambda done: None)
+    monkeypatch.setattr(assessment, "CORRUPTED_AT_ONCE", 10 * 28 * 28)  # parts of 8, a multiple of 4 directions
+    assert assessment.robustness_facts(predictor, source.test, few, lambda done: None) == whole
+    assert whole["images"] == 50 and whole["curves"]["shift"][1][1] < whole["curves"]["shift"][0][1]
 
 
 def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) -> None:

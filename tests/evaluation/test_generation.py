@@ -64,8 +64,8 @@ def test_features_are_the_bundled_backbones_in_eval_mode() -> None:
     arguments = {"patch_size": 7, "depth": 2, "class_token": False, "global_pool": "avg", "drop_path_rate": 0.5}
     torch.manual_seed(0)
     backbone = Backbone("vit_tiny_patch16_224", "none", 28, 1, "model", [0.1307], [0.3081], True, arguments)
-    images = torch.randint(0, 256, (501, 28, 28), dtype=torch.uint8)
+    images = torch.randint(0, 256, (501, 1, 28, 28), dtype=torch.uint8)
     features = image_features(backbone, images)
-    expected = backbone.eval()((images[:, None] / 255 - 0.1307) / 0.3081)
+    expected = backbone.eval()((images / 255 - 0.1307) / 0.3081)
     assert features.shape == (501, 192) and not features.requires_grad
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support, top_k_accuracy_score
 from torch import Tensor
 
 from thaw.evaluation.metrics import (
@@ -19,6 +20,7 @@ from thaw.evaluation.metrics import (
     highest_losses,
     least_certain,
     mcnemar,
+    other_accuracies,
     reliability,
 )
 
@@ -47,6 +49,47 @@ def test_accuracy_facts() -> None:
     assert facts == {"test/acc": 0.75, "test/acc_low": low, "test/acc_high": high, "n_test": 4}
     with pytest.raises(ValueError, match=r"There are no test images.*give a test split"):
         accuracy_facts(torch.tensor([]), torch.tensor([]))
+
+
+@pytest.mark.parametrize("absent", [[], [3, 29]])
+def test_top5_and_balanced_accuracy_equal_scikit_learns(absent: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(torch.arange(1, 31).float(), 400, replacement=True, generator=generator)
+    labels = labels[~torch.isin(labels, torch.tensor(absent))]
+    logits = torch.randn(len(labels), 30, generator=generator) + 1.5 * F.one_hot(labels, 30)
+    facts = accuracy_facts(logits, labels)
+    expected = top_k_accuracy_score(labels, logits, k=5, labels=range(30))
+    assert facts["test/top5"] == pytest.approx(expected) and facts["test/acc"] < expected < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn's, of predicted classes that are absent
+        assert facts["test/balanced_acc"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(dim=1)))
+    assert facts["test/balanced_acc"] != pytest.approx(facts["test/acc"])
+    answers = accuracy_facts(logits.argmax(dim=1), labels)  # as a probe gives them
+    assert "test/top5" not in answers and answers == {key: facts[key] for key in answers}
+
+
+def test_which_accuracies_are_of_interest() -> None:
+    """Top-5 above 20 classes; balanced accuracy above 1.5 times the images of the smallest class that has any."""
+    assert "test/top5" not in accuracy_facts(torch.eye(20), torch.arange(20))
+    assert accuracy_facts(torch.eye(21), torch.arange(21).roll(1))["test/top5"] < 1
+    three_to_two, two_to_one = torch.tensor([0, 0, 0, 4, 4]), torch.tensor([0, 0, 4])
+    assert "test/balanced_acc" not in accuracy_facts(three_to_two, three_to_two)
+    assert accuracy_facts(torch.zeros(3), two_to_one)["test/balanced_acc"] == 0.5
+    assert (
+        other_accuracies({"test/acc": 0.1, "test/top5": 0.5, "test/balanced_acc": 0.25})
+        == ", top-5 50.00%, balanced 25.00%"
+    )
+    assert other_accuracies({"test/acc": 0.1}) == ""
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_split_of_one_image(label: int) -> None:
+    logits, labels = torch.tensor([[0.0, 2.0]]), torch.tensor([label])
+    facts = accuracy_facts(logits, labels)
+    assert facts["test/acc"] == label and facts["n_test"] == 1 and "test/balanced_acc" not in facts
+    assert calibration_error(logits, labels) == pytest.approx(abs(label - float(logits.softmax(dim=1).amax())))
+    assert fit_temperature(logits, labels) in (1e-3, 1e3)
+    assert fit_temperature(logits[:0], labels[:0]) == 1
 
 
 def test_highest_losses() -> None:

@@ -21,7 +21,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from thaw.data.mnist import load_mnist
+from thaw.data.mnist import SAMPLE, load_mnist
 from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic_regression, score, standardisation
@@ -76,6 +76,22 @@ def test_weighted_vote_equals_a_naive_loop(k: int, temperature: float) -> None:
     assert choice.predict(queries).tolist() == expected
     if k > 5:  # a majority would say something else
         assert knn(TRAIN, VAL, k=[k], **KNN).predict(queries).tolist() != expected
+
+
+def test_votes_for_many_classes_equal_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 classes, of which 3 never occur in training; their images are never classified correctly."""
+    monkeypatch.setattr(probes, "SIMILARITIES", 2**14)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 200, (700,), generator=generator)
+    features = torch.randn(200, 16, generator=generator)[labels] + torch.randn(700, 16, generator=generator)
+    train = Labelled(features[:500], torch.where(labels[:500] < 3, 3, labels[:500]))
+    val = Labelled(features[500:], labels[500:])
+    reference = KNeighborsClassifier(9, metric="cosine", algorithm="brute").fit(*map(np.asarray, train))
+    choice = knn(train, val, k=[9], **KNN)
+    assert choice.candidates[9] == reference.score(*map(np.asarray, val))
+    fitted = logistic_regression(train, val, C=[1.0], **FIT)
+    answers = fitted.predict(val.features)
+    assert not (set(answers.tolist()) & {0, 1, 2}) and fitted.candidates[1.0] == (answers == val.labels).double().mean()
 
 
 def test_a_cold_vote_does_not_overflow() -> None:
@@ -223,6 +239,8 @@ def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
         probe(TRAIN, Labelled(broken, TRAIN.labels))
     with pytest.raises(ValueError, match="2 of 400 test images"):
         score(probe(TRAIN, VAL), Labelled(broken, TRAIN.labels))
+    with pytest.raises(ValueError, match="There are no validation images"):
+        probe(TRAIN, Labelled(*(part[:0] for part in VAL)))
     with pytest.raises(ValueError, match="All 400 training images are of class 5; a probe needs two"):
         probe(Labelled(TRAIN.features, torch.full((400,), 5)), VAL)
 
@@ -290,7 +308,7 @@ def test_probe_of_a_checkpoint(train: Callable[..., Path], tmp_path: Path) -> No
     run_dir = train(*small, *FEW, "data.batch_size=50", "trainer.max_epochs=3", "logger=csv")
     summary = probe(tmp_path / "probe", f"ckpt={run_dir}", "data.train_size=300", "probe.k=[1, 7]", where, FEW[-1])
     assert summary["checkpoint"] == summary["weights"] == str(run_dir / "checkpoints" / "best.ckpt")
-    assert (summary["data_source"], summary["n_train"], summary["backbone"]) == ("sample", 300, "mlp")
+    assert (summary["data_source"], summary["n_train"], summary["backbone"]) == (SAMPLE, 300, "mlp")
     model = load_model(read_checkpoint(run_dir / "checkpoints" / "best.ckpt"))
     digits = load_mnist("MNIST", "data", "sample", None)
     with torch.no_grad():

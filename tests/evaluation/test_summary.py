@@ -18,9 +18,9 @@ from thaw.run.files import write_json
 FACTS = {
     **{"test/acc": 0.99, "test/acc_low": 0.977, "test/acc_high": 0.996, "n_test": 500, "val/acc": 0.985, "epochs": 3},
     **{
-        "data_source": "sample",
-        "data_title": "the bundled sample of 5,000 digits",
+        "data_source": "the bundled sample of 5,000 digits",
         "dataset": "MNIST",
+        "classes": ["ant", "bee"],
         "n_train": 4000,
         "n_val": 500,
         "backbone": "vit",
@@ -50,6 +50,9 @@ def test_says_what_a_person_wants(summary: Callable[..., str]) -> None:
         "7.2 s, at most 1.2 GB of memory, a checkpoint of 0.03 MB",
     ):
         assert part in text
+    assert "2 classes, 4,000 to train" in text and "top-5" not in text
+    more = summary({**FACTS, "test/top5": 0.995, "test/balanced_acc": 0.98})
+    assert "97.70% to 99.60%, top-5 99.50%, balanced 98.00%, n = 500\n" in more
     assert "test" not in summary({**FACTS, **NOT_TESTED})
     assert "W&B         https://wandb.ai/x\n" in summary(FACTS, "https://wandb.ai/x")
     assert "validation  98.50% accuracy, best of 3 epochs\n" in text
@@ -90,7 +93,7 @@ def test_values_wrap_in_their_column_on_a_terminal(
     )
     lines = re.sub("\x1b.*?m", "", summary({**FACTS, "run_dir": "x" * 70})).splitlines()
     assert [line.rstrip() for line in lines if len(line) > 60] == ["  run         " + "x" * 70]
-    assert lines[1] == "-" * 60 and "              4,000 to train, 500 to validate" in map(str.rstrip, lines)
+    assert lines[1] == "-" * 60 and "              classes, 4,000 to train, 500 to validate" in map(str.rstrip, lines)
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -107,7 +110,7 @@ def test_what_thaws_after_the_last_epoch_does_not_count(
     tiny_run: list[str], tmp_path: Path, epochs: int, trained: list[str]
 ) -> None:
     """Gradual thawing: the head at first, then a block an epoch from the top."""
-    cfg = compose_run(tmp_path, *tiny_run, "freeze=gradual", "backbone.fused_attention=false")
+    cfg = compose_run(tmp_path, *tiny_run, "freeze=gradual", "backbone.fused_attention=false", "model.num_classes=10")
     model: L.LightningModule = instantiate(cfg.model)
     named = dict(model.named_parameters())
     expected = sum(p.numel() for name, p in named.items() if any(part in name for part in trained))

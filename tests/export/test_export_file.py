@@ -190,7 +190,7 @@ def test_files_of_earlier_versions_take_images_without_channels(exported: Callab
         [*"0123456789"],
     )
     save_onnx(model, {**facts, "classes": 10}, tmp_path / "wrong.onnx")
-    with pytest.raises(ValueError, match=r"wrong\.onnx says of its images classes=10, expected a list of names"):
+    with pytest.raises(ValueError, match=r"wrong\.onnx holds data.classes=10: Input should be a valid list"):
         load_onnx(tmp_path / "wrong.onnx")
 
 

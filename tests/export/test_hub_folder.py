@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from thaw.data.images import Source
 from thaw.data.mnist import OFFICIAL
-from thaw.data.readers import image_reader
+from thaw.data.readers import ImageReader
 from thaw.export import hub_folder as module
 from thaw.export.hub_folder import export_folder, load_folder
 from thaw.predict.predictor import Predictor, load_predictor
@@ -132,7 +132,7 @@ def test_card_of_photographs(
     turned = Image.Exif()
     turned[0x0112] = 6
     picture.save(tmp_path / "picture.png", exif=turned)
-    reader = image_reader("photo", (3, 32, 32))
+    reader = ImageReader("photo", (3, 32, 32))
     [seen] = reader.file((tmp_path / "picture.png").read_bytes(), "it")
     wanted = predictor(torch.from_numpy(seen.image)[None])
     folder = tmp_path / "hub"

@@ -1,6 +1,8 @@
 """Pages of results in a browser as narrow as a phone, in light and in dark."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +33,15 @@ def sweep_page(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def evaluation_page(folder: Path) -> Path:
+def class_row(number: int) -> dict[str, Any]:
+    """Class 1 is absent, and the last ones have the lowest recall."""
+    recall, n = (None, 0) if number == 1 else (0.9 - number / 1000, 2)
+    return {"class": LONG if number == 0 else f"class {number}", "precision": 0.5, "recall": recall, "n": n}
+
+
+def evaluation_page(folder: Path, classes: int = 2) -> Path:
     """Of two models that know nothing."""
-    test = Images(torch.zeros(4, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    test = Images(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
     logits = torch.eye(2)[[0, 1, 1, 1]]
     save_figure(new_figure(10, 4), folder / "picture.png")
     facts = {
@@ -43,12 +51,13 @@ def evaluation_page(folder: Path) -> Path:
             "backbone": "digits_vit",
             "checkpoint": f"/{LONG}best.ckpt",
         },
-        **{"dataset": "MNIST", "data_source": "sample", "data_title": "a sample", "weights_sha256": "a" * 64},
+        **{"dataset": "MNIST", "data_source": "a sample", "weights_sha256": "a" * 64},
         **accuracy_facts(logits.argmax(dim=1), test.labels),
         **{"git_commit": "b" * 40, "backbone": "digits_vit"},
-        "classes": [{"class": name, "precision": 0.5, "recall": None, "n": 2} for name in ("a", LONG)],
+        **{"test/top5": 0.9, "test/balanced_acc": 0.8},
+        "classes": [class_row(number) for number in range(classes)],
         "calibration": {"ece": 0.1, "temperature": 1.0, "ece_with_temperature": 0.1},
-        "robustness": {"digits": 4, "mean": 0.5, "curves": {name: [(0.0, 0.5), (1.0, 0.25)] for name in CORRUPTIONS}},
+        "robustness": {"images": 4, "mean": 0.5, "curves": {name: [(0.0, 0.5), (1.0, 0.25)] for name in CORRUPTIONS}},
         "cost": {
             **{"parameters": 10**7, "flops": 10**9, "images_per_second": 1e4, "latency_ms": 1.0, "batch_size": 500},
             **{"checkpoint_mb": 1.0, "weights_mb": 10.0, "device": "cpu", "precision": "bf16-mixed", "threads": 1},
@@ -57,6 +66,23 @@ def evaluation_page(folder: Path) -> Path:
     pictures = [("Where it errs", folder / "picture.png")]
     models = [Assessment(label, facts, logits, test, pictures) for label in ("probe 1", "probe 2")]
     return write_assessments(models, folder)
+
+
+@pytest.mark.parametrize("classes", [2, 37])
+def test_scores_of_each_class(tmp_path: Path, classes: int) -> None:
+    """In order of few, the worst first of many, with the rest folded away; absent is neither 0 nor 0 %."""
+    page = evaluation_page(tmp_path, classes).read_text()
+    first = page[page.index("Each class") : page.index("The model")]
+    names = re.findall(r'data-key="(?:class |a_rather)(\d*)', first)
+    assert '<td data-key="">-</td><td data-key="0.5">50.00%</td><td data-key="0">absent</td>' in first
+    assert ("90.00%" in page) and ("80.00%" in page), "top-5 and balanced accuracy"
+    if classes == 2:
+        assert names == ["", "1"] and "<details>" not in page
+    else:
+        order = ["36", "35", "34", "33", "32", "31", "30", "29", "28", "27"]
+        assert names[:10] == names[10:20] == order and names[-2:] == ["", "1"]
+        assert "The 10 of 37 classes with the lowest recall (1 absent):" in first
+        assert first.index("<details>") > first.index("class 27") and "37 classes" in page
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from rich.console import Console
 import predict
 from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
-from thaw.data.readers import Reading, image_reader
+from thaw.data.readers import ImageReader, Reading
 from thaw.predict.prediction import (
     COLUMNS,
     LAST_COLUMNS,
@@ -163,7 +163,7 @@ def test_what_is_taken_from_a_folder_and_what_is_left_out(tmp_path: Path) -> Non
     files, left_out = find_files([str(tmp_path)])
     assert {file.name for file in files} == {"a.heic", "b.JFIF", "c.svg", "no suffix", "e.bmp", "f.webp"}
     assert left_out == [f"files of {tmp_path} left out: 3 hidden and 2 that are not pictures (labels.csv, notes.txt)"]
-    [read] = read_file(tmp_path / "a.heic", image_reader("digit", (1, 28, 28)))
+    [read] = read_file(tmp_path / "a.heic", ImageReader("digit", (1, 28, 28)))
     assert "a.heic is not a PNG" in read.reading.error
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thaw.data.readers import PhotoReader, image_reader
+from thaw.data.readers import ImageReader
 from thaw.serve.app import create_app
 from thaw.serve.limits import Limits
 from thaw.serve.server import Server, open_port
@@ -67,9 +67,9 @@ def serving() -> Iterator[Callable[..., str]]:
     """Start a server of a model with these limits; returns its address."""
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(model: Any, reader: PhotoReader | None = None, **limits: Any) -> str:
+    def start(model: Any, reader: ImageReader | None = None, **limits: Any) -> str:
         opened = open_port("127.0.0.1", 0)
-        reader = reader or image_reader("digit", (1, 28, 28))
+        reader = reader or ImageReader("digit", (1, 28, 28))
         server = Server(create_app(model, reader, Limits(**{**LIMITS, **limits}), workers=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()

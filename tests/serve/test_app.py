@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from thaw.data.idx import write_idx
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 
 ROWS = [[207] + [0] * 27] + [[0] * 28] * 27  # which the stand-in takes for a 7
@@ -93,6 +94,44 @@ def test_pictures(stand_in, serving) -> None:
     for kind in ("image/png", "image/jpg", "image/webp"):
         assert post(address, content, kind).status_code == 200
     assert len(post(address, gzip.compress(idx(5, 28, 28)), "application/octet-stream").json()["predictions"]) == 5
+
+
+def test_pictures_in_colour(stand_in, serving) -> None:
+    """A model of photographs takes pictures and rows of [r, g, b], and answers its input as a PNG."""
+    stand_in.classes = ["ants, red", 'b"ees"', "<b>ü数</b>"]
+    address = serving(stand_in, ImageReader("photo", (3, 32, 40)))
+    noise = Image.effect_noise((90, 60), 90).convert("RGB")
+    file = io.BytesIO()
+    noise.save(file, "PNG")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    sent = [base64.b64encode(file.getvalue()).decode(), pixels.tolist()]
+    answer = post(address, {"images": sent, "explain": True}).json()["predictions"]
+    [read] = ImageReader("photo", (3, 32, 40)).file(file.getvalue(), "it")
+    for one, image in zip(answer, (read.image, pixels.transpose(2, 0, 1)), strict=True):
+        shown = Image.open(io.BytesIO(base64.b64decode(one["input"].removeprefix("data:image/png;base64,"))))
+        assert np.array_equal(np.asarray(shown).transpose(2, 0, 1), image)
+        assert one["class"] == stand_in.classes[one["index"]] and one["index"] == image[0, 0, 0] % 3
+        assert len(one["attention"]) == 2 and one["warning"] is None
+    assert post(address, file.getvalue(), "image/png").json()["predictions"][0]["index"] == answer[0]["index"]
+    assert len(post(address, idx(5, 28, 28), FILE).json()["predictions"]) == 5, "grey images in another size"
+    for wrong, place in (([ROWS], "images[0]: "), ([[[[0] * 4] * 40] * 32], "images[0][0][0]: ")):
+        response = post(address, {"images": wrong})
+        assert response.status_code == 422 and response.json()["detail"].startswith(place), response.text
+    info = httpx.get(f"{address}/info").json()
+    assert (info["shape"], info["reader"], info["classes"]) == ([3, 32, 40], "photo", stand_in.classes)
+    schema = httpx.get(f"{address}/openapi.json").json()
+    assert "32 rows of 40 pixels, which are lists of red, green and blue" in json.dumps(schema)
+
+
+def test_memory_of_large_images_is_bounded(stand_in, serving) -> None:
+    """Tiny pictures become large images: as many are taken as fit into the memory of eight bodies."""
+    address = serving(stand_in, ImageReader("photo", (3, 224, 224)))  # 1.4 MB beside a body hold nine
+    limits = httpx.get(f"{address}/info").json()["limits"]
+    assert (limits["max_images"], limits["max_queue"]) == (9, 9)
+    tiny = base64.b64encode(png((1, 1))).decode()
+    assert len(post(address, {"images": [tiny] * 9}).json()["predictions"]) == 9
+    response = post(address, {"images": [tiny] * 10})
+    assert response.status_code == 413 and "10 images in one request; at most 9" in response.json()["detail"]
 
 
 JPEG_CUT = b"\xff\xd8\xff\xe0" + bytes(50)

@@ -1,5 +1,7 @@
 """The page in a real browser: digits are drawn as a hand would, with a mouse and with a finger."""
 
+import base64
+import io
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,6 +11,7 @@ from conftest import ROOT
 from PIL import Image
 
 from thaw.data.mnist import load_mnist
+from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
 
 Strokes = list[list[tuple[float, float]]]  # points (x, y) from 0 to 1
@@ -197,6 +200,76 @@ def test_what_is_shown(opened, digits) -> None:
     assert ink(page, "pad") == drawn
     page.click("#clear")
     assert (page.inner_text("#name"), ink(page, "input"), ink(page, "attention"), ink(page, "pad")) == ("?", 0, 0, 0)
+
+
+GIVE = """([event, base64]) => {
+    const bytes = Uint8Array.from(atob(base64), letter => letter.charCodeAt(0)), transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+    dispatchEvent(event === "drop" ? new DragEvent("drop", { dataTransfer: transfer, cancelable: true })
+        : new ClipboardEvent("paste", { clipboardData: transfer }));
+}"""
+
+
+def give(page, event: str, content: bytes) -> None:
+    """Drop or paste a file where there is none, and wait for the answer."""
+    page.evaluate(GIVE, [event, base64.b64encode(content).decode()])
+    answered(page)
+
+
+def answered(page) -> None:
+    stop = time.monotonic() + 15
+    while page.evaluate("photo === null || asking || changed"):
+        assert time.monotonic() < stop
+        page.wait_for_timeout(20)
+
+
+def test_a_picture_of_a_digit(opened, digits) -> None:
+    """A digit may also be dropped or pasted; drawing takes the picture away."""
+    page = opened(viewport={"width": 1000, "height": 700})
+    for event, label in (("drop", 3), ("paste", 6)):
+        file = io.BytesIO()
+        Image.fromarray(255 - digits[label]).resize((280, 280)).save(file, "PNG")
+        give(page, event, file.getvalue())
+        assert settled(page) == str(label)
+        assert ink(page, "pad") > 10_000, "the picture is shown"
+        page.keyboard.press("Escape")
+        assert ink(page, "pad") == 0
+    give(page, "drop", file.getvalue())
+    draw(page, strokes_of(digits[1]))
+    settled(page)
+    assert ink(page, "pad") < 50_000 and page.evaluate("photo === null")
+
+
+def test_a_model_of_photographs(browser, stand_in, serving, tmp_path) -> None:
+    """No drawing; the picture, the five most probable of many classes, and where the model looked on it."""
+    stand_in.classes = ["ants & bees", "<b>ü数</b>", *map(str, range(35))]
+    address, wrong = serving(stand_in, ImageReader("photo", (3, 32, 32)), request_seconds=10.0), []
+    Image.new("RGB", (300, 200), (38, 200, 10)).save(tmp_path / "green.png")  # 38 % 37 is the second class
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    page.wait_for_selector("#bars li")
+    assert page.is_hidden("#undo") and page.locator("#bars li").count() == 5
+    draw(page, [[(0.2, 0.2), (0.8, 0.8)]])
+    assert page.evaluate("strokes.length") == 0
+    with page.expect_file_chooser() as chooser:
+        page.focus("#pad")
+        page.keyboard.press("Enter")
+    chooser.value.set_files(tmp_path / "green.png")
+    answered(page)
+    assert page.inner_text("#name") == page.locator("#bars b").first.inner_text() == "<b>ü数</b>"
+    pixel = "id => [...document.getElementById(id).getContext('2d').getImageData(16, 16, 1, 1).data]"
+    assert page.evaluate(pixel, "input") == [38, 200, 10, 255]
+    red, green, blue, _ = page.evaluate(pixel, "attention")
+    assert red < green > blue
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert not wrong
+    page.keyboard.press("Escape")
+    give(page, "paste", b"no picture")
+    assert "The picture is not a PNG" in page.inner_text("#state.bad") and page.inner_text("#name") == "?"
+    page.keyboard.press("Escape")
+    assert page.evaluate(pixel, "input") == [0, 0, 0, 0] and page.is_visible("#hint")
+    page.close()
 
 
 def test_docs_need_no_network(browser, stand_in, serving) -> None:

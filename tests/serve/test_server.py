@@ -35,7 +35,7 @@ def started(folder: Path, *overrides: str) -> Iterator[tuple[Forked, str]]:
         while "is ready; Ctrl-C stops it\n" not in (printed := (folder / "printed").read_text()):
             assert process.poll() is None, printed
             time.sleep(0.05)
-        found = re.search(r"^draw    (http://\S+)\nAPI     \1/docs$", printed, re.MULTILINE)
+        found = re.search(r"^page    (http://\S+)\nAPI     \1/docs$", printed, re.MULTILINE)
         assert found and f"loading {overrides[0].removeprefix('ckpt=')}\n" in printed, printed
         yield process, found[1]
         assert (folder / "printed").read_text() == printed, "it says nothing when it stops"

@@ -11,16 +11,16 @@ from thaw.run.values import Count
 
 
 class SampleGrid(Callback):
-    """Draws `<run_dir>/report/augmented_digits.png` when training with augmentation starts, and logs it.
+    """Draws `<run_dir>/report/augmented_images.png` when training with augmentation starts, and logs it.
 
     Args:
-        digits: columns: the first so many training images.
+        images: columns: the first so many training images.
         draws: rows below the first, each with new random parameters.
     """
 
-    def __init__(self, run_dir: str, digits: Count, draws: int) -> None:
-        self.path = Path(run_dir) / "report" / "augmented_digits.png"
-        self.columns, self.draws = digits, draws
+    def __init__(self, run_dir: str, images: Count, draws: int) -> None:
+        self.path = Path(run_dir) / "report" / "augmented_images.png"
+        self.columns, self.draws = images, draws
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero or not pl_module.augment.is_random:
@@ -32,4 +32,4 @@ class SampleGrid(Callback):
             rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]
         shown = [on_paper(row, getattr(trainer.datamodule, "reader", "photo")) for row in rows]
         save_contact_sheet(shown, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
-        log_image(trainer.loggers, "train/augmented_digits", self.path)
+        log_image(trainer.loggers, "train/augmented_images", self.path)

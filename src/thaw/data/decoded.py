@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.data.decode import PictureFiles, decode_once
 from thaw.data.images import Images, Source
@@ -73,7 +74,7 @@ class DecodedData(ImageDataModule):
         cache = Path(self.cache_dir).expanduser() / "images"
         images, order, doubts = decode_once(wanted, self.channels, self.image_size, cache, self.max_gb)
         for doubt in doubts:
-            log.warning("%s", doubt)
+            rank_zero_only(log.warning)("%s", doubt)
         numbers = {label: number for number, label in enumerate(classes)}
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])

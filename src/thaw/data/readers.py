@@ -1,4 +1,4 @@
-"""Reads a user's files into images of a model's shape: as photographs (`photo`), or by MNIST's rule (`digit`)."""
+"""Reads a user's files into images of a model's shape."""
 
 import gzip
 import io
@@ -26,18 +26,26 @@ class Reading(NamedTuple):
     warning: str = ""
 
 
-class PhotoReader:
-    """Takes the centre square of a picture, as training does with the files of a folder.
+class ImageReader:
+    """Makes a model's images (C, H, W) from pictures and arrays.
 
     Args:
-        shape: (C, H, W) of the model's images.
+        kind: `photo` takes the centre square of a picture, as training does with the files of a folder; `digit` finds
+            the digit and brings it to MNIST's form, see `thaw.data.digit_image`.
+        shape: (C, H, W) of the images.
+
+    Raises:
+        UserError: no such kind, or one that makes images of another shape.
     """
 
-    kind = "photo"
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
-        self.side = min(self.shape[1:])  # pixels; a large JPEG is decoded at not much more
+    def __init__(self, kind: str, shape: Sequence[int]) -> None:
+        self.is_digit, self.kind, self.shape = kind == "digit", kind, tuple(shape)
+        if kind not in ("digit", "photo") or (self.is_digit and self.shape != (1, SIDE, SIDE)):
+            raise UserError(
+                f"reader={kind} makes no images of the shape {self.shape}, which this model takes; choose photo, for "
+                f"(1, {SIDE}, {SIDE}) also digit, or null for the checkpoint's."
+            )
+        self.side = min(self.shape[1:])
 
     def file(self, content: bytes, name: str) -> Iterator[Reading]:
         """The images in a file: one in a picture (`PICTURE_FORMATS`), any number in an IDX file, each also as .gz.
@@ -56,89 +64,48 @@ class PhotoReader:
     def picture(self, content: bytes, name: str) -> Reading:
         """The image in a file of one of `PICTURE_FORMATS`."""
         try:
-            picture, doubts = open_picture(content, name, self.side)
+            picture, doubts = open_picture(
+                content, name, WORKING_SIDE if self.is_digit else 2 * self.side
+            )  # as in training
         except UserError as error:
             return Reading(None, str(error))
         return self.opened(picture, name, doubts)
 
     def array(self, pixels: np.ndarray, name: str) -> Reading:
-        """The image in uint8 (H, W) or (H, W, 3) of any size."""
+        """The image in uint8 (H, W) or (H, W, 3) of any size; a digit may have any contrast and polarity."""
+        doubts = []
+        if self.is_digit and pixels.max() == 1 and pixels.min() == 0:
+            pixels = 255 * pixels
+            doubts.append("its pixels are 0 and 1, read as 0 and 255")
         if self.are_inputs(pixels[None])[0]:
-            return Reading(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
-        return self.opened(Image.fromarray(pixels), name, [])
+            return Reading(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), warning="; ".join(doubts))
+        if self.is_digit and pixels.shape == (SIDE, SIDE):
+            doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
+        return self.opened(Image.fromarray(pixels), name, doubts)
+
+    def are_inputs(self, images: np.ndarray) -> np.ndarray:
+        """(N, H, W) or (N, H, W, 3) -> bool (N,): images taken unchanged."""
+        if self.is_digit:
+            return are_like_mnist(images)
+        channels, *size = self.shape
+        return np.full(len(images), images.shape[1:] == (*size, *[channels][channels == 1 :]))
 
     def opened(self, picture: Image.Image, name: str, doubts: Sequence[str]) -> Reading:
+        image = np.zeros(self.shape, dtype=np.uint8)  # a model sees the centre square
+        top, left = ((length - self.side) // 2 for length in self.shape[1:])
+        centre = image[:, top : top + self.side, left : left + self.side]
+        doubt = ""
         try:
-            image, doubt = self.fit(picture)
+            if self.is_digit:
+                centre[0], doubt = find_digit(picture)
+            else:
+                centre[:] = fit_photo(picture, len(image), self.side)
         except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
             reason = (
                 str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
             )
             return Reading(None, f"{name} {reason}")
         return Reading(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
-
-    def are_inputs(self, images: np.ndarray) -> np.ndarray:
-        """(N, H, W) or (N, H, W, 3) -> bool (N,): images taken unchanged."""
-        channels, *size = self.shape
-        return np.full(len(images), images.shape[1:] == (*size, *([channels] if channels > 1 else [])))
-
-    def fit(self, picture: Image.Image) -> tuple[np.ndarray, str]:
-        """The image (C, H, W) of a picture, and a doubt about it, or an empty string."""
-        channels, height, width = self.shape
-        image = np.zeros(self.shape, dtype=np.uint8)  # of images that are not square a model sees the centre
-        top, left = (height - self.side) // 2, (width - self.side) // 2
-        image[:, top : top + self.side, left : left + self.side] = fit_photo(picture, channels, self.side)
-        return image, ""
-
-
-class DigitReader(PhotoReader):
-    """Finds the digit in a picture and brings it to MNIST's form, see `thaw.data.digit_image`.
-
-    Raises:
-        UserError: the images have another shape than MNIST's.
-    """
-
-    kind = "digit"
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        if tuple(shape) != (1, SIDE, SIDE):
-            raise UserError(
-                f"reader=digit makes images of the shape (1, {SIDE}, {SIDE}), but this model takes {tuple(shape)}; "
-                "use reader=photo."
-            )
-        super().__init__(shape)
-        self.side = WORKING_SIDE
-
-    def array(self, pixels: np.ndarray, name: str) -> Reading:
-        """As for photographs, but of any contrast and polarity."""
-        doubts = []
-        if pixels.max() == 1 and pixels.min() == 0:
-            pixels = 255 * pixels
-            doubts.append("its pixels are 0 and 1, read as 0 and 255")
-        if are_like_mnist(pixels[None])[0]:
-            return Reading(pixels[None], warning="; ".join(doubts))
-        if pixels.shape == (SIDE, SIDE):
-            doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
-        return self.opened(Image.fromarray(pixels), name, doubts)
-
-    def are_inputs(self, images: np.ndarray) -> np.ndarray:
-        return are_like_mnist(images)
-
-    def fit(self, picture: Image.Image) -> tuple[np.ndarray, str]:
-        image, doubt = find_digit(picture)
-        return image[None], doubt
-
-
-def image_reader(kind: str, shape: Sequence[int]) -> PhotoReader:
-    """The reader of a model whose images have the shape (C, H, W).
-
-    Raises:
-        UserError: no such kind, or it does not make images of that shape.
-    """
-    kinds = {reader.kind: reader for reader in (DigitReader, PhotoReader)}
-    if kind not in kinds:
-        raise UserError(f"reader={kind} is unknown; choose {' or '.join(kinds)}, null for the checkpoint's.")
-    return kinds[kind](shape)
 
 
 def unpack(content: bytes, name: str) -> bytes:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from thaw.data.pictures import PICTURE_FORMATS
-from thaw.data.readers import PhotoReader, Reading
+from thaw.data.readers import ImageReader, Reading
 from thaw.predict.predictor import ImageModel
 from thaw.run.console import ESCAPES, results
 from thaw.run.errors import UserError
@@ -102,7 +102,7 @@ def first_names(files: Sequence[Path]) -> str:
     return names if len(files) <= 5 else f"{names} and {len(files) - 5:,} more"
 
 
-def read_file(path: Path, reader: PhotoReader) -> Iterator[Read]:
+def read_file(path: Path, reader: ImageReader) -> Iterator[Read]:
     """The images of one file, or an error in their place where it cannot be read."""
     name = printable(path)
     try:

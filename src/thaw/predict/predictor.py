@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from thaw.classifier import Classifier
@@ -20,13 +21,23 @@ from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 
-MAX_SIDE = 10_000  # pixels of an image that a file may claim
+Side = Annotated[int, Field(ge=1, le=10_000, strict=True)]
+
+
+class ImageRecord(BaseModel):
+    """What a file says of the images that its model was trained on."""
+
+    name: str  # of the data set
+    origin: str
+    classes: Annotated[list[str], Field(min_length=1)]
+    shape: tuple[Literal[1, 3], Side, Side]  # (C, H, W)
+    reader: Literal["digit", "photo"]  # see thaw.data.readers.ImageReader
 
 
 class ImageModel(Protocol):
     """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
 
-    data: Mapping[str, Any]  # the record of its images, see `checked_record`
+    data: Mapping[str, Any]  # the values of an `ImageRecord`
     has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -48,7 +59,7 @@ class Predictor:
             is one, the images in a batch.
         checkpoint: the file that it was loaded from.
         commit: of the code that trained it.
-        data: the record of the images that it was trained on, see `checked_record`.
+        data: the values of an `ImageRecord`.
 
     Attributes:
         has_attention: whether `attention` works.
@@ -192,36 +203,13 @@ def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, An
 
 
 def checked_record(data: Any, path: Path) -> dict[str, Any]:
-    """The record of a model's images in a file: `name`, `origin`, names of the `classes`, `shape` and `reader`.
-
-    `shape` is (C, H, W); `reader`, `digit` or `photo`, says how a picture becomes such an image.
-
-    Raises:
-        UserError: names the value that is wrong.
-    """
-    record = data if isinstance(data, dict) else {}
-    classes: Any = record.get("classes")
-    shape: Any = record.get("shape")
-    expected = {
-        "name": ("a text", isinstance(record.get("name"), str)),
-        "classes": ("a list of names", is_list_of(str, classes) and len(classes) > 0),
-        "shape": (
-            f"[1 or 3, height, width] with at most {MAX_SIDE:,} pixels",
-            is_list_of(int, shape)
-            and len(shape) == 3
-            and shape[0] in (1, 3)
-            and 0 < min(shape) <= max(shape) <= MAX_SIDE,
-        ),
-        "reader": ("a text", isinstance(record.get("reader"), str)),
-    }
-    for key, (words, is_right) in expected.items():
-        if not is_right:
-            raise UserError(
-                f"{path} says of its images {key}={shorten(repr(record.get(key)), 60)}, expected {words}; give a file "
-                "that train.py or export.py wrote."
-            )
-    return record
-
-
-def is_list_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    """The values of an `ImageRecord` in a file, which may be anything; a UserError names the first that is wrong."""
+    try:
+        return ImageRecord.model_validate(data).model_dump()
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        key = ".".join(map(str, ("data", *wrong["loc"])))
+        raise UserError(
+            f"{path} holds {key}={shorten(repr(wrong['input']), 60)}: {wrong['msg']}. Give a file that "
+            "train.py or export.py wrote."
+        ) from error

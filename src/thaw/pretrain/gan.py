@@ -187,6 +187,12 @@ class GAN(Objective):
         return {name: top if name.startswith("generator.") else depth for name, depth in depths.items()}
 
     def setup(self, stage: str) -> None:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        if hasattr(datamodule, "load") and datamodule.load().shape != (1, 28, 28):
+            raise UserError(
+                f"model=gan draws grey images of 28 x 28, but those of {datamodule.load().title} have the shape "
+                f"{datamodule.load().shape}; choose model=mae or model=simclr."
+            )
         if self.trainer.precision in ("64-true", "bf16-true"):
             raise UserError(f"model=gan cannot train with trainer.precision={self.trainer.precision}; use 32-true.")
 

@@ -18,7 +18,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
-from thaw.data.readers import PhotoReader
+from thaw.data.readers import ImageReader
 from thaw.pages.html import render
 from thaw.predict.predictor import ImageModel
 from thaw.serve.answers import to_json
@@ -36,7 +36,7 @@ DOCS_FILES = "/docs-files"  # the address of the files of /docs
 DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
-def create_app(model: ImageModel, reader: PhotoReader, limits: Limits, workers: int) -> FastAPI:
+def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: int) -> FastAPI:
     """The application that uvicorn serves; `reader` makes the model's images, `workers` threads run the model.
 
     The server sets `app.state.stopping` before it ends.

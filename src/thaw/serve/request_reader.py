@@ -24,7 +24,7 @@ from pydantic import (
 from starlette.requests import ClientDisconnect, Request
 
 from thaw.data.pictures import PICTURE_FORMATS
-from thaw.data.readers import PhotoReader, Reading, is_idx, read_images, unpack
+from thaw.data.readers import ImageReader, Reading, is_idx, read_images, unpack
 from thaw.run.errors import UserError
 from thaw.serve.limits import Limits, RefusedError
 
@@ -74,7 +74,7 @@ class ReceivedImages(NamedTuple):
 class RequestReader:
     """Reads bodies and decodes pictures, on two threads, so that at most two large ones are open at once."""
 
-    def __init__(self, reader: PhotoReader, limits: Limits) -> None:
+    def __init__(self, reader: ImageReader, limits: Limits) -> None:
         self.reader, self.limits = reader, limits
         self.form = request_model(reader.shape)
         self.held = 0  # bytes of all bodies in memory, and of the images that are read from them
