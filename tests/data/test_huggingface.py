@@ -80,7 +80,9 @@ def test_plain_parquet_files_with_names_for_labels(read: Read, tmp_path: Path, c
     assert source.classes == ["lynx", "ocelot"]
     assert [part.labels.bincount().tolist() for part in source[:3]] == [[21, 21], [3, 3], [6, 6]]
     assert all(part.images[:, 0, 3, 3].equal(((1 - part.labels) * 100).byte()) for part in source[:3])
-    assert "splits: test takes 20% of each class; val takes 10% of each class" in capsys.readouterr().out
+    assert (
+        "splits: test takes 20% of each class in train; val takes 10% of each class in train" in capsys.readouterr().out
+    )
     with pytest.raises(
         ValueError, match=r"no column called image or img; set data\.image_column to one of picture, kind"
     ):

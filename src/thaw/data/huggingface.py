@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face hub, or a folder of parquet files in their form, decoded once to one size."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from thaw.run.console import say
 from thaw.run.errors import UnreachableError, UserError
 
 HUB_SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
-HUB_TIMEOUT = 5.0  # seconds without an answer before the hub counts as out of reach
+REACH_SECONDS = 5.0  # seconds without an answer before the hub counts as out of reach
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,11 +100,13 @@ class HuggingFaceData(DecodedData):
             import huggingface_hub
         except ModuleNotFoundError as error:
             raise UserError("data=huggingface needs the library datasets: pip install -e '.[huggingface]'.") from error
+        if not sys.stderr.isatty():  # a file would get every state of a bar
+            datasets.disable_progress_bars()
         path, reason = Path(name).expanduser(), ""
         try:
             if not path.is_dir():
                 try:
-                    huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+                    huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
                 except (huggingface_hub.errors.HfHubHTTPError, ValueError):
                     raise
                 except Exception as error:  # of the network: load_dataset would try again for 25 s
