@@ -20,6 +20,7 @@ from thaw.run.console import say
 from thaw.run.errors import UserError
 
 CORRUPTED_AT_ONCE = 2**26  # values of images: 256 MiB in float32
+MOST_LOOKED_AT = 12  # images with a map of attention, each of another class
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def draw_pictures(
     }
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
-        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_LOOKED_AT]])  # of each class
         answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
         shares = predictor.attention(images[first])
         save_attention(on_paper(images[first], reader), shares, answers, folder / "attention.png")

@@ -21,7 +21,7 @@ from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_e
 from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
 from thaw.run.files import atomic
 
-MOST_EXAMPLES = 32  # images or classes in a figure
+MOST_EXAMPLES = 32  # images in a figure
 MOST_NAMED, MOST_COUNTED = 60, 40  # classes of a confusion matrix with names at its sides, with numbers in its cells
 MOST_PAIRS = 25  # of classes that are listed beside it
 WRONG_IMAGES = "wrong_images.csv"
