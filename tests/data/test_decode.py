@@ -48,7 +48,10 @@ def files(folder: Path, skip_unreadable: bool = False, **facts: Any) -> PictureF
         even, odd = ([number for number in hashes if number % 2 == rest] for rest in (0, 1))
         return {"train": even, "test": odd[::-1]}, ["a line"]
 
-    return PictureFiles(folder, names, {"names": names, **facts}, arrange, skip_unreadable)
+    def content(number: int) -> bytes:
+        return (folder / names[number]).read_bytes()
+
+    return PictureFiles(names, content, {"names": names, **facts}, arrange, skip_unreadable)
 
 
 def decoded(folder: Path, cache: Path, max_gb: float = 1.0, **options: Any) -> tuple[Tensor, Order, list[str]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from thaw.data.images import Images, Source, check_same_classes, check_source
+from thaw.data.images import Images, Source, absent_classes, check_same_classes, check_source
 
 
 def images(number: int = 6, *shape: int, labels: list[int] | None = None) -> Images:
@@ -51,3 +51,17 @@ def test_a_model_of_other_classes_is_refused() -> None:
         check_same_classes(["ant", "bee", "wasp"], source(), "best.ckpt")
     with pytest.raises(ValueError, match="another order"):
         check_same_classes(["bee", "ant", "cat"], source(), "best.ckpt")
+
+
+def test_absent_classes_are_named() -> None:
+    """One line a split; a split without images has none, and is not without classes."""
+    assert absent_classes(source()) == []
+    lines = absent_classes(source(train=images(2, labels=[0, 2]), val=images(0), test=images(1, labels=[1])))
+    assert lines == [
+        "insects: 1 of 3 classes have no train images and cannot be learned: bee",
+        "insects: 2 of 3 classes have no test images and have no recall: ant, cat",
+    ]
+    many = source(classes=[f"class {n}" for n in range(9)], val=images(3, labels=[0, 1, 0]))
+    assert absent_classes(many)[1].endswith(
+        "do not count in val/acc: class 2, class 3, class 4, class 5, class 6 and 2 more"
+    )

@@ -45,7 +45,7 @@ def test_evaluation_needs_the_file_alone(run_dir: Path, tmp_path: Path, monkeypa
     results = evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "out", loggers=[])
     for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test", "data_source"):
         assert results[key] == summary[key]
-    assert (tmp_path / "out" / "report" / "worst_digits.png").exists()
+    assert (tmp_path / "out" / "report" / "worst_images.png").exists()
 
 
 def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:

@@ -184,7 +184,7 @@ def test_every_file_follows_the_umask(
     files = list(tmp_path.rglob("*"))
     modes = {str(path): stat.S_IMODE(path.stat().st_mode) for path in files}
     wrong = {path: oct(mode) for path, mode in modes.items() if mode != (0o750 if Path(path).is_dir() else 0o640)}
-    assert not wrong and {"best.ckpt", "backbone.safetensors", "model.safetensors", "worst_digits.png"} <= {
+    assert not wrong and {"best.ckpt", "backbone.safetensors", "model.safetensors", "worst_images.png"} <= {
         path.name for path in files
     }
 

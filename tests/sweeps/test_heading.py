@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
         overrides = f"data.source=sample optim.lr={lr} seed={seed}"
         run = make_run(tmp_path / "sweep" / str(place), overrides, 0.9 + lr / 10, seed=seed, optim__lr=lr)
         facts = json.loads((run / "summary.json").read_text())
-        (run / "summary.json").write_text(json.dumps(facts | {"dataset": "MNIST", "data_title": "5,000 digits"}))
+        (run / "summary.json").write_text(json.dumps(facts | {"dataset": "MNIST", "data_source": "5,000 digits"}))
         record = {"command": COMMAND, "started": f"2026-01-02 03:0{place}"}
         (run / "record.yaml").write_text(yaml.safe_dump(record))
     (tmp_path / "sweep" / "2" / "checkpoints").mkdir()

@@ -16,7 +16,7 @@ from torch import Tensor
 from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.splits import Share, split_images
+from thaw.data.splits import SplitShare, split_images
 from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
@@ -41,10 +41,10 @@ class ArrayData(ImageDataModule):
         val_share, test_share: of each class of the training images, where that split is missing.
     """
 
-    path: str
+    path: str | None
     classes: Sequence[str] | None
-    val_share: Share
-    test_share: Share
+    val_share: SplitShare
+    test_share: SplitShare
 
     def read(self) -> Source:
         """See `thaw.data.splits.split_images` for splits that are missing.
@@ -52,6 +52,8 @@ class ArrayData(ImageDataModule):
         Raises:
             UserError: names the file or array, what was found there and what is allowed.
         """
+        if self.path is None:
+            raise UserError("data.path is missing: set it to an .npz, .npy, .csv or IDX file, or to a folder of them.")
         path = Path(self.path).expanduser()
         arrays: dict[str, dict[str, Tensor]] = defaultdict(dict, train={})
         names: dict[tuple[str, str], str] = {}
@@ -106,7 +108,7 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         elif file.suffix == ".npy":
             yield "", np.load(file, allow_pickle=False)
         elif file.suffix == ".csv":
-            yield from read_table(file).items()
+            yield from read_pixel_table(file).items()
         else:
             yield "", read_idx(unpacked(file.read_bytes()), str(file)).numpy()
     except UserError:
@@ -117,7 +119,7 @@ def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
         raise UserError(f"{file} cannot be read: {error}.") from error
 
 
-def read_table(file: Path) -> dict[str, np.ndarray]:
+def read_pixel_table(file: Path) -> dict[str, np.ndarray]:
     """Images (N, H * W) and labels (N,) of a CSV file, with or without a header.
 
     The labels are in the column that the header calls `label`, `class`, `y` or the like, else in the first one, if the

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from thaw.data.pictures import fit_photo, open_picture, shape_doubts
@@ -31,6 +32,7 @@ CHUNK = 64  # pictures that a thread takes at once
 NAMES_LISTED = 10  # in one message
 Order: TypeAlias = Mapping[str, Sequence[int]]  # by split, the numbers of its files
 Answer = TypeVar("Answer")
+tell = rank_zero_only(say)  # once for all processes of a run
 
 
 class PictureFiles(NamedTuple):
@@ -85,9 +87,9 @@ def decode_once(
                     try:
                         store.commit(key, facts, target, found)
                     except OSError as error:  # the images are there all the same
-                        say(f"decoded images: not kept for other runs ({error})")
+                        tell(f"decoded images: not kept for other runs ({error})")
         mb = math.prod(shape) / 1e6
-        say(f"decoded images: {shape[0]:,} of {channels} x {size} x {size}, {mb:,.0f} MB in {place} ({how})")
+        tell(f"decoded images: {shape[0]:,} of {channels} x {size} x {size}, {mb:,.0f} MB in {place} ({how})")
         while len(KNOWN) > 2:
             KNOWN.pop(next(iter(KNOWN)))
     images, found = KNOWN[key]
@@ -133,7 +135,7 @@ def in_memory(shape: tuple[int, ...], folder: Path, error: OSError) -> Tensor:
             f"{reason}, and {math.prod(shape) / 1e9:.1f} GB of decoded images are more than half of the memory. Free "
             "some space, or set data.cache_dir to another folder."
         ) from error
-    say(f"decoded images: in memory, for this run alone, as {reason}")
+    tell(f"decoded images: in memory, for this run alone, as {reason}")
     return torch.empty(shape, dtype=torch.uint8)
 
 
@@ -198,8 +200,9 @@ def in_threads(work: Callable[[int], Answer], numbers: Sequence[int], title: str
         except Exception as error:  # Pillow raises nearly anything for damaged files and odd modes
             return error
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
-    with progress(title, len(numbers)) as advance, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress(title, len(numbers)) as advance, ThreadPoolExecutor(cores) as pool:
         for part in pool.map(lambda part: [*map(attempt, part)], parts):
             advance(len(part))
             yield from part

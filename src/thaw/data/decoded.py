@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.data.decode import PictureFiles, decode_once
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.splits import SPLITS, ListedFile, Share, check_classes_of_splits, plan_splits, split_files
+from thaw.data.splits import SPLITS, ListedFile, SplitShare, check_classes_of_splits, plan_splits, split_files
 from thaw.run.values import Count, Positive
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ class DecodedData(ImageDataModule):
 
     image_size: Count
     channels: Literal[1, 3]
-    val_share: Share
-    test_share: Share
+    val_share: SplitShare
+    test_share: SplitShare
     skip_unreadable: bool
     cache_dir: str
     max_gb: Positive
@@ -73,7 +74,7 @@ class DecodedData(ImageDataModule):
         cache = Path(self.cache_dir).expanduser() / "images"
         images, order, doubts = decode_once(wanted, self.channels, self.image_size, cache, self.max_gb)
         for doubt in doubts:
-            log.warning("%s", doubt)
+            rank_zero_only(log.warning)("%s", doubt)
         numbers = {label: number for number, label in enumerate(classes)}
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])

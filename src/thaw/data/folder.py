@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thaw.data.decode import some
+from thaw.data.decode import some, tell
 from thaw.data.decoded import DecodedData
 from thaw.data.images import Source
 from thaw.data.pictures import PICTURE_SUFFIXES
 from thaw.data.splits import ListedFile
-from thaw.run.console import plural, say
+from thaw.run.console import plural
 from thaw.run.errors import UserError, UserFileError
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -73,7 +73,7 @@ def list_folder(folder: Path) -> list[ListedFile]:
         else:
             files.append(list_file(folder, name, parts[0], SPLIT_WORDS.get(split, "")))
     if strays:
-        say(f"passed over {plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(strays)}")
+        tell(f"passed over {plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(strays)}")
     return files
 
 

@@ -64,7 +64,9 @@ class ImageReader:
     def picture(self, content: bytes, name: str) -> Reading:
         """The image in a file of one of `PICTURE_FORMATS`."""
         try:
-            picture, doubts = open_picture(content, name, WORKING_SIDE if self.is_digit else self.side)
+            picture, doubts = open_picture(
+                content, name, WORKING_SIDE if self.is_digit else 2 * self.side
+            )  # as in training
         except UserError as error:
             return Reading(None, str(error))
         return self.opened(picture, name, doubts)

@@ -1,7 +1,6 @@
 """Which files are trained on, validated and tested on, where that is not given: a fixed function of their content."""
 
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, NamedTuple, TypeAlias
@@ -9,14 +8,12 @@ from typing import Annotated, NamedTuple, TypeAlias
 import torch
 from pydantic import Field
 
-from thaw.data.decode import Order, some
+from thaw.data.decode import Order, some, tell
 from thaw.data.images import Images
-from thaw.run.console import plural, say
+from thaw.run.console import plural
 from thaw.run.errors import UserError
 
-log = logging.getLogger(__name__)
-
-Share: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
+SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 SPLITS = ("train", "val", "test")
 
 
@@ -54,7 +51,7 @@ def plan_splits(
     where = " in train" if given else ""
     lines += [f"{split} takes {share:.0%} of each class{where}" for split, share in shares.items()]
     if lines:
-        say(f"splits: {'; '.join(lines)}")
+        tell(f"splits: {'; '.join(lines)}")
     return uses, shares
 
 
@@ -133,11 +130,7 @@ def choose_splits(
 
 
 def check_classes_of_splits(splits: Mapping[str, Images], classes: Sequence[str]) -> None:
-    """Name classes without a picture in a split.
-
-    Raises:
-        UserError: a split has none at all, or a class none to train on.
-    """
+    """Raise UserError if a split has no picture at all, or a class has none to train on."""
     for split, (_, labels) in splits.items():
         present = set(labels.tolist())
         absent = [name for number, name in enumerate(classes) if number not in present]
@@ -146,5 +139,3 @@ def check_classes_of_splits(splits: Mapping[str, Images], classes: Sequence[str]
                 f"The {split} split has no picture of {some(absent)}. Add some: of a class of three or more different "
                 "pictures, at least one is taken for each split that is missing."
             )
-        if absent:
-            log.warning("the %s split has no picture of %s", split, some(absent))

@@ -1,0 +1,169 @@
+"""The classification datasets of torchvision: arrays as they are, pictures decoded once to one size."""
+
+import inspect
+import io
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision.datasets
+from filelock import FileLock
+from torch import Tensor
+from torchvision.datasets import VisionDataset
+
+from thaw.data.arrays import to_images, to_labels
+from thaw.data.decoded import DecodedData
+from thaw.data.images import Images, Source
+from thaw.data.mnist import OFFICIAL
+from thaw.data.splits import ListedFile, split_images
+from thaw.run.errors import UnreachableError, UserError, UserFileError
+from thaw.run.suggestions import did_you_mean, nearest_word
+
+SPLIT_VALUES = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid"), "test": ("test",)}
+LABELS = ("targets", "labels", "_labels", "y")  # where datasets keep them
+
+
+@dataclass(kw_only=True, eq=False)
+class TorchvisionData(DecodedData):
+    """A dataset of `torchvision.datasets` that gives an image and its class.
+
+    The official test split is the test split, and an official validation split the validation split; see
+    `thaw.data.splits.plan_splits` for those that are missing. Where the dataset holds its images as one array (CIFAR10,
+    SVHN, STL10, EMNIST), they keep their size; others are decoded.
+
+    Args:
+        name: of its class, as `CIFAR10` or `OxfordIIITPet`.
+        dir: its root, where its files lie as torchvision downloads them.
+        download: fetch what is missing.
+        options: further arguments of its class.
+    """
+
+    name: str | None
+    dir: str
+    download: bool
+    options: dict[str, Any]
+
+    def read(self) -> Source:
+        """Open the dataset's splits, and take or decode their images.
+
+        Raises:
+            UserError: there is no such dataset, it takes no such argument, or it does not give classes.
+            UserFileError: its files are not there.
+            UnreachableError: they cannot be downloaded; names where to put which file.
+        """
+        known = {name: each for name, each in vars(torchvision.datasets).items() if isinstance(each, type)}
+        if self.name is None or self.name not in known or not issubclass(known[self.name], VisionDataset):
+            near = did_you_mean(nearest_word(str(self.name), known))
+            raise UserError(f"data.name={self.name} is not one of torchvision's datasets, such as CIFAR10{near}")
+        datasets = self.open_splits(known[self.name])
+        title = " ".join([self.name, *(value for value in self.options.values() if isinstance(value, str))])
+        classes = class_names_of(datasets["train"])
+        if all(isinstance(getattr(each, "data", None), np.ndarray | Tensor) for each in datasets.values()):
+            splits = {split: images_of(each, f"{split} of {title}") for split, each in datasets.items()}
+            if classes[:1] == ["N/A"]:  # EMNIST's letters have the labels 1 to 26
+                classes, splits = classes[1:], {split: Images(x, y - 1) for split, (x, y) in splits.items()}
+            classes = classes or [str(label) for label in range(int(splits["train"].labels.max()) + 1)]
+            return Source(*split_images(splits, self.val_share, self.test_share, title), classes, title, OFFICIAL)
+        items = {split: items_of(each, f"{split} of {title}") for split, each in datasets.items()}
+        classes = classes or [str(label) for label in range(1 + max(label for _, label in items["train"]))]
+        files = [ListedFile(name, classes[label], split) for split in items for name, label in items[split]]
+        places = [(each, index) for each in datasets.values() for index in range(len(each))]
+
+        def content(number: int) -> bytes:
+            dataset, index = places[number]
+            picture = dataset[index][0]
+            if isinstance(picture, Path):
+                return picture.read_bytes()
+            buffer = io.BytesIO()
+            picture.save(buffer, "TIFF")
+            return buffer.getvalue()
+
+        place = str(Path(self.dir).expanduser().resolve())
+        return self.decode(files, content, classes, title, dir=place, options=self.options)._replace(origin=OFFICIAL)
+
+    def open_splits(self, known: Any) -> dict[str, Any]:
+        """The splits of a dataset, of whatever arguments it tells them by; one without splits is all `train`."""
+        parameters = dict(inspect.signature(known).parameters)
+        if "kwargs" in parameters:
+            parameters |= inspect.signature(known.__base__).parameters
+        if wrong := [key for key in self.options if key not in parameters]:
+            raise UserError(
+                f"data.options.{wrong[0]}: {self.name} takes no such argument, only {', '.join(parameters)}."
+            )
+        settings = {"root": str(Path(self.dir).expanduser()), "download": self.download, "loader": Path}
+        settings = {key: value for key, value in settings.items() if key in parameters} | self.options
+        if "train" in parameters:
+            return {split: self.open(known, **settings, train=split == "train") for split in ("train", "test")}
+        if "split" not in parameters or "split" in self.options:
+            return {"train": self.open(known, **settings)}
+        found = {}
+        for split, values in SPLIT_VALUES.items():
+            for value in values:
+                try:
+                    found[split] = self.open(known, **settings, split=value)
+                    break
+                except ValueError as error:
+                    if "Unknown value" not in str(error):
+                        raise
+        return found
+
+    def open(self, known: Callable[..., Any], **settings: Any) -> Any:
+        """A dataset of torchvision, by its own arguments; processes that start together download once."""
+        folder = Path(self.dir).expanduser()
+        try:
+            if not self.download:
+                return known(**settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".download.lock"):
+                return known(**settings)
+        except TypeError as error:
+            raise UserError(f"data.name={self.name}: {error}; give it by data.options.") from error
+        except (OSError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                if {"url", "fpath"} <= frame.f_locals.keys():  # in torchvision's download_url
+                    url, path = frame.f_locals["url"], frame.f_locals["fpath"]
+                    raise UnreachableError(
+                        f"{url} could not be downloaded ({reason}). Put the file to {path} and run again.", reason
+                    ) from error
+            raise UserFileError(
+                f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
+                "where it lies, or data.download=true."
+            ) from error
+
+
+def class_names_of(dataset: Any) -> list[str]:
+    """The names of its classes, made different where two are the same; none if it names none."""
+    found = getattr(dataset, "classes", None) or getattr(dataset, "categories", [])
+    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in found]  # ImageNet has synonyms
+    count = Counter(names)
+    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(names)]
+
+
+def images_of(dataset: Any, place: str) -> Images:
+    """Images and labels of a dataset that holds them as arrays."""
+    labels = next(getattr(dataset, name) for name in LABELS if hasattr(dataset, name))
+    images = to_images(np.asarray(dataset.data), f"{place} (data)")
+    if isinstance(dataset, torchvision.datasets.EMNIST):  # its files have them transposed
+        images = images.transpose(2, 3).contiguous()
+    return Images(images, to_labels(np.asarray(labels), f"{place} (labels)"))
+
+
+def items_of(dataset: Any, place: str) -> list[tuple[str, int]]:
+    """Name and label of each picture; UserError if a label is not the number of a class."""
+    lists = [getattr(dataset, name) for name in LABELS if hasattr(dataset, name)]
+    if getattr(dataset, "loader", None) is Path:
+        items = [dataset[index] for index in range(len(dataset))]
+    else:  # opening a picture for its label alone takes long
+        labels = lists[0] if lists else (dataset[index][1] for index in range(len(dataset)))
+        items = [(f"{place}, image {index}", label) for index, label in enumerate(labels)]
+    for _, label in items:
+        if not isinstance(label, int | np.integer):
+            raise UserError(
+                f"{place} has the label {label!r} instead of a class's number: it is not for classification."
+            )
+    return [(str(name), int(label)) for name, label in items]
