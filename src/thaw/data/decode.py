@@ -183,8 +183,8 @@ def refuse_unreadable(errors: Mapping[int, str], files: PictureFiles) -> list[st
     reasons = [error for _, error in sorted(errors.items())]
     if reasons and not files.skip_unreadable:
         raise UserError(
-            f"{len(reasons)} of {plural(len(files.names), 'picture')} cannot be read: {some(reasons, '; ')}. Replace or "
-            "remove them, or set data.skip_unreadable=true to leave them out."
+            f"{len(reasons)} of {plural(len(files.names), 'picture')} cannot be read: {some(reasons, '; ')}. Replace "
+            "or remove them, or set data.skip_unreadable=true to leave them out."
         )
     return reasons
 
