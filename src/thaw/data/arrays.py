@@ -127,7 +127,7 @@ def read_pixel_table(file: Path) -> dict[str, np.ndarray]:
         header = [cell.strip('" ').lower() for cell in lines.readline().strip().split(",")]
     has_header = not all(re.fullmatch(r"[-+.\de]+", cell) for cell in header)
     table = np.loadtxt(
-        file, np.float32, delimiter=",", skiprows=has_header, ndmin=2, quotechar='"', encoding="utf-8-sig"
+        file, np.float32, delimiter=",", skiprows=int(has_header), ndmin=2, quotechar='"', encoding="utf-8-sig"
     )
     column = next((number for number, cell in enumerate(header) if WORDS.get(cell) == "labels"), 0)
     if WORDS.get(header[column]) != "labels" and math.isqrt(len(header)) ** 2 == len(header):
