@@ -114,7 +114,7 @@ def test_pictures_in_colour(stand_in, serving) -> None:
         assert len(one["attention"]) == 2 and one["warning"] is None
     assert post(address, file.getvalue(), "image/png").json()["predictions"][0]["index"] == answer[0]["index"]
     assert len(post(address, idx(5, 28, 28), FILE).json()["predictions"]) == 5, "grey images in another size"
-    for wrong, place in (([ROWS], "images[0]: "), ([[[[0] * 4] * 40] * 32], "images[0][0][0]: ")):
+    for wrong, place in (([ROWS], "images[0][0][0]: "), ([[[[0] * 4] * 40] * 32], "images[0][0][0]: ")):
         response = post(address, {"images": wrong})
         assert response.status_code == 422 and response.json()["detail"].startswith(place), response.text
     info = httpx.get(f"{address}/info").json()

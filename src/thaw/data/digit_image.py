@@ -21,7 +21,7 @@ CENTRE = 14  # row and column of the centre of mass; 14.0 on average in MNIST's 
 WORKING_SIDE = 1024  # pixels; larger pictures are reduced before the search for the digit
 SHADOW_SIDE = 400  # pixels; pictures partly in shadow are reduced to this size to estimate their background
 FAINTEST = 0.1  # contrast, from 0 to 1, below which a picture counts as empty
-UNEVEN = 0.2  # share by which part of the border must be darker than the rest to be in shadow
+UNEVEN_BORDER = 0.2  # share by which part of the border must be darker than the rest to be in shadow
 SPECK = 0.03  # ink, as a share of the largest stroke's, below which a separate stroke counts as dirt
 MAX_STROKES = 100  # examined in one picture
 SECOND = 0.3  # size, as a share of the largest stroke's, from which another stroke may be a second digit
@@ -93,7 +93,7 @@ def contrast(pixels: np.ndarray) -> np.ndarray:
     """
     edge = border(pixels)
     darkest, brightest = np.quantile(edge.mean(axis=1), (0.05, 0.95))
-    if brightest - darkest > max(UNEVEN * brightest, FAINTEST / 2):
+    if brightest - darkest > max(UNEVEN_BORDER * brightest, FAINTEST / 2):
         ink = contrast_in_shadow(pixels.mean(axis=2), darkest, brightest)
         if np.quantile(border(ink), 0.97) < 1.5 * FAINTEST < ink.max():
             return ink  # otherwise ink or a frame makes the border uneven

@@ -11,7 +11,7 @@ from PIL import Image
 
 from thaw.data.digit_image import SIDE, WORKING_SIDE, are_like_mnist, find_digit
 from thaw.data.idx import read_idx
-from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture
+from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture, shape_doubts
 from thaw.run.errors import UserError
 
 MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
@@ -63,10 +63,9 @@ class ImageReader:
 
     def picture(self, content: bytes, name: str) -> Reading:
         """The image in a file of one of `PICTURE_FORMATS`."""
+        decoded_side = WORKING_SIDE if self.is_digit else 2 * self.side  # of a JPEG at least, as in training
         try:
-            picture, doubts = open_picture(
-                content, name, WORKING_SIDE if self.is_digit else 2 * self.side
-            )  # as in training
+            picture, doubts = open_picture(content, name, decoded_side)
         except UserError as error:
             return Reading(None, str(error))
         return self.opened(picture, name, doubts)
@@ -99,13 +98,11 @@ class ImageReader:
             if self.is_digit:
                 centre[0], doubt = find_digit(picture)
             else:
-                centre[:] = fit_photo(picture, len(image), self.side)
+                centre[:], doubt = fit_photo(picture, len(image), self.side), "; ".join(shape_doubts(picture))
         except Exception as error:  # numpy and Pillow raise nearly anything for odd modes and sizes
-            reason = (
-                str(error) if isinstance(error, UserError) else f"cannot be read ({type(error).__name__}: {error})."
-            )
-            return Reading(None, f"{name} {reason}")
-        return Reading(image, warning="; ".join([*doubts, *([doubt] if doubt else [])]))
+            damage = f"cannot be read ({type(error).__name__}: {error})."
+            return Reading(None, f"{name} {error if isinstance(error, UserError) else damage}")
+        return Reading(image, warning="; ".join(filter(None, [*doubts, doubt])))
 
 
 def unpack(content: bytes, name: str) -> bytes:
