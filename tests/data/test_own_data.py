@@ -67,7 +67,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     shared = compose_config("export", ALLOW, f"ckpt={csv_run}", "format=hub_folder", f"output={folder}")
     import_module("export").main(shared)
     card = (folder / "README.md").read_text()
-    assert "own digits's 5 classes" in card and "of my CSV, **not the official test split**" in card
+    assert "own digits's 5 classes" in card and "(of my CSV)" in card
     assert "model-index" not in yaml.safe_load(card.split("---")[1])
 
     command("probe", tmp_path / "probe", f"ckpt={csv_run}", "probe=knn", "probe.k=[1]", "cache.mode=off")
