@@ -141,13 +141,13 @@ def test_forward_is_the_chosen_head() -> None:
 
 def test_measure_equals_counting_by_hand() -> None:
     logits, labels = torch.randn(7, 3, 10), torch.arange(7)
-    mean, sums = measure_heads(logits, labels, SingleLabel(10, label_smoothing=0.1).training_losses)
+    mean, sums = measure_heads(logits, labels, SingleLabel(10, label_smoothing=0.1).training_loss)
     for k in range(3):
         torch.testing.assert_close(mean[k], F.cross_entropy(logits[:, k], labels, label_smoothing=0.1))
         assert sums[1, k] == sum(int(row.argmax()) == n for n, row in enumerate(logits[:, k]))
     torch.testing.assert_close(sums[0], 7 * mean)
     shares = torch.rand(7, 10).softmax(dim=1)  # of mixed images
-    mean, sums = measure_heads(logits, shares, SingleLabel(10, label_smoothing=0.0).training_losses)
+    mean, sums = measure_heads(logits, shares, SingleLabel(10, label_smoothing=0.0).training_loss)
     torch.testing.assert_close(mean[1], F.cross_entropy(logits[:, 1], shares))
     assert sums[1, 1] == (logits[:, 1].argmax(dim=1) == shares.argmax(dim=1)).sum()
 

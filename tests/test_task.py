@@ -19,7 +19,7 @@ def test_training_loss(smoothing: float, weights: torch.Tensor | None) -> None:
         share = torch.full((3,), smoothing / 3)
         share[label] += 1 - smoothing
         by_hand.append(-(share * row * (1 if weights is None else weights)).sum())
-    assert torch.allclose(task.training_losses(LOGITS, LABELS), torch.stack(by_hand))
+    assert torch.allclose(task.training_loss(LOGITS, LABELS, reduction="none"), torch.stack(by_hand))
     assert torch.allclose(task.training_loss(LOGITS, LABELS), torch.stack(by_hand).mean())
 
 
@@ -27,7 +27,7 @@ def test_validation_is_neither_smoothed_nor_weighted() -> None:
     task = SingleLabel(3, 0.1)
     task.class_weights = torch.tensor([2.0, 0.5, 2.0])
     wanted = -LOGITS.log_softmax(dim=1)[torch.arange(6), LABELS]
-    assert torch.allclose(task.losses(LOGITS, LABELS), wanted)
+    assert torch.allclose(task.loss(LOGITS, LABELS, reduction="none"), wanted)
 
 
 def test_accuracy_and_probabilities() -> None:

@@ -56,7 +56,7 @@ class Classifier(LightningModule):
         logits = self.head(self.features(batch))
         self.val_acc.update(logits, batch.labels)
         self.log(
-            "val/loss", self.task.losses(logits, batch.labels).mean(), sync_dist=True, batch_size=len(batch.labels)
+            "val/loss", self.task.loss(logits, batch.labels), sync_dist=True, batch_size=len(batch.labels)
         )
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -55,14 +55,14 @@ class BankClassifier(Classifier):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features, targets = self.training_features(batch)
-        losses, sums = measure_heads(self.head.logits(features), targets, self.task.training_losses)
+        losses, sums = measure_heads(self.head.logits(features), targets, self.task.training_loss)
         self.train_sums += sums
         self.log("train/loss", losses.detach().take(self.head.chosen), prog_bar=True)
         finite = losses.isfinite()
         return losses.where(finite | ~finite.any(), 0).sum()  # where none is finite, `FiniteLoss` stops the run
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        _, sums = measure_heads(self.head.logits(self.features(batch)), batch.labels, self.task.losses)
+        _, sums = measure_heads(self.head.logits(self.features(batch)), batch.labels, self.task.loss)
         self.val_sums += sums
 
     def on_train_epoch_end(self) -> None:
@@ -240,16 +240,14 @@ class BankRecipe(OptimizerRecipe):
         return groups
 
 
-def measure_heads(
-    logits: Tensor, targets: Tensor, losses_of: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def measure_heads(logits: Tensor, targets: Tensor, loss: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
     """The mean loss of each head (H,), and sums over the batch (3, H): of loss, correct predictions and images.
 
-    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K); `losses_of` gives the loss of each row.
+    Logits are (B, H, K), targets labels (B,) or shares of the classes (B, K); `loss` is the task's.
     """
     images, heads = logits.shape[:2]
     rows = targets.repeat_interleave(heads, dim=0)  # (B H,) or (B H, K)
-    losses = losses_of(logits.flatten(0, 1), rows).view(images, heads)
+    losses = loss(logits.flatten(0, 1), rows, reduction="none").view(images, heads)
     correct = (logits.argmax(dim=2) == main_labels(targets)[:, None]).sum(dim=0)
     total = losses.detach().float().sum(dim=0)
     return losses.mean(dim=0), torch.stack([total, correct, torch.full_like(total, images)])

@@ -23,20 +23,17 @@ class SingleLabel:
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.class_weights: Tensor | None = None
 
-    def training_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean over the batch, of logits (B, K) and labels (B,), or shares of the classes (B, K)."""
-        if self.class_weights is not None:  # torch would divide by the weights' sum, which differs between batches
-            return self.training_losses(logits, targets).mean()
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+    def training_loss(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Of logits (B, K) and labels (B,), or shares of the classes (B, K): the mean, or with `none` (B,)."""
+        if self.class_weights is not None and reduction == "mean":  # torch's mean divides by the sum of the weights
+            return self.training_loss(logits, targets, "none").mean()
+        return F.cross_entropy(
+            logits, targets, self.class_weights, reduction=reduction, label_smoothing=self.label_smoothing
+        )
 
-    def training_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """As `training_loss`, but of each image (B,)."""
-        weights, smoothing = self.class_weights, self.label_smoothing
-        return F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=smoothing)
-
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each validation or test image (B,), neither smoothed nor weighted."""
-        return F.cross_entropy(logits, labels, reduction="none")
+    def loss(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Of validation and test images: neither smoothed nor weighted."""
+        return F.cross_entropy(logits, labels, reduction=reduction)
 
     def metric(self) -> Metric:
         # validate_args would make the host wait for a GPU in every step

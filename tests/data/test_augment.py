@@ -177,6 +177,14 @@ def test_erased_rectangles() -> None:
     assert bottom.max() == right.max() == 28
 
 
+def test_erased_rectangles_grow_with_the_image_and_have_all_channels() -> None:
+    torch.manual_seed(0)
+    erased = augmentation(erase=1.0)(torch.full((2000, 3, 56, 56), 200, dtype=torch.uint8)) == 0
+    assert torch.equal(erased, erased[:, :1].expand_as(erased))
+    for sides in (erased[:, 0].any(2).sum(1), erased[:, 0].any(1).sum(1)):
+        assert (sides.min(), sides.max()) == (10, 30)
+
+
 @pytest.mark.parametrize(("erase", "share"), [(0.0, 0), (1.0, 1)])
 def test_erase_never_and_always(erase: float, share: float) -> None:
     out = augmentation(erase=erase)(torch.full((200, 1, 28, 28), 200, dtype=torch.uint8))[:, 0]
@@ -228,6 +236,14 @@ def test_boxes_have_the_wanted_area_and_aspect() -> None:
     assert aspect[small].log().mean().abs() < 0.02
     assert (top / (300 - height + 1))[small].mean() == pytest.approx(0.5, abs=0.02)
     assert torch.corrcoef(torch.stack([top, left, height, width])[:, small])[0, 1].abs() < 0.05
+
+
+def test_boxes_that_never_fit_are_cut_off() -> None:
+    """With nearly the whole area every aspect ratio but 1 is too long for a square."""
+    torch.manual_seed(0)
+    top, left, height, width = augmentation(crop_area=0.999).random_boxes(torch.zeros(1000, 1, 32, 32)).T
+    assert (top + height).max() <= 32 and (left + width).max() <= 32
+    assert height.min() >= 27 and width.min() >= 27  # 32 x sqrt(3/4)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "constant"])

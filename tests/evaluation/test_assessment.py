@@ -203,9 +203,10 @@ def test_which_models_can_be_compared() -> None:
 def test_corrupted_images_are_taken_in_parts(linear_probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
     few = {"images": 50, "rotation": [30], "shift": [3]} | {n: [] for n in ("scale", "noise", "blur", "contrast")}
-    whole = assessment.robustness_facts(predictor, source.test, few, lambda done: None)
+    logits = predictor.logits(source.test.images)
+    whole = assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
     monkeypatch.setattr(assessment, "CORRUPTED_AT_ONCE", 10 * 28 * 28)  # parts of 8, a multiple of 4 directions
-    assert assessment.robustness_facts(predictor, source.test, few, lambda done: None) == whole
+    assert assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None) == whole
     assert whole["images"] == 50 and whole["curves"]["shift"][1][1] < whole["curves"]["shift"][0][1]
 
 

@@ -4,9 +4,9 @@ import math
 import re
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -55,18 +55,14 @@ class ArrayData(ImageDataModule):
         if self.path is None:
             raise UserError("data.path is missing: set it to an .npz, .npy, .csv or IDX file, or to a folder of them.")
         path = Path(self.path).expanduser()
-        arrays: dict[str, dict[str, Tensor]] = defaultdict(dict, train={})
+        arrays: dict[str, dict[str, Tensor]] = {"train": {}}
         names: dict[tuple[str, str], str] = {}
-        for name, words, array in find_arrays(path):
-            split = next((word for word in words if word in ("train", "val", "test")), "train")
-            kind = next((word for word in words if word in ("images", "labels")), None)
-            if kind is None:
-                continue
+        for name, split, kind, array in find_arrays(path):
             if (split, kind) in names:
                 raise UserError(f"{names[split, kind]} and {name} both hold the {split} {kind}; move one away.")
             names[split, kind] = name
-            arrays[split][kind] = to_images(array, name) if kind == "images" else to_labels(array, name)
-        for split, kind in ((split, kind) for split in arrays for kind in ("images", "labels")):
+            arrays.setdefault(split, {})[kind] = (to_images if kind == "images" else to_labels)(array, name)
+        for split, kind in product(arrays, ("images", "labels")):
             if kind not in arrays[split]:
                 raise UserError(
                     f"data.path={self.path} has no {split} {kind} (found: {', '.join(names.values()) or 'no arrays'}). "
@@ -82,16 +78,18 @@ class ArrayData(ImageDataModule):
         return Source(*parts, classes, path.stem, f"the arrays in {path.name}")
 
 
-def find_arrays(path: Path) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Name of each array in a file or in the files of a folder, what its name says (of `WORDS`), and the array."""
+def find_arrays(path: Path) -> Iterator[tuple[str, str, str, np.ndarray]]:
+    """Name, split, kind (images or labels) and content of each array in a file or in the files of a folder."""
     try:
-        files = (
-            [path] if path.is_file() else [each for each in sorted(path.iterdir()) if re.search(ARRAY_FILE, each.name)]
-        )
-        for file in files:
+        is_folder = not path.is_file()
+        files = [each for each in path.iterdir() if re.search(ARRAY_FILE, each.name)] if is_folder else [path]
+        for file in sorted(files):
             for key, array in read_arrays(file):
-                words = re.split(r"[\W_]+", f"{key} {file.name if path.is_dir() else ''}".lower())
-                yield f"{file}{f' ({key})' if key else ''}", [WORDS[word] for word in words if word in WORDS], array
+                words = re.split(r"[\W_]+", f"{key} {file.name if is_folder else ''}".lower())
+                said = [WORDS[word] for word in words if word in WORDS]
+                splits = [word for word in said if word in ("train", "val", "test")] or ["train"]
+                for kind in [word for word in said if word in ("images", "labels")][:1]:
+                    yield f"{file}{f' ({key})' if key else ''}", splits[0], kind, array
     except OSError as error:
         raise UserFileError(
             f"data.path={path} cannot be read ({error.strerror or error}); set it to an .npz, .npy, .csv or IDX file, "

@@ -98,11 +98,10 @@ class Augment(nn.Module):
 
     def random_crop(self, x: Tensor) -> Tensor:
         """Crop and flip; uint8 stays uint8."""
-        if self.crop_area < 1:
-            return resize_boxes(x, self.random_boxes(x), self.random_flips(x))
-        if self.crop_padding or self.flip:
-            return self.random_padded_crop(x)
-        return x
+        if not (self.flip or self.crop_padding or self.crop_area < 1):
+            return x
+        flips = torch.rand(len(x), device=x.device) < self.flip
+        return resize_boxes(x, self.random_boxes(x), flips) if self.crop_area < 1 else self.random_padded_crop(x, flips)
 
     def redraw(self, x: Tensor) -> Tensor:
         """The transforms of digits, float (B, C, S, S)."""
@@ -116,10 +115,6 @@ class Augment(nn.Module):
         if self.erase:
             x = x * self.random_rectangles(x)
         return x
-
-    def random_flips(self, x: Tensor) -> Tensor:
-        """(B,) of true and false."""
-        return torch.rand(len(x), device=x.device) < self.flip
 
     def random_factors(self, x: Tensor) -> Tensor:
         """(3, B) for brightness, contrast and saturation."""
@@ -138,7 +133,7 @@ class Augment(nn.Module):
         corners = torch.rand(2, len(x), device=x.device) * (sides[:, 0] - boxes + 1)
         return torch.cat([corners, boxes]).long().T
 
-    def random_padded_crop(self, x: Tensor) -> Tensor:
+    def random_padded_crop(self, x: Tensor, flips: Tensor) -> Tensor:
         """Padded crop and flip by one gather, which on a CPU is many times as fast as slicing each image."""
         height, width, padding = *x.shape[2:], self.crop_padding
         if self.padding_mode == "reflect" and padding >= min(height, width):
@@ -149,7 +144,7 @@ class Augment(nn.Module):
         padded = F.pad(x, [padding] * 4, mode=self.padding_mode)
         top, left = torch.randint(2 * padding + 1, (2, len(x), 1), device=x.device)
         rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
-        columns = torch.where(self.random_flips(x)[:, None], columns.flip(0), columns)  # (B, W)
+        columns = torch.where(flips[:, None], columns.flip(0), columns)  # (B, W)
         places = (top + rows)[:, :, None] * padded.shape[3] + (left + columns)[:, None]  # (B, H, W)
         places = places.flatten(1)[:, None].expand(-1, x.shape[1], -1)  # (B, C, H W)
         return padded.flatten(2).gather(2, places).view_as(x)

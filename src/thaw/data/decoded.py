@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from thaw.data.decode import PictureFiles, decode_once
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.data.splits import SPLITS, ListedFile, SplitShare, check_classes_of_splits, plan_splits, split_files
+from thaw.data.splits import SPLITS, ListedFile, SplitShare, plan_splits, split_files
+from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class DecodedData(ImageDataModule):
             facts: what else distinguishes the pictures from those of another dataset, as values of JSON.
 
         Raises:
-            UserError: a split without a picture, a class that is not in train, or unreadable pictures.
+            UserError: unreadable pictures, or a split without any.
         """
         uses, shares = plan_splits({file.split for file in files}, self.val_share, self.test_share, name)
         files = [file._replace(split=uses.get(file.split, "")) for file in files]
@@ -73,11 +74,15 @@ class DecodedData(ImageDataModule):
         )
         cache = Path(self.cache_dir).expanduser() / "images"
         images, order, doubts = decode_once(wanted, self.channels, self.image_size, cache, self.max_gb)
+        if empty := [split for split in SPLITS if not order[split]]:
+            raise UserError(
+                f"{name} has no picture for {' and '.join(empty)}. Add some: of a class of three or more different "
+                "pictures, each split that is missing gets at least one."
+            )
         for doubt in doubts:
             rank_zero_only(log.warning)("%s", doubt)
         numbers = {label: number for number, label in enumerate(classes)}
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])
         splits = {split: Images(part, labels[order[split]]) for split, part in zip(SPLITS, parts, strict=True)}
-        check_classes_of_splits(splits, classes)
         return Source(splits["train"], splits["val"], splits["test"], classes, name)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thaw.data.decode import some, tell
+from lightning.pytorch.utilities import rank_zero_only
+
+from thaw.data.decode import some
 from thaw.data.decoded import DecodedData
 from thaw.data.images import Source
 from thaw.data.pictures import PICTURE_SUFFIXES
 from thaw.data.splits import ListedFile
-from thaw.run.console import plural
+from thaw.run.console import plural, say
 from thaw.run.errors import UserError, UserFileError
 
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -39,7 +41,7 @@ class FolderData(DecodedData):
         if self.dir is None:
             raise UserError("data.dir is missing: set it to a folder that holds a folder of pictures for each class.")
         folder = Path(self.dir).expanduser()
-        files = read_table(Path(self.table).expanduser(), folder) if self.table else list_folder(folder)
+        files = list_table(Path(self.table).expanduser(), folder) if self.table else list_folder(folder)
         labels = {file.label for file in files}
         classes = sorted(labels, key=lambda label: (label.isdigit() and len(label), label))  # numbers by their value
         if len(classes) < 2:
@@ -73,7 +75,9 @@ def list_folder(folder: Path) -> list[ListedFile]:
         else:
             files.append(list_file(folder, name, parts[0], SPLIT_WORDS.get(split, "")))
     if strays:
-        tell(f"passed over {plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(strays)}")
+        rank_zero_only(say)(
+            f"passed over {plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(strays)}"
+        )
     return files
 
 
@@ -111,7 +115,7 @@ def list_file(folder: Path, name: str, label: str, split: str) -> ListedFile:
     return ListedFile(name, label, split, status.st_size, status.st_mtime_ns)
 
 
-def read_table(table: Path, folder: Path) -> list[ListedFile]:
+def list_table(table: Path, folder: Path) -> list[ListedFile]:
     """The pictures that a CSV or parquet file lists.
 
     Raises:
@@ -123,7 +127,7 @@ def read_table(table: Path, folder: Path) -> list[ListedFile]:
         if table.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.read_table(table).to_pylist()
+            rows = pyarrow.parquet.list_table(table).to_pylist()
         else:
             rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
     except ModuleNotFoundError as error:

@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, NamedTuple, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 
-from thaw.data.decode import Order, some, tell
+from thaw.data.decode import Order, some
 from thaw.data.images import Images
-from thaw.run.console import plural
+from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 
 SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
@@ -51,7 +52,7 @@ def plan_splits(
     where = " in train" if given else ""
     lines += [f"{split} takes {share:.0%} of each class{where}" for split, share in shares.items()]
     if lines:
-        tell(f"splits: {'; '.join(lines)}")
+        rank_zero_only(say)(f"splits: {'; '.join(lines)}")
     return uses, shares
 
 
@@ -84,22 +85,20 @@ def split_files(
     """
     chosen = choose_splits(files, shares, hashes)
     parts: dict[str, dict[str, list[int]]] = {split: defaultdict(list) for split in SPLITS}
-    equal: dict[str, dict[int, str]] = defaultdict(dict)  # by hash: the files, and their splits
+    equal, split_of = defaultdict(list), {}  # numbers by hash, splits by number
     for number in sorted(hashes, key=lambda number: (hashes[number], number)):
-        file, content = files[number], hashes[number]
-        split = chosen[content] if file.split in ("", "train") else file.split
-        parts[split][file.label].append(number)
-        equal[content][number] = split
+        given, label = files[number].split, files[number].label
+        split_of[number] = chosen[hashes[number]] if given in ("", "train") else given
+        parts[split_of[number]][label].append(number)
+        equal[hashes[number]].append(number)
     order = {}
     for split, classes in parts.items():
         places = {number: (i + 0.5) / len(part) for part in classes.values() for i, number in enumerate(part)}
         order[split] = sorted(places, key=lambda number: (places[number], hashes[number], number))
     lines = []
-    for word, kinds in (
-        ("classes", {content: {files[number].label for number in group} for content, group in equal.items()}),
-        ("splits", {content: set(group.values()) for content, group in equal.items()}),
-    ):
-        names = [" = ".join(files[number].name for number in equal[each]) for each in kinds if len(kinds[each]) > 1]
+    for word, of in (("classes", lambda number: files[number].label), ("splits", lambda number: split_of[number])):
+        several = [group for group in equal.values() if len({of(number) for number in group}) > 1]
+        names = [" = ".join(files[number].name for number in group) for group in several]
         if names:
             lines.append(f"{plural(len(names), 'picture')} in several {word}: {some(names)}. Keep each in one of them.")
     return order, lines
@@ -127,15 +126,3 @@ def choose_splits(
             free = free[wanted:]
         chosen |= dict.fromkeys(free, "train")
     return chosen
-
-
-def check_classes_of_splits(splits: Mapping[str, Images], classes: Sequence[str]) -> None:
-    """Raise UserError if a split has no picture at all, or a class has none to train on."""
-    for split, (_, labels) in splits.items():
-        present = set(labels.tolist())
-        absent = [name for number, name in enumerate(classes) if number not in present]
-        if absent and (split == "train" or not present):
-            raise UserError(
-                f"The {split} split has no picture of {some(absent)}. Add some: of a class of three or more different "
-                "pictures, at least one is taken for each split that is missing."
-            )

@@ -88,7 +88,7 @@ class TorchvisionData(DecodedData):
     def open_splits(self, known: Any) -> dict[str, Any]:
         """The splits of a dataset, of whatever arguments it tells them by; one without splits is all `train`."""
         parameters = dict(inspect.signature(known).parameters)
-        if "kwargs" in parameters:
+        if parameters.pop("kwargs", None):
             parameters |= inspect.signature(known.__base__).parameters
         if wrong := [key for key in self.options if key not in parameters]:
             raise UserError(

@@ -17,8 +17,10 @@ from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_sco
 from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, on_paper, save_attention, save_images, save_reliability
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
+from thaw.run.errors import UserError
 
 CORRUPTED_AT_ONCE = 2**26  # values of images: 256 MiB in float32
+MOST_LOOKED_AT = 12  # images with a map of attention, each of another class
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ def assess(
         folder: where the figures go.
         advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
     """
-    logits, labels = predictor.logits(source.test.images, advance), source.test.labels
-    temperature = fit_temperature(predictor.logits(source.val.images, advance), source.val.labels)
-    robust = robustness_facts(predictor, source.test, robustness, advance)
+    if not len(labels := source.test.labels):
+        raise UserError(f"{source.title} has no test images to evaluate on; give a test split.")
+    logits = predictor.logits(source.test.images, advance)
+    val_logits = predictor.logits(source.val.images, advance) if len(source.val.labels) else logits[:0]
+    temperature = fit_temperature(val_logits, source.val.labels)
+    robust = robustness_facts(predictor, source.test, logits, robustness, advance)
     other = {"second": second_facts(second, predictor, logits, advance)} if second else {}
     say("measuring speed, drawing figures")
     facts = {
@@ -88,7 +93,7 @@ def assess(
 
 def images_to_predict(source: Source, second: Source | None, robustness: Mapping[str, Any]) -> int:
     """How many images `assess` will predict."""
-    points = sum(len(robustness[name]) + 1 for name in CORRUPTIONS)
+    points = sum(len({*robustness[name]} - {kind.harmless}) for name, kind in CORRUPTIONS.items())
     corrupted = points * len(evenly_spread(len(source.test.labels), robustness["images"]))
     return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second.test.labels) if second else 0)
 
@@ -102,18 +107,21 @@ def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[di
 
 
 def robustness_facts(
-    predictor: Predictor, test: Images, robustness: Mapping[str, Any], advance: Callable[[int], Any]
+    predictor: Predictor, test: Images, logits: Tensor, robustness: Mapping[str, Any], advance: Callable[[int], Any]
 ) -> dict[str, Any]:
-    """For each corruption pairs of strength and accuracy in ascending order; the harmless strength is one of them."""
+    """For each corruption pairs of strength and accuracy in ascending order, with the harmless strength.
+
+    `logits` (N, K) are those of the uncorrupted test images.
+    """
     chosen = evenly_spread(len(test.labels), robustness["images"])
     parts = chosen.split(max(4, CORRUPTED_AT_ONCE // test.images[0].numel() // 4 * 4))  # shifts have four directions
 
     def accuracy(corruption: Corruption, strength: float) -> float:
-        correct = 0
-        for images, labels in map(test.take, parts):
-            harder = images if strength == corruption.harmless else corruption.apply(images, strength)
-            correct += int((predictor.logits(harder, advance).argmax(dim=1) == labels).sum())
-        return correct / len(chosen)
+        answers = logits[chosen]
+        if strength != corruption.harmless:
+            harder = (corruption.apply(test.images[part], strength) for part in parts)
+            answers = torch.cat([predictor.logits(images, advance) for images in harder])
+        return float((answers.argmax(dim=1) == test.labels[chosen]).double().mean())
 
     curves = {}
     for name, corruption in CORRUPTIONS.items():
@@ -156,7 +164,7 @@ def draw_pictures(
     }
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
-        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_EXAMPLES]])  # of each class
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_LOOKED_AT]])  # of each class
         answers = [predictor.classes[c] for c in logits[first].argmax(dim=1).tolist()]
         shares = predictor.attention(images[first])
         save_attention(on_paper(images[first], reader), shares, answers, folder / "attention.png")

@@ -21,31 +21,26 @@ from thaw.run.record import time_now, typed_command
 
 
 def compare_pairs(assessments: Sequence[Assessment]) -> list[dict[str, Any]]:
-    """McNemar's test between each two checkpoints.
+    """McNemar's test between each two checkpoints, which may have seen the same photographs at two sizes.
 
     Raises:
         UserError: they were not tested on the same images.
     """
-    pairs = []
+    first, pairs = assessments[0], []
     for other in assessments[1:]:
-        check_same_images(assessments[0], other)
+        resized = first.test.images.shape[1:] != other.test.images.shape[1:] and first.title == other.title
+        if not torch.equal(*((model.test.labels if resized else model.test.images) for model in (first, other))):
+            raise UserError(
+                f"{first.label} and {other.label} have other test images ({first.title}, and {other.title}), so that "
+                "they cannot be compared; set data.dir to one folder for both, or for MNIST data.source=official or "
+                "data.source=sample."
+            )
     for first, second in combinations(assessments, 2):
         correct = [model.logits.argmax(dim=1) == model.test.labels for model in (first, second)]
         only_first, only_second, p_value = mcnemar(*correct)
         found = {"only_first_right": only_first, "only_second_right": only_second, "p_value": p_value}
         pairs.append({"models": [first.label, second.label], **found})
     return pairs
-
-
-def check_same_images(first: Assessment, second: Assessment) -> None:
-    """Raise UserError if two models were tested on other images; the same photographs may have two sizes."""
-    resized = first.test.images.shape[1:] != second.test.images.shape[1:] and first.title == second.title
-    if not torch.equal(*((model.test.labels if resized else model.test.images) for model in (first, second))):
-        raise UserError(
-            f"{first.label} and {second.label} have other test images ({first.title}, and {second.title}), so that "
-            "they cannot be compared; set data.dir to one folder for both, or for MNIST data.source=official or "
-            "data.source=sample."
-        )
 
 
 def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:

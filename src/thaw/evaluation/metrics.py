@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from thaw.run.errors import UserError
 
 BINS = 15  # of confidence, as in Guo et al. 2017
-MANY_CLASSES = 20  # above which it counts, too, whether the label is among the best 5
+MANY = 20  # classes, above which it counts, too, whether the label is among the best 5
 UNEVEN = 1.5  # the images of the largest class over those of the smallest, above which the mean recall counts, too
 OTHER_ACCURACIES = {"top-5": "test/top5", "balanced": "test/balanced_acc"}  # keys of `accuracy_facts` by their names
 
@@ -43,7 +43,7 @@ def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
     correct = torch.bincount(labels[answers == labels], minlength=len(counts)).double()
     low, high = accuracy_interval(int(correct.sum()), total)
     facts = {"test/acc": float(correct.sum()) / total, "test/acc_low": low, "test/acc_high": high}
-    if predictions.ndim == 2 and predictions.shape[1] > MANY_CLASSES:
+    if predictions.ndim == 2 and predictions.shape[1] > MANY:
         facts["test/top5"] = float((predictions.topk(5).indices == labels[:, None]).any(dim=1).double().mean())
     if counts.max() > UNEVEN * counts[counts > 0].min():
         facts["test/balanced_acc"] = float((correct / counts)[counts > 0].mean())  # of classes that have images

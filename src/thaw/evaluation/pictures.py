@@ -17,18 +17,11 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.metrics import (
-    BINS,
-    MANY_CLASSES,
-    accuracy_interval,
-    calibration_error,
-    highest_losses,
-    reliability,
-)
+from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
 from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
 from thaw.run.files import atomic
 
-MOST_EXAMPLES = 32  # images or classes in a figure
+MOST_EXAMPLES = 32  # images in a figure
 MOST_NAMED, MOST_COUNTED = 60, 40  # classes of a confusion matrix with names at its sides, with numbers in its cells
 MOST_PAIRS = 25  # of classes that are listed beside it
 WRONG_IMAGES = "wrong_images.csv"
@@ -72,7 +65,7 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence
     # 15 times as fast as torchmetrics' confusion matrix, on 10,000 images
     counts = torch.bincount(size * labels + predictions, minlength=size**2).reshape(size, size)
     errors, present = counts.clone().fill_diagonal_(0), counts.sum(dim=1) > 0
-    many = size > MANY_CLASSES
+    many = size > MANY
     side = min(max(6.0, 0.5 * size), 10.5)
     figure = new_figure(side + 4 * many, side)
     left, *beside = figure.subfigures(1, 1 + many, width_ratios=[side, 4][: 1 + many], squeeze=False)[0]

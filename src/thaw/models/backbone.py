@@ -69,8 +69,9 @@ class Backbone(nn.Module):
         self.image_size, self.channels, self.pool = image_size, channels, pool
         arguments = {key: OmegaConf.to_object(x) if OmegaConf.is_config(x) else x for key, x in arguments.items()}
         self.model = create(name, image_size, channels, arguments)
-        if is_convolutional(self.model):
-            self.model.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU in bf16
+        for module in self.model.modules() if is_convolutional(self.model) else ():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU in bf16
         stated = self.model.pretrained_cfg
         self.mean = match_channels("mean", stated["mean"] if mean is None else mean, channels)
         self.std = match_channels("std", stated["std"] if std is None else std, channels)
