@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         layers: stem, each block, and final norm with pooling, applied one after the other. A model that is not such a
             chain (ResNet, ...) is a single layer.
         is_chain: whether there are several layers.
+        num_layers: how many they are.
         num_tokens: T after the stem; in a convolutional net, the number of positions at a stride of 16.
 
     Raises:
@@ -92,6 +93,7 @@ class Backbone(nn.Module):
         self.is_chain = tokens > 0
         self.places = {f"model.{name}": layer for name, layer in places(self.model).items()} if tokens else {}
         self.num_tokens = tokens or math.ceil(image_size / 16) ** 2
+        self.num_layers = len(self.layers)
         self.weights = weights
         self.fresh = frozenset(dict(self.named_parameters()) if weights == "none" else ())
         if weights != "none":
@@ -109,6 +111,8 @@ class Backbone(nn.Module):
 
     def suffix(self, tokens: Tensor, cut: int) -> Tensor:
         """The output of `prefix` -> features (B, num_features)."""
+        if cut == self.num_layers:
+            return tokens
         for layer in self.layers[cut:]:
             tokens = layer(tokens)
         return tokens

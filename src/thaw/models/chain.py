@@ -5,7 +5,6 @@ a model is one.
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -18,6 +17,8 @@ from thaw.run.errors import UserError
 
 TimmModel: TypeAlias = Any  # an nn.Module with forward_features, pretrained_cfg, group_matcher and more
 Layer: TypeAlias = Callable[[Tensor], Tensor]
+
+HOLDERS = {"blocks", "stages", "layers", "layer1", "layer2", "layer3", "layer4"}  # of blocks, by timm's names
 
 
 def chain(model: TimmModel) -> tuple[Layer, list[Layer], Layer]:
@@ -61,7 +62,7 @@ def parts(model: TimmModel) -> tuple[dict[str, nn.Module], dict[str, nn.Module],
     timm defines them in the order in which an image passes them.
     """
     children = list(model.named_children())
-    holders = [n for n, (name, _) in enumerate(children) if re.fullmatch(r"blocks|stages|layers|layer\d", name)]
+    holders = [number for number, (name, _) in enumerate(children) if name in HOLDERS]
     first, end = holders[0], holders[-1] + 1
     return dict(children[:first]), dict(children[first:end]), dict(children[end:])
 
@@ -74,11 +75,13 @@ def blocks_of(model: TimmModel) -> list[list[nn.Module]]:
     blocks: list[list[nn.Module]] = []
     children: list[Any] = [child for holder in parts(model)[1].values() for child in holder.children()]
     for child in children:
-        if hasattr(child, "blocks"):  # a stage of Swin or ConvNeXt
+        if isinstance(child, nn.Sequential):  # a stage of EfficientNet or MobileNet
+            blocks += [[block] for block in child]
+        elif "blocks" in child._modules:  # a stage of Swin or ConvNeXt
             first, *others = child.blocks
             blocks += [[child.downsample, first], *([block] for block in others)]
-        else:  # a stage of EfficientNet or MobileNet, or a block
-            blocks += [[block] for block in (child if isinstance(child, nn.Sequential) else [child])]
+        else:
+            blocks.append([child])
     return blocks
 
 
