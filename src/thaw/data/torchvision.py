@@ -5,7 +5,7 @@ import io
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class TorchvisionData(DecodedData):
         options: further arguments of its class.
     """
 
-    name: str | None
+    name: str | None = field()  # without the default that Lightning's class has
     dir: str
     download: bool
     options: dict[str, Any]
@@ -132,7 +132,7 @@ class TorchvisionData(DecodedData):
                     ) from error
             raise UserFileError(
                 f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
-                "where it lies, or data.download=true."
+                f"where it lies{'' if self.download else ', or data.download=true'}."
             ) from error
 
 
