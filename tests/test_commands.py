@@ -60,6 +60,7 @@ KINDS: dict[str, list[str]] = {
     "lenet5": ["backbone=lenet5", "freeze=full"],
     "mlp": ["backbone=mlp", "backbone.hidden=[8]", "freeze=full"],
     "pixels": ["backbone=pixels", "head.norm=none"],
+    "resnet9": ["backbone=resnet9", "backbone.widths=[4,4,4]", "freeze=full"],
 }
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]

@@ -505,6 +505,7 @@ def test_lists_of_a_configuration_reach_timm(backbone: Build) -> None:
         ),
         ({"image_size": 3}, r"multiple of the patch size 7, e\.g\. backbone\.image_size=7\.$"),
         ({"name": "densenet121", "arguments": {}, "image_size": 8}, r"size=8 .*too small; 224 is the size of its"),
+        ({"name": "gcvit_xxtiny", "arguments": {}}, r"size=28 .*division by zero; 224 is the size of its"),
         ({"pool": "class_and_mean"}, "needs a class token, vit_tiny_patch16_224 has none; use pool=model"),
         ({"mean": [0.1, 0.2]}, r"backbone.mean=\[0.1, 0.2\] must hold 1 number or 3"),
         ({"weights": "nowhere.pth"}, r"'nowhere\.pth' is not a file; choose none, bundled, hub or a path"),

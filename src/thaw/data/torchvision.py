@@ -123,7 +123,7 @@ class TorchvisionData(DecodedData):
         except TypeError as error:
             raise UserError(f"data.name={self.name}: {error}; give it by data.options.") from error
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = str(getattr(error, "reason", error)).partition("\n")[0].partition(" You can use")[0].rstrip(".")
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 if {"url", "fpath"} <= frame.f_locals.keys():  # in torchvision's download_url
                     url, path = frame.f_locals["url"], frame.f_locals["fpath"]

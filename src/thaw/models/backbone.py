@@ -201,19 +201,17 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
                 f"backbone.image_size={image_size} must be a multiple of {meaning} {unit}, e.g. "
                 f"backbone.image_size={nearest}."
             )
-        try:
-            with torch.no_grad():
-                model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
-        except RuntimeError as error:
-            trained_at = model.pretrained_cfg["input_size"][-1]
-            raise RuntimeError(f"{error}; {trained_at} is the size of its weights' images") from error
+        with torch.no_grad():
+            model.eval().forward_features(torch.zeros(1, channels, image_size, image_size))
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        stated = timm.get_pretrained_cfg(name.partition(".")[0])
+        size = f"; {stated.input_size[-1]} is the size of its weights' images" if stated else ""
         raise UserError(
             f"backbone.name={name} cannot be built with backbone.image_size={image_size} and "
-            f"backbone.arguments={arguments}: {reason}"
+            f"backbone.arguments={arguments}: {reason}{size}"
         ) from error
     return model.train()
 
