@@ -55,9 +55,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         logits = self.head(self.features(batch))
         self.val_acc.update(logits, batch.labels)
-        self.log(
-            "val/loss", self.task.loss(logits, batch.labels), sync_dist=True, batch_size=len(batch.labels)
-        )
+        self.log("val/loss", self.task.loss(logits, batch.labels), sync_dist=True, batch_size=len(batch.labels))
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self(batch.images)

@@ -45,7 +45,8 @@ def logged(run_dir: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("number", [9, 60])
-def test_knn_accuracy_equals_scikit_learns(number: int) -> None:
+def test_knn_accuracy_equals_scikit_learns(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thaw.callbacks.feature_monitor.EVAL_BATCH", 7)  # images at a time
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(number) % 3
     features = torch.randn(number, 8, generator=generator) + torch.eye(8)[labels]

@@ -21,7 +21,7 @@ LABELS, TEST_LABELS = np.arange(200) % 4, np.arange(30) % 4
 def read(path: Path, **settings: object) -> Source:
     whole = {"classes": None, "val_share": 0.1, "test_share": 0.2, "reader": "digit", "train_size": None}
     whole |= {"batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "class_weights": None, "sampler": "shuffled"}
-    return ArrayData(path=str(path), seed=0, **{**whole, **settings}).load()  # type: ignore[arg-type]
+    return ArrayData(path=str(path), **{**whole, "seed": 0, **settings}).load()  # type: ignore[arg-type]
 
 
 def save_npz(folder: Path) -> Path:
@@ -135,7 +135,7 @@ def test_colours_and_masks() -> None:
         (np.full((9, 8, 8), 1.5), r"from 1\.5 to 1\.5"),
         (np.full((9, 8, 8), np.nan), "from nan to nan"),
         (np.full((9, 8, 8), 256), "int64 from 256 to 256"),
-        (np.full((9, 8, 8), "a"), "is <U1; images must be whole numbers"),
+        (np.full((9, 8, 8), "a"), "is <U1 .*; images must be whole numbers"),
     ],
 )
 def test_other_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_other_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Pat
         ({"x": TRAIN, "y": LABELS + 0.5}, r"\(y\) is float64 \(200,\); labels must be whole"),
         ({"x": TRAIN, "y": LABELS - 1}, "the label -1"),
         ({"x": TRAIN, "y": LABELS * 10**9}, "200 labels up to 3000000000 are not those of classes"),
-        ({"x": TRAIN, "y": LABELS[:-1]}, "labels of .* are torch.int64"),
+        ({"x": TRAIN, "y": LABELS[:-1]}, r"\(x\) and .*\(y\) have different lengths"),
         ({"x": TRAIN, "y": np.array([{}] * 200)}, r"a\.npz cannot be read: it holds Python objects"),
     ],
 )

@@ -153,6 +153,8 @@ def test_what_cannot_be_read_is_left_out_if_wanted(folder: Path, tmp_path: Path)
         assert {number for part in order.values() for number in part} == {*range(150)} - {2, 77, 148}
         assert lines[-1].startswith("left out 3 pictures that cannot be read: 002.png is not a PNG")
         KNOWN.clear()
+    with pytest.raises(ValueError, match="3 of 150 pictures cannot be read"):  # by another run that does not want that
+        decoded(folder, tmp_path / "cache")
 
 
 def test_only_ten_are_named(folder: Path, tmp_path: Path) -> None:

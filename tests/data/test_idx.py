@@ -41,7 +41,7 @@ def test_round_trip(tensor: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("part", ["images", "labels"])
 def test_torchvision_reads_what_we_write(part: str, tmp_path: Path) -> None:
-    tensor = getattr(load_sample("MNIST").val, part).to(torch.uint8)
+    tensor = getattr(load_sample("MNIST").val, part).to(torch.uint8).squeeze()
     path = tmp_path / "digits-ubyte"
     path.write_bytes(write_idx(tensor))
     theirs = read_sn3_pascalvincent_tensor(str(path))

@@ -56,7 +56,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     facts = json.loads((tmp_path / "eval/report/report.json").read_text())["models"]["train"]
     assert facts["test/acc"] == trained["test/acc"] and facts["data_source"] == "my CSV"
     assert [row["class"] for row in facts["classes"]] == CLASSES
-    assert "100 test images of own digits (my CSV)" in (tmp_path / "eval/report/report.html").read_text()
+    assert "100 test images of own digits, my CSV" in (tmp_path / "eval/report/report.html").read_text()
 
     output = tmp_path / "model.onnx"
     import_module("export").main(compose_config("export", ALLOW, f"ckpt={csv_run}", f"output={output}"))
@@ -67,7 +67,7 @@ def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, 
     shared = compose_config("export", ALLOW, f"ckpt={csv_run}", "format=hub_folder", f"output={folder}")
     import_module("export").main(shared)
     card = (folder / "README.md").read_text()
-    assert "own digits's 5 classes" in card and "of my CSV, **not the official test split**" in card
+    assert "own digits's 5 classes" in card and "(of my CSV)" in card
     assert "model-index" not in yaml.safe_load(card.split("---")[1])
 
     command("probe", tmp_path / "probe", f"ckpt={csv_run}", "probe=knn", "probe.k=[1]", "cache.mode=off")
@@ -92,7 +92,7 @@ def test_files_that_are_gone_are_an_error(csv_run: Path, tmp_path: Path) -> None
 
 def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = train(*own_data(tmp_path, _target_="own_digits.PlainDigits", batch_size=32), *SMALL)
-    assert "own digits, digits of my own: 300 to train" in capsys.readouterr().out
+    assert "own digits, digits of my own: 5 classes, 300 to train" in capsys.readouterr().out
     trained = json.loads((run / "summary.json").read_text())
     command("eval", tmp_path / "eval", f"ckpt={run}", *FEW)
     facts = json.loads((tmp_path / "eval/report/report.json").read_text())["models"]["train"]

@@ -37,8 +37,9 @@ def test_the_split_follows_the_content_not_the_names() -> None:
 
 
 def test_the_first_files_of_a_split_are_a_sample_of_it() -> None:
+    """Although the hashes put one class before the other."""
     files = listed(ants=100, bees=50)
-    order, _ = split_files(files, SHARES, hashes_of(files))
+    order, _ = split_files(files, SHARES, {number: f"{number:03}" for number in range(150)})
     for wanted in (15, 30, 60):
         first = Counter(files[number].label for number in order["train"][:wanted])
         assert abs(first["ants"] - 2 * wanted / 3) <= 1
@@ -60,6 +61,15 @@ def test_equal_files_lie_in_one_split_even_in_two_classes() -> None:
     assert sum(map(len, seen.values())) == 30 and all(seen.values())
     [line] = lines
     assert line.startswith("30 pictures in several classes: ants/0 = ants/30 = bees/0, ") and "20 more" in line
+
+
+def test_equal_files_count_in_the_share_of_the_second_class() -> None:
+    """The second class has the files that the first one gives to test, and 16 of its own: none of those is needed."""
+    files = listed(ants=20, bees=20)
+    hashes = {number: f"{number if number < 24 else number + 100:03}" for number in range(40)}
+    hashes |= {number: f"{number - 20:03}" for number in range(20, 24)}
+    order, _ = split_files(files, SHARES, hashes)
+    assert sorted(order["test"]) == [0, 1, 2, 3, 20, 21, 22, 23]
 
 
 def test_given_splits_stay_and_a_picture_in_two_of_them_is_named() -> None:

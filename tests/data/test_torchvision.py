@@ -53,7 +53,7 @@ def noise(*shape: int) -> np.ndarray:
     return RNG.integers(256, size=shape, dtype=np.uint8)
 
 
-def test_cifar10(read: Read, tmp_path: Path) -> None:
+def test_cifar10(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -68,6 +68,8 @@ def test_cifar10(read: Read, tmp_path: Path) -> None:
     assert source.test.labels[7] == label
     assert np.array_equal(source.test.images[7].permute(1, 2, 0), np.asarray(image))
     assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr("thaw.data.torchvision.FileLock", None)  # nothing is downloaded or locked that is there
+    assert read("CIFAR10", download=True).test.images.equal(source.test.images)
 
 
 def test_svhn_names_its_classes_by_number(read: Read, tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_detection_is_not_classification(read: Read, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_there(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CIFAR10", "Flowers102", "OxfordIIITPet", "USPS"):
+    for name in ("CIFAR10", "Flowers102", "OxfordIIITPet", "USPS", "Semeion"):
         with pytest.raises(OSError, match=rf"data\.dir={tmp_path} does not hold {name} as .*data\.download=true"):
             read(name)
 

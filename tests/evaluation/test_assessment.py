@@ -202,12 +202,19 @@ def test_which_models_can_be_compared() -> None:
 
 def test_corrupted_images_are_taken_in_parts(linear_probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
-    few = {"images": 50, "rotation": [30], "shift": [3]} | {n: [] for n in ("scale", "noise", "blur", "contrast")}
+    few = {"images": 50, "rotation": [60], "shift": [3]} | {n: [] for n in ("scale", "noise", "blur", "contrast")}
     logits = predictor.logits(source.test.images)
-    whole = assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(predictor, "logits", lambda images, _: seen.append(images) or logits[: len(images)])
+    assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
     monkeypatch.setattr(assessment, "CORRUPTED_AT_ONCE", 10 * 28 * 28)  # parts of 8, a multiple of 4 directions
-    assert assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None) == whole
-    assert whole["images"] == 50 and whole["curves"]["shift"][1][1] < whole["curves"]["shift"][0][1]
+    assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
+    rotated, shifted, *parts = seen
+    assert [len(part) for part in parts] == 2 * [8, 8, 8, 8, 8, 8, 2]
+    assert torch.equal(torch.cat(parts), torch.cat([rotated, shifted]))
+    monkeypatch.undo()
+    whole = assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
+    assert whole["images"] == 50 and whole["curves"]["rotation"][1][1] < whole["curves"]["rotation"][0][1]
 
 
 def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +213,34 @@ def test_a_long_setting_is_no_name(command_line: list[str]) -> None:
 def test_inputs_stand_among_settings(command_line: list[str]) -> None:
     assert predict.take_inputs(command_line) == ["x.png", "a=b.png"]
     assert command_line == ["predict.py", "ckpt=last", "~data", "--cfg", "job", "trainer.precision=32-true"]
+
+
+def test_photographs_get_the_accuracy_of_the_test(
+    train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Pictures of differing sizes, formats and orientations in a folder of classes with odd names."""
+    names, random = ["black, & white", 'a "b" <i>', "ü数"], np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 3), ("test", 10)):
+        for label, name in enumerate(names):
+            for number in range(count):
+                height, width = random.integers(30, 200, 2)
+                colour = np.eye(3)[label] * 60 + 90
+                pixels = np.clip(random.normal(colour, 70, (height, width, 3)), 0, 255).astype(np.uint8)
+                path = tmp_path / "my pictures" / split / name / f"{number}.{'jpg' if number % 2 else 'png'}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                turned = Image.Exif()
+                turned[0x0112] = 1 + number % 8
+                Image.fromarray(pixels).resize((int(width), int(height))).save(path, exif=turned)
+    folder = tmp_path / "my pictures"
+    small = ["experiment=baseline/convnet", "backbone.widths=[4,8]", "backbone.channels=3", "backbone.image_size=16"]
+    few = ["trainer.max_epochs=2", "data.batch_size=12", "augment=none", "logger=none"]
+    run = train("data=folder", f"data.dir='{folder}'", *small, *few)
+    tested = json.loads((run / "summary.json").read_text())
+    assert tested["n_test"] == 30 and 0.3 < tested["test/acc"] < 1, "some are wrong"
+    capsys.readouterr()
+    predict.main(compose_config("predict", f"ckpt={run}", f"inputs=['{folder / 'test'}']"))
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0])[4:-2] == [f"p({name})" for name in sorted(names)]
+    assert np.mean([row["class"] == Path(row["file"]).parent.name for row in rows]) == pytest.approx(tested["test/acc"])
+    with pytest.raises(ValueError, match=r"reader=digit makes no images of the shape \(3, 16, 16\)"):
+        predict.main(compose_config("predict", f"ckpt={run}", f"inputs=['{folder}']", "reader=digit"))

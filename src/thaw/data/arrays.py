@@ -68,6 +68,8 @@ class ArrayData(ImageDataModule):
                     f"data.path={self.path} has no {split} {kind} (found: {', '.join(names.values()) or 'no arrays'}). "
                     "Name arrays or files x_train, y_train, x_test, y_test or images, labels; a CSV has both."
                 )
+            if len(arrays[split][kind]) != len(arrays[split]["images"]):
+                raise UserError(f"{names[split, 'images']} and {names[split, kind]} have different lengths.")
         splits = {split: Images(**parts) for split, parts in arrays.items()}
         labels = torch.cat([each.labels for each in splits.values()])
         count = int(labels.max()) + 1 if len(labels) else 0
@@ -127,8 +129,10 @@ def read_pixel_table(file: Path) -> dict[str, np.ndarray]:
         header = [cell.strip('" ').lower() for cell in lines.readline().strip().split(",")]
     has_header = not all(re.fullmatch(r"[-+.\de]+", cell) for cell in header)
     table = np.loadtxt(
-        file, np.float32, delimiter=",", skiprows=has_header, ndmin=2, quotechar='"', encoding="utf-8-sig"
+        file, np.float32, delimiter=",", skiprows=int(has_header), ndmin=2, quotechar='"', encoding="utf-8-sig"
     )
+    if not table.size:
+        raise ValueError("it has no row of numbers")
     column = next((number for number, cell in enumerate(header) if WORDS.get(cell) == "labels"), 0)
     if WORDS.get(header[column]) != "labels" and math.isqrt(len(header)) ** 2 == len(header):
         return {"images": table}
@@ -142,6 +146,8 @@ def to_images(array: np.ndarray, name: str) -> Tensor:
         UserError: names the array, its shape or values, and what is allowed.
     """
     shape = array.shape
+    if 0 in shape:
+        raise UserError(f"{name} has the shape {shape}: it holds no images.")
     if array.ndim == 2 and (side := math.isqrt(shape[1])) ** 2 == shape[1]:
         array = array.reshape(-1, 1, side, side)
     elif array.ndim == 3:
@@ -150,21 +156,15 @@ def to_images(array: np.ndarray, name: str) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or shape[1] not in (1, 3):
         raise UserError(f"{name} has the shape {shape}; images must be {SHAPES}.")
-    if 0 in shape:
-        raise UserError(f"{name} has the shape {shape}: it holds no images.")
     if array.dtype != np.uint8:
-        is_number = array.dtype.kind in "biuf"
-        if is_number and array.dtype.kind in "bf" and array.max() <= 1:
-            array = array * np.float32(255)
-        elif is_number and not (array == np.rint(array)).all():
-            is_number = False
-        if not is_number or not 0 <= array.min() <= array.max() <= 255:
+        low, high = (array.min(), array.max()) if array.dtype.kind in "biuf" else (math.nan, math.nan)
+        scale = 255 if array.dtype.kind in "bf" and high <= 1 else 1
+        if not 0 <= low <= high <= 255 or (scale == 1 and (array != np.rint(array)).any()):
             raise UserError(
-                f"{name} is {array.dtype}"
-                + (f" from {array.min():.6g} to {array.max():.6g}" if array.dtype.kind in "biuf" else "")
-                + "; images must be whole numbers from 0 to 255, or fractions from 0 to 1."
+                f"{name} is {array.dtype} from {low:.6g} to {high:.6g}; images must be whole numbers from 0 to 255, or "
+                "fractions from 0 to 1."
             )
-        array = np.rint(array).astype(np.uint8)
+        array = np.rint(array * np.float32(scale)).astype(np.uint8)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 

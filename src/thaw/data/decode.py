@@ -113,7 +113,8 @@ def decode_all(files: PictureFiles, target: Tensor) -> dict[str, Any]:
     Returns what is to be known of the images.
     """
     count, channels, size, _ = target.shape
-    array, hashes, unreadable = target.numpy(), {}, []
+    array, hashes = target.numpy(), {}
+    unreadable: dict[int, str] = {}
     doubts: dict[str, list[str]] = defaultdict(list)
 
     def content_hash(number: int) -> str:
@@ -126,7 +127,7 @@ def decode_all(files: PictureFiles, target: Tensor) -> dict[str, Any]:
 
     for number, content, error in in_threads(content_hash, range(count), files, "reading pictures"):
         if content is None:
-            unreadable.append(error)
+            unreadable[number] = error
         else:
             hashes[number] = content
     refuse_unreadable(unreadable, files)
@@ -135,17 +136,17 @@ def decode_all(files: PictureFiles, target: Tensor) -> dict[str, Any]:
     kept: dict[int, str] = {}
     for number, found, error in in_threads(decode, [*rows], files, "decoding pictures"):
         if found is None:
-            unreadable.append(error)
+            unreadable[number] = error
             continue
         if len(kept) < rows[number]:
             array[len(kept)] = array[rows[number]]  # close the gap
         kept[number] = hashes[number]
         for doubt in found:
             doubts[doubt].append(files.names[number])
-    refuse_unreadable(unreadable, files)
+    reasons = refuse_unreadable(unreadable, files)
     lines += [f"{some(names)}: {doubt}" for doubt, names in doubts.items()]
-    if unreadable:
-        lines.append(f"left out {plural(len(unreadable), 'picture')} that cannot be read: {some(unreadable, '; ')}")
+    if reasons:
+        lines.append(f"left out {plural(len(reasons), 'picture')} that cannot be read: {some(reasons, '; ')}")
     return {
         "sha256": hashlib.sha256(json.dumps([channels, size, *kept.values()]).encode()).hexdigest(),
         "order": {split: [number for number in part if number in kept] for split, part in order.items()},
@@ -177,13 +178,15 @@ def in_threads(
             yield from part
 
 
-def refuse_unreadable(errors: Sequence[str], files: PictureFiles) -> None:
-    """Raise a UserError that names the first pictures that cannot be read, unless they are to be left out."""
-    if errors and not files.skip_unreadable:
+def refuse_unreadable(errors: Mapping[int, str], files: PictureFiles) -> list[str]:
+    """What cannot be read, in the order of the files; a UserError that names the first, unless it is to be left out."""
+    reasons = [error for _, error in sorted(errors.items())]
+    if reasons and not files.skip_unreadable:
         raise UserError(
-            f"{len(errors)} of {plural(len(files.names), 'picture')} cannot be read: {some(errors, '; ')}. Replace or "
-            "remove them, or set data.skip_unreadable=true to leave them out."
+            f"{len(reasons)} of {plural(len(files.names), 'picture')} cannot be read: {some(reasons, '; ')}. Replace "
+            "or remove them, or set data.skip_unreadable=true to leave them out."
         )
+    return reasons
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:

@@ -127,7 +127,7 @@ def list_table(table: Path, folder: Path) -> list[ListedFile]:
         if table.suffix == ".parquet":
             import pyarrow.parquet
 
-            rows = pyarrow.parquet.list_table(table).to_pylist()
+            rows = pyarrow.parquet.read_table(table).to_pylist()
         else:
             rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
     except ModuleNotFoundError as error:

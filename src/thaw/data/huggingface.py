@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class HuggingFaceData(DecodedData):
         image_column, label_column: None stands for the usual names.
     """
 
-    name: str | None
+    name: str | None = field()  # without the default that Lightning's class has
     subset: str | None
     image_column: str | None
     label_column: str | None

@@ -77,7 +77,8 @@ class ImageReader:
             pixels = 255 * pixels
             doubts.append("its pixels are 0 and 1, read as 0 and 255")
         if self.are_inputs(pixels[None])[0]:
-            return Reading(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), warning="; ".join(doubts))
+            image = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            return Reading(image, warning="; ".join(doubts))
         if self.is_digit and pixels.shape == (SIDE, SIDE):
             doubts.append("its background is not dark as MNIST's is, so it is read as a picture")
         return self.opened(Image.fromarray(pixels), name, doubts)

@@ -5,7 +5,7 @@ import io
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class TorchvisionData(DecodedData):
         options: further arguments of its class.
     """
 
-    name: str | None
+    name: str | None = field()  # without the default that Lightning's class has
     dir: str
     download: bool
     options: dict[str, Any]
@@ -94,7 +94,7 @@ class TorchvisionData(DecodedData):
             raise UserError(
                 f"data.options.{wrong[0]}: {self.name} takes no such argument, only {', '.join(parameters)}."
             )
-        settings = {"root": str(Path(self.dir).expanduser()), "download": self.download, "loader": Path}
+        settings = {"root": str(Path(self.dir).expanduser()), "download": False, "loader": Path}
         settings = {key: value for key, value in settings.items() if key in parameters} | self.options
         if "train" in parameters:
             return {split: self.open(known, **settings, train=split == "train") for split in ("train", "test")}
@@ -115,15 +115,18 @@ class TorchvisionData(DecodedData):
         """A dataset of torchvision, by its own arguments; processes that start together download once."""
         folder = Path(self.dir).expanduser()
         try:
-            if not self.download:
+            try:
                 return known(**settings)
+            except (OSError, RuntimeError):  # not there, or not whole
+                if not self.download or "download" not in settings:
+                    raise
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".download.lock"):
-                return known(**settings)
+                return known(**settings | {"download": True})
         except TypeError as error:
             raise UserError(f"data.name={self.name}: {error}; give it by data.options.") from error
         except (OSError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            reason = str(getattr(error, "reason", error)).partition("\n")[0].partition(" You can use")[0].rstrip(".")
             for frame, _ in traceback.walk_tb(error.__traceback__):
                 if {"url", "fpath"} <= frame.f_locals.keys():  # in torchvision's download_url
                     url, path = frame.f_locals["url"], frame.f_locals["fpath"]
@@ -132,7 +135,7 @@ class TorchvisionData(DecodedData):
                     ) from error
             raise UserFileError(
                 f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
-                "where it lies, or data.download=true."
+                f"where it lies{'' if self.download else ', or data.download=true'}."
             ) from error
 
 

@@ -218,7 +218,10 @@ def check_options(config_name: str) -> None:
 
 
 def print_help(program: Callable[[], Any], config_name: str) -> None:
-    """Print Hydra's help without other commands' groups, broken between words at the terminal's width."""
+    """Print Hydra's help, broken between words at the terminal's width.
+
+    Left out are other commands' groups, and settings that the options of a group share, which are no options.
+    """
     text, groups, width = io.StringIO(), groups_of(config_name), shutil.get_terminal_size().columns
     with redirect_stdout(text), suppress(SystemExit):
         program()
@@ -227,7 +230,8 @@ def print_help(program: Callable[[], Any], config_name: str) -> None:
     )
     for line in lists_in_lines.splitlines():
         group = line.partition(": ")[0]
-        if not (": " in line and (CONFIGS / group).is_dir()) or group.split("/")[0] in groups:
+        is_group = ": " in line and (CONFIGS / group).is_dir()
+        if not is_group or (group.split("/")[0] in groups and not group.endswith("/settings")):
             indent = " " * (len(line) - len(line.lstrip()) + 2)
             print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 

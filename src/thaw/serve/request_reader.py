@@ -148,7 +148,7 @@ class RequestReader:
 
     async def read_array(self, pixels: np.ndarray, name: str) -> Reading:
         if self.reader.are_inputs(pixels[None])[0]:
-            return self.reader.array(pixels, name)
+            return Reading(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
         return await self.in_thread(self.reader.array, pixels, name)
 
     @contextmanager
