@@ -189,7 +189,7 @@ def test_detection_is_not_classification(read: Read, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_there(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CIFAR10", "Flowers102", "OxfordIIITPet", "USPS", "Semeion"):
+    for name in ("CIFAR10", "Flowers102", "OxfordIIITPet", "USPS", "SEMEION"):
         with pytest.raises(OSError, match=rf"data\.dir={tmp_path} does not hold {name} as .*data\.download=true"):
             read(name)
 

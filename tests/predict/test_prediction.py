@@ -219,7 +219,7 @@ def test_photographs_get_the_accuracy_of_the_test(
     train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Pictures of differing sizes, formats and orientations in a folder of classes with odd names."""
-    names, random = ["black, & white", 'a "b" <i>', "ü数"], np.random.default_rng(0)
+    names, random = ["black, & white", 'a "b" <i>', "üñ"], np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 3), ("test", 10)):
         for label, name in enumerate(names):
             for number in range(count):

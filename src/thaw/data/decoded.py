@@ -85,4 +85,5 @@ class DecodedData(ImageDataModule):
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])
         splits = {split: Images(part, labels[order[split]]) for split, part in zip(SPLITS, parts, strict=True)}
-        return Source(splits["train"], splits["val"], splits["test"], classes, name)
+        tested = [files[number].name for number in order["test"]]
+        return Source(splits["train"], splits["val"], splits["test"], classes, name, files=tested)

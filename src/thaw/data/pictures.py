@@ -29,10 +29,10 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
     """
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
+        several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # a phone's MPO is one picture
+        picture.draft("RGB", (side, side))  # reduces a JPEG, of which a phone makes more than MAX_PIXELS
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError(picture.width * picture.height)
-        several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # a phone's MPO is one picture
-        picture.draft("RGB", (side, side))
         picture.load()
     except UnidentifiedImageError as error:
         formats = f"{', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]}"
