@@ -13,7 +13,7 @@ import torchvision.datasets
 from PIL import Image
 from scipy.io import savemat
 
-from thaw.data.decoded import DecodedData
+from thaw.data.decode import DecodedData
 from thaw.data.idx import write_idx
 from thaw.data.images import Source
 from thaw.data.pictures import fit_photo

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from thaw.data.decoded import DecodedData
+from thaw.data.decode import DecodedData
 from thaw.data.images import Source
 from thaw.data.splits import ListedFile
 from thaw.run.console import say

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thaw.run.console import some
 from thaw.run.errors import UserError
 
 
@@ -89,8 +90,7 @@ def absent_classes(source: Source) -> list[str]:
         names = [name for number, name in enumerate(source.classes) if number not in present]
         if present and names:
             these = f"{len(names)} of {len(source.classes)} classes have no {split} images and {effect}"
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{source.title}: {these}: {', '.join(names[:5])}{more}")
+            lines.append(f"{source.title}: {these}: {some(names, most=5)}")
     return lines
 
 

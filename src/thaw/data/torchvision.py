@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets import VisionDataset
 
 from thaw.data.arrays import to_images, to_labels
-from thaw.data.decoded import DecodedData
+from thaw.data.decode import DecodedData
 from thaw.data.images import Images, Source
 from thaw.data.mnist import OFFICIAL
 from thaw.data.splits import ListedFile, split_images
