@@ -145,7 +145,7 @@ def test_other_arrays_are_refused(array: np.ndarray, message: str, tmp_path: Pat
         ({"x": TRAIN, "y": LABELS - 1}, "the label -1"),
         ({"x": TRAIN, "y": LABELS * 10**9}, "200 labels up to 3000000000 are not those of classes"),
         ({"x": TRAIN, "y": LABELS[:-1]}, r"\(x\) and .*\(y\) have different lengths"),
-        ({"x": TRAIN, "y": np.array([{}] * 200)}, r"a\.npz cannot be read: Object arrays cannot"),
+        ({"x": TRAIN, "y": np.array([{}] * 200)}, r"a\.npz cannot be read \(Object arrays cannot"),
     ],
 )
 def test_other_contents_are_refused(arrays: Arrays, message: str, tmp_path: Path) -> None:
@@ -164,5 +164,5 @@ def test_damaged_files_are_named(name: str, tmp_path: Path) -> None:
 def test_a_path_that_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path is missing"):
         ArrayData(**{field: None for field in ArrayData.__dataclass_fields__}).load()  # type: ignore[arg-type]
-    with pytest.raises(OSError, match=r"none cannot be read \(No such file or directory\); set it to"):
+    with pytest.raises(OSError, match=r"none cannot be read \(No such file or directory\); data\.path must"):
         read(tmp_path / "none")

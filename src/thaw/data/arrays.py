@@ -26,7 +26,6 @@ WORDS = {  # in the names of files and arrays, and what they say
     **dict.fromkeys(("images", "imgs", "x", "data"), ("kind", "images")),
     **dict.fromkeys(("labels", "label", "y", "targets"), ("kind", "labels")),
 }
-SHAPES = "(N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, or (N, H * W) of squares"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,8 +82,8 @@ class ArrayData(ImageDataModule):
 
 def find_arrays(path: Path) -> Iterator[tuple[str, dict[str, str], np.ndarray]]:
     """Name, kind and perhaps split, and content of each array of images or labels in a file or a folder's files."""
+    is_folder, file = path.is_dir(), path
     try:
-        is_folder = not path.is_file()
         files = [each for each in path.iterdir() if re.search(ARRAY_FILE, each.name)] if is_folder else [path]
         for file in sorted(files):
             for key, array in read_arrays(file).items():
@@ -92,10 +91,13 @@ def find_arrays(path: Path) -> Iterator[tuple[str, dict[str, str], np.ndarray]]:
                 said = dict(WORDS[word] for word in reversed(words) if word in WORDS)  # the first word of a sort counts
                 if "kind" in said:
                     yield f"{file}{f' ({key})' if key else ''}", said, array
-    except OSError as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, IndexError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise UserFileError(
-            f"data.path={path} cannot be read ({error.strerror or error}); set it to an .npz, .npy, .csv or IDX file, "
-            "or to a folder of such files."
+            f"{file} cannot be read ({reason}); data.path must be an .npz, .npy, .csv or IDX file of plain numbers, or "
+            "a folder of them."
         ) from error
 
 
@@ -104,22 +106,17 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
     A row of a CSV file is a label and the pixels of an image; its first line may be a header.
     """
-    try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
-        if file.suffix == ".npy":
-            return {"": np.load(file, allow_pickle=False)}
-        if file.suffix == ".csv":
-            with file.open(encoding="utf-8-sig") as lines:
-                header = int(not lines.read(1).isdigit())
-            table = np.loadtxt(file, np.float32, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
-            return {"images": table[:, 1:], "labels": table[:, 0]}
-        return {"": read_idx(unpacked(file.read_bytes()), str(file)).numpy()}
-    except UserError:
-        raise
-    except (ValueError, IndexError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read: {error}. It must hold plain arrays of numbers.") from error
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    if file.suffix == ".npy":
+        return {"": np.load(file, allow_pickle=False)}
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8-sig") as lines:
+            header = int(not lines.read(1).isdigit())
+        table = np.loadtxt(file, np.float32, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+        return {"images": table[:, 1:], "labels": table[:, 0]}
+    return {"": read_idx(unpacked(file.read_bytes()), str(file)).numpy()}
 
 
 def to_images(array: np.ndarray, name: str) -> Tensor:
@@ -138,7 +135,10 @@ def to_images(array: np.ndarray, name: str) -> Tensor:
     elif array.ndim == 4 and shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or shape[1] not in (1, 3):
-        raise UserError(f"{name} has the shape {shape}; images must be {SHAPES}.")
+        raise UserError(
+            f"{name} has the shape {shape}; images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 "
+            "channels, or (N, H * W) of squares."
+        )
     if array.dtype != np.uint8:
         low, high = (array.min(), array.max()) if array.dtype.kind in "biuf" else (math.nan, math.nan)
         scale = 255 if array.dtype.kind in "bf" and high <= 1 else 1

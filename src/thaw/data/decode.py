@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -36,6 +36,7 @@ from thaw.run.values import Count, Positive
 log = logging.getLogger(__name__)
 DECODE_FORMAT = 2  # part of every key
 CHUNK = 64  # pictures that a thread takes at once
+Content: TypeAlias = Callable[[int], bytes]  # gets the number of a file, returns what is in it
 Answer = TypeVar("Answer")
 
 
@@ -64,17 +65,11 @@ class DecodedData(ImageDataModule):
     max_gb: Positive
 
     def decode(
-        self,
-        files: Sequence[ListedFile],
-        content: Callable[[int], bytes],
-        classes: Sequence[str],
-        name: str,
-        **facts: Any,
+        self, files: Sequence[ListedFile], content: Content, classes: Sequence[str], name: str, **facts: Any
     ) -> Source:
         """The images of listed files by split; prints what is left out, and how splits are made.
 
         Args:
-            content: gets the number of a file, returns what is in it.
             classes: in the order of the labels; a file has one of them as its label.
             name: of the dataset.
             facts: what else distinguishes the pictures from those of another dataset, as values of JSON.
@@ -100,11 +95,7 @@ class DecodedData(ImageDataModule):
         return Source(train, val, test, classes, name)
 
     def decode_once(
-        self,
-        files: Sequence[ListedFile],
-        content: Callable[[int], bytes],
-        shares: Mapping[str, float],
-        facts: Mapping[str, Any],
+        self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], facts: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, list[int]], list[str]]:
         """Decode files, or open what an earlier run has decoded of them.
 
@@ -112,13 +103,13 @@ class DecodedData(ImageDataModule):
         this order), and lines for the user.
         """
         shape = len(files), self.channels, self.image_size, self.image_size
-        gigabytes = math.prod(shape) / 1e9
+        size, gigabytes = " x ".join(map(str, shape[1:])), math.prod(shape) / 1e9
         if gigabytes > self.max_gb:
             fits = math.isqrt(int(self.max_gb * 1e9 / (len(files) * self.channels)))
             raise UserError(
-                f"{len(files):,} images of {self.channels} x {self.image_size} x {self.image_size} take "
-                f"{gigabytes:.3g} GB, more than data.max_gb={self.max_gb:g}. Set data.max_gb or cache.max_gb to "
-                f"{math.ceil(gigabytes)} or more{f', or data.image_size to at most {fits}' if fits else ''}."
+                f"{len(files):,} images of {size} take {gigabytes:.3g} GB, more than data.max_gb={self.max_gb:g}. Set "
+                f"data.max_gb or cache.max_gb to {math.ceil(gigabytes)} or more"
+                f"{f', or data.image_size to at most {fits}' if fits else ''}."
             )
         facts = {"format": DECODE_FORMAT, "shape": [*shape], "skips": self.skip_unreadable, **shares, **facts}
         facts["files"] = hashlib.sha256(repr(files).encode()).hexdigest()
@@ -127,7 +118,8 @@ class DecodedData(ImageDataModule):
             folder, started, how = Path(self.cache_dir).expanduser() / "images", time.monotonic(), "reused"
             store = TensorStore(folder, self.max_gb * 1e9)
             try:
-                if (images := store.read(key, facts, whole=False)) is None:
+                images = store.read(key, facts, whole=False)
+                if images is None:
                     with store.lock(key):
                         images = store.read(key, facts, whole=False)  # another run may just have written it
                         if images is None:
@@ -140,26 +132,21 @@ class DecodedData(ImageDataModule):
             except OSError as error:
                 raise UserFileError(
                     f"data.cache_dir={folder} cannot hold {gigabytes:.3g} GB of decoded images "
-                    f"({error.strerror or error}). Free some space, or set cache.dir or data.cache_dir to another "
-                    "folder."
+                    f"({error.strerror or error}). Free some space, or set cache.dir or data.cache_dir to another one."
                 ) from error
-            size = f"{self.channels} x {self.image_size} x {self.image_size}, {gigabytes * 1000:,.0f} MB"
-            rank_zero_only(say)(f"decoded images: {len(files):,} of {size} in {folder} ({how})")
+            place = f"{gigabytes * 1000:,.0f} MB in {folder} ({how})"
+            rank_zero_only(say)(f"decoded images: {len(files):,} of {size}, {place}")
             while len(KNOWN) > 2:
                 KNOWN.pop(next(iter(KNOWN)))
         images, known = KNOWN[key]
         return images[: sum(map(len, known["order"].values()))], known["order"], known["lines"]
 
     def decode_all(
-        self,
-        files: Sequence[ListedFile],
-        content: Callable[[int], bytes],
-        shares: Mapping[str, float],
-        target: Tensor,
+        self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], target: Tensor
     ) -> dict[str, Any]:
         """Fill `target` (N, C, S, S) split by split; its end stays empty where files cannot be read.
 
-        Returns what is to be known of the images.
+        Returns the order and the lines of `decode_once`.
         """
         array, names = target.numpy(), [file.name for file in files]
 
@@ -167,43 +154,32 @@ class DecodedData(ImageDataModule):
             return hashlib.sha256(content(number)).hexdigest()
 
         def decode(number: int) -> list[str]:
-            picture, found = open_picture(content(number), names[number], 2 * self.image_size)
+            picture, doubts = open_picture(content(number), names[number], 2 * self.image_size)
             array[rows[number]] = fit_photo(picture, self.channels, self.image_size)
-            return [*found, *shape_doubts(picture)]
+            return [*doubts, *shape_doubts(picture)]
 
         hashes, unreadable = in_threads(content_hash, range(len(files)), names, "reading pictures")
-        self.check_readable(unreadable, len(files))
         order, lines = split_files(files, shares, hashes)
         rows = {number: row for row, number in enumerate(chain(*order.values()))}
         found, errors = in_threads(decode, [*rows], names, "decoding pictures")
-        reasons = self.check_readable(unreadable | errors, len(files))
         kept = [number for number in rows if number in found]
         for row, number in enumerate(kept):
             if row < rows[number]:
                 array[row] = array[rows[number]]  # close the gap
-        doubts: dict[str, list[str]] = defaultdict(list)
+        doubtful: dict[str, list[str]] = defaultdict(list)
         for number in sorted(kept):
             for doubt in found[number]:
-                doubts[doubt].append(names[number])
-        lines += [f"{some(which)}: {doubt}" for doubt, which in doubts.items()]
-        if reasons:
+                doubtful[doubt].append(names[number])
+        lines += [f"{some(which)}: {doubt}" for doubt, which in doubtful.items()]
+        if reasons := [error for _, error in sorted((unreadable | errors).items())]:
+            if not self.skip_unreadable:
+                raise UserError(
+                    f"{len(reasons)} of {plural(len(files), 'picture')} cannot be read: {some(reasons, '; ')}. Replace "
+                    "or remove them, or set data.skip_unreadable=true to leave them out."
+                )
             lines.append(f"left out {plural(len(reasons), 'picture')} that cannot be read: {some(reasons, '; ')}")
-        content_of_all = [self.channels, self.image_size, *(hashes[number] for number in kept)]
-        return {
-            "sha256": hashlib.sha256(json.dumps(content_of_all).encode()).hexdigest(),
-            "order": {split: [number for number in part if number in found] for split, part in order.items()},
-            "lines": lines,
-        }
-
-    def check_readable(self, errors: Mapping[int, str], count: int) -> list[str]:
-        """What cannot be read, in the order of the files; a UserError names it, unless it is to be left out."""
-        reasons = [error for _, error in sorted(errors.items())]
-        if reasons and not self.skip_unreadable:
-            raise UserError(
-                f"{len(reasons)} of {plural(count, 'picture')} cannot be read: {some(reasons, '; ')}. Replace or "
-                "remove them, or set data.skip_unreadable=true to leave them out."
-            )
-        return reasons
+        order = {split: [number for number in part if number in found] for split, part in order.items()}
+        return {"order": order, "lines": lines}
 
 
 def in_threads(

@@ -58,15 +58,11 @@ def check_source(source: Source) -> None:
     """
     for split in ("train", "val", "test"):
         images, labels = getattr(source, split)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+        if not fits or images.shape[1:] != source.shape:
             raise UserError(
-                f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; they must be uint8 "
-                "(N, 1, H, W) or (N, 3, H, W)."
-            )
-        if images.shape[1:] != source.shape:
-            raise UserError(
-                f"The {split} images of {source.title} have the shape {tuple(images.shape[1:])} and its training "
-                f"images {source.shape}; bring all to one shape."
+                f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; all images must be "
+                f"uint8 (N, 1, H, W) or (N, 3, H, W), of one shape (training: {source.shape})."
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise UserError(

@@ -51,11 +51,11 @@ class TorchvisionData(DecodedData):
             UserError: there is no such dataset, it takes no such argument, or it does not give classes.
             UserFileError: its files are not there; UnreachableError: nor can they be downloaded.
         """
-        known = {name: each for name, each in vars(torchvision.datasets).items() if isinstance(each, type)}
-        if self.name is None or self.name not in known or not issubclass(known[self.name], VisionDataset):
-            near = did_you_mean(nearest_word(str(self.name), known))
+        known = getattr(torchvision.datasets, str(self.name), None)
+        if self.name is None or not (isinstance(known, type) and issubclass(known, VisionDataset)):
+            near = did_you_mean(nearest_word(str(self.name), torchvision.datasets.__all__))
             raise UserError(f"data.name={self.name} is not one of torchvision's datasets, such as CIFAR10{near}")
-        datasets = self.open_splits(known[self.name])
+        datasets = self.open_splits(known)
         title = " ".join([self.name, *(value for value in self.options.values() if isinstance(value, str))])
         classes = class_names_of(datasets["train"])
         if all(isinstance(getattr(each, "data", None), np.ndarray | Tensor) for each in datasets.values()):
