@@ -83,7 +83,7 @@ def test_plain_parquet_files_with_names_for_labels(read: Read, tmp_path: Path, c
     assert (
         "splits: test takes 20% of each class in train; val takes 10% of each class in train" in capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match=r"no column image or img; set data\.image_column to one of picture, kind"):
+    with pytest.raises(ValueError, match=r"no column image; set data\.image_column to one of picture, kind"):
         read()
     with pytest.raises(ValueError, match=r"no column kinds; set data\.label_column to one of picture, kind"):
         read(image_column="picture", label_column="kinds")

@@ -36,7 +36,8 @@ class ArrayData(ImageDataModule):
         path: .npz, .npy, .csv or IDX (packed or not), or a folder of them. The words in the names of files and of an
             .npz's arrays say what an array is: `x_train`, `test_labels.npy`, `mnist_test.csv`, `images`, `labels`.
         classes: names in the order of the labels; None stands for the numbers.
-        val_share, test_share: of each class of the training images, where that split is missing.
+        val_share, test_share: of each class of the training images, where that split is missing; see
+            `thaw.data.splits.split_images`.
     """
 
     path: str | None
@@ -45,11 +46,6 @@ class ArrayData(ImageDataModule):
     test_share: SplitShare
 
     def read(self) -> Source:
-        """See `thaw.data.splits.split_images` for splits that are missing.
-
-        Raises:
-            UserError: names the file or array, what was found there and what is allowed.
-        """
         if self.path is None:
             raise UserError("data.path is missing: set it to an .npz, .npy, .csv or IDX file, or to a folder of them.")
         path = Path(self.path).expanduser()
@@ -120,11 +116,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
 
 def to_images(array: np.ndarray, name: str) -> Tensor:
-    """Images uint8 (N, C, H, W) of an array of a usual shape, of whole numbers to 255 or of fractions from 0 to 1.
-
-    Raises:
-        UserError: names the array, its shape or values, and what is allowed.
-    """
+    """Images uint8 (N, C, H, W) of an array of a usual shape; a UserError names another and what is allowed."""
     shape = array.shape
     if 0 in shape:
         raise UserError(f"{name} has the shape {shape}: it holds no images.")

@@ -21,10 +21,10 @@ FLOATS_AT_ONCE = 2**18  # pixels of a CPU's chunk: as floats they stay in its ca
 class Augment(nn.Module):
     """uint8 (B, C, H, W) -> uint8 (B, C, H, W), each image transformed on its own; C is 1 or 3.
 
-    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. Of these last the
-    affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
-    interpolated once. A setting of 0 switches its transform off, as does a crop_area of 1. The affine map alone runs
-    about 2.4 times as fast as kornia's RandomAffine on two CPU threads (benchmarks/once.md).
+    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. The affine map and
+    elastic displacement (Simard et al. 2003, section 2) are one sampling grid. A setting of 0 switches its transform
+    off, as does a crop_area of 1. The affine map alone runs about 2.4 times as fast as kornia's RandomAffine on two CPU
+    threads (benchmarks/once.md).
 
     Args:
         flip: probability that left and right are exchanged.

@@ -49,7 +49,7 @@ class DecodedData(ImageDataModule):
 
     Args:
         image_size: S, pixels; the central square of each picture is kept at C x S x S.
-        channels: C, 3 for RGB, 1 for grey.
+        channels: C.
         val_share, test_share: of the training pictures, where that split is missing.
         skip_unreadable: leave out what cannot be read; otherwise it is an error.
         cache_dir, max_gb: decoded images are kept in `cache_dir`/images, of at most this size in all, in 1e9 bytes;
@@ -73,10 +73,6 @@ class DecodedData(ImageDataModule):
             classes: in the order of the labels; a file has one of them as its label.
             name: of the dataset.
             facts: what else distinguishes the pictures from those of another dataset, as values of JSON.
-
-        Raises:
-            UserError: unreadable pictures, a split without any, or images larger than `max_gb`.
-            UserFileError: `cache_dir` cannot be used.
         """
         uses, shares = plan_splits({file.split for file in files}, self.val_share, self.test_share, name)
         files = [file._replace(split=uses.get(file.split, "train")) for file in files]

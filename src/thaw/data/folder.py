@@ -28,12 +28,6 @@ class FolderData(DecodedData):
     table: str | None
 
     def read(self) -> Source:
-        """See `DecodedData.decode`.
-
-        Raises:
-            UserError: fewer than two classes, or a table without what is needed.
-            UserFileError: the folder, or the table, cannot be read.
-        """
         if self.dir is None:
             raise UserError("data.dir is missing: set it to a folder that holds a folder of pictures for each class.")
         folder = Path(self.dir).expanduser()

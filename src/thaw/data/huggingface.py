@@ -1,7 +1,7 @@
 """Datasets of the Hugging Face hub, or a folder of parquet files in their form, decoded once to one size."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,19 +34,21 @@ class HuggingFaceData(DecodedData):
     label_column: str | None
 
     def read(self) -> Source:
-        """See `DecodedData.decode`.
-
-        Raises:
-            UserError: the library is not installed, or the dataset has no images with labels of classes.
-            UnreachableError: it is neither on this machine nor can be downloaded.
-        """
         if self.name is None:
             raise UserError("data.name is missing: set it to a dataset of the hub or to a folder of parquet files.")
         splits = {SPLIT_WORDS[word]: rows for word, rows in self.load_splits(self.name).items() if word in SPLIT_WORDS}
         if "train" not in splits:
             raise UserError(f"data.name={self.name} has no split train; name a dataset that has one.")
-        image = self.column("image_column", self.image_column, ("image", "img"), splits["train"])
-        label = self.column("label_column", self.label_column, ("label", "labels", "fine_label"), splits["train"])
+        columns = splits["train"].column_names
+        image = self.image_column or next((name for name in ("image", "img") if name in columns), "image")
+        label = self.label_column or next(
+            (name for name in ("label", "labels", "fine_label") if name in columns), "label"
+        )
+        for key, name in (("image_column", image), ("label_column", label)):
+            if name not in columns:
+                raise UserError(
+                    f"data.name={self.name} has no column {name}; set data.{key} to one of {', '.join(columns)}."
+                )
         if hidden := [split for split, rows in splits.items() if {*rows.unique(label)} <= {-1, None}]:
             rank_zero_only(say)(f"{self.name}: passed over {', '.join(hidden)}, whose labels are not published")
         labels = {split: rows[label][:] for split, rows in splits.items() if split not in hidden}
@@ -76,16 +78,6 @@ class HuggingFaceData(DecodedData):
         title = path.resolve().name if path.is_dir() else self.name
         prints = [rows._fingerprint for rows in parts]  # of their content and of all that was done to them
         return self.decode(files, content, classes, title, prints=prints)
-
-    def column(self, key: str, wanted: str | None, usual: Sequence[str], rows: Any) -> str:
-        """The name of a column."""
-        for name in [wanted] if wanted else usual:
-            if name in rows.column_names:
-                return name
-        raise UserError(
-            f"data.name={self.name} has no column {wanted or ' or '.join(usual)}; set data.{key} to one of "
-            f"{', '.join(rows.column_names)}."
-        )
 
     def load_splits(self, name: str) -> Mapping[str, Any]:
         """The splits of a local folder or of the hub; where that is out of reach, of what was downloaded before."""

@@ -174,7 +174,12 @@ class ImageDataModule(LightningDataModule):
         self.resume_at = NOT_RESUMED
 
     def read(self) -> Source:
-        """The images of this source in their splits; called once."""
+        """The images of this source in their splits; called once.
+
+        Raises:
+            UserError: names the setting, file or array that cannot work; UserFileError one that cannot be read, and
+                UnreachableError one that cannot be downloaded.
+        """
         raise NotImplementedError
 
     def prepare_data(self) -> None:

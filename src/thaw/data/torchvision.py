@@ -2,7 +2,6 @@
 
 import inspect
 import io
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,6 @@ class TorchvisionData(DecodedData):
     options: dict[str, Any]
 
     def read(self) -> Source:
-        """Open the dataset's splits, and take or decode their images.
-
-        Raises:
-            UserError: there is no such dataset, it takes no such argument, or it does not give classes.
-            UserFileError: its files are not there; UnreachableError: nor can they be downloaded.
-        """
         known = getattr(torchvision.datasets, str(self.name), None)
         if self.name is None or not (isinstance(known, type) and issubclass(known, VisionDataset)):
             near = did_you_mean(nearest_word(str(self.name), torchvision.datasets.__all__))
@@ -74,8 +67,7 @@ class TorchvisionData(DecodedData):
             picture = dataset[index][0]
             if isinstance(picture, Path):
                 return picture.read_bytes()
-            buffer = io.BytesIO()
-            picture.save(buffer, "TIFF")
+            picture.save(buffer := io.BytesIO(), "TIFF")
             return buffer.getvalue()
 
         place = str(Path(self.dir).expanduser().resolve())
@@ -128,9 +120,10 @@ class TorchvisionData(DecodedData):
 def class_names_of(dataset: Any) -> list[str]:
     """The names of its classes, made different where two are the same; none if it names none."""
     found = getattr(dataset, "classes", None) or getattr(dataset, "categories", [])
-    names = [", ".join(name) if isinstance(name, tuple) else str(name) for name in found]  # ImageNet has synonyms
-    count = Counter(names)  # and two kinds of crane
-    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(names)]
+    names = [
+        ", ".join(name) if isinstance(name, tuple) else str(name) for name in found
+    ]  # ImageNet has synonyms, and two cranes
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
 def images_of(dataset: Any, place: str) -> Images:
