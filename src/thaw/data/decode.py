@@ -123,8 +123,6 @@ class DecodedData(ImageDataModule):
                             store.commit(key, facts, images, self.decode_all(files, content, shares, images))
                             how = f"{time.monotonic() - started:.1f} s"
                 KNOWN[key] = images, read_json(store.path(key).with_suffix(".json"))
-            except UserError:
-                raise
             except OSError as error:
                 raise UserFileError(
                     f"data.cache_dir={folder} cannot hold {gigabytes:.3g} GB of decoded images "

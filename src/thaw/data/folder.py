@@ -67,11 +67,10 @@ def list_folder(folder: Path) -> list[ListedFile]:
             folders.clear()
             continue
         seen.add(real)
-        strays += [prefix + name for name in folders if name.startswith(".")]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders.sort()
         for name in sorted(names):
             split, *parts = (prefix + name if has_splits else f"/{prefix}{name}").split("/")
-            is_picture = name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+            is_picture = name.lower().endswith(PICTURE_SUFFIXES) and "/." not in f"/{prefix}{name}"
             if is_picture and len(parts) > 1 and (split in SPLIT_WORDS or not has_splits):
                 files.append(list_file(folder, prefix + name, parts[0], SPLIT_WORDS.get(split, "")))
             else:
@@ -107,13 +106,11 @@ def list_table(table: Path, folder: Path) -> list[ListedFile]:
         ) from error
     files = []
     for number, row in enumerate(rows, start=1):
-        if missing := [column for column in ("file", "label") if row.get(column) in (None, "")]:
+        lacks = any(row.get(column) in (None, "") for column in ("file", "label"))
+        if lacks or row.get("split", "train") not in SPLIT_WORDS:
             raise UserError(
-                f"data.table={table}: row {number} has no {missing[0]}; its columns are {', '.join(map(str, row))}, "
-                "and file, label and perhaps split are needed."
+                f"data.table={table}: row {number} is {row}; it must have a file, a label and, if there is a column "
+                "split, train, val or test there."
             )
-        split = row.get("split", "")
-        if "split" in row and split not in SPLIT_WORDS:
-            raise UserError(f"data.table={table}: row {number} has the split {split!r}; it must be train, val or test.")
-        files.append(list_file(folder, str(row["file"]), str(row["label"]), SPLIT_WORDS.get(split, "")))
+        files.append(list_file(folder, str(row["file"]), str(row["label"]), SPLIT_WORDS.get(row.get("split", ""), "")))
     return files
