@@ -69,8 +69,8 @@ def check_source(source: Source) -> None:
                 f"The {split} labels of {source.title} are {labels.dtype} {tuple(labels.shape)}; they must be int64 "
                 f"({len(images)},), one for each image."
             )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(source.classes):
-            wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+        wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+        if len(wrong):
             raise UserError(
                 f"The {split} split of {source.title} has the label {int(wrong[0])}, but its {len(source.classes)} "
                 f"classes have the labels 0 to {len(source.classes) - 1}; correct the labels, or name all classes."
