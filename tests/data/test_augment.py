@@ -295,7 +295,7 @@ def test_floats_are_transformed_as_integers_are_and_pass_gradients_on(name: str,
     settings = compose_config("train", f"augment={name}").augment
     results = []
     pixels = (photos / 255).requires_grad_()
-    for transform, images in ((instantiate(settings), photos), (instantiate(settings).transform, pixels)):
+    for transform, images in ((instantiate(settings), photos), (instantiate(settings), pixels)):
         torch.manual_seed(0)
         results.append(transform(images))
     assert results[0].dtype == torch.uint8

@@ -1,11 +1,12 @@
 """Files decoded once: equal to decoding each anew, whole or not at all, and what happens where the disk fails."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from thaw.data import decode
-from thaw.data.decode import Order, PictureFiles, decode_once
+from thaw.data.decode import DecodedData
 from thaw.data.pictures import fit_photo
+from thaw.data.splits import ListedFile
 from thaw.data.store import KNOWN, TensorStore, tensors_sha256
 
 SIZE = 6
@@ -40,46 +42,57 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def files(folder: Path, skip_unreadable: bool = False, **facts: Any) -> PictureFiles:
-    """All of a folder, of which the even numbers are trained on and the odd ones, backwards, tested on."""
-    names = sorted(path.name for path in folder.iterdir())
+Decoded: TypeAlias = tuple[Tensor, dict[str, list[int]], list[str]]
 
-    def arrange(hashes: Any) -> tuple[Order, list[str]]:
-        even, odd = ([number for number in hashes if number % 2 == rest] for rest in (0, 1))
-        return {"train": even, "test": odd[::-1]}, ["a line"]
+
+def listed(folder: Path) -> list[ListedFile]:
+    """All of a folder: the even numbers are trained on and the odd ones tested on."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [ListedFile(name, "any", ("train", "test")[number % 2]) for number, name in enumerate(names)]
+
+
+def decoded(
+    folder: Path, cache: Path, files: list[ListedFile] | None = None, changed: int = 0, **settings: Any
+) -> Decoded:
+    """What the settings make of the files, `changed` being a fact about them."""
+    batches = {"train_size": None, "batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "seed": 0}
+    batches |= {"class_weights": None, "sampler": "shuffled", "reader": "photo"}
+    pictures = {"image_size": SIZE, "channels": 3, "val_share": 0.1, "test_share": 0.1, "max_gb": 1.0}
+    pictures |= {"skip_unreadable": False, "cache_dir": str(cache)}
+    files = files or listed(folder)
 
     def content(number: int) -> bytes:
-        return (folder / names[number]).read_bytes()
+        return (folder / files[number].name).read_bytes()
 
-    return PictureFiles(names, content, {"names": names, **facts}, arrange, skip_unreadable)
-
-
-def decoded(folder: Path, cache: Path, max_gb: float = 1.0, **options: Any) -> tuple[Tensor, Order, list[str]]:
-    return decode_once(files(folder, **options), 3, SIZE, cache, max_gb)
+    data = DecodedData(**batches | pictures | settings)
+    return data.decode_once(files, content, {}, {"changed": changed})
 
 
-def anew(folder: Path, order: Order) -> Tensor:
+def anew(folder: Path, order: dict[str, list[int]]) -> Tensor:
     names = sorted(path.name for path in folder.iterdir())
     numbers = [number for part in order.values() for number in part]
     return torch.tensor(np.stack([fit_photo(Image.open(folder / names[number]), 3, SIZE) for number in numbers]))
 
 
 def entries(cache: Path) -> list[str]:
-    return sorted(path.suffix for path in cache.iterdir() if path.suffix != ".lock")
+    return sorted(path.suffix for path in (cache / "images").iterdir() if path.suffix != ".lock")
 
 
 def test_images_are_those_of_the_files_in_the_order_wanted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, order, lines = decoded(folder, tmp_path / "cache")
-    assert order == {"train": [*range(0, 150, 2)], "test": [*range(149, 0, -2)]} and lines == ["a line"]
+    hashes = [hashlib.sha256((folder / file.name).read_bytes()).hexdigest() for file in listed(folder)]
+    for split, start in (("train", 0), ("test", 1)):
+        assert order[split] == sorted(range(start, 150, 2), key=hashes.__getitem__)
+    assert not order["val"] and not lines
     assert torch.equal(images, anew(folder, order)) and entries(tmp_path / "cache") == [".json", ".npy"]
     assert "decoded images: 150 of 3 x 6 x 6" in capsys.readouterr().out
     KNOWN.clear()  # as in another run
     monkeypatch.setattr(Path, "read_bytes", None)
     again, order_again, lines_again = decoded(folder, tmp_path / "cache")
     assert torch.equal(again, images) and order_again == order and lines_again == lines
-    assert f"in {tmp_path / 'cache'} (reused)" in capsys.readouterr().out
+    assert f"in {tmp_path / 'cache' / 'images'} (reused)" in capsys.readouterr().out
     assert decoded(folder, tmp_path / "cache")[0].data_ptr() == again.data_ptr()  # the next job of a sweep
     assert not capsys.readouterr().out
 
@@ -87,8 +100,8 @@ def test_images_are_those_of_the_files_in_the_order_wanted(
 def test_other_facts_settings_or_files_are_other_images(folder: Path, tmp_path: Path) -> None:
     decoded(folder, tmp_path / "cache")
     decoded(folder, tmp_path / "cache", changed=1)
-    decode_once(files(folder), 1, SIZE, tmp_path / "cache", 1.0)
-    decode_once(files(folder), 3, SIZE + 1, tmp_path / "cache", 1.0)
+    decoded(folder, tmp_path / "cache", channels=1)
+    decoded(folder, tmp_path / "cache", image_size=SIZE + 1)
     assert len(entries(tmp_path / "cache")) == 8
 
 
@@ -101,7 +114,7 @@ def test_runs_that_start_together_decode_once(folder: Path, tmp_path: Path, monk
         monkeypatch.setattr(TensorStore, "lock", lock)
         decoded(folder, tmp_path / "cache")
         KNOWN.clear()
-        monkeypatch.setattr(decode, "decode_all", None)
+        monkeypatch.setattr(DecodedData, "decode_all", None)
         with lock(store, key):
             yield
 
@@ -165,12 +178,12 @@ def test_only_ten_are_named(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanishes_before_it_is_read(folder: Path, tmp_path: Path) -> None:
-    wanted = files(folder)
+    files = listed(folder)
     (folder / "005.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 150 pictures cannot be read: 005.png cannot be read \(No such file"):
-        decode_once(wanted, 3, SIZE, tmp_path / "cache", 1.0)
+        decoded(folder, tmp_path / "cache", files)
     assert entries(tmp_path / "cache") == []
-    images, order, lines = decode_once(wanted._replace(skip_unreadable=True), 3, SIZE, tmp_path / "cache", 1.0)
+    images, order, lines = decoded(folder, tmp_path / "cache", files, skip_unreadable=True)
     assert len(images) == 149 and 5 not in order["test"] and "left out 1 picture that cannot be read" in lines[-1]
 
 
@@ -194,7 +207,7 @@ def test_images_that_are_too_large_are_refused_with_what_fits(folder: Path, tmp_
     ):
         decoded(folder, tmp_path / "cache", max_gb=1e-5)
     assert not (tmp_path / "cache").exists()
-    decode_once(files(folder), 3, fits, tmp_path / "cache", 1e-5)
+    decoded(folder, tmp_path / "cache", image_size=fits, max_gb=1e-5)
 
 
 def full(*_: Any) -> None:
@@ -214,7 +227,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(
 def test_a_folder_that_cannot_be_made_is_an_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OSError, match=r"data.cache_dir=.*images cannot hold .* \(Not a directory\)"):
-        decoded(folder, tmp_path / "cache" / "images")
+        decoded(folder, tmp_path / "cache")
 
 
 def test_a_folder_that_cannot_be_written_is_still_read(
@@ -239,7 +252,7 @@ def test_an_interrupted_run_leaves_nothing(folder: Path, tmp_path: Path, monkeyp
 
 def test_damaged_images_are_decoded_again(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, order, _ = decoded(folder, tmp_path / "cache")
-    [path] = (tmp_path / "cache").glob("*.npy")
+    [path] = (tmp_path / "cache" / "images").glob("*.npy")
     KNOWN.clear()
     os.truncate(path, path.stat().st_size - 1)
     again, _, _ = decoded(folder, tmp_path / "cache")

@@ -189,10 +189,10 @@ def test_a_table_without_splits_and_with_numbers_as_labels(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"name,label\nx.png,ant\n", "row 1 has no file; its columns are name, label, and file, label"),
-        (b"file,label\nx.png,ant\ny.png,\n", "row 2 has no label"),
-        (b"file,label,split\nx.png,ant,dev\n", "row 1 has the split 'dev'; it must be train, val or test"),
-        (b"file,label\n\xff\xfe.png,ant\n", "is neither CSV in UTF-8 nor parquet"),
+        (b"name,label\nx.png,ant\n", "row 1 is {'name': 'x.png', 'label': 'ant'}; it must have a file"),
+        (b"file,label\nx.png,ant\ny.png,\n", "row 2 is {'file': 'y.png', 'label': ''}; it must have"),
+        (b"file,label,split\nx.png,ant,dev\n", "row 1 is {'file': .*, 'split': 'dev'}; .*train, val or test"),
+        (b"file,label\n\xff\xfe.png,ant\n", "cannot be read .* give CSV in UTF-8, or parquet"),
         (b"", "holds no picture of a class"),
         (None, r"cannot be read \(No such file or directory\)"),
     ],
@@ -208,7 +208,7 @@ def test_tables_that_cannot_work(tmp_path: Path, content: bytes | None, message:
 def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     (tmp_path / "table.parquet").write_bytes(b"file,label\n")
-    with pytest.raises(ValueError, match="is neither CSV in UTF-8 nor parquet"):
+    with pytest.raises(ValueError, match=r"cannot be read .* give CSV in UTF-8, or parquet"):
         read(tmp_path, table=str(tmp_path / "table.parquet"))
 
 
@@ -257,7 +257,7 @@ def test_stray_files_are_passed_over_with_a_line(tmp_path: Path, capsys: pytest.
     for name in (".DS_Store", "ant/Thumbs.db", "bee/notes.txt", "bee/phone.heic"):
         (folder / name).write_bytes(b"other")
     assert sum(sizes(read(folder))) == 20
-    names = ".DS_Store, .hidden, ant/._000.png, ant/Thumbs.db, bee/notes.txt, bee/phone.heic, loose.png"
+    names = ".DS_Store, .hidden/ant.png, ant/._000.png, ant/Thumbs.db, bee/notes.txt, bee/phone.heic, loose.png"
     assert f"passed over 7 files in {folder}, not a picture in a class: {names}\n" in capsys.readouterr().out
 
 

@@ -84,8 +84,8 @@ def test_one_backward_gives_the_gradients_of_two_separate_ones(r1: float) -> Non
     got = gradients(model)
 
     torch.manual_seed(1)
-    real = model.augment.transform(batch.images / 255)
-    fake = model.augment.transform(model.generator(torch.randn(6, 8)))
+    real = model.augment(batch.images / 255)
+    fake = model.augment(model.generator(torch.randn(6, 8)))
     normalize: Callable[[Tensor], Tensor] = lambda x: (x - 0.1307) / 0.3081  # noqa: E731
     score: Callable[[Tensor], Tensor] = lambda x: model.score(model.backbone(normalize(x)))[:, 0]  # noqa: E731
     of_discriminator = [*model.backbone.parameters(), *model.score.parameters()]

@@ -6,7 +6,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +20,12 @@ from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
 WORDS = {  # in the names of files and arrays, and what they say
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing", "t10k"), "test"),
-    **dict.fromkeys(("images", "image", "imgs", "x", "data"), "images"),
-    **dict.fromkeys(("labels", "label", "y", "targets", "target", "class"), "labels"),
+    **dict.fromkeys(("train", "training"), ("split", "train")),
+    **dict.fromkeys(("val", "valid", "validation"), ("split", "val")),
+    **dict.fromkeys(("test", "t10k"), ("split", "test")),
+    **dict.fromkeys(("images", "imgs", "x", "data"), ("kind", "images")),
+    **dict.fromkeys(("labels", "label", "y", "targets"), ("kind", "labels")),
 }
-SHAPES = "(N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels, or (N, H * W) of squares"
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,7 +36,8 @@ class ArrayData(ImageDataModule):
         path: .npz, .npy, .csv or IDX (packed or not), or a folder of them. The words in the names of files and of an
             .npz's arrays say what an array is: `x_train`, `test_labels.npy`, `mnist_test.csv`, `images`, `labels`.
         classes: names in the order of the labels; None stands for the numbers.
-        val_share, test_share: of each class of the training images, where that split is missing.
+        val_share, test_share: of each class of the training images, where that split is missing; see
+            `thaw.data.splits.split_images`.
     """
 
     path: str | None
@@ -47,104 +46,77 @@ class ArrayData(ImageDataModule):
     test_share: SplitShare
 
     def read(self) -> Source:
-        """See `thaw.data.splits.split_images` for splits that are missing.
-
-        Raises:
-            UserError: names the file or array, what was found there and what is allowed.
-        """
         if self.path is None:
             raise UserError("data.path is missing: set it to an .npz, .npy, .csv or IDX file, or to a folder of them.")
         path = Path(self.path).expanduser()
         arrays: dict[str, dict[str, Tensor]] = {"train": {}}
         names: dict[tuple[str, str], str] = {}
-        for name, split, kind, array in find_arrays(path):
+        for name, said, array in find_arrays(path):
+            split, kind = said.get("split", "train"), said["kind"]
             if (split, kind) in names:
                 raise UserError(f"{names[split, kind]} and {name} both hold the {split} {kind}; move one away.")
             names[split, kind] = name
-            arrays.setdefault(split, {})[kind] = (to_images if kind == "images" else to_labels)(array, name)
-        for split, kind in product(arrays, ("images", "labels")):
-            if kind not in arrays[split]:
+            arrays.setdefault(split, {})[kind] = to_images(array, name) if kind == "images" else to_labels(array, name)
+        for split, parts in arrays.items():
+            if missing := {"images", "labels"} - {*parts}:
+                found = ", ".join(names.values()) or "no arrays"
                 raise UserError(
-                    f"data.path={self.path} has no {split} {kind} (found: {', '.join(names.values()) or 'no arrays'}). "
-                    "Name arrays or files x_train, y_train, x_test, y_test or images, labels; a CSV has both."
+                    f"data.path={self.path} has no {split} {min(missing)} (found: {found}). Name arrays or files "
+                    "x_train, y_train, x_test, y_test or images, labels; a CSV has both."
                 )
-            if len(arrays[split][kind]) != len(arrays[split]["images"]):
-                raise UserError(f"{names[split, 'images']} and {names[split, kind]} have different lengths.")
+            if len(parts["images"]) != len(parts["labels"]):
+                raise UserError(f"{names[split, 'images']} and {names[split, 'labels']} have different lengths.")
         splits = {split: Images(**parts) for split, parts in arrays.items()}
         labels = torch.cat([each.labels for each in splits.values()])
-        count = int(labels.max()) + 1 if len(labels) else 0
+        count = int(labels.max()) + 1
         if count > len(labels):
             raise UserError(f"data.path={self.path}: {len(labels)} labels up to {count - 1} are not those of classes.")
         classes = self.classes or [str(label) for label in range(count)]
-        parts = split_images(splits, self.val_share, self.test_share, f"data.path={self.path}")
-        return Source(*parts, classes, path.stem, f"the arrays in {path.name}")
+        train, val, test = split_images(splits, self.val_share, self.test_share, f"data.path={self.path}")
+        return Source(train, val, test, classes, path.stem, f"the arrays in {path.name}")
 
 
-def find_arrays(path: Path) -> Iterator[tuple[str, str, str, np.ndarray]]:
-    """Name, split, kind (images or labels) and content of each array in a file or in the files of a folder."""
+def find_arrays(path: Path) -> Iterator[tuple[str, dict[str, str], np.ndarray]]:
+    """Name, kind and perhaps split, and content of each array of images or labels in a file or a folder's files."""
+    is_folder, file = path.is_dir(), path
     try:
-        is_folder = not path.is_file()
         files = [each for each in path.iterdir() if re.search(ARRAY_FILE, each.name)] if is_folder else [path]
         for file in sorted(files):
-            for key, array in read_arrays(file):
+            for key, array in read_arrays(file).items():
                 words = re.split(r"[\W_]+", f"{key} {file.name if is_folder else ''}".lower())
-                said = [WORDS[word] for word in words if word in WORDS]
-                splits = [word for word in said if word in ("train", "val", "test")] or ["train"]
-                for kind in [word for word in said if word in ("images", "labels")][:1]:
-                    yield f"{file}{f' ({key})' if key else ''}", splits[0], kind, array
-    except OSError as error:
+                said = dict(WORDS[word] for word in reversed(words) if word in WORDS)  # the first word of a sort counts
+                if "kind" in said:
+                    yield f"{file}{f' ({key})' if key else ''}", said, array
+    except UserError:
+        raise
+    except (OSError, ValueError, IndexError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise UserFileError(
-            f"data.path={path} cannot be read ({error.strerror or error}); set it to an .npz, .npy, .csv or IDX file, "
-            "or to a folder of such files."
+            f"{file} cannot be read ({reason}); data.path must be an .npz, .npy, .csv or IDX file of plain numbers, or "
+            "a folder of them."
         ) from error
 
 
-def read_arrays(file: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The arrays of a file by their keys; nothing in it is run as code."""
-    try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                yield from arrays.items()
-        elif file.suffix == ".npy":
-            yield "", np.load(file, allow_pickle=False)
-        elif file.suffix == ".csv":
-            yield from read_pixel_table(file).items()
-        else:
-            yield "", read_idx(unpacked(file.read_bytes()), str(file)).numpy()
-    except UserError:
-        raise
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error):
-            error = ValueError("it holds Python objects, which may run code; save plain arrays of numbers")
-        raise UserError(f"{file} cannot be read: {error}.") from error
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file by their keys; nothing in it is run as code.
 
-
-def read_pixel_table(file: Path) -> dict[str, np.ndarray]:
-    """Images (N, H * W) and labels (N,) of a CSV file, with or without a header.
-
-    The labels are in the column that the header calls `label`, `class`, `y` or the like, else in the first one, if the
-    other columns make a square.
+    A row of a CSV file is a label and the pixels of an image; its first line may be a header.
     """
-    with file.open(encoding="utf-8-sig") as lines:
-        header = [cell.strip('" ').lower() for cell in lines.readline().strip().split(",")]
-    has_header = not all(re.fullmatch(r"[-+.\de]+", cell) for cell in header)
-    table = np.loadtxt(
-        file, np.float32, delimiter=",", skiprows=int(has_header), ndmin=2, quotechar='"', encoding="utf-8-sig"
-    )
-    if not table.size:
-        raise ValueError("it has no row of numbers")
-    column = next((number for number, cell in enumerate(header) if WORDS.get(cell) == "labels"), 0)
-    if WORDS.get(header[column]) != "labels" and math.isqrt(len(header)) ** 2 == len(header):
-        return {"images": table}
-    return {"images": np.delete(table, column, axis=1), "labels": table[:, column]}
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    if file.suffix == ".npy":
+        return {"": np.load(file, allow_pickle=False)}
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8-sig") as lines:
+            header = int(not lines.read(1).isdigit())
+        table = np.loadtxt(file, np.float32, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
+        return {"images": table[:, 1:], "labels": table[:, 0]}
+    return {"": read_idx(unpacked(file.read_bytes()), str(file)).numpy()}
 
 
 def to_images(array: np.ndarray, name: str) -> Tensor:
-    """Images uint8 (N, C, H, W) of an array of a usual shape, of whole numbers to 255 or of fractions from 0 to 1.
-
-    Raises:
-        UserError: names the array, its shape or values, and what is allowed.
-    """
+    """Images uint8 (N, C, H, W) of an array of a usual shape; a UserError names another and what is allowed."""
     shape = array.shape
     if 0 in shape:
         raise UserError(f"{name} has the shape {shape}: it holds no images.")
@@ -155,7 +127,10 @@ def to_images(array: np.ndarray, name: str) -> Tensor:
     elif array.ndim == 4 and shape[3] in (1, 3):
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or shape[1] not in (1, 3):
-        raise UserError(f"{name} has the shape {shape}; images must be {SHAPES}.")
+        raise UserError(
+            f"{name} has the shape {shape}; images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 "
+            "channels, or (N, H * W) of squares."
+        )
     if array.dtype != np.uint8:
         low, high = (array.min(), array.max()) if array.dtype.kind in "biuf" else (math.nan, math.nan)
         scale = 255 if array.dtype.kind in "bf" and high <= 1 else 1

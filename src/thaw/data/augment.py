@@ -21,10 +21,10 @@ FLOATS_AT_ONCE = 2**18  # pixels of a CPU's chunk: as floats they stay in its ca
 class Augment(nn.Module):
     """uint8 (B, C, H, W) -> uint8 (B, C, H, W), each image transformed on its own; C is 1 or 3.
 
-    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. Of these last the
-    affine map and elastic displacement (Simard et al. 2003, section 2) are one sampling grid, so that pixels are
-    interpolated once. A setting of 0 switches its transform off, as does a crop_area of 1. The affine map alone runs
-    about 2.4 times as fast as kornia's RandomAffine on two CPU threads (benchmarks/once.md).
+    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. The affine map and
+    elastic displacement (Simard et al. 2003, section 2) are one sampling grid. A setting of 0 switches its transform
+    off, as does a crop_area of 1. The affine map alone runs about 2.4 times as fast as kornia's RandomAffine on two CPU
+    threads (benchmarks/once.md).
 
     Args:
         flip: probability that left and right are exchanged.
@@ -79,22 +79,13 @@ class Augment(nn.Module):
         self.is_random = bool(flip or crop_area < 1 or crop_padding or any(self.colours) or self.redraws)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = self.random_crop(images)
+        """Also float pixels of any scale whose background is 0: they are not clamped, and gradients pass through."""
+        x = self.random_crop(images)
         if any(self.colours):
-            size = len(images) if images.is_cuda else max(1, FLOATS_AT_ONCE // images[0].numel())
-            chunks = zip(images.split(size), self.random_factors(images).split(size, dim=1), strict=True)
-            images = torch.cat([to_uint8(recolour(chunk.float(), *factors)) for chunk, factors in chunks])
-        return to_uint8(self.redraw(images.float())) if self.redraws else images
-
-    def transform(self, x: Tensor) -> Tensor:
-        """As `forward`, for float pixels (B, C, H, W) of any scale whose background is 0; gradients pass through.
-
-        Recoloured pixels are not clamped, as their scale is not known.
-        """
-        x = self.random_crop(x)
-        if any(self.colours):
-            x = recolour(x, *self.random_factors(x))
-        return self.redraw(x)
+            size = len(x) if x.is_cuda else max(1, FLOATS_AT_ONCE // x[0].numel())
+            chunks = zip(x.split(size), self.random_factors(x).split(size, dim=1), strict=True)
+            x = torch.cat([as_type_of(recolour(to_floats(chunk), *factors), images) for chunk, factors in chunks])
+        return as_type_of(self.redraw(to_floats(x)), images) if self.redraws else x
 
     def random_crop(self, x: Tensor) -> Tensor:
         """Crop and flip; uint8 stays uint8."""
@@ -214,9 +205,8 @@ def resize_boxes(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     rows, columns = axes
     columns = torch.where(flips[:, None], columns.flip(1), columns)
     grid = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), dim=3)  # (B, H, W, 2)
-    if x.dtype == torch.uint8:
-        return to_uint8(F.grid_sample(x.float(), grid, align_corners=False))
-    return F.grid_sample(x, grid.to(x.dtype), align_corners=False)
+    floats = to_floats(x)
+    return as_type_of(F.grid_sample(floats, grid.to(floats.dtype), align_corners=False), x)
 
 
 def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
@@ -227,8 +217,13 @@ def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
     return brightness * (contrast * (saturation * x + (1 - saturation) * grey) + (1 - contrast) * mean)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    return x.round().clamp(0, 255).to(torch.uint8)
+def to_floats(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.uint8 else x
+
+
+def as_type_of(x: Tensor, images: Tensor) -> Tensor:
+    """Float pixels as those of `images` are: rounded and clamped if these are uint8."""
+    return x.round().clamp(0, 255).to(torch.uint8) if images.dtype == torch.uint8 else x
 
 
 def affine_grid(maps: Tensor, side: int) -> Tensor:

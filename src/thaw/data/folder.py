@@ -2,22 +2,18 @@
 
 import csv
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from thaw.data.decode import some
-from thaw.data.decoded import DecodedData
+from thaw.data.decode import DecodedData
 from thaw.data.images import Source
 from thaw.data.pictures import PICTURE_SUFFIXES
-from thaw.data.splits import ListedFile
-from thaw.run.console import plural, say
+from thaw.data.splits import SPLIT_WORDS, ListedFile
+from thaw.run.console import plural, say, some
 from thaw.run.errors import UserError, UserFileError
-
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,12 +28,6 @@ class FolderData(DecodedData):
     table: str | None
 
     def read(self) -> Source:
-        """See `DecodedData.decode`.
-
-        Raises:
-            UserError: fewer than two classes.
-            UserFileError: the folder, or the table, cannot be read.
-        """
         if self.dir is None:
             raise UserError("data.dir is missing: set it to a folder that holds a folder of pictures for each class.")
         folder = Path(self.dir).expanduser()
@@ -60,51 +50,35 @@ class FolderData(DecodedData):
 def list_folder(folder: Path) -> list[ListedFile]:
     """The pictures in `folder/<class>/**`, or in `folder/<split>/<class>/**` if it has a folder train.
 
-    Prints what it passes over.
-
-    Raises:
-        UserFileError: it cannot be read.
+    Prints what it passes over: hidden files, other suffixes, pictures outside of classes, links in a circle.
     """
-    files: list[ListedFile] = []
-    strays: list[str] = []
+
+    def refuse(error: OSError) -> None:
+        raise UserFileError(
+            f"{error.filename} cannot be read as a folder ({error.strerror}); data.dir must be one."
+        ) from error
+
+    files, strays, seen = [], [], set()
     has_splits = (folder / "train").is_dir()
-    for name in walk(folder, "", frozenset(), strays):
-        split, *parts = name.split("/") if has_splits else ["", *name.split("/")]
-        if len(parts) < 2 or (has_splits and split not in SPLIT_WORDS):
-            strays.append(name)
-        else:
-            files.append(list_file(folder, name, parts[0], SPLIT_WORDS.get(split, "")))
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        prefix = "" if place == str(folder) else f"{os.path.relpath(place, folder)}/"
+        if (real := os.path.realpath(place)) in seen:
+            strays.append(f"{prefix[:-1]} (a link in a circle)")
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            split, *parts = (prefix + name if has_splits else f"/{prefix}{name}").split("/")
+            is_picture = name.lower().endswith(PICTURE_SUFFIXES) and "/." not in f"/{prefix}{name}"
+            if is_picture and len(parts) > 1 and (split in SPLIT_WORDS or not has_splits):
+                files.append(list_file(folder, prefix + name, parts[0], SPLIT_WORDS.get(split, "")))
+            else:
+                strays.append(prefix + name)
     if strays:
-        rank_zero_only(say)(
-            f"passed over {plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(strays)}"
-        )
+        which = f"{plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(sorted(strays))}"
+        rank_zero_only(say)(f"passed over {which}")
     return files
-
-
-def walk(folder: Path, name: str, above: frozenset[tuple[int, int]], strays: list[str]) -> Iterator[str]:
-    """The name of each file at any depth with the suffix of a picture; others, and hidden ones, go to `strays`.
-
-    `name` is the folder's own, and `above` are the folders that it lies in: a link to one of them leads in a circle.
-    """
-    try:
-        status = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserFileError(f"{folder} cannot be read as a folder ({error.strerror}); data.dir must be one.") from error
-    here = status.st_dev, status.st_ino
-    if here in above:
-        strays.append(f"{name} (a link in a circle)")
-        return
-    for entry in entries:
-        place = f"{name}/{entry.name}" if name else entry.name
-        if entry.name.startswith("."):
-            strays.append(place)
-        elif Path(entry).is_dir() if entry.is_symlink() else entry.is_dir():
-            yield from walk(folder / entry.name, place, above | {here}, strays)
-        elif entry.name.lower().endswith(PICTURE_SUFFIXES):
-            yield place
-        else:
-            strays.append(place)
 
 
 def list_file(folder: Path, name: str, label: str, split: str) -> ListedFile:
@@ -116,12 +90,7 @@ def list_file(folder: Path, name: str, label: str, split: str) -> ListedFile:
 
 
 def list_table(table: Path, folder: Path) -> list[ListedFile]:
-    """The pictures that a CSV or parquet file lists.
-
-    Raises:
-        UserError: a column is missing, a row lacks its file or label, or a split is none.
-        UserFileError: it cannot be read.
-    """
+    """The pictures that a CSV or parquet file lists."""
     rows: list[dict[str, Any]]
     try:
         if table.suffix == ".parquet":
@@ -130,21 +99,18 @@ def list_table(table: Path, folder: Path) -> list[ListedFile]:
             rows = pyarrow.parquet.read_table(table).to_pylist()
         else:
             rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
-    except ModuleNotFoundError as error:
-        raise UserError(f"data.table={table} needs pyarrow: pip install pyarrow, or give a CSV file.") from error
-    except OSError as error:
-        raise UserFileError(f"data.table={table} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, csv.Error) as error:  # pyarrow's, and text that is not UTF-8
-        raise UserError(f"data.table={table} is neither CSV in UTF-8 nor parquet ({error}).") from error
+    except (ImportError, OSError, ValueError, csv.Error) as error:  # UnicodeDecodeError and pyarrow's are ValueErrors
+        reason = getattr(error, "strerror", None) or error
+        raise UserFileError(
+            f"data.table={table} cannot be read ({reason}); give CSV in UTF-8, or parquet and pip install pyarrow."
+        ) from error
     files = []
     for number, row in enumerate(rows, start=1):
-        if missing := [column for column in ("file", "label") if row.get(column) in (None, "")]:
+        lacks = any(row.get(column) in (None, "") for column in ("file", "label"))
+        if lacks or row.get("split", "train") not in SPLIT_WORDS:
             raise UserError(
-                f"data.table={table}: row {number} has no {missing[0]}; its columns are {', '.join(map(str, row))}, "
-                "and file, label and perhaps split are needed."
+                f"data.table={table}: row {number} is {row}; it must have a file, a label and, if there is a column "
+                "split, train, val or test there."
             )
-        split = row.get("split", "")
-        if "split" in row and split not in SPLIT_WORDS:
-            raise UserError(f"data.table={table}: row {number} has the split {split!r}; it must be train, val or test.")
-        files.append(list_file(folder, str(row["file"]), str(row["label"]), SPLIT_WORDS.get(split, "")))
+        files.append(list_file(folder, str(row["file"]), str(row["label"]), SPLIT_WORDS.get(row.get("split", ""), "")))
     return files

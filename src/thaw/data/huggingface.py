@@ -1,21 +1,18 @@
 """Datasets of the Hugging Face hub, or a folder of parquet files in their form, decoded once to one size."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 
-from thaw.data.decoded import DecodedData
+from thaw.data.decode import DecodedData
 from thaw.data.images import Source
-from thaw.data.splits import ListedFile
+from thaw.data.splits import SPLIT_WORDS, ListedFile
 from thaw.run.console import say
 from thaw.run.errors import UnreachableError, UserError
-
-HUB_SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
-REACH_SECONDS = 5.0  # seconds without an answer before the hub counts as out of reach
 
 
 @dataclass(kw_only=True, eq=False)
@@ -37,90 +34,68 @@ class HuggingFaceData(DecodedData):
     label_column: str | None
 
     def read(self) -> Source:
-        """See `DecodedData.decode`.
-
-        Raises:
-            UserError: the library is not installed, or the dataset has no images with labels of classes.
-            UnreachableError: it is neither on this machine nor can be downloaded.
-        """
         if self.name is None:
             raise UserError("data.name is missing: set it to a dataset of the hub or to a folder of parquet files.")
-        splits = {HUB_SPLITS[split]: rows for split, rows in self.load_splits(self.name).items() if split in HUB_SPLITS}
+        splits = {SPLIT_WORDS[word]: rows for word, rows in self.load_splits(self.name).items() if word in SPLIT_WORDS}
         if "train" not in splits:
             raise UserError(f"data.name={self.name} has no split train; name a dataset that has one.")
-        image = self.column("image_column", self.image_column, ("image", "img"), splits["train"])
-        label = self.column("label_column", self.label_column, ("label", "labels", "fine_label"), splits["train"])
+        columns = splits["train"].column_names
+        image = self.image_column or next((name for name in ("image", "img") if name in columns), "image")
+        label = self.label_column or next(
+            (name for name in ("label", "labels", "fine_label") if name in columns), "label"
+        )
+        for key, name in (("image_column", image), ("label_column", label)):
+            if name not in columns:
+                raise UserError(
+                    f"data.name={self.name} has no column {name}; set data.{key} to one of {', '.join(columns)}."
+                )
         if hidden := [split for split, rows in splits.items() if {*rows.unique(label)} <= {-1, None}]:
-            say(f"{self.name}: passed over {', '.join(hidden)}, whose labels are not published")
-            splits = {split: rows for split, rows in splits.items() if split not in hidden}
-        labels = {split: rows[label][:] for split, rows in splits.items()}
+            rank_zero_only(say)(f"{self.name}: passed over {', '.join(hidden)}, whose labels are not published")
+        labels = {split: rows[label][:] for split, rows in splits.items() if split not in hidden}
         found = {value for values in labels.values() for value in values}
-        if not (
-            all(type(value) is int and value >= 0 for value in found) or all(type(value) is str for value in found)
-        ):
+        if {*map(type, found)} not in ({int}, {str}) or -1 in found:
             raise UserError(
                 f"data.name={self.name}: the column {label} holds {next(iter(found))!r}; labels must be names, or "
                 "whole numbers from 0. Choose another by data.label_column."
             )
         names = getattr(splits["train"].features[label], "names", None) or {value: str(value) for value in found}
         classes = names if isinstance(names, list) else [names[value] for value in sorted(found)]
+        from datasets import Image, concatenate_datasets
+
+        parts = [splits[split].select_columns(image).cast_column(image, Image(decode=False)) for split in labels]
+        rows = concatenate_datasets(parts)
         files = [
             ListedFile(f"{split} of {self.name}, row {row}", names[value], split)
             for split, values in labels.items()
             for row, value in enumerate(values)
         ]
-        from datasets import Image
-
-        parts = [rows.select_columns(image).cast_column(image, Image(decode=False)) for rows in splits.values()]
-        starts = np.cumsum([0, *map(len, parts)])
 
         def content(number: int) -> bytes:
-            part = int(np.searchsorted(starts, number, side="right")) - 1
-            cell = parts[part][number - int(starts[part])][image]
+            cell = rows[number][image]
             return cell["bytes"] or Path(cell["path"]).read_bytes()
 
-        prints = [rows._fingerprint for rows in splits.values()]  # of their content and of all that was done to them
         path = Path(self.name).expanduser()
-        return self.decode(files, content, classes, path.resolve().name if path.is_dir() else self.name, prints=prints)
-
-    def column(self, key: str, wanted: str | None, usual: Sequence[str], rows: Any) -> str:
-        """The name of a column."""
-        found = next((name for name in ([wanted] if wanted else usual) if name in rows.column_names), None)
-        if found is None:
-            missing = f"column {wanted}" if wanted else f"column called {' or '.join(usual)}"
-            raise UserError(
-                f"data.name={self.name} has no {missing}; set data.{key} to one of {', '.join(rows.column_names)}."
-            )
-        return found
+        title = path.resolve().name if path.is_dir() else self.name
+        prints = [rows._fingerprint for rows in parts]  # of their content and of all that was done to them
+        return self.decode(files, content, classes, title, prints=prints)
 
     def load_splits(self, name: str) -> Mapping[str, Any]:
         """The splits of a local folder or of the hub; where that is out of reach, of what was downloaded before."""
         try:
             import datasets
-            import huggingface_hub
         except ModuleNotFoundError as error:
             raise UserError("data=huggingface needs the library datasets: pip install -e '.[huggingface]'.") from error
         if not sys.stderr.isatty():  # a file would get every state of a bar
             datasets.disable_progress_bars()
-        path, reason = Path(name).expanduser(), ""
+        path = Path(name).expanduser()
         try:
-            if not path.is_dir():
-                try:
-                    huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
-                except (huggingface_hub.errors.HfHubHTTPError, ValueError):
-                    raise
-                except Exception as error:  # of the network: load_dataset would try again for 25 s
-                    reason = str(error)
-                    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
             return datasets.load_dataset(str(path) if path.is_dir() else name, self.subset)
+        except ConnectionError as error:
+            raise UnreachableError(
+                f"data.name={name} was not downloaded to this machine before, and the hub cannot be reached ({error}). "
+                "Download it where there is a network, and set data.name to the folder of its parquet files."
+            ) from error
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            if reason:
-                raise UnreachableError(
-                    f"data.name={name}: the hub cannot be reached ({reason}), and the dataset was not downloaded to "
-                    "this machine before. Download it where there is a network, and set data.name to the folder of its "
-                    "parquet files.",
-                    reason,
-                ) from error
             raise UserError(
                 f"data.name={name} cannot be loaded: {str(error).strip().splitlines()[0]} Set data.name to a dataset "
                 "of the hub or to a folder of parquet files, and data.subset to a configuration if it has several."

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thaw.run.console import some
 from thaw.run.errors import UserError
 
 
@@ -59,23 +60,19 @@ def check_source(source: Source) -> None:
     """
     for split in ("train", "val", "test"):
         images, labels = getattr(source, split)
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)
+        if not fits or images.shape[1:] != source.shape:
             raise UserError(
-                f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; they must be uint8 "
-                "(N, 1, H, W) or (N, 3, H, W)."
-            )
-        if images.shape[1:] != source.shape:
-            raise UserError(
-                f"The {split} images of {source.title} have the shape {tuple(images.shape[1:])} and its training "
-                f"images {source.shape}; bring all to one shape."
+                f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; all images must be "
+                f"uint8 (N, 1, H, W) or (N, 3, H, W), of one shape (training: {source.shape})."
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise UserError(
                 f"The {split} labels of {source.title} are {labels.dtype} {tuple(labels.shape)}; they must be int64 "
                 f"({len(images)},), one for each image."
             )
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(source.classes):
-            wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+        wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+        if len(wrong):
             raise UserError(
                 f"The {split} split of {source.title} has the label {int(wrong[0])}, but its {len(source.classes)} "
                 f"classes have the labels 0 to {len(source.classes) - 1}; correct the labels, or name all classes."
@@ -91,8 +88,7 @@ def absent_classes(source: Source) -> list[str]:
         names = [name for number, name in enumerate(source.classes) if number not in present]
         if present and names:
             these = f"{len(names)} of {len(source.classes)} classes have no {split} images and {effect}"
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            lines.append(f"{source.title}: {these}: {', '.join(names[:5])}{more}")
+            lines.append(f"{source.title}: {these}: {some(names, most=5)}")
     return lines
 
 

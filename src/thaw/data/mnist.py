@@ -26,7 +26,7 @@ from torch import Tensor
 from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.run.console import progress, say
+from thaw.run.console import progress, say, some
 from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.files import atomic
 
@@ -328,9 +328,8 @@ def next_step(directory: Path, dataset: str, missing: Sequence[str]) -> str:
     expected = f"{', '.join(missing)} (packed or not, there, in raw/ or in {dataset}/raw/)"
     if not (held := contents(directory, dataset)):
         return f"Set data.dir to a folder that holds {expected}, or data.mirrors to a reachable one."
-    more = f" and {len(held) - NAMES_SHOWN} more" if len(held) > NAMES_SHOWN else ""
     return (
-        f"data.dir={directory} holds {', '.join(held[:NAMES_SHOWN])}{more}, but not {expected}. Add them, set "
+        f"data.dir={directory} holds {some(held, most=NAMES_SHOWN)}, but not {expected}. Add them, set "
         "data.mirrors to a reachable one, or data.source=sample to take the bundled sample instead. data=folder reads "
         "pictures in folders, data=arrays arrays and CSV files."
     )

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source, absent_classes, check_source
-from thaw.data.store import files_sha256
+from thaw.data.store import decoded_key
 from thaw.run.config import build
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -52,7 +52,7 @@ class ImageDataset(Dataset[Batch]):
 
     def __init__(self, data: Images) -> None:
         self.data = data
-        self.is_mapped = files_sha256(data.images) is not None
+        self.is_mapped = decoded_key(data.images) is not None
         self.features: Tensor | None = None
 
     def __len__(self) -> int:
@@ -100,9 +100,7 @@ class BatchSampler(DistributedSampler):
             if self.weights is None:
                 order = torch.randperm(self.num_images, generator=generator)
             else:
-                draws = torch.rand(
-                    self.num_images, dtype=torch.float64, generator=generator
-                )  # multinomial ends at 2**24
+                draws = torch.rand(self.num_images, dtype=torch.float64, generator=generator)
                 order = torch.searchsorted(self.weights.double().cumsum(0) / self.weights.double().sum(), draws)
         batches = list(order.split(self.batch_size * self.num_replicas))  # one for each step of all ranks together
         if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
@@ -176,7 +174,12 @@ class ImageDataModule(LightningDataModule):
         self.resume_at = NOT_RESUMED
 
     def read(self) -> Source:
-        """The images of this source in their splits; called once."""
+        """The images of this source in their splits; called once.
+
+        Raises:
+            UserError: names the setting, file or array that cannot work; UserFileError one that cannot be read, and
+                UnreachableError one that cannot be downloaded.
+        """
         raise NotImplementedError
 
     def prepare_data(self) -> None:

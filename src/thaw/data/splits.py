@@ -1,21 +1,21 @@
-"""Which files are trained on, validated and tested on, where that is not given: a fixed function of their content."""
+"""Which images are trained on, validated and tested on, where that is not given: a fixed function of their content."""
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, NamedTuple, TypeAlias
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 
-from thaw.data.decode import Order, some
 from thaw.data.images import Images
-from thaw.run.console import plural, say
+from thaw.run.console import plural, say, some
 from thaw.run.errors import UserError
 
 SplitShare: TypeAlias = Annotated[float, Field(gt=0, lt=1, strict=True)]
 SPLITS = ("train", "val", "test")
+SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class ListedFile(NamedTuple):
@@ -56,66 +56,18 @@ def plan_splits(
     return uses, shares
 
 
-def split_images(
-    splits: Mapping[str, Images], val_share: float, test_share: float, place: str
-) -> tuple[Images, Images, Images]:
-    """Train, val and test of images in memory, in their order; what is missing is taken from train by content."""
-    uses, shares = plan_splits(splits, val_share, test_share, place)
-    found = {uses[split]: images for split, images in splits.items()}
-    if shares:
-        train = found["train"]
-        files = [ListedFile("", str(label), "train") for label in train.labels.tolist()]
-        hashes = [hashlib.sha256(image.contiguous().numpy().data).hexdigest() for image in train.images]
-        chosen = choose_splits(files, shares, dict(enumerate(hashes)))
-        for split in ("train", *shares):
-            found[split] = train.take(torch.tensor([chosen[content] == split for content in hashes]))
-    return found["train"], found["val"], found["test"]
+def choose_splits(pairs: Iterable[tuple[str, str]], shares: Mapping[str, float]) -> dict[str, str]:
+    """The split of each content: a share of each class in the order of the hashes, and train for the rest.
 
-
-def split_files(
-    files: Sequence[ListedFile], shares: Mapping[str, float], hashes: Mapping[int, str]
-) -> tuple[Order, list[str]]:
-    """The numbers of the readable files by split, and lines about equal files.
-
-    The classes of a split are evenly mixed, so that its first files are a good sample of it.
+    A class of three contents or more has at least one in each of the splits, a smaller one has all in train. Equal
+    images are in one split, even if their classes differ.
 
     Args:
-        shares: of the training files of each class, for splits that are missing; see `choose_splits`.
-        hashes: of the content of the readable files, by number.
-    """
-    chosen = choose_splits(files, shares, hashes)
-    parts: dict[str, dict[str, list[int]]] = {split: defaultdict(list) for split in SPLITS}
-    equal, split_of = defaultdict(list), {}  # numbers by hash, splits by number
-    for number in sorted(hashes, key=lambda number: (hashes[number], number)):
-        given, label = files[number].split, files[number].label
-        split_of[number] = chosen[hashes[number]] if given in ("", "train") else given
-        parts[split_of[number]][label].append(number)
-        equal[hashes[number]].append(number)
-    order = {}
-    for split, classes in parts.items():
-        places = {number: (i + 0.5) / len(part) for part in classes.values() for i, number in enumerate(part)}
-        order[split] = sorted(places, key=lambda number: (places[number], hashes[number], number))
-    lines = []
-    for word, of in (("classes", lambda number: files[number].label), ("splits", lambda number: split_of[number])):
-        several = [group for group in equal.values() if len({of(number) for number in group}) > 1]
-        names = [" = ".join(files[number].name for number in group) for group in several]
-        if names:
-            lines.append(f"{plural(len(names), 'picture')} in several {word}: {some(names)}. Keep each in one of them.")
-    return order, lines
-
-
-def choose_splits(
-    files: Sequence[ListedFile], shares: Mapping[str, float], hashes: Mapping[int, str]
-) -> dict[str, str]:
-    """The split of each content that no split is given for: a share of each class, in the order of the hashes.
-
-    A class of three files or more has at least one in each of the splits, a smaller one has all in train. Equal files
-    are in one split, even if their classes differ.
+        pairs: the class and the hash of the content of each image.
     """
     contents = defaultdict(set)
-    for number, content in hashes.items():
-        if files[number].split in ("", "train"):
-            contents[files[number].label].add(content)
+    for label, content in pairs:
+        contents[label].add(content)
     chosen: dict[str, str] = {}
     for _, pool in sorted(contents.items()):
         free = [content for content in sorted(pool) if content not in chosen]
@@ -126,3 +78,44 @@ def choose_splits(
             free = free[wanted:]
         chosen |= dict.fromkeys(free, "train")
     return chosen
+
+
+def split_images(
+    splits: Mapping[str, Images], val_share: float, test_share: float, place: str
+) -> tuple[Images, Images, Images]:
+    """Train, val and test of images in memory, in their order; what is missing is taken from train by content."""
+    uses, shares = plan_splits(splits, val_share, test_share, place)
+    found = {uses[split]: images for split, images in splits.items()}
+    if shares:
+        train = found["train"]
+        hashes = [hashlib.sha256(image.contiguous().numpy().data).hexdigest() for image in train.images]
+        chosen = choose_splits(zip(map(str, train.labels.tolist()), hashes, strict=True), shares)
+        for split in ("train", *shares):
+            found[split] = train.take(torch.tensor([chosen[content] == split for content in hashes]))
+    return found["train"], found["val"], found["test"]
+
+
+def split_files(
+    files: Sequence[ListedFile], shares: Mapping[str, float], hashes: Mapping[int, str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """The numbers of the readable files by split, mixed as their hashes are, and lines about equal files.
+
+    Args:
+        shares: of the training files of each class, for splits that are missing.
+        hashes: of the content of the readable files, by number.
+    """
+    in_train = [number for number in hashes if files[number].split == "train"]
+    chosen = choose_splits([(files[number].label, hashes[number]) for number in in_train], shares)
+    split_of = {number: files[number].split for number in hashes} | {n: chosen[hashes[n]] for n in in_train}
+    order: dict[str, list[int]] = {split: [] for split in SPLITS}
+    equal = defaultdict(list)  # numbers by hash
+    for number in sorted(hashes, key=lambda number: (hashes[number], number)):
+        order[split_of[number]].append(number)
+        equal[hashes[number]].append(number)
+    lines = []
+    for word, of in (("classes", lambda number: files[number].label), ("splits", split_of.get)):
+        several = [group for group in equal.values() if len({*map(of, group)}) > 1]
+        if several:
+            names = [" = ".join(files[number].name for number in group) for group in several]
+            lines.append(f"{plural(len(names), 'picture')} in several {word}: {some(names)}. Keep each in one of them.")
+    return order, lines

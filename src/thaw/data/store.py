@@ -137,19 +137,18 @@ def size_and_time(path: Path) -> tuple[int, float]:
         return 0, 0.0
 
 
-def files_sha256(tensor: Tensor) -> str | None:
-    """SHA-256 of the files that decoded images, or a part of them, come from; None for another tensor."""
+def decoded_key(tensor: Tensor) -> str | None:
+    """The key of decoded images, also of a part of them; None for another tensor."""
     start = tensor.untyped_storage().data_ptr()
-    found = (facts["sha256"] for images, facts in KNOWN.values() if images.untyped_storage().data_ptr() == start)
-    return next(found, None)
+    return next((key for key, (images, _) in KNOWN.items() if images.untyped_storage().data_ptr() == start), None)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers; for decoded images, of the files that they come from."""
+    """SHA-256 of names, types, shapes and numbers; of decoded images their key stands for the numbers."""
     total = hashlib.sha256()
     for name, tensor in tensors.items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if source := files_sha256(tensor):  # hundreds of GB need not be read
+        if source := decoded_key(tensor):  # hundreds of GB need not be read
             total.update(f"{source} {tensor.storage_offset()} {tensor.stride()}".encode())
         else:
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -69,9 +69,9 @@ class GAN(Objective):
     grid: Tensor
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        real = self.augment.transform(batch.images.float() / 255)  # (B, 1, 28, 28)
+        real = self.augment(batch.images.float() / 255)  # (B, 1, 28, 28)
         noise = torch.randn(len(real), self.latent, device=real.device)
-        fake = self.augment.transform(self.generator(noise))  # Zhao et al. 2020: gradients pass through
+        fake = self.augment(self.generator(noise))  # Zhao et al. 2020: gradients pass through
         scores = self.discriminator(torch.cat([real, fake.detach()]))
         discriminator_loss = hinge(*scores.chunk(2))
         generator_loss = -self.frozen_discriminator(fake).mean()
