@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from pages.texts import overlapping
 from sklearn.metrics import confusion_matrix
 
+from thaw.data.images import Images, Source
 from thaw.evaluation.pictures import (
     draw_errors,
     on_paper,
@@ -108,10 +109,14 @@ def test_the_worst_images_are_found_by_their_places(tmp_path: Path, monkeypatch:
     shown: list[torch.Tensor] = []
     monkeypatch.setattr("thaw.evaluation.pictures.save_images", lambda *arguments: shown.extend(arguments[:4]))
     split = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 2, 2)
-    logits, labels, indices = torch.tensor([[3.0, 0], [0, 5]]), torch.tensor([0, 0]), torch.tensor([3, 1])
-    draw_errors(split, logits, labels, indices, ["a", "b"], "digit", tmp_path)
+    logits, indices = torch.tensor([[3.0, 0], [0, 5]]), torch.tensor([3, 1])
+    test = Images(split, torch.zeros(4).long())
+    source = Source(test, test, test, ["a", "b"], "mine", files=["w.png", "x.png", "y.png", "z.png"])
+    draw_errors(source, logits, indices, "digit", tmp_path)
     images, _, _, places = shown
     assert places.tolist() == [1, 3] and images[:, 0, 0, 0].tolist() == [254, 252]
+    with (tmp_path / "wrong_images.csv").open(newline="") as file:
+        assert [(row["index"], row["file"]) for row in csv.DictReader(file)] == [("1", "x.png")]
 
 
 @pytest.mark.parametrize("size", [2, 10, 37, 200])
@@ -132,7 +137,7 @@ def test_every_wrong_image_is_listed_by_its_place(tmp_path: Path) -> None:
     """As several processes gather them: in no order."""
     indices, labels = torch.tensor([7, 2, 9, 0]), torch.tensor([1, 0, 2, 1])
     logits = torch.tensor([[3.0, 0, 0], [0, 0, 5], [0, 0, 4], [2, 1, 0]])  # answers 0, 2, 2, 0
-    write_wrong_images(indices, logits, labels, ["a", "b", "c, d"], tmp_path / "report" / "wrong.csv")
+    write_wrong_images(indices, logits, labels, ["a", "b", "c, d"], [], tmp_path / "report" / "wrong.csv")
     with (tmp_path / "report" / "wrong.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     chances = logits.softmax(dim=1).amax(dim=1)

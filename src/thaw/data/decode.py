@@ -88,7 +88,7 @@ class DecodedData(ImageDataModule):
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])
         train, val, test = (Images(part, labels[order[split]]) for split, part in zip(SPLITS, parts, strict=True))
-        return Source(train, val, test, classes, name)
+        return Source(train, val, test, classes, name, files=[files[number].name for number in order["test"]])
 
     def decode_once(
         self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], facts: Mapping[str, Any]

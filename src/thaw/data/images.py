@@ -27,6 +27,7 @@ class Source(NamedTuple):
     classes: their names in the order of the labels; they decide how many classes a model has.
     name: of the dataset, as it is printed.
     origin: where the images come from, as it is printed after the name; empty if the name says all.
+    files: of the test images, where each has one.
     """
 
     train: Images
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     classes: Sequence[str]
     name: str
     origin: str = ""
+    files: Sequence[str] = ()
 
     @property
     def title(self) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop
 
 LUMA = 0.299, 0.587, 0.114  # of red, green and blue in grey (ITU-R BT.601)
 
@@ -28,9 +29,11 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         precise = torch.promote_types(self.mean.dtype, torch.float32)  # bf16 cannot tell 256 greys apart
-        side = min(images.shape[2:])
-        top, left = (images.shape[2] - side) // 2, (images.shape[3] - side) // 2
-        x = images[:, :, top : top + side, left : left + side].to(precise) / 255  # (B, C', side, side)
+        height, width = images.shape[2:]
+        side = min(height, width)
+        if height != width:
+            images = center_crop(images, [side, side])
+        x = images.to(precise) / 255  # (B, C', side, side)
         if x.shape[1] > self.channels:
             x = (x * x.new_tensor(LUMA).reshape(3, 1, 1)).sum(dim=1, keepdim=True)
         if side != self.image_size:

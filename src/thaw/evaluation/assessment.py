@@ -87,7 +87,7 @@ def assess(
         "cost": cost_facts(predictor, source.test.images[: predictor.batch_size]),
         **other,
     }
-    pictures = draw_pictures(predictor, source.test, logits, temperature, folder)
+    pictures = draw_pictures(predictor, source, logits, temperature, folder)
     return Assessment(label, facts, logits, source.test, pictures)
 
 
@@ -146,12 +146,12 @@ def second_facts(source: Source, predictor: Predictor, logits: Tensor, advance: 
 
 
 def draw_pictures(
-    predictor: Predictor, test: Images, logits: Tensor, temperature: float, folder: Path
+    predictor: Predictor, source: Source, logits: Tensor, temperature: float, folder: Path
 ) -> list[tuple[str, Path]]:
     """Draw all figures, and write the list of wrong images; returns title and file of each figure."""
-    images, labels = test
+    images, labels = source.test
     reader = predictor.data["reader"]
-    draw_errors(images, logits, labels, torch.arange(len(labels)), predictor.classes, reader, folder)
+    draw_errors(source, logits, torch.arange(len(labels)), reader, folder)
     save_reliability(logits, labels, temperature, folder / "reliability.png")
     unsure = least_certain(logits, MOST_EXAMPLES)
     shown = (on_paper(images[unsure], reader), logits[unsure], labels[unsure], unsure)

@@ -40,6 +40,6 @@ class FinalTest(Callback):
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
         source, reader = trainer.datamodule.load(), getattr(trainer.datamodule, "reader", "photo")
-        draw_errors(source.test.images, logits, labels, indices, source.classes, reader, self.folder)
+        draw_errors(source, logits, indices, reader, self.folder)
         for picture in ("confusion_matrix", "worst_images"):
             log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from thaw.data.images import Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
 from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
@@ -28,32 +29,35 @@ WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
-def draw_errors(
-    split: Tensor, logits: Tensor, labels: Tensor, indices: Tensor, classes: Sequence[str], reader: str, folder: Path
-) -> None:
+def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, folder: Path) -> None:
     """Write `confusion_matrix.png`, `worst_images.png` and `wrong_images.csv` into a folder.
 
-    `indices` (N,) are the images' places in their split (M, C, H, W), `classes` the names of the K classes, `reader` is
-    as in `on_paper`.
+    `indices` (N,) are the images' places in the test split, `reader` is as in `on_paper`.
     """
+    classes, labels = source.classes, source.test.labels[indices]
     save_confusion_matrix(labels, logits.argmax(dim=1), classes, folder / "confusion_matrix.png")
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
-    shown = (on_paper(split[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
+    shown = (on_paper(source.test.images[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
     save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
-    write_wrong_images(indices, logits, labels, classes, folder / WRONG_IMAGES)
+    write_wrong_images(indices, logits, labels, classes, source.files, folder / WRONG_IMAGES)
 
 
-def write_wrong_images(indices: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], path: Path) -> None:
-    """Write index, label, answer and confidence of each wrongly classified image as CSV, in order of the indices."""
+def write_wrong_images(
+    indices: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], files: Sequence[str], path: Path
+) -> None:
+    """Write index, label, answer and confidence of each wrongly classified image as CSV, in order of the indices.
+
+    The last column names its file, if the images of the split have `files`.
+    """
     confidences, answers = logits.softmax(dim=1).max(dim=1)
     order = indices.argsort()
     wrong = order[(answers != labels)[order]]
     with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["index", "label", "answer", "confidence"])
+        rows.writerow(["index", "label", "answer", "confidence", *(["file"] if files else [])])
         for n in wrong.tolist():
-            label, answer = classes[int(labels[n])], classes[int(answers[n])]
-            rows.writerow([int(indices[n]), label, answer, f"{float(confidences[n]):.6f}"])
+            index, label, answer = int(indices[n]), classes[int(labels[n])], classes[int(answers[n])]
+            rows.writerow([index, label, answer, f"{float(confidences[n]):.6f}", *files[index : index + 1]])
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:

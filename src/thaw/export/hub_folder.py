@@ -22,7 +22,7 @@ from thaw.export.facts import check_parity, model_facts, parity_sample, tested_f
 from thaw.export.model_card import card_code, model_card
 from thaw.export.portable import Portable, portable
 from thaw.models.backbone import Backbone
-from thaw.models.baselines import Baseline
+from thaw.models.baselines import Baseline, ConvNet
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
@@ -161,7 +161,8 @@ def load_folder(folder: str | Path) -> Portable:
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    baselines = {kind.__name__: kind for kind in Baseline.__subclasses__()}
+    kinds = [*Baseline.__subclasses__(), *ConvNet.__subclasses__()]
+    baselines = {kind.__name__: kind for kind in kinds}
     given, wanted = config.get("backbone", {}), config.get("head", {})
     if given.get("class") not in baselines or wanted.get("class") not in HEADS:
         raise UserError(f"{folder} holds no baseline of thaw's; its README.md says how its model is loaded.")

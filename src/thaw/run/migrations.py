@@ -36,7 +36,10 @@ RENAMED = {  # class -> its name today
     "thaw.models.sharding.FullyShard": "thaw.sharding.FullyShard",
 }
 REMOVED = {"thaw.callbacks.weight_averaging.SWA"}  # classes whose blocks become null; their weights load as before
-RENAMED_KEYS = {("thaw.callbacks.sample_grid.SampleGrid", "digits"): "images"}  # (class, key) -> its name today
+RENAMED_KEYS = {  # (class, key) -> the key's name today
+    ("thaw.callbacks.feature_monitor.FeatureMonitor", "digits"): "images",
+    ("thaw.callbacks.sample_grid.SampleGrid", "digits"): "images",
+}
 REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None
 }  # (class, key) -> the only value that today's code still has
