@@ -301,7 +301,9 @@ def test_the_same_picture_in_two_classes_is_named(tmp_path: Path, caplog: pytest
     put(folder, *numbered("ant", 10), *numbered("bee", 10))
     (folder / "bee" / "copy.png").write_bytes((folder / "ant" / "003.png").read_bytes())
     source = read(folder)
-    assert "1 picture in several classes: ant/003.png = bee/copy.png. Keep each in one of them." in caplog.text
+    assert (
+        "1 picture in several classes or splits: ant/003.png = bee/copy.png. Keep each in one of them." in caplog.text
+    )
     pictures = [{image.numpy().tobytes() for image in part.images} for part in (source.train, source.val, source.test)]
     assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
 

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,10 +137,7 @@ class DecodedData(ImageDataModule):
     def decode_all(
         self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], target: Tensor
     ) -> dict[str, Any]:
-        """Fill `target` (N, C, S, S) split by split; its end stays empty where files cannot be read.
-
-        Returns the order and the lines of `decode_once`.
-        """
+        """Fill `target` (N, C, S, S), whose end stays empty if files are left out; returns the order and the lines."""
         array, names = target.numpy(), [file.name for file in files]
 
         def content_hash(number: int) -> str:
@@ -160,11 +156,8 @@ class DecodedData(ImageDataModule):
         for row, number in enumerate(kept):
             if row < rows[number]:
                 array[row] = array[rows[number]]  # close the gap
-        doubtful: dict[str, list[str]] = defaultdict(list)
-        for number in sorted(kept):
-            for doubt in found[number]:
-                doubtful[doubt].append(names[number])
-        lines += [f"{some(which)}: {doubt}" for doubt, which in doubtful.items()]
+        if doubts := [f"{names[number]}: {doubt}" for number in sorted(kept) for doubt in found[number]]:
+            lines.append(some(doubts, "; "))
         if reasons := [error for _, error in sorted((unreadable | errors).items())]:
             if not self.skip_unreadable:
                 raise UserError(

@@ -112,10 +112,7 @@ def split_files(
     for number in sorted(hashes, key=lambda number: (hashes[number], number)):
         order[split_of[number]].append(number)
         equal[hashes[number]].append(number)
-    lines = []
-    for word, of in (("classes", lambda number: files[number].label), ("splits", split_of.get)):
-        several = [group for group in equal.values() if len({*map(of, group)}) > 1]
-        if several:
-            names = [" = ".join(files[number].name for number in group) for group in several]
-            lines.append(f"{plural(len(names), 'picture')} in several {word}: {some(names)}. Keep each in one of them.")
-    return order, lines
+    groups = [group for group in equal.values() if len({(files[n].label, split_of[n]) for n in group}) > 1]
+    names = [" = ".join(files[number].name for number in group) for group in groups]
+    line = f"{plural(len(names), 'picture')} in several classes or splits: {some(names)}. Keep each in one of them."
+    return order, [line] if names else []
