@@ -43,13 +43,10 @@ Answer = TypeVar("Answer")
 class DecodedData(ImageDataModule):
     """Pictures that are decoded once; each source is a subclass that lists them.
 
-    A split that is missing is taken from the training pictures, a share of each class by the hash of their content: the
-    same in every run, and equal pictures lie in one split.
-
     Args:
         image_size: S, pixels; the central square of each picture is kept at C x S x S.
         channels: C.
-        val_share, test_share: of the training pictures, where that split is missing.
+        val_share, test_share: of each class of the training pictures, where that split is missing.
         skip_unreadable: leave out what cannot be read; otherwise it is an error.
         cache_dir, max_gb: decoded images are kept in `cache_dir`/images, of at most this size in all, in 1e9 bytes;
             what was used least recently makes room.
@@ -94,8 +91,7 @@ class DecodedData(ImageDataModule):
     ) -> tuple[Tensor, dict[str, list[int]], list[str]]:
         """Decode files, or open what an earlier run has decoded of them.
 
-        Returns images uint8 (N, C, S, S), the numbers of their files by split (the images of a split are neighbours, in
-        this order), and lines for the user.
+        Returns images uint8 (N, C, S, S), the numbers of their files by split, in this order, and lines for the user.
         """
         shape = len(files), self.channels, self.image_size, self.image_size
         size, gigabytes = " x ".join(map(str, shape[1:])), math.prod(shape) / 1e9

@@ -30,7 +30,7 @@ class TorchvisionData(DecodedData):
     """A dataset of `torchvision.datasets` that gives an image and its class.
 
     Where the dataset holds its images as one array (CIFAR10, SVHN, STL10, EMNIST), they keep their size; others are
-    decoded. See `thaw.data.splits.plan_splits` for splits that are missing.
+    decoded.
 
     Args:
         name: of its class, as `CIFAR10` or `OxfordIIITPet`.
