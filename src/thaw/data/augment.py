@@ -193,7 +193,8 @@ def resize_boxes(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         parts = zip(x.numpy(), boxes.tolist(), flips.tolist(), resized, strict=True)
         for image, (top, left, height, width), flip, out in parts:
             box = image[:, top : top + height, left : left + width]
-            box = torch.from_numpy(np.ascontiguousarray(box[..., ::-1] if flip else box))  # torch would use all threads
+            # NumPy copies the box, because torch would share each small copy among its threads.
+            box = torch.from_numpy(np.ascontiguousarray(box[..., ::-1] if flip else box))
             out[:] = F.interpolate(box[None], x.shape[2:], mode="bilinear", antialias=True)[0].numpy()
         return torch.from_numpy(resized)
     axes = []

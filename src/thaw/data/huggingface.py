@@ -39,7 +39,7 @@ class HuggingFaceData(DecodedData):
         if "train" not in splits:
             raise UserError(f"data.name={self.name} has no split train; name a dataset that has one.")
         columns = splits["train"].column_names
-        image = self.image_column or ("img" if "img" in columns else "image")
+        image = self.image_column or next((name for name in ("image", "img") if name in columns), "image")
         label = self.label_column or next((name for name in LABEL_COLUMNS if name in columns), "label")
         for key, name in (("image_column", image), ("label_column", label)):
             if name not in columns:
