@@ -14,13 +14,12 @@ from thaw.data.splits import SPLIT_WORDS, ListedFile
 from thaw.run.console import say
 from thaw.run.errors import UnreachableError, UserError
 
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+
 
 @dataclass(kw_only=True, eq=False)
 class HuggingFaceData(DecodedData):
     """A dataset of images and labels, read by the library `datasets`, which runs no code of a dataset.
-
-    The splits train, validation and test are taken by their names; see `thaw.data.splits.plan_splits` for those that
-    are missing.
 
     Args:
         name: on the hub, as `owner/name`, or a local folder of parquet files.
@@ -41,9 +40,7 @@ class HuggingFaceData(DecodedData):
             raise UserError(f"data.name={self.name} has no split train; name a dataset that has one.")
         columns = splits["train"].column_names
         image = self.image_column or next((name for name in ("image", "img") if name in columns), "image")
-        label = self.label_column or next(
-            (name for name in ("label", "labels", "fine_label") if name in columns), "label"
-        )
+        label = self.label_column or next((name for name in LABEL_COLUMNS if name in columns), "label")
         for key, name in (("image_column", image), ("label_column", label)):
             if name not in columns:
                 raise UserError(
