@@ -111,9 +111,10 @@ class TorchvisionData(DecodedData):
             raise UserError(f"data.name={self.name}: {error}; data.options gives its arguments.") from error
         except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0].partition(" You can use")[0].rstrip(".")
+            place = getattr(known, "url", "its files")
             raise missing(
                 f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
-                "where it lies, or set data.download=true where there is a network."
+                f"where it lies, or set data.download=true where there is a network, or put {place} there."
             ) from error
 
 
