@@ -296,12 +296,25 @@ def test_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(sizes(read(folder, skip_unreadable=True))) == 20
 
 
+def test_a_split_may_be_a_link_and_links_to_each_other_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    for split in ("train", "test"):
+        put(folder, *numbered(f"{split}/ant", 10), *numbered(f"{split}/bee", 10))
+    (folder / "val").symlink_to("test")
+    (folder / "train" / "ant" / "bees").symlink_to(folder / "train" / "bee")
+    (folder / "train" / "bee" / "ants").symlink_to(folder / "train" / "ant")
+    assert sizes(read(folder)) == (40, 20, 20)
+    assert "train/ant/bees/ants (a link in a circle), train/bee/ants/bees (a link in" in capsys.readouterr().out
+
+
 def test_the_same_picture_in_two_classes_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "in"
     put(folder, *numbered("ant", 10), *numbered("bee", 10))
     (folder / "bee" / "copy.png").write_bytes((folder / "ant" / "003.png").read_bytes())
     source = read(folder)
-    assert "1 picture in several classes: ant/003.png = bee/copy.png. Keep each in one of them." in caplog.text
+    assert (
+        "1 picture in several classes or splits: ant/003.png = bee/copy.png. Keep each in one of them." in caplog.text
+    )
     pictures = [{image.numpy().tobytes() for image in part.images} for part in (source.train, source.val, source.test)]
     assert not pictures[0] & pictures[1] and not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
 

@@ -51,7 +51,9 @@ def test_equal_files_lie_in_one_split_even_in_two_classes() -> None:
     seen = {split: {hashes[number] for number in part} for split, part in order.items()}
     assert sum(map(len, seen.values())) == 30 and all(seen.values())
     [line] = lines
-    assert line.startswith("30 pictures in several classes: ants/0 = ants/30 = bees/0, ") and "20 more" in line
+    assert (
+        line.startswith("30 pictures in several classes or splits: ants/0 = ants/30 = bees/0, ") and "20 more" in line
+    )
 
 
 def test_equal_files_count_in_the_share_of_the_second_class() -> None:
@@ -70,7 +72,7 @@ def test_given_splits_stay_and_a_picture_in_two_of_them_is_named() -> None:
     hashes[40] = hashes[3]
     order, lines = split_files(files, {"val": 0.1}, hashes)
     assert sorted(order["test"]) == list(range(40, 50)) and len(order["val"]) == 4
-    assert lines == ["1 picture in several splits: ants/3 = test/ants/0. Keep each in one of them."]
+    assert lines == ["1 picture in several classes or splits: ants/3 = test/ants/0. Keep each in one of them."]
 
 
 def test_what_has_no_hash_is_in_no_split() -> None:

@@ -36,8 +36,7 @@ class ArrayData(ImageDataModule):
         path: .npz, .npy, .csv or IDX (packed or not), or a folder of them. The words in the names of files and of an
             .npz's arrays say what an array is: `x_train`, `test_labels.npy`, `mnist_test.csv`, `images`, `labels`.
         classes: names in the order of the labels; None stands for the numbers.
-        val_share, test_share: of each class of the training images, where that split is missing; see
-            `thaw.data.splits.split_images`.
+        val_share, test_share: of each class of the training images, where that split is missing.
     """
 
     path: str | None

@@ -186,15 +186,14 @@ class Augment(nn.Module):
 def resize_boxes(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     """Each image's box (B, 4) of top, left, height and width, resized to H x W and perhaps flipped.
 
-    A CPU resizes uint8 images one by one, several times as fast as it samples a batch. NumPy copies them, because
-    torch would share each small copy among its threads. The sampling grid ends at the centres of a box's outer pixels,
-    so both give the same pixels.
+    A CPU resizes uint8 images one by one, several times as fast as it samples a batch, to the same pixels.
     """
     if x.dtype == torch.uint8 and x.device.type == "cpu":
         resized = np.empty(x.shape, np.uint8)
         parts = zip(x.numpy(), boxes.tolist(), flips.tolist(), resized, strict=True)
         for image, (top, left, height, width), flip, out in parts:
             box = image[:, top : top + height, left : left + width]
+            # NumPy copies the box, because torch would share each small copy among its threads.
             box = torch.from_numpy(np.ascontiguousarray(box[..., ::-1] if flip else box))
             out[:] = F.interpolate(box[None], x.shape[2:], mode="bilinear", antialias=True)[0].numpy()
         return torch.from_numpy(resized)

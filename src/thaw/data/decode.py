@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,13 +43,10 @@ Answer = TypeVar("Answer")
 class DecodedData(ImageDataModule):
     """Pictures that are decoded once; each source is a subclass that lists them.
 
-    A split that is missing is taken from the training pictures, a share of each class by the hash of their content: the
-    same in every run, and equal pictures lie in one split.
-
     Args:
         image_size: S, pixels; the central square of each picture is kept at C x S x S.
         channels: C.
-        val_share, test_share: of the training pictures, where that split is missing.
+        val_share, test_share: of each class of the training pictures, where that split is missing.
         skip_unreadable: leave out what cannot be read; otherwise it is an error.
         cache_dir, max_gb: decoded images are kept in `cache_dir`/images, of at most this size in all, in 1e9 bytes;
             what was used least recently makes room.
@@ -95,8 +91,7 @@ class DecodedData(ImageDataModule):
     ) -> tuple[Tensor, dict[str, list[int]], list[str]]:
         """Decode files, or open what an earlier run has decoded of them.
 
-        Returns images uint8 (N, C, S, S), the numbers of their files by split (the images of a split are neighbours, in
-        this order), and lines for the user.
+        Returns images uint8 (N, C, S, S), the numbers of their files by split, in this order, and lines for the user.
         """
         shape = len(files), self.channels, self.image_size, self.image_size
         size, gigabytes = " x ".join(map(str, shape[1:])), math.prod(shape) / 1e9
@@ -138,10 +133,7 @@ class DecodedData(ImageDataModule):
     def decode_all(
         self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], target: Tensor
     ) -> dict[str, Any]:
-        """Fill `target` (N, C, S, S) split by split; its end stays empty where files cannot be read.
-
-        Returns the order and the lines of `decode_once`.
-        """
+        """Fill `target` (N, C, S, S), whose end stays empty if files are left out; returns the order and the lines."""
         array, names = target.numpy(), [file.name for file in files]
 
         def content_hash(number: int) -> str:
@@ -160,11 +152,8 @@ class DecodedData(ImageDataModule):
         for row, number in enumerate(kept):
             if row < rows[number]:
                 array[row] = array[rows[number]]  # close the gap
-        doubtful: dict[str, list[str]] = defaultdict(list)
-        for number in sorted(kept):
-            for doubt in found[number]:
-                doubtful[doubt].append(names[number])
-        lines += [f"{some(which)}: {doubt}" for doubt, which in doubtful.items()]
+        if doubts := [f"{names[number]}: {doubt}" for number in sorted(kept) for doubt in found[number]]:
+            lines.append(some(doubts, "; "))
         if reasons := [error for _, error in sorted((unreadable | errors).items())]:
             if not self.skip_unreadable:
                 raise UserError(

@@ -58,15 +58,17 @@ def list_folder(folder: Path) -> list[ListedFile]:
             f"{error.filename} cannot be read as a folder ({error.strerror}); data.dir must be one."
         ) from error
 
-    files, strays, seen = [], [], set()
+    files, strays = [], []
+    above: dict[str, set[str]] = {}  # each folder, and those that it lies in, without links
     has_splits = (folder / "train").is_dir()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         prefix = "" if place == str(folder) else f"{os.path.relpath(place, folder)}/"
-        if (real := os.path.realpath(place)) in seen:
+        real, outer = os.path.realpath(place), above.get(os.path.dirname(place), set())  # noqa: PTH120
+        if real in outer:
             strays.append(f"{prefix[:-1]} (a link in a circle)")
             folders.clear()
             continue
-        seen.add(real)
+        above[place] = {*outer, real}
         folders.sort()
         for name in sorted(names):
             split, *parts = (prefix + name if has_splits else f"/{prefix}{name}").split("/")

@@ -14,13 +14,13 @@ from thaw.data.splits import SPLIT_WORDS, ListedFile
 from thaw.run.console import say
 from thaw.run.errors import UnreachableError, UserError
 
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+REACH_SECONDS = 5.0  # without an answer before the hub counts as out of reach
+
 
 @dataclass(kw_only=True, eq=False)
 class HuggingFaceData(DecodedData):
     """A dataset of images and labels, read by the library `datasets`, which runs no code of a dataset.
-
-    The splits train, validation and test are taken by their names; see `thaw.data.splits.plan_splits` for those that
-    are missing.
 
     Args:
         name: on the hub, as `owner/name`, or a local folder of parquet files.
@@ -41,9 +41,7 @@ class HuggingFaceData(DecodedData):
             raise UserError(f"data.name={self.name} has no split train; name a dataset that has one.")
         columns = splits["train"].column_names
         image = self.image_column or next((name for name in ("image", "img") if name in columns), "image")
-        label = self.label_column or next(
-            (name for name in ("label", "labels", "fine_label") if name in columns), "label"
-        )
+        label = self.label_column or next((name for name in LABEL_COLUMNS if name in columns), "label")
         for key, name in (("image_column", image), ("label_column", label)):
             if name not in columns:
                 raise UserError(
@@ -83,11 +81,19 @@ class HuggingFaceData(DecodedData):
         """The splits of a local folder or of the hub; where that is out of reach, of what was downloaded before."""
         try:
             import datasets
+            import huggingface_hub
         except ModuleNotFoundError as error:
             raise UserError("data=huggingface needs the library datasets: pip install -e '.[huggingface]'.") from error
         if not sys.stderr.isatty():  # a file would get every state of a bar
             datasets.disable_progress_bars()
         path = Path(name).expanduser()
+        if not path.is_dir():
+            try:
+                huggingface_hub.HfApi().dataset_info(name, timeout=REACH_SECONDS)
+            except (huggingface_hub.errors.HfHubHTTPError, ValueError):
+                pass  # load_dataset says what is wrong
+            except Exception:  # of the network, of many classes; load_dataset would try again for 24 s
+                datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
         try:
             return datasets.load_dataset(str(path) if path.is_dir() else name, self.subset)
         except ConnectionError as error:

@@ -35,8 +35,7 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
             raise Image.DecompressionBombError(picture.width * picture.height)
         picture.load()
     except UnidentifiedImageError as error:
-        formats = f"{', '.join(PICTURE_FORMATS[:-1])} or {PICTURE_FORMATS[-1]}"
-        raise UserError(f"{name} is not a {formats} file; convert it to PNG or JPEG.") from error
+        raise UserError(f"{name} is not a {', '.join(PICTURE_FORMATS)} file; convert it to PNG or JPEG.") from error
     except Image.DecompressionBombError as error:  # ours, or Pillow's, which checks first
         size = int(re.findall(r"\d+", str(error))[0])
         raise UserError(f"{name} claims {size:,} pixels, more than {MAX_PIXELS:,}; reduce it.") from error

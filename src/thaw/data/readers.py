@@ -88,7 +88,7 @@ class ImageReader:
         if self.is_digit:
             return are_like_mnist(images)
         channels, *size = self.shape
-        return np.full(len(images), images.shape[1:] == (*size, *[channels][channels == 1 :]))
+        return np.full(len(images), [*images.shape[1:]] == (size if channels == 1 else [*size, channels]))
 
     def opened(self, picture: Image.Image, name: str, doubts: Sequence[str]) -> Reading:
         image = np.zeros(self.shape, dtype=np.uint8)  # a model sees the centre square

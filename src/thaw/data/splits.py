@@ -57,13 +57,10 @@ def plan_splits(
 
 
 def choose_splits(pairs: Iterable[tuple[str, str]], shares: Mapping[str, float]) -> dict[str, str]:
-    """The split of each content: a share of each class in the order of the hashes, and train for the rest.
+    """The split of each content, from pairs of class and hash: shares of each class in the order of the hashes.
 
     A class of three contents or more has at least one in each of the splits, a smaller one has all in train. Equal
     images are in one split, even if their classes differ.
-
-    Args:
-        pairs: the class and the hash of the content of each image.
     """
     contents = defaultdict(set)
     for label, content in pairs:
@@ -98,12 +95,7 @@ def split_images(
 def split_files(
     files: Sequence[ListedFile], shares: Mapping[str, float], hashes: Mapping[int, str]
 ) -> tuple[dict[str, list[int]], list[str]]:
-    """The numbers of the readable files by split, mixed as their hashes are, and lines about equal files.
-
-    Args:
-        shares: of the training files of each class, for splits that are missing.
-        hashes: of the content of the readable files, by number.
-    """
+    """The numbers of the files with a hash by split, in the order of the hashes, and lines about equal files."""
     in_train = [number for number in hashes if files[number].split == "train"]
     chosen = choose_splits([(files[number].label, hashes[number]) for number in in_train], shares)
     split_of = {number: files[number].split for number in hashes} | {n: chosen[hashes[n]] for n in in_train}
@@ -112,10 +104,7 @@ def split_files(
     for number in sorted(hashes, key=lambda number: (hashes[number], number)):
         order[split_of[number]].append(number)
         equal[hashes[number]].append(number)
-    lines = []
-    for word, of in (("classes", lambda number: files[number].label), ("splits", split_of.get)):
-        several = [group for group in equal.values() if len({*map(of, group)}) > 1]
-        if several:
-            names = [" = ".join(files[number].name for number in group) for group in several]
-            lines.append(f"{plural(len(names), 'picture')} in several {word}: {some(names)}. Keep each in one of them.")
-    return order, lines
+    groups = [group for group in equal.values() if len({(files[n].label, split_of[n]) for n in group}) > 1]
+    names = [" = ".join(files[number].name for number in group) for group in groups]
+    line = f"{plural(len(names), 'picture')} in several classes or splits: {some(names)}. Keep each in one of them."
+    return order, [line] if names else []

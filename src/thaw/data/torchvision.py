@@ -10,6 +10,7 @@ import numpy as np
 import torchvision.datasets
 from filelock import FileLock
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 from torchvision.datasets import VisionDataset
 
 from thaw.data.arrays import to_images, to_labels
@@ -29,7 +30,7 @@ class TorchvisionData(DecodedData):
     """A dataset of `torchvision.datasets` that gives an image and its class.
 
     Where the dataset holds its images as one array (CIFAR10, SVHN, STL10, EMNIST), they keep their size; others are
-    decoded. See `thaw.data.splits.plan_splits` for splits that are missing.
+    decoded.
 
     Args:
         name: of its class, as `CIFAR10` or `OxfordIIITPet`.
@@ -60,11 +61,10 @@ class TorchvisionData(DecodedData):
         items = [(split, *item) for split, each in datasets.items() for item in items_of(each, f"{split} of {title}")]
         classes = classes or [str(label) for label in range(1 + max(label for _, _, label in items))]
         files = [ListedFile(name, classes[label], split) for split, name, label in items]
-        places = [(each, index) for each in datasets.values() for index in range(len(each))]
+        whole: ConcatDataset = ConcatDataset(datasets.values())
 
         def content(number: int) -> bytes:
-            dataset, index = places[number]
-            picture = dataset[index][0]
+            picture = whole[number][0]
             if isinstance(picture, Path):
                 return picture.read_bytes()
             picture.save(buffer := io.BytesIO(), "TIFF")
@@ -111,9 +111,10 @@ class TorchvisionData(DecodedData):
             raise UserError(f"data.name={self.name}: {error}; data.options gives its arguments.") from error
         except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0].partition(" You can use")[0].rstrip(".")
+            place = getattr(known, "url", "its files")
             raise missing(
                 f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
-                "where it lies, or set data.download=true where there is a network."
+                f"where it lies, or set data.download=true where there is a network, or put {place} there."
             ) from error
 
 
