@@ -3,6 +3,7 @@
 import copy
 import csv
 import os
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def put(folder: Path, *names: str) -> None:
         colour = next((colour for word, colour in COLOURS.items() if word in name), (90, 90, 90))
         pixels = np.full((12, 12, 3), colour, dtype=np.uint8)
         pixels[:3] = [ord(letter) for letter in name[-7:-4].rjust(3)]
-        pixels[3] = len(name)
+        pixels[3] = zlib.crc32(name.encode()) % 251
         Image.fromarray(pixels).save(path)
 
 
