@@ -27,7 +27,6 @@ DDP, FSDP = ["trainer=ddp_cpu"], ["trainer=fsdp", "trainer.accelerator=cpu", "tr
 POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "full": (DDP, ["freeze=full"]),
     "gradual": (DDP, ["freeze=gradual", "trainer.max_epochs=5"]),
-    "last_blocks": (DDP, ["freeze=last_blocks", "freeze.k=1"]),
     "last_blocks and EMA": (DDP, ["freeze=last_blocks", "freeze.k=1", "average=ema"]),
     "lora": (DDP, ["freeze=lora"]),
     "lp_ft": (DDP, ["freeze=lp_ft", "freeze.probe_epochs=1"]),

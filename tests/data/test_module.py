@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from thaw.data.images import Images
-from thaw.data.mnist import SAMPLE, MNISTData, load_mnist
+from thaw.data.mnist import OFFICIAL, SAMPLE, MNISTData, load_mnist
 from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, count_classes, load_source
 
 
@@ -218,6 +218,9 @@ def test_every_process_takes_the_source_of_the_first() -> None:
     data.source = "official"
     data.trainer.is_global_zero = False
     data.trainer.strategy = SimpleNamespace(broadcast=lambda _: SAMPLE)  # the first fell back to it
+    data.setup()
+    assert data.load().origin == SAMPLE
+    data.loaded = data.load()._replace(origin=OFFICIAL)  # this one has found files that the first has not
     data.setup()
     assert data.load().origin == SAMPLE
 

@@ -71,8 +71,8 @@ class MNISTData(ImageDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.trainer and self.trainer.world_size > 1:  # all ranks take rank 0's choice, official files or sample
             origin: Any = self.trainer.strategy.broadcast(self.load().origin if self.trainer.is_global_zero else "")
-            if self.loaded is None:
-                self.source = "sample" if origin == SAMPLE else "official"
+            if self.loaded is None or self.loaded.origin != origin:
+                self.loaded, self.source = None, "sample" if origin == SAMPLE else "official"
         super().setup(stage)
 
     def read(self) -> Source:
