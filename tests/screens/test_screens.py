@@ -42,7 +42,7 @@ COMMANDS = {  # in the order in which a person types them
     "queue": f"train.py -m hydra/launcher=queue {PROBE} optim.lr=1e-4,1e-2 logger=csv",
     "search": f"sweep.py sweep=lr_tpe sweep.trials=2 {PROBE} logger=csv",
 }
-LIKE_ANOTHER = ("linear_probe_again", "queue")  # at 120 columns, where they would show nothing new
+LIKE_ANOTHER = ("linear_probe_again", "queue", "eval", "search")  # at 120 columns, where they would show nothing new
 ON_A_RUN = ("resume", "eval", "predict", "export", "linear_probe_again")
 MASKED = (  # these differ from run to run
     r"\d{4}-\d\d-\d\d_[\d-]+",
