@@ -105,7 +105,7 @@ def test_given_splits(tmp_path: Path, word: str, capsys: pytest.CaptureFixture[s
         (["train", "test"], "val takes 15% of each class in train", (34, 6, 40)),
         (
             ["train", "val"],
-            "what lies in val is tested on, as there is no test; val takes 15% of each class in train",
+            "val is the test split, as there is no test; val takes 15% of each class in train",
             (34, 6, 40),
         ),
     ],

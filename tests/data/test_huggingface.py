@@ -99,7 +99,7 @@ def test_a_test_split_without_labels(read: Read, tmp_path: Path, capsys: pytest.
     source = read()
     assert [len(part.labels) for part in source[:3]] == [54, 6, 20]
     out = capsys.readouterr().out
-    assert "passed over test, whose labels are not published" in out and "what lies in val is tested on" in out
+    assert "passed over test, whose labels are not published" in out and "val is the test split" in out
 
 
 def test_the_library_is_missing(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:

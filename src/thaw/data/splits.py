@@ -33,7 +33,7 @@ def plan_splits(
 ) -> tuple[dict[str, str], dict[str, float]]:
     """The use of each given split, and the shares of train for those that are missing; prints what it decides.
 
-    Where train and val are given but no test, val is what is tested on, as nothing may be chosen on the test split.
+    Where train and val are given but no test, val becomes the test split, as nothing may be chosen on what is reported.
     """
     given = {*given} - {""}
     if given and "train" not in given:
@@ -46,7 +46,7 @@ def plan_splits(
     lines, uses = [], {split: split for split in given}
     if given == {"train", "val"}:
         uses["val"] = "test"
-        lines.append("what lies in val is tested on, as there is no test")
+        lines.append("val is the test split, as there is no test")
     shares = {"test": test_share, "val": val_share}
     shares = {split: share for split, share in shares.items() if split not in uses.values()}
     where = " in train" if given else ""
