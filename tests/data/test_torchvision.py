@@ -168,7 +168,7 @@ def test_a_dataset_without_splits(read: Read, tmp_path: Path) -> None:
     [
         ("CIFAR", r"data\.name=CIFAR is not one of torchvision's datasets, such as CIFAR10; did you mean CIFAR10?"),
         ("verify_str_arg", "is not one of"),
-        (None, "data.name=None is not one of"),
+        (None, "data.name is missing: set it to one of"),
         ("CocoDetection", r"data\.name=CocoDetection: .*'annFile'; data\.options gives"),
     ],
 )

@@ -46,8 +46,10 @@ class TorchvisionData(DecodedData):
 
     def read(self) -> Source:
         known = getattr(torchvision.datasets, str(self.name), None)
-        if self.name is None or not (isinstance(known, type) and issubclass(known, VisionDataset)):
-            near = did_you_mean(nearest_word(str(self.name), torchvision.datasets.__all__))
+        if self.name is None:
+            raise UserError("data.name is missing: set it to one of torchvision's datasets, such as CIFAR10.")
+        if not (isinstance(known, type) and issubclass(known, VisionDataset)):
+            near = did_you_mean(nearest_word(self.name, torchvision.datasets.__all__))
             raise UserError(f"data.name={self.name} is not one of torchvision's datasets, such as CIFAR10{near}")
         datasets = self.open_splits(known)
         title = " ".join([self.name, *(value for value in self.options.values() if isinstance(value, str))])
