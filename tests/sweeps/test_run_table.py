@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from pages.texts import overlapping
+from pages.texts import unreadable
 from sweeps.test_runs import make_run
 
 from thaw.sweeps.curves import epoch_curve, epoch_lines, save_epochs, save_swept, swept_curves, swept_keys
@@ -205,7 +205,7 @@ def test_settings_have_a_named_line_each_and_many_are_grey(tmp_path: Path, drawn
     assert [text.get_text() for text in many.texts] == ["policy12"] and "grey: other settings" in many.get_title("left")
     assert len({line.get_color() for line in many.lines}) == 2
     for figure in drawn:
-        assert not overlapping(figure)
+        assert not unreadable(figure)
 
 
 def test_one_epoch_is_no_curve(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -15,7 +15,14 @@ from thaw.run.files import atomic
 
 NEARLY_1 = 1.001  # keeps 100 % at a finite height
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
-INK, ACCENT, FILL = "#333333", "#b2182b", "#4878a8"
+SMALL = 9  # points, the smallest text in a figure
+# Told apart with any colour vision; the first seven are those of Okabe & Ito 2008, without their yellow.
+COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
+    *("#882255", "#999933", "#332288", "#8c510a", "#88ccee"),
+)
+FILL, ACCENT = COLORS[:2]
+INK, GREY = "#333333", "#9aa5b1"
 FEW = 8  # values on an axis that have a tick each
 LINE_HEIGHT = 12.0  # of a name at the end of a line, in points
 
@@ -115,7 +122,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     heights = np.clip(apart, 0, max(0.0, 1 - gap * (len(ends) - 1)))
     for place, ((x, y, color, name), height) in enumerate(zip(ordered, heights, strict=True)):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "relpos": (0, 0.5), "shrinkB": 0}
-        style: Any = {"fontsize": 9, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}
+        style: Any = {"fontsize": SMALL, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}
         axes.annotate(name, (x, y), (1.03, height + place * gap), textcoords="axes fraction", **style)
 
 

@@ -13,17 +13,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis, save_figure
+from thaw.pages.figures import (
+    ACCENT,
+    COLORS,
+    GREY,
+    SMALL,
+    accuracy_axis,
+    label_ends,
+    new_axes,
+    number_axis,
+    save_figure,
+)
 from thaw.sweeps.groups import Group, Mark, without_shared
 from thaw.sweeps.runs import DONE, Run
 
 LEARNING_RATE = "optim.lr"
-COLORS = (
-    *("#2166ac", "#e08214", "#1b7837", "#762a83", "#35978f", "#c51b7d"),
-    *("#8c510a", "#4d4d4d", "#6baed6", "#7fbc41", "#c9a400", "#9e9ac8"),
-)
 MARKERS = "os^Dv<>PXhp*"
-RED, GREY = "#b2182b", "#9aa5b1"
 MARKS: dict[Mark, str] = {"best": "best", "Pareto": "on the Pareto front"}
 EPOCH_LINES = 20
 
@@ -123,7 +128,7 @@ def save_picture(axes: Axes, path: Path, legend_columns: int) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     if legend_columns:
-        figure.legend(loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=SMALL)
     save_figure(figure, path)
 
 
@@ -153,7 +158,7 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     if len(curves) > len(COLORS):
         axes.plot([], [], ".-", color=GREY, label=f"{len(curves) - len(COLORS)} others")
     marked = [point for point in points if point.mark]
-    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": RED, "zorder": 5}
+    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": ACCENT, "zorder": 5}
     axes.plot([point.x for point in marked], [point.mean for point in marked], "o", **ring)
     axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
     band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
@@ -212,7 +217,7 @@ def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
 
 
 def save_epochs(groups: Sequence[Group], path: Path) -> bool:
-    """Draw `epoch_lines`: up to twelve in colors, with their names; of more, the best in red and the others in grey.
+    """Draw `epoch_lines`: up to twelve in colors, with their names; of more, the best in color and the others in grey.
 
     Returns:
         False, and draws nothing, if no line has two points, as after a single epoch.
@@ -228,7 +233,7 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     accuracy_axis(axes, min(accuracies), max(accuracies), "validation accuracy")
     ends = []
     for place, line in enumerate(lines):
-        color = COLORS[place] if few else RED if line.mark else GREY
+        color = COLORS[place] if few else ACCENT if line.mark else GREY
         width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
         epochs, seeds = zip(*line.points, strict=True)
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}
