@@ -208,7 +208,8 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
 
     `curves` has for each model and corruption pairs of strength and accuracy, the latter of so many images.
     """
-    figure = new_figure(11, 6)
+    figure = new_figure(9.5, 5.4)
+    figure.supylabel("accuracy", fontsize=10)
     for axes, (name, corruption) in zip(figure.subplots(2, 3).flat, CORRUPTIONS.items(), strict=True):
         for place, (label, curve) in enumerate(curves.items()):
             strengths, accuracies = zip(*curve[name], strict=True)
