@@ -25,7 +25,7 @@ def test_stretching_can_be_undone_and_keeps_the_order() -> None:
 def test_ticks_lie_within_the_axis(lowest: float, highest: float) -> None:
     axes = new_figure(4, 3).add_subplot()
     axes.plot([0, 1], [lowest, highest])
-    accuracy_axis(axes, lowest, highest, "validation accuracy")
+    accuracy_axis(axes.yaxis, lowest, highest, "validation accuracy")
     assert axes.get_ylabel() == "validation accuracy\n(log scale of the error)"
     low, high = axes.get_ylim()
     ticks = axes.get_yticks()

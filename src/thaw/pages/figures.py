@@ -55,19 +55,24 @@ def squeeze(height: Any) -> Any:
     return NEARLY_1 - np.exp(-height)
 
 
-def accuracy_axis(axes: Axes, lowest: float, highest: float, label: str) -> None:
-    """Stretch the y axis, for accuracies from `lowest` to `highest`, both from 0 to 1; its label says so."""
-    axes.set_yscale("function", functions=(stretch, squeeze))
+def accuracy_axis(axis: Axis, lowest: float, highest: float, label: str) -> None:
+    """Stretch an axis, for accuracies from `lowest` to `highest`, both from 0 to 1; its label says so."""
+    axes = axis.axes
+    assert isinstance(axes, Axes)
+    across = axis is axes.xaxis
+    (axes.set_xscale if across else axes.set_yscale)("function", functions=(stretch, squeeze))
     margin = 0.05 * (stretch(highest) - stretch(lowest)) + 0.02
-    axes.set_ylim(squeeze(stretch(lowest) - margin), squeeze(stretch(highest) + margin))
-    low, high = axes.get_ylim()
+    low, high = squeeze(stretch(lowest) - margin), squeeze(stretch(highest) + margin)
+    (axes.set_xlim if across else axes.set_ylim)(low, high)
     ticks = [tick for tick in TICKS if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= min(high, 1.0)]
-    axes.set_yticks(ticks)
+    axis.set_ticks(ticks)
     decimals = max(len(f"{100 * tick:.2f}".rstrip("0").partition(".")[2]) for tick in ticks)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
-    axes.set_ylabel(f"{label}\n(log scale of the error)")
+    axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
+    axis.set_label_text(f"{label}{' ' if across else chr(10)}(log scale of the error)")
+    if across:
+        thin_labels(axis)
 
 
 def number_axis(axis: Axis, log: bool, ticks: Sequence[float] = ()) -> None:

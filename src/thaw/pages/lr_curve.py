@@ -24,7 +24,7 @@ def save_lr_curve(
         points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)
         color = COLORS[place % len(COLORS)]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
-    accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
+    accuracy_axis(axes.yaxis, min(accuracies), max(accuracies), "best validation accuracy")
     lr, decay = settings[chosen]
     axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=ACCENT)
     axes.set_title(f"Best of {len(settings)} heads: learning rate {lr:g}, weight decay {decay:g}", fontsize=12)

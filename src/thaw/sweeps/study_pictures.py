@@ -44,7 +44,7 @@ def draw_study(study: optuna.Study, objectives: Mapping[str, str], out: Path) ->
 def value_axis(axes: Axes, metric: str, values: Sequence[float]) -> None:
     """The y axis of an objective; the figure must have all else."""
     if metric == "val/acc":
-        accuracy_axis(axes, min(values), max(values), "validation accuracy (val/acc)")
+        accuracy_axis(axes.yaxis, min(values), max(values), "validation accuracy (val/acc)")
     else:
         axes.set_ylabel(metric)
         number_axis(axes.yaxis, spans_decades(values))
