@@ -230,8 +230,8 @@ def similar_names(name: str) -> str:
     wanted, known = name.rpartition("/")[2].partition(".")[0], timm.list_models()
     starts = difflib.get_close_matches(wanted, {each[: len(wanted)] for each in known}, n=8)
     found = difflib.get_close_matches(wanted, known, cutoff=0.85)
-    found += [each for start in (wanted, *starts) for each in known if each.startswith(start)]
-    found += [each for each in known if wanted in each]
+    found += sorted((each for each in known if wanted in each), key=lambda each: not each.startswith(wanted))
+    found += [each for start in starts for each in known if each.startswith(start)]
     return ", ".join(list(dict.fromkeys(found))[:8]) or "none"
 
 
@@ -239,7 +239,7 @@ def size_unit(model: TimmModel) -> tuple[int, str]:
     """The number of which the image side must be a multiple, and its meaning."""
     if isinstance(model, ConvNeXt):  # its strided convolutions have no padding
         return model.feature_info[-1]["reduction"], "the stride of its last stage,"
-    patches = next((each for each in (getattr(model, "patch_embed", None), getattr(model, "stem", None)) if each), None)
+    patches = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the stem of an MLP-Mixer
     return (patches.patch_size[0], "the patch size") if isinstance(patches, PatchEmbed) else (1, "")
 
 
