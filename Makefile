@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test test-slurm lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas train test test-slurm lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
@@ -13,6 +13,7 @@ help:
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
+	@echo "make schemas                                 JSON schemas of configs/, by which editors complete the YAML"
 	@echo "make clean-cache                             remove the cached features in logs/cache"
 	@echo "make lint | format | clean"
 
@@ -24,12 +25,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): torch and what it needs take about 6 GB and some minutes, once."
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
+	-@$(BIN)/python -m tools.schemas
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@
 
 install: $(VENV)/.installed
+
+schemas: $(VENV)/.installed
+	$(BIN)/python -m tools.schemas
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
