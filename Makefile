@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help rename install train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
@@ -15,6 +15,7 @@ help:
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
 	@echo "make clean-cache                             remove the cached features in logs/cache"
+	@echo "make rename NAME=myproject                   give the package another name, everywhere"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,6 +35,9 @@ install: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
+
+rename: $(VENV)/.installed-test
+	@$(BIN)/python tools/rename.py "$(NAME)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,9 +4,11 @@ Text in which the name is an English word, such as "layers that thaw", stays as 
 """
 
 import argparse
+import ast
 import importlib.util
 import keyword
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -33,7 +35,7 @@ def run(*command: str) -> str:
 
 def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule]:
     """Where the name means the package: in code, paths, quotes and a few turns of a sentence."""
-    known = "|".join(modules)
+    known = "|".join((*modules, r"__\w+__"))
     verbs = "is|has|takes|needs|runs|does|reads|sets|asks|waits|uses|must|cannot|classifies"
     found = {
         rf"\b{project}\b": new,
@@ -97,7 +99,8 @@ def renamed(text: str, found: Sequence[Rule]) -> str:
 def change(old: str, project: str, new: str) -> int:
     """Write and format every file; returns how many have changed."""
     modules = sorted({path.stem for path in (ROOT / "src" / old).iterdir() if not path.name.startswith(("_", "."))})
-    found = rules(old, project, new, [*modules, *exported(ROOT / "src" / old / "__init__.py")])
+    offered = re.search(r"^__all__ = (\[.*\])", (ROOT / "src" / old / "__init__.py").read_text(), re.MULTILINE)
+    found = rules(old, project, new, [*modules, *(ast.literal_eval(offered[1]) if offered else ())])
     changed = 0
     for name in run("git", "ls-files", "-z").split("\0"):
         path = ROOT / name
@@ -113,6 +116,8 @@ def change(old: str, project: str, new: str) -> int:
         if after != text:
             path.write_bytes(after.encode())
             changed += 1
+    for path in sorted((ROOT / "src").rglob("__pycache__")):
+        shutil.rmtree(path)
     run("git", "mv", f"src/{old}", f"src/{new}")
     plugins = Path("src/hydra_plugins")
     for path in sorted((ROOT / plugins).glob(f"{old}_*.py")):
@@ -126,13 +131,6 @@ def change(old: str, project: str, new: str) -> int:
         settings.write_text(settings.read_text().replace("[tool.mypy]", wider, 1))
     run("git", "add", "-A")
     return changed
-
-
-def exported(init: Path) -> list[str]:
-    """Names that the package offers itself, as in `thaw.load`."""
-    return re.findall(r"^def (\w+)|^    \"(\w+)\"", init.read_text(), re.MULTILINE) and [
-        one or other for one, other in re.findall(r"^def (\w+)|^    \"(\w+)\"", init.read_text(), re.MULTILINE)
-    ]
 
 
 def main() -> None:
