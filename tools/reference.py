@@ -5,18 +5,18 @@ They are made at each build rather than committed: a change of a comment or a do
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from griffe import Docstring, DocstringSectionParameters
 
-from thaw.run.config import backbone_name  # noqa: F401  (registers the resolvers of configurations)
+from thaw.run.migrations import CONFIGS
 from thaw.run.targets import import_target
 from thaw.run.values import COMMAND_SETTINGS, annotated_arguments, in_words
+from tools.schemas import comments
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = ("train", "sweep", "eval", "probe", "predict", "export", "serve", "plan")
 GROUPS = {
     "data": "Where images come from.",
@@ -41,7 +41,7 @@ GROUPS = {
     "debug": "For trying things out.",
 }
 API = {
-    "Use a trained model": ["thaw.predict.predictor.load_predictor", "thaw.predict.predictor.Predictor"],
+    "From a script": ["thaw.load", "thaw.Model", "thaw.freeze"],
     "Data": [
         "thaw.data.images.Images",
         "thaw.data.images.Source",
@@ -131,7 +131,8 @@ def described(path: Path, package: str, listed: dict[str, Setting]) -> str:
         package = ""
         head.remove("@package _global_")
     root = yaml.compose(text)
-    settings = [each for each in read_settings(root, text.splitlines(), package) if each.key.split(".")[0] != "hydra"]
+    found = read_settings(root, text.splitlines(), comments([path]))
+    settings = [each._replace(key=f"{package}.{each.key}".lstrip(".")) for each in found]
     if bases_of(path):
         earlier = {each.key: listed[each.key].meaning for each in settings if each.key in listed}
         settings = [each._replace(meaning=each.meaning or earlier.get(each.key, "")) for each in settings]
@@ -148,23 +149,23 @@ def described(path: Path, package: str, listed: dict[str, Setting]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def read_settings(node: yaml.MappingNode, lines: list[str], prefix: str) -> Iterator[Setting]:
-    """Every key below a node, with the comment behind it and what the signature of its class says."""
+def read_settings(
+    node: yaml.MappingNode, lines: Sequence[str], notes: Mapping[str, str], place: str = ""
+) -> Iterator[Setting]:
+    """Every key below a node, with the comment behind it, else what the docstring of its class says, and its type."""
     values = {key.value: value for key, value in node.value}
-    target = values["_target_"].value if "_target_" in values else None
-    annotations, words = arguments_of(target) if target else ({}, {})
-    for key, value in node.value:
-        if key.value.startswith("_") or key.value == "defaults":
+    annotations, words = arguments_of(values["_target_"].value) if "_target_" in values else ({}, {})
+    for key, value in values.items():
+        name = f"{place}{key}"
+        if key.startswith("_") or name in ("defaults", "hydra"):
             continue
-        name = f"{prefix}.{key.value}".lstrip(".")
-        meaning = comment_of(key, value, lines) or words.get(key.value, "").rstrip(".")
-        is_block = isinstance(value, yaml.MappingNode) and value.value and not value.flow_style
-        if is_block:
+        meaning = notes.get(name) or words.get(key, "").rstrip(".")
+        if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
             if meaning:
                 yield Setting(name, "", cell(meaning))
-            yield from read_settings(value, lines, name)
+            yield from read_settings(value, lines, notes, f"{name}.")
         elif meaning or not text_of(value, lines).startswith("${"):  # else another key's value, passed on
-            annotation = annotations.get(key.value, COMMAND_SETTINGS.get(name))
+            annotation = annotations.get(key, COMMAND_SETTINGS.get(name))
             allowed = f" *({cell(in_words(annotation))})*" if annotation else ""
             yield Setting(name, text_of(value, lines), f"{cell(meaning)}{allowed}".strip())
 
@@ -184,22 +185,7 @@ def arguments_of(target: str) -> tuple[dict[str, Any], dict[str, str]]:
     return annotated_arguments(found), words
 
 
-def comment_of(key: yaml.Node, value: yaml.Node, lines: list[str]) -> str:
-    """The comment behind a key, with those in the lines below that stand as far to the right."""
-    number = key.start_mark.line
-    block = isinstance(value, yaml.MappingNode | yaml.SequenceNode) and not value.flow_style
-    behind = re.search(r"\s(#.*)$", lines[number][(key if block else value).end_mark.column :])
-    if not behind:
-        return ""
-    words = [behind[1]]
-    for line in lines[number + 1 :]:
-        if not re.match(r"\s{20,}#", line):
-            break
-        words.append(line.strip())
-    return " ".join(word.lstrip("# ") for word in words)
-
-
-def text_of(value: yaml.Node, lines: list[str]) -> str:
+def text_of(value: yaml.Node, lines: Sequence[str]) -> str:
     """A value as the file has it."""
     start, end = value.start_mark, value.end_mark
     if isinstance(value, yaml.ScalarNode) and start.line == end.line:
