@@ -73,9 +73,7 @@ class Setting(NamedTuple):
 
 def api() -> str:
     """The page of the Python API: names, whose docstrings mkdocstrings fills in."""
-    parts = [
-        "# Python API\n\nThe classes and functions that code of yours uses; shapes, errors and units are theirs.\n"
-    ]
+    parts = ["# Python API\n\nThe classes and functions that your own code calls, from their docstrings.\n"]
     for title, names in API.items():
         parts += [f"## {title}\n", *(f"::: {name}\n" for name in names)]
     return "\n".join(parts)
