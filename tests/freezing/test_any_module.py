@@ -9,8 +9,10 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy
+from processes import FORKING  # noqa: F401, its server has imported what takes seconds
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import thaw
 from thaw.freezing.policy import FreezePolicy
@@ -70,6 +72,24 @@ class Restless(Own):
 
     def on_validation_epoch_end(self) -> None:
         self.train()
+
+
+class Shared(Own):
+    """Processes take turns at the images; without dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in self.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0
+
+    def train_dataloader(self) -> DataLoader:
+        world, data = self.trainer.world_size, loader().dataset
+        sampler = DistributedSampler(data, world, self.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=8 // world, sampler=sampler)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=0.1)
 
 
 class Seeded(L.Callback):
@@ -161,30 +181,14 @@ def test_gradual_thawing_of_a_module_with_layers(capsys: pytest.CaptureFixture[s
 
 def test_processes_share_the_gradients_of_what_thaws() -> None:
     """Two processes, each with half of a batch, against one; the batch norms are frozen, as they see half a batch."""
+    forked = DDPStrategy(start_method="forkserver")
     rules = [HEAD, {"match": r"body\.\w+\.0\..*", "train": True, "from_epoch": 1}, REST]
 
-    class Plain(Own):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=0.1)
-
-    def without_dropout() -> Own:
-        module = Plain()
-        for part in module.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0
-        return module
-
-    def halves() -> DataLoader:
-        return DataLoader(loader().dataset, batch_size=4)
-
-    one, two = without_dropout(), without_dropout()
-    fitted(one, rules)
-    trainer = L.Trainer(
-        **QUIET, callbacks=thaw.freeze(two, rules), max_epochs=3, strategy="ddp_fork", devices=2, accelerator="cpu",
-        enable_checkpointing=False, use_distributed_sampler=True,
-    )  # fmt: skip
-    trainer.fit(two, halves())
-    start = state(without_dropout())
+    one, two, start = Shared(), Shared(), state(Shared())
+    for module, processes in ((one, {"devices": 1}), (two, {"devices": 2, "strategy": forked})):
+        settings = QUIET | {"max_epochs": 3, "accelerator": "cpu", "use_distributed_sampler": False}
+        trainer = L.Trainer(callbacks=thaw.freeze(module, rules), enable_checkpointing=False, **settings | processes)
+        trainer.fit(module)
     for name, tensor in state(one).items():
         torch.testing.assert_close(tensor, two.state_dict()[name], rtol=1e-4, atol=1e-6)
         assert torch.equal(tensor, start[name]) != bool(re.search(r"head|body\.\w+\.0\.", name))
