@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+TORCH  ?=
+# TORCH=cpu: builds of torch and torchvision without CUDA; a local version such as 2.15.0+cpu counts as newer than 2.15.0
+INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: help install train test test-slurm lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas rename train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
-	@echo "make test                                    install the test extras, then lint, types and all tests but test-slurm"
+	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
+	@echo "make test-long                               run every command of the pages and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
+	@echo "make schemas                                 JSON schemas of configs/, by which editors complete the YAML"
 	@echo "make clean-cache                             remove the cached features in logs/cache"
+	@echo "make rename NAME=myproject                   give the package another name, everywhere"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -21,9 +27,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "thaw needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing into $(VENV): torch and what it needs take about 6 GB and some minutes, once."
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	@echo "Installing into $(VENV): torch and what it needs take some minutes and about 6 GB, once (less without CUDA: TORCH=cpu)."
+	$(BIN)/python -m pip install -c constraints.txt $(INDEX) -e .
 	@touch $@
+	-@$(BIN)/python -m tools.schemas
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
@@ -31,8 +38,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+schemas: $(VENV)/.installed
+	$(BIN)/python -m tools.schemas
+
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
+
+rename: $(VENV)/.installed-test
+	@$(BIN)/python tools/rename.py "$(NAME)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -44,7 +57,10 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm and not long" $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from thaw.pages.figures import INK, new_figure, number_axis, plain_axes, save_figure
+from thaw.pages.figures import COLORS, INK, SMALL, new_figure, number_axis, plain_axes, save_figure
 from thaw.run.console import lenient, progress, say
 from thaw.run.files import write_text
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "logs" / "compare"
 
 VIT, BASELINE = "bundled ViT, 2.7 M", "baselines"
-COLORS = {VIT: "#b5432e", BASELINE: "#6b6b6b"}
+KIND_COLORS = {VIT: COLORS[1], BASELINE: "#6b6b6b"}
 POLICIES = {
     "linear_probe": "linear probe",
     "norm_only": "norm layers",
@@ -136,28 +136,28 @@ def read_rows(table: str) -> list[tuple[str, str, list[float], float | None]]:
 def picture(table: str, path: Path) -> None:
     """Draw the table of `markdown`: test error of each seed beside the CPU time of a run, both on logarithmic axes."""
     rows = read_rows(table)
-    figure = new_figure(11, 0.34 * len(rows) + 1.4)
+    figure = new_figure(9, 0.21 * len(rows) + 0.8)
     errors, times = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     for place, (kind, _, scores, seconds) in enumerate(rows):
-        color = COLORS[kind]
-        errors.plot(scores, [place] * len(scores), "o", color=color, alpha=0.55, markersize=6, markeredgewidth=0)
-        errors.plot(statistics.mean(scores), place, "|", color=color, markersize=15, markeredgewidth=2)
+        color = KIND_COLORS[kind]
+        errors.plot(scores, [place] * len(scores), "o", color=color, alpha=0.55, markersize=5, markeredgewidth=0)
+        errors.plot(statistics.mean(scores), place, "|", color=color, markersize=11, markeredgewidth=2)
         if seconds is not None:
-            times.plot(seconds, place, "o", color=color, markersize=7)
+            times.plot(seconds, place, "o", color=color, markersize=5)
             times.annotate(
-                f"{seconds:.0f} s", (seconds, place), (8, 0), textcoords="offset points", va="center", fontsize=8
+                f"{seconds:.0f} s", (seconds, place), (8, 0), textcoords="offset points", va="center", fontsize=SMALL
             )
     for axes, title in (
-        (errors, "test error in %, 10,000 images: each seed (dot) and mean (bar)"),
-        (times, "CPU time of a run in seconds, all cores"),
+        (errors, "test error in %: each seed (dot), mean (bar)"),
+        (times, "CPU time of a run in s, all cores"),
     ):
         axes.set_title(title, fontsize=10, loc="left", color=INK)
         plain_axes(axes)
         axes.tick_params(length=0, axis="y")
         axes.spines["left"].set_visible(False)
-    errors.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=9)
-    handles = [errors.plot([], [], "o", color=color, label=kind)[0] for kind, color in COLORS.items()]
-    errors.legend(handles=handles, fontsize=9, loc="upper right", frameon=False)
+    errors.set_yticks(range(len(rows)), [name for _, name, *_ in rows], fontsize=SMALL)
+    handles = [errors.plot([], [], "o", color=color, label=kind)[0] for kind, color in KIND_COLORS.items()]
+    errors.legend(handles=handles, fontsize=SMALL, loc="upper right", frameon=False)
     times.margins(x=0.15)
     for axes in (errors, times):
         number_axis(axes.xaxis, log=True)

@@ -4,7 +4,8 @@ Each objective pretrains the same ViT on the 54,000 training images for as many 
 the time of a step is measured first. Then each backbone is probed (nearest neighbours, logistic regression on all
 labels) and fine-tuned with 1, 10 and 100 % of the labels over seeds, next to the same ViT from scratch; with 1 % also
 from scratch for 40 times as long. Each run is a process of its own below logs/compare_pretraining; finished ones are
-not repeated. Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and .png.
+not repeated. Nothing is chosen by the test accuracies. Writes benchmarks/compare_pretraining.md and draws
+compare_pretraining.png from it; `--redraw` does that alone.
 """
 
 import argparse
@@ -21,9 +22,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
-from matplotlib.figure import Figure
 
 from benchmarks.compare import ROOT, mean_and_spread, run_once
+from thaw.pages.figures import COLORS, INK, SMALL, new_figure, plain_axes, save_figure
 from thaw.run.config import settle
 from thaw.run.console import lenient, progress, say
 from thaw.run.files import write_text
@@ -39,7 +40,7 @@ LONGER = 40  # times the epochs of "from scratch"; with 1 % of the labels and on
 SCRATCH = {"scratch": "from scratch", "longer": f"from scratch, {LONGER} times as long"}
 STARTS = {**SCRATCH, **OBJECTIVES, "bundled": "bundled weights"}
 LABELS = {"1": (540, 30), "10": (5400, 4), "100": (54_000, 1)}  # % -> digits, epochs
-COLORS = dict(zip(STARTS, ("#6b6b6b", "#b0b0b0", "#b5432e", "#2e6bb5", "#3c8f5a", "#8a4fa3", "#222222"), strict=True))
+ROW_COLORS = dict(zip(STARTS.values(), ("#6b6b6b", "#b0b0b0", *COLORS[:4], INK), strict=True))
 
 
 class StepTime(Callback):
@@ -170,43 +171,54 @@ def markdown(found: Mapping[str, Mapping[str, list[float]]], budget: Mapping[str
     return "\n".join(lines)
 
 
-def picture(found: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
-    """Test error against the share of labels, and of the two probes, on logarithmic axes."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=110)
+def read_cells(table: str) -> dict[str, list[tuple[float, float] | None]]:
+    """Test error in % and its standard deviation in each column of `markdown` after the second, by name of its row."""
+    rows: dict[str, list[tuple[float, float] | None]] = {}
+    for line in table.splitlines()[2:]:
+        name, _, *cells = (cell.strip().removesuffix(" %") for cell in line.strip("|").split("|"))
+        split = [cell.partition(" ± ") for cell in cells]
+        rows[name] = [None if mean == "-" else (100 - float(mean), float(spread or 0)) for mean, _, spread in split]
+    return rows
+
+
+def picture(table: str, path: Path) -> None:
+    """Test error against the share of labels, and of the two probes, on logarithmic axes; bars: standard deviation."""
+    rows = read_cells(table)
+    figure = new_figure(9, 4.6)
     tuned, probed = figure.subplots(1, 2, width_ratios=[3, 2])
-    for start, measured in found.items():
-        points = [(int(p), measured[f"labels{p}"]) for p in LABELS if f"labels{p}" in measured]
-        means = [100 - statistics.mean(values) for _, values in points]
-        style = "-" if len(points) > 1 else "D"
-        tuned.plot([x for x, _ in points], means, style, color=COLORS[start], label=STARTS[start], linewidth=1.8)
-        for x, values in points:
-            tuned.plot([x] * len(values), [100 - v for v in values], "o", color=COLORS[start], alpha=0.5, markersize=4)
-    names = [start for start in found if "knn" in found[start]][::-1]
-    markers = {"knn": ("s", "nearest neighbours"), "logistic_regression": ("D", "logistic regression")}
-    for column, (marker, label) in markers.items():
-        for row, start in enumerate(names):
-            if column in found[start]:
-                probed.plot(100 - found[start][column][0], row, marker, color=COLORS[start], markersize=7)
+    shares = [*map(int, LABELS)]
+    for name, (_, _, *cells) in rows.items():
+        found = [(share, *cell) for share, cell in zip(shares, cells, strict=True) if cell]
+        style: dict[str, Any] = {"color": ROW_COLORS[name], "linewidth": 1.8, "capsize": 3, "label": name}
+        tuned.errorbar(*zip(*found, strict=True), fmt="-o" if len(found) > 1 else "D", markersize=4, **style)
+    names = [name for name, cells in rows.items() if cells[0]][::-1]
+    for column, (marker, label) in enumerate((("s", "nearest neighbours"), ("D", "logistic regression"))):
+        for row, name in enumerate(names):
+            if cell := rows[name][column]:
+                probed.plot(cell[0], row, marker, color=ROW_COLORS[name], markersize=7)
         probed.plot([], [], marker, color="#555555", label=label)
-    probed.set_yticks(range(len(names)), [STARTS[start] for start in names], fontsize=9)
+    probed.set_yticks(range(len(names)), names, fontsize=SMALL)
     for axes, title in (
-        (tuned, "test error in % after fine-tuning, by number of labels"),
+        (tuned, "test error in % after fine-tuning"),
         (probed, "test error in % of frozen features"),
     ):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.grid(color="#e4e4e4", linewidth=0.6, which="both")
+        axes.set_title(title, fontsize=10, loc="left", color=INK)
+        plain_axes(axes)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
         axes.set_xscale("log")
+    figure.legend(
+        *tuned.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=SMALL, frameon=False
+    )
+    probed.legend(loc="lower right", fontsize=SMALL, frameon=False)
     tuned.set_yscale("log")
-    tuned.set_xticks(list(map(int, LABELS)), [f"{p} %: {digits:,}" for p, (digits, _) in LABELS.items()])
+    tuned.set_xticks(shares, [f"{p} %: {images:,}" for p, (images, _) in LABELS.items()])
     tuned.set_xticks([], minor=True)
+    tuned.set_xlabel("labelled training images")
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     for axis in (tuned.yaxis, probed.xaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -216,7 +228,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores")
     parser.add_argument("--only", nargs="*", choices=STARTS, default=list(STARTS), help="starts to run")
     parser.add_argument("overrides", nargs="*", help="for every run, e.g. data.dir=/data")
+    parser.add_argument("--redraw", action="store_true", help="draw the picture from the table, and run nothing")
     arguments = parser.parse_args()
+    written, drawn = (ROOT / "benchmarks" / f"compare_pretraining{suffix}" for suffix in (".md", ".png"))
+    if arguments.redraw:
+        return picture(written.read_text(), drawn)
     path = RUNS / "budget.json"
     if not path.is_file():
         RUNS.mkdir(parents=True, exist_ok=True)
@@ -233,8 +249,8 @@ def main() -> None:
     run_all(arguments.only, steps, arguments.seeds, arguments.jobs, arguments.overrides)
     if not (found := finished()):
         raise SystemExit(f"No run below {RUNS} has been tested.")
-    write_text(markdown(found, budget) + "\n", ROOT / "benchmarks" / "compare_pretraining.md")
-    picture(found, ROOT / "benchmarks" / "compare_pretraining.png")
+    write_text(markdown(found, budget) + "\n", written)
+    picture(markdown(found, budget), drawn)
     print(markdown(found, budget))
 
 

@@ -24,14 +24,6 @@ from thaw.export.portable import portable as real_portable
 from thaw.predict.onnx_model import load_onnx
 from thaw.predict.predictor import Predictor
 
-FIVE_LINES = """
-import json, numpy, onnxruntime
-session = onnxruntime.InferenceSession("model.onnx")
-classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])
-probabilities = session.run(["probabilities"], {"images": numpy.load("images.npy")})[0]
-print([classes[k] for k in probabilities.argmax(axis=1)])
-"""
-
 
 def largest(one: Any, other: Any) -> float:
     return float((torch.as_tensor(one) - torch.as_tensor(other)).abs().max())
@@ -90,12 +82,12 @@ def test_metadata(exported: Callable[..., Any]) -> None:
 
 
 def test_needs_onnxruntime_and_numpy_alone(exported: Callable[..., Any], source: Source, tmp_path: Path) -> None:
-    """The README's lines, where nothing else that thaw needs can be imported."""
+    """The lines of docs/deploy.md, where nothing else that thaw needs can be imported."""
     _, wanted, _, path, _ = exported("vit", "onnx")
     np.save(tmp_path / "images.npy", source.train.images[:60].numpy())
     (tmp_path / "model.onnx").symlink_to(path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = next((block for block in blocks if "onnxruntime" in block), FIVE_LINES)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "onnxruntime" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 5
     blocked = "import sys\nfor name in ('torch', 'thaw', 'lightning', 'timm', 'onnx'): sys.modules[name] = None\n"
     done = subprocess.run([sys.executable, "-c", blocked + code], cwd=tmp_path, capture_output=True, text=True)

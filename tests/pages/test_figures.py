@@ -1,13 +1,16 @@
 """Axes of accuracies and of numbers, names at the ends of lines, and figures that are written whole."""
 
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
-from pages.texts import overlapping
+from matplotlib.colors import to_rgb
+from pages.texts import unreadable
+from skimage.color import rgb2lab
 
-from thaw.pages.figures import accuracy_axis, label_ends, new_figure, number_axis, save_figure, squeeze, stretch
+from thaw.pages.figures import COLORS, accuracy_axis, label_ends, new_figure, number_axis, save_figure, squeeze, stretch
 from thaw.pages.lr_curve import save_lr_curve
 
 
@@ -22,7 +25,7 @@ def test_stretching_can_be_undone_and_keeps_the_order() -> None:
 def test_ticks_lie_within_the_axis(lowest: float, highest: float) -> None:
     axes = new_figure(4, 3).add_subplot()
     axes.plot([0, 1], [lowest, highest])
-    accuracy_axis(axes, lowest, highest, "validation accuracy")
+    accuracy_axis(axes.yaxis, lowest, highest, "validation accuracy")
     assert axes.get_ylabel() == "validation accuracy\n(log scale of the error)"
     low, high = axes.get_ylim()
     ticks = axes.get_yticks()
@@ -43,7 +46,7 @@ def test_labels_of_ticks_never_overlap(count: int, log: bool) -> None:
             axes.plot(values, values, "o")
             axes.set_yticks([])
             number_axis(axes.xaxis, log, ticks)
-            assert not overlapping(axes.figure)  # type: ignore[arg-type]
+            assert not unreadable(axes.figure)  # type: ignore[arg-type]
             if ticks and count <= 8:
                 assert axes.get_xticks() == pytest.approx(ticks), "a label may be missing, but no tick"
 
@@ -53,7 +56,7 @@ def test_names_at_the_ends_of_lines_lie_apart_and_in_their_order() -> None:
     heights = [0.5, 0.501, 0.502, 0.503, 0.9, 0.1, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     axes.plot([0] * 12, heights, "o")
     label_ends(axes, [(0, height, "black", f"line {place}") for place, height in enumerate(heights)])
-    assert not overlapping(axes.figure)  # type: ignore[arg-type]
+    assert not unreadable(axes.figure)  # type: ignore[arg-type]
     texts = sorted(axes.texts, key=lambda text: text.get_position()[1])
     ordered = [heights[int(text.get_text().split()[1])] for text in texts]
     assert ordered == sorted(heights)
@@ -68,3 +71,19 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     for path in (tmp_path / "new").iterdir():
         assert matplotlib.image.imread(path).std() > 0.03
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"lr_bank.png", "other.png"}
+
+
+# Machado, Oliveira & Fernandes 2009, severity 1: what red-blind and green-blind eyes see of linear RGB.
+COLOR_BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+}
+
+
+@pytest.mark.parametrize("kind", [None, *COLOR_BLIND])
+def test_the_colors_are_told_apart_by_all_eyes(kind: str | None) -> None:
+    """CIELAB distances; 2.3 is just noticeable, and matplotlib's own first seven come to 4 for red-blind eyes."""
+    linear = np.array([to_rgb(color) for color in COLORS]) ** 2.2
+    seen = (linear @ np.transpose(COLOR_BLIND[kind])).clip(0, 1) if kind else linear
+    lab = rgb2lab((seen ** (1 / 2.2))[None])[0]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(lab, 2)) > 12

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from pages.texts import overlapping
+from pages.texts import unreadable
 from sweeps.test_runs import make_run
 
-from thaw.sweeps.curves import epoch_curve, epoch_lines, save_epochs, save_swept, swept_curves, swept_keys
+from thaw.sweeps.curves import (
+    epoch_curve,
+    epoch_lines,
+    save_epochs,
+    save_settings,
+    save_swept,
+    swept_curves,
+    swept_keys,
+)
 from thaw.sweeps.groups import group_runs
 from thaw.sweeps.run_table import write_run_table
 from thaw.sweeps.runs import find_runs, read_run
@@ -98,7 +106,7 @@ def test_html_holds_everything_and_escapes_it(policies: Path, tmp_path: Path) ->
     assert "</pre><b>boom</b>" in page.of("pre")
     assert page.of("h2").count("<More>") == 1
     sources = [value for tag, name, value in page.attributes if tag == "img" and name == "src"]
-    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert not [name for _, name, _ in page.attributes if name in ("href", "srcset", "onclick", "onload")]
     assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]*", "", html))
     assert any("lora0.1_1/summary.json cannot be read" in text for text in page.of("li"))
@@ -205,7 +213,31 @@ def test_settings_have_a_named_line_each_and_many_are_grey(tmp_path: Path, drawn
     assert [text.get_text() for text in many.texts] == ["policy12"] and "grey: other settings" in many.get_title("left")
     assert len({line.get_color() for line in many.lines}) == 2
     for figure in drawn:
-        assert not overlapping(figure)
+        assert not unreadable(figure)
+
+
+def test_every_policy_has_a_row_with_its_seeds(tmp_path: Path, drawn: list[Figure]) -> None:
+    for place, policy in enumerate(["full", "lora", "norm_only"]):
+        for seed in range(3):
+            name = f"{policy}_{seed}"
+            make_run(tmp_path / name, f"freeze={policy}", 0.9 + place / 100 + seed / 1000, freeze=policy, seed=seed)
+    groups = group_runs([read_run(folder, []) for folder in find_runs([tmp_path])])
+    assert save_settings(groups, tmp_path / "settings.png")
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [group.label for group in groups]
+    seeds, mean = axes.lines[:2]
+    assert (sorted(seeds.get_xdata()), mean.get_xdata()[0]) == (
+        pytest.approx([0.92, 0.921, 0.922]),
+        pytest.approx(0.921),
+    )
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the best above"
+    assert not unreadable(drawn[0])
+
+
+def test_settings_of_numbers_alone_have_a_curve_and_no_rows(tmp_path: Path, drawn: list[Figure]) -> None:
+    for lr in (0.1, 0.2):
+        make_run(tmp_path / str(lr), f"optim.lr={lr}", 0.9, optim__lr=lr)
+    assert not save_settings(group_runs([read_run(folder, []) for folder in find_runs([tmp_path])]), tmp_path / "x.png")
 
 
 def test_one_epoch_is_no_curve(tmp_path: Path, drawn: list[Figure]) -> None:

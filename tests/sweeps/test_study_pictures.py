@@ -6,7 +6,7 @@ import optuna
 import pytest
 from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from pages.texts import overlapping
+from pages.texts import unreadable
 
 from thaw.sweeps.study import silence_optuna
 from thaw.sweeps.study_pictures import draw_study
@@ -35,4 +35,4 @@ def test_every_policy_of_the_front_is_named_and_no_texts_overlap(
     assert "log scale of the error" in front.get_ylabel()
     assert drawn["history_trainable_params"].axes[0].get_yscale() == "log"
     for figure in drawn.values():
-        assert not overlapping(figure)
+        assert not unreadable(figure)

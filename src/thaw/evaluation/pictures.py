@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.data.images import Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
-from thaw.pages.figures import ACCENT, FILL, INK, new_figure, plain_axes, save_figure
+from thaw.pages.figures import ACCENT, COLORS, FILL, INK, SMALL, new_figure, plain_axes, save_figure
 from thaw.run.files import atomic
 
 MOST_EXAMPLES = 32  # images in a figure
-MOST_NAMED, MOST_COUNTED = 60, 40  # classes of a confusion matrix with names at its sides, with numbers in its cells
+MOST_NAMED, MOST_COUNTED = 60, 30  # classes of a confusion matrix with names at its sides, with numbers in its cells
 MOST_PAIRS = 25  # of classes that are listed beside it
 WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -75,16 +76,16 @@ def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence
     left, *beside = figure.subfigures(1, 1 + many, width_ratios=[side, 4][: 1 + many], squeeze=False)[0]
     axes = left.add_subplot()
     most = int(errors.max())
-    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, most), interpolation="nearest")
-    text = {"ha": "center", "va": "center", "fontsize": min(10, 260 / size)}
+    axes.imshow(errors.numpy(), cmap="Oranges", vmin=0, vmax=max(1, most), interpolation="nearest")
+    text = {"ha": "center", "va": "center", "fontsize": SMALL}
     for row, column in (counts + present.diag()).nonzero().tolist() if size <= MOST_COUNTED else ():
         count = int(counts[row, column])
-        colour = "#2a6f2a" if row == column else "white" if count > 0.6 * most else INK
+        colour = "white" if row != column and count > 0.6 * most else INK
         axes.text(column, row, str(count), **text, color=colour, weight="bold" if row == column else "normal")
     axes.set_title(f"{int(errors.sum()):,} of {len(labels):,} images wrong", fontsize=12)
     axes.set(xlabel="predicted", ylabel="true", xticks=[], yticks=[])
     if size <= MOST_NAMED:
-        names, small = [shorten_name(name) for name in classes], {"fontsize": min(10, 400 / size)}
+        names, small = [shorten_name(name) for name in classes], {"fontsize": SMALL}
         axes.set_xticks(range(size), names, rotation=90 if many or max(map(len, names)) > 4 else 0, **small)
         rows = zip(names, present.tolist(), strict=True)
         axes.set_yticks(range(size), [name if found else f"{name} (absent)" for name, found in rows], **small)
@@ -103,7 +104,7 @@ def list_pairs(axes: Axes, errors: Tensor, classes: Sequence[str]) -> None:
         label, answer = divmod(place, len(names))
         if (count := int(errors[label, answer])) >= min(2, int(errors.max())) > 0:
             lines.append(f"{count:4}  {names[label]} {ARROW} {names[answer]}")
-    axes.text(0, 1, "\n".join(lines), va="top", fontsize=9, in_layout=False)
+    axes.text(0, 1, "\n".join(lines), va="top", fontsize=SMALL, in_layout=False)
     axes.axis("off")
 
 
@@ -128,8 +129,8 @@ def save_images(
     for panel, image, (index, confidence, (label, answer), wrong) in zip(panels, images, facts, strict=False):
         show_image(panel, image)
         title = f"#{index}  {confidence:.0%}\n{label}{gap}{ARROW} {answer}"
-        panel.set_title(title, fontsize=9, color=ACCENT if wrong else INK)
-    figure.suptitle(f"{order}: #index, confidence, true {ARROW} predicted (red: wrong)", fontsize=11)
+        panel.set_title(title, fontsize=SMALL, color=ACCENT if wrong else INK)
+    figure.suptitle(f"{order}: #index, confidence, true {ARROW} predicted (orange: wrong)", fontsize=11)
     save_figure(figure, path)
 
 
@@ -156,7 +157,7 @@ def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> Non
     for panel, row, title in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, titles, strict=True):
         margins = [max(1, row.shape[-1] // 28)] * 4
         show_image(panel, torch.cat(list(F.pad(row, margins, value=255)), dim=2))
-        panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        panel.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=SMALL)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     save_figure(figure, path)
@@ -176,7 +177,7 @@ def save_reliability(logits: Tensor, labels: Tensor, temperature: float, path: P
         for edge, height, count in zip(edges[filled], accuracy[filled], counts[filled], strict=True):
             inside = height > 0.12
             y, colour, side = (height - 0.01, "white", "top") if inside else (height + 0.01, INK, "bottom")
-            text = {"ha": "center", "va": side, "rotation": 90, "fontsize": 8, "color": colour}
+            text = {"ha": "center", "va": side, "rotation": 90, "fontsize": SMALL, "color": colour}
             axes.text(edge + 0.5 / BINS, y, f"{count:,}", **text)
         error = calibration_error(scaled, labels)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", title=f"{title}: ECE {error:.2%}")
@@ -193,7 +194,7 @@ def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path
     panels = figure.subplots(2, len(images), squeeze=False).T
     for (above, below), image, share, title in zip(panels, images, shares, titles, strict=True):
         show_image(above, image)
-        above.set_title(shorten_name(title), fontsize=9)
+        above.set_title(shorten_name(title), fontsize=SMALL)
         show_image(below, image)
         over = {"extent": above.images[0].get_extent(), "interpolation": "bicubic"}
         below.imshow(share.numpy(), cmap="inferno", alpha=0.65, **over)
@@ -207,13 +208,14 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
 
     `curves` has for each model and corruption pairs of strength and accuracy, the latter of so many images.
     """
-    figure = new_figure(11, 6)
+    figure = new_figure(9.5, 5.4)
+    figure.supylabel("accuracy", fontsize=10)
     for axes, (name, corruption) in zip(figure.subplots(2, 3).flat, CORRUPTIONS.items(), strict=True):
         for place, (label, curve) in enumerate(curves.items()):
             strengths, accuracies = zip(*curve[name], strict=True)
             low, high = zip(*(accuracy_interval(round(x * number), number) for x in accuracies), strict=True)
-            axes.plot(strengths, accuracies, marker="o", markersize=3.5, color=f"C{place}", label=label)
-            axes.fill_between(strengths, low, high, color=f"C{place}", alpha=0.15, linewidth=0)
+            axes.plot(strengths, accuracies, marker="o", markersize=3.5, color=COLORS[place % len(COLORS)], label=label)
+            axes.fill_between(strengths, low, high, color=COLORS[place % len(COLORS)], alpha=0.15, linewidth=0)
         axes.axvline(corruption.harmless, color="#aaaaaa", linewidth=0.8, linestyle=":")
         axes.set(title=name, xlabel=corruption.unit, ylim=(0, 1.02))
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
@@ -231,13 +233,14 @@ def save_feature_map(points: Tensor, labels: Tensor, classes: Sequence[str], pat
     axes = figure.add_subplot()
     x, y = points.T.numpy()
     few = len(classes) <= 10
-    colours = colormaps["tab10"](range(10)) if few else colormaps["gist_rainbow"](np.linspace(0, 1, len(classes)))
+    many = colormaps["gist_rainbow"](np.linspace(0, 1, len(classes)))
+    colours = np.array([to_rgba(color) for color in COLORS]) if few else many
     axes.scatter(x, y, c=colours[labels.numpy()], s=7, alpha=0.7, linewidths=0)
     for number, name in enumerate(classes if len(classes) <= MOST_NAMED else ()):
         if (chosen := labels == number).any():
             x, y = points[chosen].median(dim=0).values.tolist()
             box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "#888888", "alpha": 0.85}
-            size = 10 if few else 7
+            size = 10 if few else SMALL
             axes.text(x, y, shorten_name(name), ha="center", va="center", weight="bold", fontsize=size, bbox=box)
     axes.axis("off")
     save_figure(figure, path)

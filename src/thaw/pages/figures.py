@@ -15,7 +15,14 @@ from thaw.run.files import atomic
 
 NEARLY_1 = 1.001  # keeps 100 % at a finite height
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 1.0)
-INK, ACCENT, FILL = "#333333", "#b2182b", "#4878a8"
+SMALL = 9  # points, the smallest text in a figure
+# Told apart with any colour vision; the first seven are those of Okabe & Ito 2008, without their yellow.
+COLORS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
+    *("#882255", "#999933", "#332288", "#8c510a", "#88ccee"),
+)
+FILL, ACCENT = COLORS[:2]
+INK, GREY = "#333333", "#9aa5b1"
 FEW = 8  # values on an axis that have a tick each
 LINE_HEIGHT = 12.0  # of a name at the end of a line, in points
 
@@ -48,19 +55,24 @@ def squeeze(height: Any) -> Any:
     return NEARLY_1 - np.exp(-height)
 
 
-def accuracy_axis(axes: Axes, lowest: float, highest: float, label: str) -> None:
-    """Stretch the y axis, for accuracies from `lowest` to `highest`, both from 0 to 1; its label says so."""
-    axes.set_yscale("function", functions=(stretch, squeeze))
+def accuracy_axis(axis: Axis, lowest: float, highest: float, label: str) -> None:
+    """Stretch an axis, for accuracies from `lowest` to `highest`, both from 0 to 1; its label says so."""
+    axes = axis.axes
+    assert isinstance(axes, Axes)
+    across = axis is axes.xaxis
+    (axes.set_xscale if across else axes.set_yscale)("function", functions=(stretch, squeeze))
     margin = 0.05 * (stretch(highest) - stretch(lowest)) + 0.02
-    axes.set_ylim(squeeze(stretch(lowest) - margin), squeeze(stretch(highest) + margin))
-    low, high = axes.get_ylim()
+    low, high = squeeze(stretch(lowest) - margin), squeeze(stretch(highest) + margin)
+    (axes.set_xlim if across else axes.set_ylim)(low, high)
     ticks = [tick for tick in TICKS if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= min(high, 1.0)]
-    axes.set_yticks(ticks)
+    axis.set_ticks(ticks)
     decimals = max(len(f"{100 * tick:.2f}".rstrip("0").partition(".")[2]) for tick in ticks)
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
-    axes.set_ylabel(f"{label}\n(log scale of the error)")
+    axis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=decimals))
+    axis.set_label_text(f"{label}{' ' if across else chr(10)}(log scale of the error)")
+    if across:
+        thin_labels(axis)
 
 
 def number_axis(axis: Axis, log: bool, ticks: Sequence[float] = ()) -> None:
@@ -115,7 +127,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     heights = np.clip(apart, 0, max(0.0, 1 - gap * (len(ends) - 1)))
     for place, ((x, y, color, name), height) in enumerate(zip(ordered, heights, strict=True)):
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.5, "relpos": (0, 0.5), "shrinkB": 0}
-        style: Any = {"fontsize": 9, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}
+        style: Any = {"fontsize": SMALL, "color": color, "va": "center", "arrowprops": line, "annotation_clip": False}
         axes.annotate(name, (x, y), (1.03, height + place * gap), textcoords="axes fraction", **style)
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
-
-from thaw.pages.figures import ACCENT, accuracy_axis, new_figure, number_axis, plain_axes, save_figure
+from thaw.pages.figures import ACCENT, COLORS, accuracy_axis, new_figure, number_axis, plain_axes, save_figure
 
 
 def save_lr_curve(
@@ -24,9 +22,9 @@ def save_lr_curve(
     decays = sorted({weight_decay for _, weight_decay in settings})
     for place, decay in enumerate(decays):
         points = sorted((lr, acc) for (lr, own), acc in zip(settings, accuracies, strict=True) if own == decay)
-        color = (0.13, 0.4, 0.67) if len(decays) == 1 else colormaps["viridis"](0.85 * place / (len(decays) - 1))
+        color = COLORS[place % len(COLORS)]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=f"{decay:g}")
-    accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
+    accuracy_axis(axes.yaxis, min(accuracies), max(accuracies), "best validation accuracy")
     lr, decay = settings[chosen]
     axes.plot(lr, accuracies[chosen], "o", markersize=12, markerfacecolor="none", color=ACCENT)
     axes.set_title(f"Best of {len(settings)} heads: learning rate {lr:g}, weight decay {decay:g}", fontsize=12)

@@ -13,19 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis, save_figure
+from thaw.pages.figures import (
+    ACCENT,
+    COLORS,
+    FILL,
+    GREY,
+    SMALL,
+    accuracy_axis,
+    label_ends,
+    new_axes,
+    number_axis,
+    save_figure,
+)
 from thaw.sweeps.groups import Group, Mark, without_shared
 from thaw.sweeps.runs import DONE, Run
 
 LEARNING_RATE = "optim.lr"
-COLORS = (
-    *("#2166ac", "#e08214", "#1b7837", "#762a83", "#35978f", "#c51b7d"),
-    *("#8c510a", "#4d4d4d", "#6baed6", "#7fbc41", "#c9a400", "#9e9ac8"),
-)
 MARKERS = "os^Dv<>PXhp*"
-RED, GREY = "#b2182b", "#9aa5b1"
 MARKS: dict[Mark, str] = {"best": "best", "Pareto": "on the Pareto front"}
 EPOCH_LINES = 20
+MOST_SETTINGS = 40  # rows of a picture
 
 
 class Point(NamedTuple):
@@ -123,7 +130,7 @@ def save_picture(axes: Axes, path: Path, legend_columns: int) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure)
     if legend_columns:
-        figure.legend(loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=SMALL)
     save_figure(figure, path)
 
 
@@ -134,7 +141,7 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     points = [point for one in curves for point in one.points]
     axes = new_axes(height=4.3 + 0.2 * rows)
     accuracies = [accuracy for point in points for accuracy in (point.low, point.high)]
-    accuracy_axis(axes, min(accuracies), max(accuracies), "best validation accuracy")
+    accuracy_axis(axes.yaxis, min(accuracies), max(accuracies), "best validation accuracy")
     for place, one in enumerate(curves):
         named = place < len(COLORS)
         color, marker = (COLORS[place], MARKERS[place]) if named else (GREY, ".")
@@ -153,7 +160,7 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     if len(curves) > len(COLORS):
         axes.plot([], [], ".-", color=GREY, label=f"{len(curves) - len(COLORS)} others")
     marked = [point for point in points if point.mark]
-    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": RED, "zorder": 5}
+    ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": ACCENT, "zorder": 5}
     axes.plot([point.x for point in marked], [point.mean for point in marked], "o", **ring)
     axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
     band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
@@ -165,6 +172,30 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     typed = all(x == float(f"{x:.3g}") or x == round(x) for x in values)  # and not drawn at random
     number_axis(axes.xaxis, log, values if typed else ())
     save_picture(axes, path, columns)
+
+
+def save_settings(groups: Sequence[Group], path: Path) -> bool:
+    """Draw validation accuracy of each seed (dot) and their mean (bar), a row for each setting, the best above.
+
+    Returns:
+        False, and draws nothing, if the settings differ in numbers only, or fewer than two have finished.
+    """
+    rows = [group for group in groups if group.val][:MOST_SETTINGS]
+    if len(rows) < 2 or not {key for group in rows for key, _ in group.parts} - numeric_keys(rows):
+        return False
+    axes = new_axes(height=1.1 + 0.24 * len(rows))
+    axes.invert_yaxis()
+    accuracies = [[run.val_acc for run in group.done if run.val_acc is not None] for group in rows]
+    for place, (group, seeds) in enumerate(zip(rows, accuracies, strict=True)):
+        color = ACCENT if group.mark else FILL
+        axes.plot(seeds, [place] * len(seeds), "o", color=color, alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot(statistics.mean(seeds), place, "|", color=color, markersize=11, markeredgewidth=2)
+    axes.set_yticks(range(len(rows)), [textwrap.shorten(group.label, 60, placeholder=" ...") for group in rows])
+    axes.tick_params(axis="y", length=0, labelsize=SMALL)
+    accuracy_axis(axes.xaxis, min(map(min, accuracies)), max(map(max, accuracies)), "best validation accuracy")
+    axes.set_title("dot: a seed; bar: mean", fontsize=10, loc="left", color="#555555")
+    save_picture(axes, path, 0)
+    return True
 
 
 def epoch_curve(run: Run) -> list[tuple[float, float]]:
@@ -212,7 +243,7 @@ def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
 
 
 def save_epochs(groups: Sequence[Group], path: Path) -> bool:
-    """Draw `epoch_lines`: up to twelve in colors, with their names; of more, the best in red and the others in grey.
+    """Draw `epoch_lines`: up to twelve in colors, with their names; of more, the best in color and the others in grey.
 
     Returns:
         False, and draws nothing, if no line has two points, as after a single epoch.
@@ -225,10 +256,10 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     names = [textwrap.shorten(line.label, 60, placeholder=" ...") for line in named]
     axes = new_axes(7 + 0.08 * max(map(len, names), default=0))
     accuracies = [accuracy for line in lines for _, seeds in line.points for accuracy in seeds]
-    accuracy_axis(axes, min(accuracies), max(accuracies), "validation accuracy")
+    accuracy_axis(axes.yaxis, min(accuracies), max(accuracies), "validation accuracy")
     ends = []
     for place, line in enumerate(lines):
-        color = COLORS[place] if few else RED if line.mark else GREY
+        color = COLORS[place] if few else ACCENT if line.mark else GREY
         width, dashes = (2.6 if line.mark else 1.4), ("-o" if line.finished else "--o")
         epochs, seeds = zip(*line.points, strict=True)
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 1.5 * width}

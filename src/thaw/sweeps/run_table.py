@@ -98,10 +98,12 @@ def write_run_table(
 
 
 def draw_runs(groups: Sequence[Group], out: Path) -> list[tuple[str, Path]]:
-    """Draw what these runs allow: accuracy against each swept number, and over the epochs. Returns titles and files."""
-    from thaw.sweeps.curves import save_epochs, save_swept, swept_curves, swept_keys
+    """Draw what these runs allow: rows of settings, curves along swept numbers, epochs. Returns titles and files."""
+    from thaw.sweeps.curves import save_epochs, save_settings, save_swept, swept_curves, swept_keys
 
     pictures = []
+    if save_settings(groups, out / "report_settings.png"):
+        pictures.append(("Validation accuracy of each setting", out / "report_settings.png"))
     for key in swept_keys(groups)[:MAX_PICTURES]:
         curves = swept_curves(groups, key)
         if len({point.x for curve in curves for point in curve.points}) > 1:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from optuna.trial import FrozenTrial, TrialState
 
-from thaw.pages.figures import accuracy_axis, label_ends, new_axes, number_axis
+from thaw.pages.figures import ACCENT, FILL, GREY, accuracy_axis, label_ends, new_axes, number_axis
 from thaw.run.console import say
-from thaw.sweeps.curves import COLORS, GREY, RED, save_picture
+from thaw.sweeps.curves import save_picture
 from thaw.sweeps.study import counted
 
 
@@ -44,7 +44,7 @@ def draw_study(study: optuna.Study, objectives: Mapping[str, str], out: Path) ->
 def value_axis(axes: Axes, metric: str, values: Sequence[float]) -> None:
     """The y axis of an objective; the figure must have all else."""
     if metric == "val/acc":
-        accuracy_axis(axes, min(values), max(values), "validation accuracy (val/acc)")
+        accuracy_axis(axes.yaxis, min(values), max(values), "validation accuracy (val/acc)")
     else:
         axes.set_ylabel(metric)
         number_axis(axes.yaxis, spans_decades(values))
@@ -64,8 +64,8 @@ def save_history(
     values, ends = [trial.values[place] for trial in trials], [trial.values[place] for trial in pruned]
     axes = new_axes()
     numbers, best = [trial.number for trial in trials], accumulate(values, max if direction == "maximize" else min)
-    axes.plot(numbers, [*best], drawstyle="steps-post", color=RED, linewidth=1.6, label="best so far")
-    axes.plot(numbers, values, "o", color=COLORS[0], markersize=5, label="trial")
+    axes.plot(numbers, [*best], drawstyle="steps-post", color=ACCENT, linewidth=1.6, label="best so far")
+    axes.plot(numbers, values, "o", color=FILL, markersize=5, label="trial")
     if pruned:
         axes.plot([trial.number for trial in pruned], ends, "x", color=GREY, label="pruned, at its last epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -85,7 +85,7 @@ def save_importance(study: optuna.Study, place: int, direction: str, path: Path)
         shares = optuna.importance.get_param_importances(study, target=lambda trial: sign * trial.values[place])
     axes = new_axes(height=1.2 + 0.4 * len(shares))
     axes.grid(visible=False)
-    bars = axes.barh([*shares][::-1], [*shares.values()][::-1], color=COLORS[0], height=0.6)
+    bars = axes.barh([*shares][::-1], [*shares.values()][::-1], color=FILL, height=0.6)
     axes.bar_label(bars, fmt="{:.0%}", padding=4)
     axes.set_xlim(0, 1.08 * max(shares.values()))
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
@@ -96,7 +96,7 @@ def save_importance(study: optuna.Study, place: int, direction: str, path: Path)
 def save_front(
     trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial], place: int, metrics: Sequence[str], path: Path
 ) -> None:
-    """The first objective against another, with the Pareto front of all in red.
+    """The first objective against another, with the Pareto front of all in colour.
 
     Optuna's plot_pareto_front cannot name the points of the front by their settings, such as the policy.
     """
@@ -104,12 +104,12 @@ def save_front(
     axes = new_axes()
     axes.plot(across, heights, "o", color=GREY, markersize=5, label="trial")
     front = {(trial.values[place], trial.values[0]): trial for trial in best}
-    axes.plot(*zip(*sorted(front), strict=True), "o-", color=RED, markersize=7, linewidth=1, label="Pareto front")
+    axes.plot(*zip(*sorted(front), strict=True), "o-", color=ACCENT, markersize=7, linewidth=1, label="Pareto front")
     axes.set_xlabel(metrics[place])
     value_axis(axes, metrics[0], heights)
     number_axis(axes.xaxis, spans_decades(across))
     chosen = {
         point: [value for value in trial.params.values() if isinstance(value, str)] for point, trial in front.items()
     }
-    label_ends(axes, [(*point, RED, " ".join(names)) for point, names in chosen.items() if names])
+    label_ends(axes, [(*point, ACCENT, " ".join(names)) for point, names in chosen.items() if names])
     save_picture(axes, path, 2)
