@@ -127,7 +127,9 @@ def change(old: str, project: str, new: str) -> int:
     lines = [line for path in ROOT.rglob("*.py") if ".venv" not in path.parts for line in path.read_text().splitlines()]
     if (longest := max(map(len, lines))) > WIDTH:
         settings = ROOT / "pyproject.toml"
-        wider = f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {longest}  # text around the longer name\n\n[tool.mypy]"
+        wider = (
+            f"[tool.ruff.lint.pycodestyle]\nmax-line-length = {longest}  # text around the longer name\n\n[tool.mypy]"
+        )
         settings.write_text(settings.read_text().replace("[tool.mypy]", wider, 1))
     run("git", "add", "-A")
     return changed
