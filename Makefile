@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: help install train test test-slurm lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
-	@echo "make test                                    install the test extras, then lint, types and all tests but test-slurm"
+	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
+	@echo "make test-long                               run every command of the pages and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
@@ -44,7 +45,10 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm and not long" $(ARGS)
+
+test-long: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }

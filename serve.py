@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     torch.set_num_threads(1)  # each worker computes on one core
     model: ImageModel | Predictor
     if cfg.ckpt.endswith(".onnx"):
-        from thaw.export.onnx_model import load_onnx
+        from thaw.predict.onnx_model import load_onnx
 
         model, on_cpu = load_onnx(Path(cfg.ckpt).expanduser()), True
     else:

@@ -31,6 +31,7 @@ def names(group: str) -> list[str]:
 
 OPTIONS = [f"{group}={name}" for group in GROUPS for name in names(group)]
 EXPERIMENTS = names("experiment")
+REQUIRED = {"backbone=timm": ["backbone.name=resnet18"]}
 FILLED_IN = {  # arguments that the program passes itself
     "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
     "thaw.lr_bank.LRBank": {"in_features", "num_classes"},
@@ -54,7 +55,7 @@ def targets(node: Any) -> Iterator[DictConfig]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_composes_and_matches_signatures(option: str, tmp_path: Path) -> None:
     """YAML keys equal the signature: no default hides in Python, no key is swallowed."""
-    cfg = compose_run(tmp_path, option)
+    cfg = compose_run(tmp_path, option, *REQUIRED.get(option, ()))
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_types(cfg)
     for block in targets(cfg):

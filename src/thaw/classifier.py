@@ -103,7 +103,7 @@ class Classifier(LightningModule):
         if compile:
             backbone.compile_layers()
         self.head = head(in_features=backbone.num_features, num_classes=num_classes)
-        self.thaw = freeze.bind(self)
+        self.thaw = freeze.bind(self, self.depths())
         self.cut = 0  # layers of the backbone, counted from the stem, that cached features have passed
         self.optim = optim
         self.task = SingleLabel(num_classes, label_smoothing)

@@ -171,6 +171,17 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, epoch: int) -> None:
         assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())
 
 
+def test_resumed_after_its_end(tmp_path: Path) -> None:
+    """No step is trained, and what is validated afterwards is the average."""
+    whole, resumed = Net(), Net()
+    fit(whole, EMA(0.9), ModelCheckpoint(tmp_path, "end", save_on_train_epoch_end=True), epochs=2)
+    trainer = fit(resumed, EMA(0.9), epochs=2, ckpt_path=tmp_path / "end.ckpt")
+    assert not resumed.seen
+    for path in (None, tmp_path / "end.ckpt"):
+        trainer.validate(resumed, loader(1), ckpt_path=path, verbose=False)
+        assert all(torch.equal(tensor, resumed.seen[-1][name]) for name, tensor in copy(whole).items())
+
+
 def test_resumed_from_a_run_without_averaging(tmp_path: Path) -> None:
     """The average starts there."""
     fit(Net(), saving(tmp_path), epochs=2)

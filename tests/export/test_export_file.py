@@ -18,9 +18,9 @@ from thaw.data.mnist import SAMPLE
 from thaw.export import export_file as module
 from thaw.export.export_file import export_file
 from thaw.export.onnx_file import save_onnx
-from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import Portable
 from thaw.export.portable import portable as real_portable
+from thaw.predict.onnx_model import load_onnx
 from thaw.predict.predictor import Predictor
 
 

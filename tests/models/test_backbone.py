@@ -498,14 +498,20 @@ def test_lists_of_a_configuration_reach_timm(backbone: Build) -> None:
     ("changes", "message"),
     [
         ({"name": "vit_tinny_patch16_224"}, "'vit_tinny_patch16_224' is not .*similar names: vit_tiny_patch16_224"),
-        ({"name": f"{VIT}.nonsense"}, r"Invalid pretrained tag \(nonsense\)"),
+        ({"name": "resnet81"}, "similar names: resnet18, "),
+        ({"name": "hf-hub:timm/resnet18.a1"}, "similar names: resnet18, "),
+        ({"name": f"{VIT}.nonsense"}, f"no weights 'nonsense' of {VIT}, only augreg_in21k, augreg_in21k_ft_in1k"),
         (
             {"image_size": 30},
             r"^backbone\.image_size=30 must be a multiple of the patch size 7, e\.g\. backbone\.image_size=28\.$",
         ),
         ({"image_size": 3}, r"multiple of the patch size 7, e\.g\. backbone\.image_size=7\.$"),
-        ({"name": "densenet121", "arguments": {}, "image_size": 8}, r"size=8 .*too small; 224 is the size of its"),
-        ({"name": "gcvit_xxtiny", "arguments": {}}, r"size=28 .*division by zero; 224 is the size of its"),
+        (
+            {"name": "densenet121", "arguments": {}, "image_size": 8},
+            r"size=8 .*too small; its weights are for .*=224",
+        ),
+        ({"name": "gcvit_xxtiny", "arguments": {}}, r"size=28 .*division by zero; its weights are for"),
+        ({"name": "mixer_s16_224", "arguments": {}, "image_size": 100}, "multiple of the patch size 16, e"),
         ({"pool": "class_and_mean"}, "needs a class token, vit_tiny_patch16_224 has none; use pool=model"),
         ({"mean": [0.1, 0.2]}, r"backbone.mean=\[0.1, 0.2\] must hold 1 number or 3"),
         ({"weights": "nowhere.pth"}, r"'nowhere\.pth' is not a file; choose none, bundled, hub or a path"),

@@ -22,7 +22,7 @@ from thaw.run.console import as_text
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "backbone"
 WEIGHTS = ROOT.parent / "shared" / "weights"
-ZOO = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "weights: hub" in path.read_text())
+ZOO = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "weights: hub" in path.read_text() and path.stem != "timm")
 CONVOLUTIONAL = ("convnext", "efficientnet")  # timm is not told their image size
 
 Build = Callable[..., Classifier]
@@ -223,3 +223,13 @@ def test_trained_weights_give_timms_features(base: str, name: str, file: str, si
     expected = ours(images)
     for cut in range(len(ours.layers) + 1):
         assert torch.equal(ours.suffix(ours.prefix(images, cut), cut), expected)
+
+
+def test_any_model_of_timm_by_name() -> None:
+    cfg = preset("timm")
+    assert cfg.image_size == 224 and OmegaConf.missing_keys(cfg) == {"name"}
+    model = instantiate(cfg, name="resnet18", weights="none", image_size=32, fused_attention=False).eval()
+    plain = timm.create_model("resnet18", num_classes=0).eval()
+    plain.load_state_dict(model.model.state_dict())
+    images = images_for(model)
+    assert torch.equal(model(images), plain(images))

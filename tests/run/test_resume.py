@@ -70,7 +70,10 @@ def test_a_finished_run_says_what_to_type(
 
 
 def test_early_stopping_stays_the_end(
-    train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Path],
+    tiny_run: list[str],
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     stops = "{_target_:thaw.callbacks.monitored_metric.EarlyStopping,monitor:val/acc,mode:max,patience:1,min_delta:1.0}"
     run = [*tiny_run, "test=false", "trainer.max_epochs=6", f"callbacks.early_stopping={stops}"]
@@ -81,6 +84,7 @@ def test_early_stopping_stays_the_end(
     assert epochs_of(again) == 2
     assert epochs_of(train(f"resume={first}", "callbacks.early_stopping.patience=2", name="patient")) == 3
     assert epochs_of(train(f"resume={first}", "callbacks.early_stopping=null", name="whole")) == 6
+    assert not [each for each in recwarn if "EarlyStopping" in str(each.message)], "to leave it out is deliberate"
 
 
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(

@@ -88,6 +88,12 @@ class EMA(Callback):
             self.live[name].copy_(tensor)
         self.average, self.live = {}, {}
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run that had ended before trains no step: its module holds the average from here on, too."""
+        if self.average:
+            self.live = dict(pl_module.named_parameters())
+            self.on_train_end(trainer, pl_module)
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average:
             state = checkpoint["state_dict"]

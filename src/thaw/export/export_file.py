@@ -8,9 +8,9 @@ from thaw.data.batches import by_batches
 from thaw.data.images import Source
 from thaw.export.facts import check_parity, model_facts, parity_sample, tested_facts
 from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx
-from thaw.export.onnx_model import load_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
+from thaw.predict.onnx_model import load_onnx
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
 from thaw.run.files import atomic

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from thaw.export.onnx_model import MISSING
+from thaw.predict.onnx_model import MISSING
 from thaw.run.errors import UserError
 
 OPSET = 20  # onnxruntime reads it since 1.17

@@ -117,16 +117,15 @@ class FreezePolicy:
                     f"expression or a list), train (true or false) and, if wanted, {', '.join(names[2:])}."
                 ) from error
 
-    def bind(self, model: Any) -> "Thaw":
-        """Decide for every parameter of a classifier from which epoch it trains.
+    def bind(self, model: Any, depths: dict[str, int]) -> "Thaw":
+        """Decide for every parameter of a model from which epoch it trains; `depths` are as in `thaw_epochs`.
 
         Raises:
             UserError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
         """
-        depths = model.depths()
         epochs = self.thaw_epochs(depths)
         useless = [name for name, epoch in epochs.items() if "lora_" in name and epoch == NEVER]
-        if useless:
+        if useless and self.lora:
             raise UserError(
                 f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
                 r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
@@ -173,8 +172,8 @@ class FreezePolicy:
         if problems:
             tops = sorted({".".join(name.split(".")[:3]) for name in depths})
             raise UserError(
-                f"freeze.rules: {'; '.join(sorted(problems)[:6])}. The model has {num_layers} layers and parameters "
-                f"under {', '.join(tops)}."
+                f"freeze.rules: {'; '.join(sorted(problems)[:6])}. The model has "
+                f"{f'{num_layers} layers and ' if num_layers else ''}parameters under {', '.join(tops)}."
             )
         return {name: self.rules[covering[name][0]].thaw_epoch(depth, num_layers) for name, depth in depths.items()}
 

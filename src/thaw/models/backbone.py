@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from thaw.models.chain import Layer, TimmModel, blocks_of, chain, count_tokens, is_convolutional, places
 from thaw.models.pretrained import check_fit, locate, read_weights
+from thaw.run.console import some
 from thaw.run.errors import UserError
 from thaw.run.values import Count
 
@@ -188,8 +189,13 @@ class Backbone(nn.Module):
 def create(name: str, image_size: int, channels: int, arguments: dict[str, Any], num_classes: int = 0) -> TimmModel:
     """Build a timm model with random weights; without classifier for 0 classes."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=8, cutoff=0.4)
-        raise UserError(f"backbone.name={name!r} is not a timm model; similar names: {', '.join(close) or 'none'}.")
+        raise UserError(f"backbone.name={name!r} is not a timm model; similar names: {similar_names(name)}.")
+    architecture, _, tag = name.partition(".")
+    try:
+        stated = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = some([each.partition(".")[2] for each in timm.list_pretrained(f"{architecture}.*")])
+        raise UserError(f"backbone.name={name}: timm has no weights {tag!r} of {architecture}, only {tags}.") from error
     taken: dict[str, Any] = {"pretrained": False, "num_classes": num_classes, "in_chans": channels}
     try:
         try:
@@ -211,8 +217,7 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
         raise
     except (KeyError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        stated = timm.get_pretrained_cfg(name.partition(".")[0])
-        size = f"; {stated.input_size[-1]} is the size of its weights' images" if stated else ""
+        size = f"; its weights are for backbone.image_size={stated.input_size[-1]}" if stated else ""
         raise UserError(
             f"backbone.name={name} cannot be built with backbone.image_size={image_size} and "
             f"backbone.arguments={arguments}: {reason}{size}"
@@ -220,12 +225,22 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
     return model.train()
 
 
+def similar_names(name: str) -> str:
+    """Up to 8 models of timm whose names resemble another, hold it or begin like it, for a message."""
+    wanted, known = name.rpartition("/")[2].partition(".")[0], timm.list_models()
+    starts = difflib.get_close_matches(wanted, {each[: len(wanted)] for each in known}, n=8)
+    found = difflib.get_close_matches(wanted, known, cutoff=0.85)
+    found += sorted((each for each in known if wanted in each), key=lambda each: not each.startswith(wanted))
+    found += [each for start in starts for each in known if each.startswith(start)]
+    return ", ".join(list(dict.fromkeys(found))[:8]) or "none"
+
+
 def size_unit(model: TimmModel) -> tuple[int, str]:
     """The number of which the image side must be a multiple, and its meaning."""
-    has_patches, is_convnext = isinstance(getattr(model, "patch_embed", None), PatchEmbed), isinstance(model, ConvNeXt)
-    if is_convnext:  # its strided convolutions have no padding
+    if isinstance(model, ConvNeXt):  # its strided convolutions have no padding
         return model.feature_info[-1]["reduction"], "the stride of its last stage,"
-    return (model.patch_embed.patch_size[0], "the patch size") if has_patches else (1, "")
+    patches = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the stem of an MLP-Mixer
+    return (patches.patch_size[0], "the patch size") if isinstance(patches, PatchEmbed) else (1, "")
 
 
 def compile_each(modules: Iterable[nn.Module]) -> None:

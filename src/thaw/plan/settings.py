@@ -67,9 +67,8 @@ def compose_run(settings: PlanSettings, model: str, policy: str, overrides: Sequ
     for key, group, name in (("policy", "freeze", policy), ("optimizer", "optim", settings.optimizer)):
         if name not in options(group):
             raise UserError(no_such_option(key, name, group))
-    known = model in options("backbone")
-    size = settings.image_size or (None if known else 224)
-    chosen = [f"backbone={model}"] if known else ["backbone=vit_small", f"backbone.name={model}"]
+    size, known = settings.image_size, model in options("backbone")
+    chosen = [f"backbone={model}"] if known else ["backbone=timm", f"backbone.name={model}"]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose(

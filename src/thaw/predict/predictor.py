@@ -35,13 +35,16 @@ class ImageRecord(BaseModel):
 
 
 class ImageModel(Protocol):
-    """Predicts: a `Predictor`, or an exported file as a `thaw.export.onnx_model.OnnxModel`."""
+    """Predicts: a `Predictor`, or an exported file as a `thaw.predict.onnx_model.OnnxModel`."""
 
     data: Mapping[str, Any]  # the values of an `ImageRecord`
     has_attention: bool
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> probabilities (N, K)."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) -> the backbone's features (N, D)."""
 
     def attention(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> each patch's share in what the head sees (N, h, w)."""

@@ -12,6 +12,7 @@ from thaw.data.batches import by_batches
 from thaw.predict.predictor import checked_record
 from thaw.run.errors import UserError
 
+ONLY = "An ONNX file gives probabilities only;"
 MISSING = "ONNX files need onnxruntime, which is not installed; run: pip install -e '.[export]'."
 
 
@@ -40,8 +41,11 @@ class OnnxModel:
         images = images if self.takes_channels else images[:, 0]
         return torch.from_numpy(self.session.run(["probabilities"], {"images": images.numpy()})[0])
 
+    def features(self, images: Tensor) -> Tensor:
+        raise UserError(f"{ONLY} for features load the checkpoint of the run.")
+
     def attention(self, images: Tensor) -> Tensor:
-        raise UserError("An ONNX file gives probabilities only; for attention maps load the checkpoint of the run.")
+        raise UserError(f"{ONLY} for attention maps load the checkpoint of the run.")
 
     def facts(self) -> dict[str, Any]:
         return dict(self.metadata)
