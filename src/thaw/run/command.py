@@ -188,7 +188,7 @@ def check_command(cfg: DictConfig) -> None:
         raise UserError(f"ckpt=last, but no run in logs/runs has a checkpoint yet. {TRAIN_FIRST}")
     loggers = cfg.get("logger") or ()
     if "tensorboard" in loggers and not find_spec("tensorboard") and not find_spec("tensorboardX"):
-        raise UserError("logger=tensorboard needs tensorboard: pip install 'thaw-vit[tensorboard]'.")
+        raise UserError("logger=tensorboard needs tensorboard: pip install -e '.[tensorboard]'.")
 
 
 def check_options(config_name: str) -> None:
