@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from page_run import run_page
 
 from predict import take_inputs
+from thaw.plan.settings import compose_run, read_arguments
 from thaw.run.command import explain
 from thaw.run.errors import UserError
 from thaw.run.values import check_command_settings, check_types
@@ -117,7 +119,11 @@ def check_words(command: Command, written: Path | None) -> None:
         name, arguments = source.stem, words[words.index(script) + 1 :]
     else:
         return
-    if (ROOT / "configs" / f"{name}.yaml").is_file():
+    if module == "thaw.plan":
+        settings, overrides = read_arguments(arguments)
+        for model, policy in product(settings.model.split(","), settings.policy.split(",")):
+            compose_run(settings, model, policy, overrides)
+    elif not module and (ROOT / "configs" / f"{name}.yaml").is_file():
         check_settings(name, arguments, written)
     else:
         for option in [word.partition("=")[0] for word in arguments if word.startswith("--")]:
