@@ -7,7 +7,7 @@ TORCH  ?=
 # TORCH=cpu: builds of torch and torchvision without CUDA; a local version such as 2.15.0+cpu counts as newer than 2.15.0
 INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: help install schemas train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas rename train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
@@ -19,6 +19,7 @@ help:
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
 	@echo "make schemas                                 JSON schemas of configs/, by which editors complete the YAML"
 	@echo "make clean-cache                             remove the cached features in logs/cache"
+	@echo "make rename NAME=myproject                   give the package another name, everywhere"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +43,9 @@ schemas: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
+
+rename: $(VENV)/.installed-test
+	@$(BIN)/python tools/rename.py "$(NAME)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
