@@ -237,17 +237,10 @@ def similar_names(name: str) -> str:
 
 def size_unit(model: TimmModel) -> tuple[int, str]:
     """The number of which the image side must be a multiple, and its meaning."""
-<<<<<<< HEAD
-    is_convnext = isinstance(model, ConvNeXt)
-    if is_convnext:  # its strided convolutions have no padding
-        return model.feature_info[-1]["reduction"], "the stride of its last stage,"
-    patches: Any = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the stem of an MLP-Mixer
-=======
     if isinstance(model, ConvNeXt):  # its strided convolutions have no padding
         stride: Any = model.feature_info[-1]["reduction"]
         return stride, "the stride of its last stage,"
     patches = getattr(model, "patch_embed", None) or getattr(model, "stem", None)  # the stem of an MLP-Mixer
->>>>>>> main
     return (patches.patch_size[0], "the patch size") if isinstance(patches, PatchEmbed) else (1, "")
 
 
