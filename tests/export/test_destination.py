@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import export
 from thaw.export.destination import check_request, destination, summary
-from thaw.export.web_runtime import PARTS
+from thaw.export.web_runtime import RUNTIME_PARTS
 from thaw.run.files import write_text
 
 
@@ -83,7 +83,7 @@ def test_command(
         and "(fp32)" in said
     )
     export.main(compose_config("export", f"ckpt={run_dir}", "format=hub_folder", "license=mit"))
-    for part, text in zip(PARTS, ('{"version": "1"}', "ort", "glue", "wasm"), strict=True):
+    for part, text in zip(RUNTIME_PARTS, ('{"version": "1"}', "ort", "glue", "wasm"), strict=True):
         write_text(text, tmp_path / "package" / part)
     export.main(compose_config("export", f"ckpt={run_dir}", "format=web", f"runtime={tmp_path / 'package'}"))
     assert "same classes on 500 images" in capsys.readouterr().out

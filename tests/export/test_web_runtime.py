@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from thaw.export import web_runtime
-from thaw.export.web_runtime import PACKAGE, PARTS, VERSION, integrity, load_runtime
+from thaw.export.web_runtime import PACKAGE, RUNTIME_PARTS, VERSION, integrity, load_runtime
 from thaw.run.errors import UnreachableError, UserError
 
-CONTENT = dict(
-    zip(PARTS, [b'{"version": "1.2.3"}', b"ort = '</script>';\n//# sourceMappingURL=a", b"glue", b"\0asm"], strict=True)
-)
+SCRIPT = b"ort = '</script>';\n//# sourceMappingURL=a"
+CONTENT = dict(zip(RUNTIME_PARTS, [b'{"version": "1.2.3"}', SCRIPT, b"glue", b"\0asm"], strict=True))
 
 
 def package(content: dict[str, bytes]) -> bytes:
@@ -65,7 +64,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         monkeypatch.setattr(web_runtime, "INTEGRITY", integrity(tmp_path / "published.tgz"))
         monkeypatch.setenv("NPM_CONFIG_REGISTRY", server.url + "/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -83,7 +82,7 @@ def test_downloaded_once(registry: Registry, tmp_path: Path) -> None:
 
 
 def altered(registry: Registry) -> str:
-    registry.content = package({**CONTENT, PARTS[1]: b"steal()"})
+    registry.content = package({**CONTENT, RUNTIME_PARTS[1]: b"steal()"})
     return "its content is sha512-.*, published was sha512-"
 
 
@@ -113,8 +112,8 @@ def test_a_package_or_a_folder_of_ones_own(tmp_path: Path) -> None:
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_bytes(part)
     assert load_runtime(str(tmp_path / "own.tgz")) == load_runtime(str(tmp_path / "folder"))
-    (tmp_path / "folder" / PARTS[3]).unlink()
-    (tmp_path / "less.tgz").write_bytes(package({PARTS[0]: json.dumps({"version": "1"}).encode()}))
+    (tmp_path / "folder" / RUNTIME_PARTS[3]).unlink()
+    (tmp_path / "less.tgz").write_bytes(package({RUNTIME_PARTS[0]: json.dumps({"version": "1"}).encode()}))
     (tmp_path / "cut.tgz").write_bytes(package(CONTENT)[:-40])
     (tmp_path / "text.tgz").write_text("no archive")
     for name in ("folder", "less.tgz", "cut.tgz", "text.tgz", "nowhere"):
