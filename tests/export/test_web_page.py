@@ -166,6 +166,7 @@ def test_pictures_of_a_digit(probe_page: Path, opened: Callable[..., Any], digit
         page.keyboard.press("Escape")
     give(page, "drop", b"no picture")
     assert "cannot read the picture" in page.inner_text("#state.bad") and page.inner_text("#name") == "?"
+    page.keyboard.press("Escape")
     file = io.BytesIO()
     Image.new("RGB", (60, 60), "red").save(file, "PNG")
     give(page, "drop", file.getvalue())
