@@ -3,18 +3,24 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+TORCH  ?=
+# TORCH=cpu: builds of torch and torchvision without CUDA; a local version such as 2.15.0+cpu counts as newer than 2.15.0
+INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: help install train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas rename train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
 	@echo "make test-long                               run every command of the pages and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
+	@echo "make docs                                    build the pages as a site, in site/"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
+	@echo "make schemas                                 JSON schemas of configs/, by which editors complete the YAML"
 	@echo "make clean-cache                             remove the cached features in logs/cache"
+	@echo "make rename NAME=myproject                   give the package another name, everywhere"
 	@echo "make lint | format | clean"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,9 +28,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "thaw needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	@echo "Installing into $(VENV): torch and what it needs take about 6 GB and some minutes, once."
-	$(BIN)/python -m pip install -c constraints.txt -e .
+	@echo "Installing into $(VENV): torch and what it needs take some minutes and about 6 GB, once (less without CUDA: TORCH=cpu)."
+	$(BIN)/python -m pip install -c constraints.txt $(INDEX) -e .
 	@touch $@
+	-@$(BIN)/python -m tools.schemas
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
@@ -32,8 +39,22 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+schemas: $(VENV)/.installed
+	$(BIN)/python -m tools.schemas
+
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "The site is in site/: open site/index.html"
+
+rename: $(VENV)/.installed-test
+	@$(BIN)/python tools/rename.py "$(NAME)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -67,4 +88,4 @@ clean-cache:
 	rm -rf logs/cache
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

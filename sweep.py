@@ -21,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     try:
         from thaw.sweeps.search import search
     except ModuleNotFoundError as error:
-        raise UserError(f"sweep.py needs {error.name}: pip install 'thaw-vit[search]'.") from error
+        raise UserError(f"sweep.py needs {error.name}: pip install -e '.[search]'.") from error
     from train import train
 
     search(cfg, list(HydraConfig.get().overrides.task), train)

@@ -23,6 +23,7 @@ from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
+from thaw.task import SingleLabel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -95,7 +96,13 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | dict(optim or {})
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
-        values: dict[str, Any] = {"num_classes": 10, "label_smoothing": 0.0, "compile": False, "self_contained": True}
+        values: dict[str, Any] = {
+            "num_classes": 10,
+            "label_smoothing": 0.0,
+            "task": SingleLabel,
+            "compile": False,
+            "self_contained": True,
+        }
         return Classifier(base, head, augment, NO_MIX, chosen, recipe, cache=cache, **values)
 
     return build

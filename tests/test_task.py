@@ -1,8 +1,18 @@
 """The loss of one class an image against its definition."""
 
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import compose_config
+from own_task import TAGS, Focal
 
+from thaw.data.mnist import load_mnist
+from thaw.predict.predictor import load_predictor
+from thaw.run.errors import UserError
 from thaw.task import SingleLabel
 
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
@@ -36,3 +46,29 @@ def test_accuracy_and_probabilities() -> None:
     metric.update(LOGITS, LABELS)
     assert metric.compute() == (LOGITS.argmax(dim=1) == LABELS).float().mean()
     assert torch.allclose(task.probabilities(LOGITS).sum(dim=1), torch.ones(6))
+
+
+def test_several_labels_an_image(train: Callable[..., Path]) -> None:
+    """By configuration alone: trained, tested, and predicted with; what is for one class an image says so."""
+    data = ["data.source=sample", "data._target_=own_task.TaggedDigits", "model.task._target_=own_task.MultiLabel"]
+    probe = ["experiment=vit_linear_probe", *data, "data.train_size=400", "data.batch_size=40", "logger=none"]
+    run_dir = train(*probe, "trainer.max_epochs=3", "trainer.precision=32-true")
+    facts = json.loads((run_dir / "summary.json").read_text())
+    test = load_mnist("MNIST", "nowhere", "sample", None).test
+    predictor = load_predictor(str(run_dir), None, "cpu", None, ["own_task"])
+    answers = predictor(test.images) > 0.5
+    right = [answers[:, k] == torch.isin(test.labels, torch.tensor(digits)) for k, digits in enumerate(TAGS.values())]
+    assert facts["test/acc"] == pytest.approx(float(torch.stack(right).double().mean()), abs=1e-6)
+    assert facts["test/acc"] > 0.85 and facts["test/acc_low"] is None and predictor.classes == list(TAGS)
+    for script, settings in {"eval": [f"run_dir={run_dir}"], "export": []}.items():
+        with pytest.raises(UserError, match=rf"{script}\.py is for one class an image, .* MultiLabel"):
+            import_module(script).main(compose_config(script, f"ckpt={run_dir}", "allow=[own_task]", *settings))
+    with pytest.raises(UserError, match="mix is for one class"):
+        train(*probe, "mix=mixup", name="mixed")
+
+
+def test_another_loss(train: Callable[..., Path]) -> None:
+    """A subclass that a checkpoint names is loaded where it is allowed, and refused elsewhere."""
+    losses = torch.nn.functional.cross_entropy(LOGITS, LABELS, reduction="none")
+    wanted = ((1 - (-losses).exp()) ** 2 * losses).mean()
+    assert torch.allclose(Focal(3, 0.0).training_loss(LOGITS, LABELS), wanted)

@@ -25,7 +25,7 @@ from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Probability
-from thaw.task import SingleLabel
+from thaw.task import SingleLabel, check_single_label
 
 
 class Classifier(LightningModule):
@@ -76,6 +76,7 @@ class Classifier(LightningModule):
         optim: OptimizerRecipe,
         num_classes: Count,
         label_smoothing: Probability,
+        task: Callable[..., SingleLabel],
         cache: FeatureCache,
         compile: bool,
         self_contained: bool,
@@ -89,6 +90,7 @@ class Classifier(LightningModule):
             freeze: the freezing policy, which is bound to this model as `self.thaw`.
             num_classes: K.
             label_smoothing: see `thaw.task.SingleLabel`.
+            task: called with `num_classes` and `label_smoothing`, gives the loss, the metric and the probabilities.
             cache: for the output of the layers that never train.
             self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
         """
@@ -106,7 +108,7 @@ class Classifier(LightningModule):
         self.thaw = freeze.bind(self, self.depths())
         self.cut = 0  # layers of the backbone, counted from the stem, that cached features have passed
         self.optim = optim
-        self.task = SingleLabel(num_classes, label_smoothing)
+        self.task = task(num_classes=num_classes, label_smoothing=label_smoothing)
         self.cache = cache
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
@@ -128,6 +130,8 @@ class Classifier(LightningModule):
         if stage != "fit":
             return
         self.reference = None
+        if self.mix.is_on:
+            check_single_label(self.task, "mix")
         trainer: Any = self.trainer
         if getattr(trainer.datamodule, "batch_size", None) == 1:
             if self.mix.is_on:

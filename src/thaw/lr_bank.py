@@ -28,6 +28,7 @@ from thaw.optim import OptimizerRecipe
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.values import NonNegative, Positive
+from thaw.task import check_single_label
 
 
 class BankClassifier(Classifier):
@@ -92,6 +93,7 @@ class BankClassifier(Classifier):
         if not isinstance(self.head, LRBank):
             raise UserError(f"model=lr_bank needs head=lr_bank, not {type(self.head).__name__}; leave model= out.")
         super().setup(stage)
+        check_single_label(self.task, "head=lr_bank")
         if not hasattr(self, "best_acc"):
             self.best_acc = torch.zeros(len(self.head.names))
         if stage != "fit":

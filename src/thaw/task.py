@@ -1,12 +1,16 @@
 """The task: which loss is trained, which metric is shown, and how logits become probabilities.
 
-Another task, such as multi-label classification or regression, is another class with these methods.
+Another loss is a subclass of `SingleLabel`, named by `model.task._target_`. Another task, such as several labels an
+image, is a class with these methods and `class_weights`; its labels are int64 (N, K), 1 for each label of an image.
+`eval.py`, `export.py`, `probe.py`, `head=lr_bank` and `mix` are for one class an image.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
+
+from thaw.run.errors import UserError
 
 
 class SingleLabel:
@@ -42,3 +46,14 @@ class SingleLabel:
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) -> (B, K)."""
         return logits.softmax(dim=1)
+
+
+def is_single_label(task: object) -> bool:
+    """Whether logits are those of one class an image; `getattr` as pretraining has no task."""
+    return getattr(type(task), "probabilities", None) is SingleLabel.probabilities
+
+
+def check_single_label(task: object, wants: str) -> None:
+    """Raise UserError for a task that `wants`, a command or setting, does not know."""
+    if not is_single_label(task):
+        raise UserError(f"{wants} is for one class an image, and this model's task is {type(task).__name__}.")

@@ -366,7 +366,7 @@ def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.delitem(sys.modules, "thaw.sweeps.search")
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"sweep\.py needs optuna: pip install 'thaw-vit\[search\]'"):
+    with pytest.raises(ValueError, match=r"sweep\.py needs optuna: pip install -e '\.\[search\]'"):
         script.main(compose_sweep(tmp_path, CHEAP))
 
 

@@ -11,7 +11,10 @@ from thaw.run.errors import UserError
 
 
 class Images(NamedTuple):
-    """N labelled images: images uint8 (N, C, H, W), labels int64 (N,)."""
+    """N labelled images: images uint8 (N, C, H, W), labels int64 (N,).
+
+    Several labels an image are int64 (N, K), 1 for each of the K classes that an image has, else 0.
+    """
 
     images: Tensor
     labels: Tensor
@@ -66,13 +69,16 @@ def check_source(source: Source) -> None:
                 f"The {split} images of {source.title} are {images.dtype} {tuple(images.shape)}; all images must be "
                 f"uint8 (N, 1, H, W) or (N, 3, H, W), of one shape (training: {source.shape})."
             )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        shapes = (len(images),), (len(images), len(source.classes))
+        if labels.dtype != torch.int64 or labels.shape not in shapes:
             raise UserError(
                 f"The {split} labels of {source.title} are {labels.dtype} {tuple(labels.shape)}; they must be int64 "
-                f"({len(images)},), one for each image."
+                f"{shapes[0]}, one for each image, or {shapes[1]} of 0 and 1, one for each image and class."
             )
-        wrong = labels[(labels < 0) | (labels >= len(source.classes))]
+        wrong = labels[(labels < 0) | (labels >= (len(source.classes) if labels.ndim == 1 else 2))]
         if len(wrong):
+            if labels.ndim == 2:
+                raise UserError(f"The {split} labels of {source.title} hold {int(wrong[0])}; (N, K) are of 0 and 1.")
             raise UserError(
                 f"The {split} split of {source.title} has the label {int(wrong[0])}, but its {len(source.classes)} "
                 f"classes have the labels 0 to {len(source.classes) - 1}; correct the labels, or name all classes."
@@ -84,7 +90,8 @@ def absent_classes(source: Source) -> list[str]:
     effects = {"train": "cannot be learned", "val": "do not count in val/acc", "test": "have no recall"}
     lines = []
     for split, effect in effects.items():
-        present = set(getattr(source, split).labels.unique().tolist())
+        labels = getattr(source, split).labels
+        present = set((labels if labels.ndim == 1 else labels.any(dim=0).nonzero()).unique().tolist())
         names = [name for number, name in enumerate(source.classes) if number not in present]
         if present and names:
             these = f"{len(names)} of {len(source.classes)} classes have no {split} images and {effect}"

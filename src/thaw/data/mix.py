@@ -49,5 +49,5 @@ class Mix(nn.Module):
 
 
 def main_labels(targets: Tensor) -> Tensor:
-    """Labels (B,) unchanged; of shares (B, K) the label with the largest one."""
-    return targets.argmax(dim=1) if targets.ndim == 2 else targets
+    """Labels (B,), or several an image (B, K), unchanged; of shares, floats (B, K), the label with the largest one."""
+    return targets.argmax(dim=1) if targets.is_floating_point() else targets

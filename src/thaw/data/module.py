@@ -217,7 +217,12 @@ class ImageDataModule(LightningDataModule):
         """How rare each class is among the training images (K,): N / (number of classes n), 0 for a class without any.
 
         This is scikit-learn's `balanced`; its mean over the images is 1.
+
+        Raises:
+            UserError: images have several labels.
         """
+        if self.load().train.labels.ndim == 2:
+            raise UserError("data.class_weights and data.sampler=balanced are for one class an image; leave them out.")
         counts = torch.bincount(self.load().train.labels, minlength=len(self.load().classes))
         return torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts), 0.0)
 

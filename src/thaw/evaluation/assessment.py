@@ -18,6 +18,7 @@ from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, on_paper, save_
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.task import check_single_label
 
 CORRUPTED_AT_ONCE = 2**26  # values of images: 256 MiB in float32
 MOST_LOOKED_AT = 12  # images with a map of attention, each of another class
@@ -64,6 +65,7 @@ def assess(
         folder: where the figures go.
         advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
     """
+    check_single_label(predictor.model.task, "eval.py")
     if not len(labels := source.test.labels):
         raise UserError(f"{source.title} has no test images to evaluate on; give a test split.")
     logits = predictor.logits(source.test.images, advance)

@@ -11,10 +11,14 @@ from thaw.data.module import Batch
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.run.loggers import log_image
 from thaw.run.ranks import from_all_ranks
+from thaw.task import is_single_label
 
 
 class FinalTest(Callback):
-    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images."""
+    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images.
+
+    Of a task other than one class an image, `results` holds its own metric.
+    """
 
     def __init__(self, run_dir: str) -> None:
         self.folder = Path(run_dir) / "report"
@@ -30,10 +34,13 @@ class FinalTest(Callback):
         parts = (outputs.float(), batch.labels, batch.indices)
         self.parts.append(tuple(part.cpu() for part in parts))
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         own = tuple(torch.cat(part) for part in zip(*self.parts, strict=True))
         parts = from_all_ranks(own) if trainer.world_size > 1 else [own]
         logits, labels, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not is_single_label(pl_module.task):
+            self.results = {"test/acc": float(pl_module.test_acc.compute()), "n_test": len(labels)}
+            return
         self.results = accuracy_facts(logits, labels)
         if not trainer.is_global_zero:
             return

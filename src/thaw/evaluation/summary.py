@@ -172,8 +172,10 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
         best = f"learning rate {facts['best_lr']:g}, weight decay {facts['best_weight_decay']:g}"
         lines["head"] = f"{best}: the best of {plural(facts['heads'], 'head')} on validation"
     if facts["test/acc"] is not None:
-        interval = f"95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}{other_accuracies(facts)}"
-        lines["test"] = f"{facts['test/acc']:.2%} accuracy, {interval}, n = {facts['n_test']:,}{of_last}"
+        lines["test"] = f"{facts['test/acc']:.2%} accuracy"
+        if facts["test/acc_low"] is not None:  # as of one class an image
+            lines["test"] += f", 95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
+        lines["test"] += f"{other_accuracies(facts)}, n = {facts['n_test']:,}{of_last}"
     memory, size = facts["peak_memory_gb"], facts["checkpoint_mb"]
     lines["cost"] = f"{facts['seconds']:.1f} s" + (f", at most {memory:.1f} GB of memory" if memory else "")
     lines["cost"] += f", a checkpoint of {size:.2f} MB" if size else ""

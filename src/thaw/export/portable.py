@@ -15,6 +15,7 @@ from thaw.models.attention import attention_layers
 from thaw.models.heads import LinearHead
 from thaw.predict.predictor import Predictor
 from thaw.run.errors import UserError
+from thaw.task import check_single_label
 
 
 class Portable(nn.Module):
@@ -34,6 +35,7 @@ def portable(predictor: Predictor) -> Portable:
     From then on `predictor.facts()` describes the exported weights.
     """
     model = predictor.model
+    check_single_label(model.task, "export.py")
     merge_lora(model)
     if isinstance(model.head, LRBank):
         bank, linear = model.head, model.head.heads[int(model.head.chosen)]

@@ -5,6 +5,7 @@ before. tests/checkpoints/ holds checkpoints of earlier versions that must load.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from thaw.run.errors import UserError
+from thaw.run.targets import OWN
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
+FORMER_NAMES: tuple[str, ...] = ()  # of this package: `make rename` adds them
 RENAMED = {  # class -> its name today
     "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
     "thaw.callbacks.early_stopping.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
@@ -78,7 +81,10 @@ def mappings(value: Any, place: str = "") -> Iterator[tuple[str, dict[str, Any]]
 
 
 def migrate_block(block: dict[str, Any], place: str, changed: list[str], cannot: str) -> None:
-    target = block["_target_"] = RENAMED.get(block["_target_"], block["_target_"])
+    target = block["_target_"]
+    for former in FORMER_NAMES:
+        target = re.sub(rf"^{former}(?=\.)", OWN, target)
+    target = block["_target_"] = RENAMED.get(target, target)
     for key in [key for key in block if (target, key) in RENAMED_KEYS]:
         block[RENAMED_KEYS[target, key]] = block.pop(key)
         changed.append(f"{place}{RENAMED_KEYS[target, key]} was once {key}")

@@ -32,6 +32,7 @@ PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",
     "thaw.freezing.policy.FreezePolicy",
     "thaw.optim.OptimizerRecipe",
+    "thaw.task.SingleLabel",
 }
 
 KEY = r"\.*[\w./-]+"

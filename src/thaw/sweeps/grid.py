@@ -80,7 +80,7 @@ class GridSweep(Sweeper):
         if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
             raise UserError(
                 f"hydra/launcher={config.hydra.runtime.choices['hydra/launcher']} is not installed; for clusters run: "
-                "pip install 'thaw-vit[slurm]', for one machine choose basic or queue."
+                "pip install -e '.[slurm]', for one machine choose basic or queue."
             )
         if "SlurmLauncher" in config.hydra.launcher._target_ and shutil.which("sbatch") is None:
             raise UserError(
