@@ -14,6 +14,7 @@ help:
 	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
 	@echo "make test-long                               run every command of the pages and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
+	@echo "make docs                                    build the pages as a site, in site/"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
@@ -43,6 +44,14 @@ schemas: $(VENV)/.installed
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py experiment=vit_linear_probe $(ARGS)
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "The site is in site/: open site/index.html"
 
 rename: $(VENV)/.installed-test
 	@$(BIN)/python tools/rename.py "$(NAME)"
@@ -79,4 +88,4 @@ clean-cache:
 	rm -rf logs/cache
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -119,7 +119,12 @@ def collect_comments(node: yaml.Node, lines: Sequence[str], place: str, found: d
         last = key if isinstance(value, yaml.CollectionNode) and not value.flow_style else value
         comment = re.match(r":?\s*# *(.+)", lines[last.end_mark.line][last.end_mark.column :])
         if comment:
-            found.setdefault(f"{place}{key.value}", comment[1])
+            words = [comment[1]]
+            for line in lines[last.end_mark.line + 1 :]:  # the comment continues far to the right
+                if not (more := re.match(r"\s{20,}# *(.+)", line)):
+                    break
+                words.append(more[1])
+            found.setdefault(f"{place}{key.value}", " ".join(words))
         collect_comments(value, lines, f"{place}{key.value}.", found)
 
 

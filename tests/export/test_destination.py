@@ -18,9 +18,9 @@ def request_(**changes: Any) -> DictConfig:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "tflite"}, "choose one of onnx, torch_export, hub_folder"),
+        ({"format": "tflite"}, "choose one of onnx, torch_export, web, hub_folder"),
         ({"quantize": "int4"}, "choose int8"),
-        ({"quantize": "int8", "format": "torch_export"}, "is for format=onnx"),
+        ({"quantize": "int8", "format": "torch_export"}, "is for format=onnx and format=web, not torch_export"),
         ({"push": "ada/digits"}, "is for format=hub_folder"),
         ({"license": "mit"}, "is for format=hub_folder"),
     ],
