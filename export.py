@@ -32,7 +32,8 @@ def main(cfg: DictConfig) -> None:
             say(f"uploading to {cfg.push}")
             say(push(path, cfg.push, cfg.private))
     else:
-        say(summary(export_file(predictor, source, cfg.format, cfg.quantize, path), path, trained))
+        facts = export_file(predictor, source, cfg.format, cfg.quantize, path, cfg.runtime)
+        say(summary(facts, path, trained))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def run(*command: str) -> str:
 def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule]:
     """Where the name means the package: in code, paths, quotes and a few turns of a sentence."""
     known = "|".join((*modules, r"__\w+__"))
-    verbs = "is|has|takes|needs|runs|does|reads|sets|asks|waits|uses|must|cannot|classifies"
+    verbs = "is|has|takes|needs|runs|does|reads|sets|asks|waits|uses|must|cannot|classifies|writes|counts|splits|raises"
     found = {
         rf"\b{project}\b": new,
         rf"(?<![\w.\"'/])((?:import|from)\s+){old}\b": rf"\1{new}",
@@ -44,7 +44,7 @@ def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule
         rf"(?<=[\"'`]){old}(?=[\"'`._:/])": new,
         rf"\bsrc/{old}\b": f"src/{new}",
         rf"(?<=/){old}(?=/)": new,
-        rf"(::: ){old}\b": rf"\1{new}",
+        rf"(::: |_target_=){old}\b": rf"\1{new}",
         rf"\b{old.upper()}_(?=[A-Z])": f"{new.upper()}_",
         rf"(hydra_plugins[./]){old}_": rf"\1{new}_",
         rf"(?<=[\"']){old}_(?=\w)": f"{new}_",
@@ -52,8 +52,8 @@ def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule
         rf"((?:project: |job-name=|title: |site_name: |user\.name=|user\.email=)){old}\b": rf"\1{new}",
         rf"^(# ){old}$": rf"\1{new}",
         rf"\b{old}(?='s\b)": new,
-        rf"\b((?:of|by|with|than|without|beside|from|uses|cite|The) ){old}\b(?! way)": rf"\1{new}",
-        rf"\b{old}(?= (?:{verbs})\b(?! no\b|=))": new,
+        rf"\b((?:of|by|with|than|without|beside|from|uses|cite|The|Importing|module) ){old}\b(?! way)": rf"\1{new}",
+        rf"\b{old}(?= (?:{verbs}|itself|API)\b(?!=))": new,
     }
     return [(re.compile(pattern, re.MULTILINE), to) for pattern, to in found.items()]
 
@@ -150,6 +150,7 @@ def main() -> None:
             changed = change(old, project, name)
         except BaseException:
             run("git", "reset", "--hard", "--quiet")  # nothing was uncommitted
+            shutil.rmtree(ROOT / "src" / name, ignore_errors=True)
             raise
     except RefusedError as error:
         sys.exit(f"error: {error}")

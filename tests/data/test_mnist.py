@@ -473,7 +473,7 @@ def test_the_progress_of_a_download(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("thaw.run.console.LINE_SECONDS", 0)
-    monkeypatch.setattr(mnist, "BLOCK", 100)
+    monkeypatch.setattr("thaw.run.download.BLOCK", 100)
     load_mnist("MNIST", tmp_path, "official", [mirror(packed).url])
     first, *_, last = capsys.readouterr().out.splitlines()
     size = len(packed[TRAIN_IMAGES])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import thaw
 from thaw.data.images import Source
 from thaw.data.mnist import SAMPLE
 from thaw.export import export_file as module
@@ -44,6 +45,9 @@ def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callabl
     assert model(images[:0]).shape == (0, len(source.classes))
     with pytest.raises(ValueError, match="attention maps load the checkpoint"):
         model.attention(images)
+    with pytest.raises(ValueError, match="features load the checkpoint"):
+        model.features(images)
+    assert largest(thaw.load(path).predict(images[:9].numpy()), wanted[:9]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "photo_convnet"])

@@ -3,20 +3,16 @@
 import gzip
 import hashlib
 import logging
-import ssl
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from http.client import HTTPException
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
-from urllib.error import URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 import torchvision.datasets
 from filelock import FileLock
@@ -26,7 +22,8 @@ from torch import Tensor
 from thaw.data.idx import read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
-from thaw.run.console import progress, say, some
+from thaw.run.console import say, some
+from thaw.run.download import save_url
 from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.files import atomic
 
@@ -34,7 +31,6 @@ log = logging.getLogger(__name__)
 
 MIRROR_TIMEOUT = 5.0  # seconds without an answer before a mirror counts as out of reach
 NAMES_SHOWN = 8  # of a folder's content, in an error
-BLOCK = 2**15  # bytes of a download between two updates of its progress
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")  # torchvision classes that share the four file names and the format
 
 # MD5 of the unpacked files, in the order of torchvision's `resources`, which has those of the .gz files as published.
@@ -288,17 +284,7 @@ def fetch(name: str, md5: str, mirrors: Sequence[str], folder: Path) -> None:
 def retrieve(url: str, md5: str, path: Path) -> None:
     """Write the content at a URL to a file; ConnectionError if it cannot be had or has another MD5."""
     name = url.rpartition("/")[2].partition("-idx")[0]
-    try:
-        request = Request(url, headers={"User-Agent": "thaw"})
-        with urlopen(request, timeout=MIRROR_TIMEOUT) as response, path.open("wb") as file:
-            size = int(response.headers["Content-Length"] or 0)
-            with progress(f"downloading {name}", size, "bytes") as advance:
-                while block := response.read(BLOCK):
-                    file.write(block)
-                    advance(len(block))
-    except (URLError, HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-        reason = error.reason if type(error) is URLError else error
-        raise ConnectionError(getattr(reason, "strerror", None) or reason) from error
+    save_url(url, path, f"downloading {name}", MIRROR_TIMEOUT)
     content = path.read_bytes()
     if hashlib.md5(content).hexdigest() != md5:
         raise ConnectionError(describe_wrong_file(content))

@@ -9,7 +9,13 @@ from omegaconf import DictConfig
 
 from thaw.run.errors import UserError
 
-FILE_NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "hub_folder": "hub"}
+FILE_NAMES = {"onnx": "model.onnx", "torch_export": "model.pt2", "web": "index.html", "hub_folder": "hub"}
+FORMATS_WITH = {
+    "quantize": ("onnx", "web"),
+    "push": ("hub_folder",),
+    "license": ("hub_folder",),
+    "runtime": ("web",),
+}
 ACCURACY_LOSS = 0.01  # by int8, above which there is a warning
 SIZE_LEFT = 0.7  # of the float32 file, above which there is a warning
 
@@ -20,11 +26,10 @@ def check_request(cfg: DictConfig) -> None:
         raise UserError(f"format={cfg.format!r} is unknown; choose one of {', '.join(FILE_NAMES)}.")
     if cfg.quantize not in (None, "int8"):
         raise UserError(f"quantize={cfg.quantize!r} is unknown; choose int8, or null for float32.")
-    if cfg.quantize and cfg.format != "onnx":
-        raise UserError(f"quantize={cfg.quantize} is for format=onnx, not {cfg.format}; leave quantize out.")
-    for key in ("push", "license"):
-        if cfg[key] is not None and cfg.format != "hub_folder":
-            raise UserError(f"{key}={cfg[key]} is for format=hub_folder, not {cfg.format}; leave {key} out.")
+    for key, formats in FORMATS_WITH.items():
+        if cfg[key] is not None and cfg.format not in formats:
+            wanted = " and ".join(f"format={name}" for name in formats)
+            raise UserError(f"{key}={cfg[key]} is for {wanted}, not {cfg.format}; leave {key} out.")
     if cfg.push is not None:
         from thaw.export.push import check_push
 

@@ -1,6 +1,7 @@
-"""Exports a predictor to one checked file, ONNX or torch.export's."""
+"""Exports a predictor to one checked file: ONNX, torch.export's, or a page that holds the ONNX file."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from thaw.export.facts import check_parity, model_facts, parity_sample, tested_f
 from thaw.export.onnx_file import OPSET, check_onnx_installed, save_onnx, to_int8, to_onnx
 from thaw.export.portable import portable, trace
 from thaw.export.torch_program import load_program, save_program
+from thaw.export.web_page import load_page, save_page
+from thaw.export.web_runtime import load_runtime
 from thaw.predict.onnx_model import load_onnx
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
@@ -23,35 +26,46 @@ class FileFormat(NamedTuple):
     load: Callable[[Path], Any]
 
 
-FILE_FORMATS = {"onnx": FileFormat(save_onnx, load_onnx), "torch_export": FileFormat(save_program, load_program)}
+FILE_FORMATS = {
+    "onnx": FileFormat(save_onnx, load_onnx),
+    "torch_export": FileFormat(save_program, load_program),
+}
+ONNX = ("onnx", "web")  # the formats that hold an ONNX file
 
 
-def export_file(predictor: Predictor, source: Source, format: str, quantize: str | None, path: Path) -> dict[str, Any]:
+def export_file(
+    predictor: Predictor, source: Source, format: str, quantize: str | None, path: Path, runtime: str | None = None
+) -> dict[str, Any]:
     """Write a file and check it; it replaces an earlier file at `path` only if it passes.
 
     Args:
         predictor: in fp32 on the CPU; LoRA is merged into its model.
         source: of the images for comparison and test.
-        format: `onnx` or `torch_export`.
-        quantize: `int8`, for `onnx`, or None.
+        format: `web` or one of `FILE_FORMATS`.
+        quantize: `int8`, for `onnx` and `web`, or None.
+        runtime: for `web`, see `thaw.export.web_runtime.load_runtime`.
 
     Returns the facts in the file.
 
     Raises:
         UserError: the model cannot be exported, or the file does not compute what the model does.
     """
-    if format == "onnx":
+    if format in ONNX:
         check_onnx_installed()
+    if format == "web":
+        how = FileFormat(partial(save_page, runtime=load_runtime(runtime)), load_page)
+    else:
+        how = FILE_FORMATS[format]
+    save, load = how
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
     facts = model_facts(predictor, format)
     say(f"tracing {predictor.name}")
     exported: Any = trace(model, predictor.name, predictor.data["shape"])
-    if format == "onnx":
+    if format in ONNX:
         say("converting it to ONNX")
         exported = to_onnx(exported, predictor.name)
         facts["opset"] = OPSET
-    save, load = FILE_FORMATS[format]
     with atomic(path) as part:
         save(exported, facts, part)
         written = load(part)

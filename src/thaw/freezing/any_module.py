@@ -1,10 +1,12 @@
 """A freezing policy for any LightningModule: a callback of Lightning, without the rest of thaw."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from thaw.freezing.policy import NEVER, FreezePolicy, Thaw
 from thaw.freezing.schedule import FreezeSchedule
@@ -50,7 +52,7 @@ class FreezeModule(FreezeSchedule):
     def __init__(self, module: LightningModule, rules: Sequence[Mapping[str, Any]]) -> None:
         kind = type(module).__qualname__
         if not isinstance(module, LightningModule):
-            raise UserError(f"thaw.freeze takes a LightningModule and rules, not {kind}.")
+            raise UserError(f"thaw.freeze takes a lightning.LightningModule and rules, not {kind}.")
         if isinstance(getattr(module, "thaw", None), Thaw):
             raise UserError(f"{kind} has a freezing policy of its own, the setting freeze=...; set that one.")
         if isinstance(rules, str | Mapping) or not all(isinstance(rule, Mapping) for rule in rules):
@@ -63,6 +65,7 @@ class FreezeModule(FreezeSchedule):
                 "Match names instead, or give it a method depths() -> {name: 0 for the stem, 1, ..., the head deepest}."
             )
         self.module, self.thaw = module, policy.bind(module, depths)
+        self.frozen: list[nn.Module] = []  # in this epoch
 
     def policy_of(self, pl_module: LightningModule) -> Thaw:
         return self.thaw
@@ -73,11 +76,12 @@ class FreezeModule(FreezeSchedule):
             return
         if pl_module is not self.module:
             raise UserError("thaw.freeze: the trainer fits another module than the one that the callback was made for.")
-        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise UserError(
-                f"thaw.freeze works on one device and with strategy='ddp', not with {type(trainer.strategy).__name__}."
-            )
+        start = getattr(trainer.strategy, "_start_method", None)  # of processes; None: on one device
+        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy) or start not in (None, "popen", "fork"):
+            found = f"{type(trainer.strategy).__name__}{f' by {start}' if start else ''}"
+            raise UserError(f"thaw.freeze works on one device and with strategy='ddp' or 'ddp_fork', not with {found}.")
         self.check_names()
+        warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # Lightning's, of what is frozen
         self.thaw.apply(max(int(epoch) for epoch in self.thaw.epochs.values() if epoch < NEVER))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,9 +95,22 @@ class FreezeModule(FreezeSchedule):
                 "Let configure_optimizers give self.parameters() to it, or freeze them."
             )
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.apply(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self.apply(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set modes again, as the module may have called `self.train()` in one of its hooks."""
+        """Set modes again if the module has called `self.train()` in one of its hooks."""
+        if any(part.training for part in self.frozen):
+            self.apply(trainer)
+
+    def apply(self, trainer: Trainer) -> None:
         self.thaw.apply(trainer.current_epoch)
+        self.frozen = [part for part in self.module.modules() if not part.training]
 
     def check_names(self) -> None:
         if changed := {name for name, _ in self.module.named_parameters()} ^ self.thaw.epochs.keys():

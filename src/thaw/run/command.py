@@ -1,5 +1,6 @@
 """The frame of a root script: Hydra composes its configuration, and an error becomes a message that helps."""
 
+import argparse
 import io
 import os
 import re
@@ -33,6 +34,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 LIBRARIES = (*(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<frozen")
 TRAIN_FIRST = "To train a first one: python train.py experiment=vit_linear_probe"
 CHECKPOINT = "a run's folder, a .ckpt file or last (the newest run)"
+
+if sys.version_info >= (3, 14):  # argparse checks help texts; one of Hydra 1.3 is no text before it is shown
+    argparse.ArgumentParser._check_help = lambda *_: None  # type: ignore[attr-defined]
 
 
 def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[..., Any]]:

@@ -260,7 +260,7 @@ def results() -> Iterator[TextIO]:
 def quiet_libraries() -> None:
     """Silence libraries' progress messages and warnings about deliberate choices; other warnings stay."""
     logging.getLogger("lightning").handlers.clear()  # Hydra's handlers print what is left, once
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")
