@@ -126,7 +126,7 @@ def described(path: Path, package: str, listed: dict[str, Setting]) -> str:
     text = path.read_text(encoding="utf-8")
     head = [line[1:].strip() for line in text[: len(text) - len(re.sub(r"\A(#.*\n)*", "", text))].splitlines()]
     if "@package _global_" in head:
-        package = ""
+        package, listed = "", {}  # a whole run is shown whole
         head.remove("@package _global_")
     root = yaml.compose(text)
     found = read_settings(root, text.splitlines(), comments([path]))
