@@ -90,10 +90,6 @@ class Page:
                 self.read_inline(token, is_heading=before is not None and before.type == "heading_open")
                 notes = []
 
-    @property
-    def is_long(self) -> bool:
-        return any(block.long for block in self.blocks)
-
     def read_comments(self, text: str, line: int) -> list[tuple[str, str]]:
         notes = COMMENT.findall(text)
         self.made_by += [(line, value) for name, value in notes if name == "made by"]

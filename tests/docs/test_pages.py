@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, compose_config
@@ -122,6 +123,8 @@ def check_words(command: Command, written: Path | None) -> None:
         name, arguments = source.stem, words[words.index(script) + 1 :]
     else:
         return
+    if "--help" in arguments:
+        return
     if module == "thaw.plan":
         settings, overrides = read_arguments(arguments)
         for model, policy in product(settings.model.split(","), settings.policy.split(",")):
@@ -130,7 +133,7 @@ def check_words(command: Command, written: Path | None) -> None:
         check_settings(name, arguments, written, command.is_shortened)
     else:
         for option in [word.partition("=")[0] for word in arguments if word.startswith("--")]:
-            if option != "--help" and f'"{option}"' not in source.read_text():
+            if f'"{option}"' not in source.read_text():
                 raise UserError(f"{source.name} has no option {option}")
 
 
@@ -141,9 +144,9 @@ def check_settings(name: str, arguments: Sequence[str], written: Path | None, is
     overrides = ["", *known.overrides]
     if name == "predict":
         take_inputs(overrides)
-    if known.help or known.info:
+    if known.info:
         return
-    searched: list[str] = [f"hydra.searchpath=['file://{written}/configs']"] if written else []
+    searched = [f"hydra.searchpath=['file://{written}/configs']"] if written and (written / "configs").is_dir() else []
     choices: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(overrides[1:]):
         if known.multirun and override.is_sweep_override():
@@ -186,21 +189,14 @@ def composed(name: str, *overrides: str) -> DictConfig:
     return compose_config(name, *overrides)
 
 
-RUNNABLE = [
-    path for path in PATHS if any(block.language in ("bash", "console", "python") for block in page_of(path).blocks)
-]
+def runnable() -> Iterator[Any]:
+    for path in PATHS:
+        blocks = [block for block in page_of(path).blocks if block.language in ("bash", "console", "python")]
+        marks = [pytest.mark.long, pytest.mark.timeout(3600)] if any(block.long for block in blocks) else []
+        if not all(block.not_run for block in blocks):
+            yield pytest.param(path, id=path.relative_to(ROOT).as_posix(), marks=marks)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            id=path.relative_to(ROOT).as_posix(),
-            marks=[pytest.mark.long, pytest.mark.timeout(3600)] if page_of(path).is_long else [],
-        )
-        for path in RUNNABLE
-    ],
-)
+@pytest.mark.parametrize("path", [*runnable()])
 def test_blocks_run(path: Path, checkout: Path, tmp_path: Path) -> None:
     run_page(page_of(path), checkout, tmp_path)
