@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, compose_config, compose_run, train_once
+from conftest import ROOT, SMALL, compose_config, compose_run, needs, train_once
 from omegaconf import OmegaConf
 from small_models import mnist_data
 
@@ -57,11 +57,14 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["test/acc"] == right / len(data.test.labels)
 
 
-def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
+@needs("pretrain")
+def test_a_pretraining_has_no_test_but_a_backbone_to_probe(train: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
     checkpoint = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="SimCLR has no test"):
         evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
+    probed = checkpoint_backbone(compose_config("probe", f"ckpt={run_dir}"), []).state_dict()
+    assert all(torch.equal(probed[name], checkpoint["state_dict"][f"backbone.{name}"]) for name in probed)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
