@@ -20,7 +20,7 @@ FORKING.set_forkserver_preload(
     [
         *("lightning.pytorch", "timm", "torchmetrics", "wandb.apis.public", "matplotlib.figure", "jinja2"),
         *("thaw.classifier", "thaw.evaluation.pictures", "thaw.evaluation.assessment", "thaw.run.jobs"),
-        *("thaw.callbacks.progress", "thaw.models.heads", "thaw.sweeps.search", "thaw.sweeps.run_table"),
+        *("thaw.callbacks.progress", "thaw.models.heads", "thaw.sweeps.search", "thaw.sweeps.run_table"),  # if there
     ]
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, compose_config, compose_run, train_once
+from conftest import ROOT, compose_config, compose_run, needs, train_once
 from fastapi.testclient import TestClient
 from hydra.utils import instantiate
 from safetensors.torch import save_file
@@ -26,9 +26,6 @@ from thaw.data.idx import write_idx
 from thaw.data.mnist import load_mnist
 from thaw.data.readers import ImageReader
 from thaw.predict.predictor import load_predictor
-from thaw.serve.app import create_app
-from thaw.serve.limits import Limits
-from thaw.serve.request_reader import FILE_TYPES
 
 TINY = ["+backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+backbone.arguments.num_heads=2"]
 VIT = ["backbone=digits_vit", "backbone.arguments.depth=2", *TINY[1:]]
@@ -138,9 +135,14 @@ def test_eval(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
     assert (report["cost"]["flops"] is None) == (kind == "full"), "torch counts none of an RNN"
 
 
+@needs("serve")
 @pytest.mark.parametrize("kind", COMMANDED)
 def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, capsys: pytest.CaptureFixture) -> None:
     """Both give the classes that the test counted."""
+    from thaw.serve.app import create_app
+    from thaw.serve.limits import Limits
+    from thaw.serve.request_reader import FILE_TYPES
+
     run_dir = run(kind)
     capsys.readouterr()
     command("predict", f"ckpt={run_dir}", f"inputs=['{digits}']")
@@ -163,6 +165,7 @@ EXPORTS += [(kind, ["quantize=int8"], "model.onnx") for kind in TRACED]
 EXPORTS += [("lora", ["format=torch_export"], "model.pt2")]
 
 
+@needs("export")
 @pytest.mark.parametrize(("kind", "format", "name"), EXPORTS, ids=lambda value: value if isinstance(value, str) else "")
 def test_export(
     kind: str,
@@ -210,12 +213,14 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_once(tmp_path_factory.mktemp("simclr"), "experiment=pretrain_simclr", *few)
 
 
+@needs("pretrain")
 def test_probe_of_a_pretraining_run(pretrained: Path, tmp_path: Path) -> None:
     command("probe", f"ckpt={pretrained}/checkpoints/last.ckpt", *PROBE, f"run_dir={tmp_path}")
     assert 0 < facts(tmp_path)["test/acc"] < 1
 
 
-@pytest.mark.parametrize("script", ["eval", "predict", "export", "train"])
+@needs("pretrain")
+@pytest.mark.parametrize("script", ["eval", "predict", pytest.param("export", marks=needs("export")), "train"])
 def test_a_pretraining_run_has_no_classes(script: str, pretrained: Path, digits: Path, tmp_path: Path) -> None:
     arguments = {
         "eval": [f"ckpt={pretrained}/checkpoints/last.ckpt", f"run_dir={tmp_path}"],

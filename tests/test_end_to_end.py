@@ -12,11 +12,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, needs
 from processes import FORKED
 
 from thaw.data.mnist import SAMPLE
-from thaw.sweeps import job_queue
 
 PROBE = "experiment=vit_linear_probe"
 Command = Callable[..., int]
@@ -50,6 +49,7 @@ def test_linear_probe_on_the_sample(
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 
 
+@needs("sweeps")
 def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""
     sweep = tmp_path / "sweep"
@@ -86,6 +86,7 @@ class Fault(L.Callback):
         raise RuntimeError("a fault")
 
 
+@needs("sweeps")
 def test_a_disturbed_sweep_ends_as_an_undisturbed_one(
     tmp_path: Path,
     tiny_run: list[str],
@@ -99,7 +100,7 @@ def test_a_disturbed_sweep_ends_as_an_undisturbed_one(
     for seed in (1, 4):  # have had their fault
         (tmp_path / "calm" / str(seed)).touch()
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)  # of the jobs, which import this file
-    monkeypatch.setattr(f"{job_queue.__name__}.subprocess", FORKED)
+    monkeypatch.setattr("thaw.sweeps.job_queue.subprocess", FORKED)
     states = {}
     for name in ("disturbed", "calm"):
         run = ["-m", *tiny_run, "trainer.max_epochs=4", "seed=0,1,4", "test=false", "trainer.plugins.0.seconds=0"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, compose_config, compose_run, train_once
+from conftest import ROOT, SMALL, compose_config, compose_run, needs, train_once
 from omegaconf import OmegaConf
 from small_models import mnist_data
 
@@ -57,6 +57,7 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["test/acc"] == right / len(data.test.labels)
 
 
+@needs("pretrain")
 def test_a_pretraining_has_no_test_but_a_backbone_to_probe(train: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
     checkpoint = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")

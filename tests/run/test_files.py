@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import needs
 from matplotlib.figure import Figure
 from torch import nn
 
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
-from thaw.export.torch_program import save_program
 from thaw.pages import figures
 from thaw.predict.prediction import open_output
 from thaw.run.command import explain
@@ -55,6 +55,7 @@ def prediction(path: Path) -> None:
 
 
 def program(path: Path) -> None:
+    save_program = pytest.importorskip("thaw.export.torch_program").save_program
     exported = torch.export.export(nn.Linear(300, 300), (torch.zeros(2, 300),))
     with atomic(path) as part:
         save_program(exported, {}, part)
@@ -167,6 +168,8 @@ def test_nothing_goes_through_the_temporary_folder(tmp_path: Path, monkeypatch: 
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["w"].tolist() == [0, 0, 0]
 
 
+@needs("pretrain")
+@needs("export")
 def test_every_file_follows_the_umask(
     train: Callable[..., Path], command: Callable[..., int], tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, needs
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor
@@ -19,6 +19,7 @@ def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
     return torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
 
 
+@needs("pretrain")
 def test_pretraining_starts_from_the_weights_of_another_run(
     train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

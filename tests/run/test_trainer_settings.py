@@ -8,12 +8,10 @@ from pathlib import Path
 
 import lightning
 import pytest
-from conftest import compose_run
+from conftest import compose_run, needs
 from omegaconf import OmegaConf
 
-from thaw.classifier import Classifier
 from thaw.evaluation.evaluate import evaluate_checkpoint
-from thaw.pretrain.mae import MAE
 from thaw.run import checkpoint as checkpoints
 from thaw.run.command import show
 from thaw.run.errors import UserError
@@ -149,15 +147,19 @@ STOPS = "callbacks.early_stopping={_target_:thaw.callbacks.monitored_metric.Earl
         ("trainer.num_nodes=2", "num_nodes=2 needs a process for each device on 2 machines"),
         ("callbacks.checkpoint.mode=best", "callbacks.checkpoint: .*min, max"),
         (STOPS + "val_acc}", "monitor=val_acc of EarlyStopping .* choose from val/loss, val/acc"),
-        ("experiment=pretrain_mae " + STOPS + "val/knn}", "monitor=val/knn of EarlyStopping .* val/knn_acc"),
+        pytest.param(
+            "experiment=pretrain_mae " + STOPS + "val/knn}",
+            "monitor=val/knn of EarlyStopping .* val/knn_acc",
+            marks=needs("pretrain"),
+        ),
         ("head.norm=batch data.batch_size=1", "data.batch_size=1 has no statistics for head.norm=batch"),
     ],
 )
 def test_what_depends_on_the_data_is_refused_before_the_first_step(
     train: Callable[..., Path], tiny_run: list[str], monkeypatch: pytest.MonkeyPatch, settings: str, message: str
 ) -> None:
-    for kind in (Classifier, MAE):
-        monkeypatch.setattr(kind, "training_step", lambda *_: pytest.fail("trained"))
+    kind = "thaw.pretrain.mae.MAE" if "pretrain" in settings else "thaw.classifier.Classifier"
+    monkeypatch.setattr(f"{kind}.training_step", lambda *_: pytest.fail("trained"))
     experiment = [each for each in settings.split() if each.startswith("experiment=")]
     with pytest.raises(Exception, match=r".") as error:
         train(*experiment, *tiny_run, *(each for each in settings.split() if each not in experiment))

@@ -42,6 +42,11 @@ COMMANDS = {  # in the order in which a person types them
     "queue": f"train.py -m hydra/launcher=queue {PROBE} optim.lr=1e-4,1e-2 logger=csv",
     "search": f"sweep.py sweep=lr_tpe sweep.trials=2 {PROBE} logger=csv",
 }
+COMMANDS = {
+    name: command
+    for name, command in COMMANDS.items()
+    if (ROOT / command.split()[0]).is_file() and (name not in ("sweep", "queue") or (ROOT / "src/thaw/sweeps").is_dir())
+}
 LIKE_ANOTHER = ("linear_probe_again", "queue", "eval", "search")  # at 120 columns, where they would show nothing new
 ON_A_RUN = ("resume", "eval", "predict", "export", "linear_probe_again")
 MASKED = (  # these differ from run to run

@@ -18,7 +18,12 @@ VERSION = "1.22.0"  # the smallest build that reads opset 20: later ones are 0.2
 INTEGRITY = "sha512-Ud/+EBo6mhuaQWt/OjaOk0iNWjXqJoeeMFr6xQEERZdIZH2OWpGzuujz7lfuOBjUa6TEE/sc4nb7Da5dNL34fg=="
 PACKAGE = f"onnxruntime-web-{VERSION}.tgz"
 REGISTRY = "https://registry.npmjs.org"
-PARTS = ("package.json", "dist/ort.wasm.min.js", "dist/ort-wasm-simd-threaded.mjs", "dist/ort-wasm-simd-threaded.wasm")
+RUNTIME_PARTS = (
+    "package.json",
+    "dist/ort.wasm.min.js",
+    "dist/ort-wasm-simd-threaded.mjs",
+    "dist/ort-wasm-simd-threaded.wasm",
+)
 TIMEOUT = 20.0  # seconds without an answer of the registry
 
 
@@ -58,12 +63,13 @@ def load_runtime(given: str | None) -> WebRuntime:
     except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, AssertionError) as error:
         raise UserError(
             f"runtime={path} is not onnxruntime-web ({type(error).__name__}: {error}); give the package as npm pack "
-            f"onnxruntime-web@{VERSION} writes it, or the folder node_modules/onnxruntime-web, with {', '.join(PARTS)}."
+            f"onnxruntime-web@{VERSION} writes it, or the folder node_modules/onnxruntime-web, with "
+            f"{', '.join(RUNTIME_PARTS)}."
         ) from error
 
 
 def from_parts(read: Callable[[str], bytes]) -> WebRuntime:
-    facts, api, glue, wasm = map(read, PARTS)
+    facts, api, glue, wasm = map(read, RUNTIME_PARTS)
     return WebRuntime(json.loads(facts)["version"], script(api), script(glue), packed(wasm))
 
 
