@@ -63,7 +63,8 @@ def load_runtime(given: str | None) -> WebRuntime:
     except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, AssertionError) as error:
         raise UserError(
             f"runtime={path} is not onnxruntime-web ({type(error).__name__}: {error}); give the package as npm pack "
-            f"onnxruntime-web@{VERSION} writes it, or the folder node_modules/onnxruntime-web, with {', '.join(PACKAGED)}."
+            f"onnxruntime-web@{VERSION} writes it, or the folder node_modules/onnxruntime-web, with "
+            f"{', '.join(PACKAGED)}."
         ) from error
 
 
