@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.sources_registry import SourcesRegistry
@@ -178,6 +179,15 @@ def browser() -> Iterator:
         browser = playwright.chromium.launch(executable_path=found, args=BROWSER_FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def digits() -> list[np.ndarray]:
+    """The first digit of each class that is in the sample's test split, uint8 (28, 28)."""
+    from thaw.data.mnist import load_sample
+
+    test = load_sample("MNIST").test
+    return [test.images[(test.labels == label).nonzero()[0, 0], 0].numpy() for label in range(10)]
 
 
 @pytest.fixture

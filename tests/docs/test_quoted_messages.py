@@ -9,7 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-OF_OTHERS = ("operator torchvision", "torch.OutOfMemoryError", "Killed")  # messages of torch and of the shell
+OF_OTHERS = (
+    "operator torchvision",
+    "No module named",
+    "torch.OutOfMemoryError",
+    "Killed",
+)  # not ours
 
 
 @cache

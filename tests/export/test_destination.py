@@ -8,6 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import export
 from thaw.export.destination import check_request, destination, summary
+from thaw.export.web_runtime import RUNTIME_PARTS
+from thaw.run.files import write_text
 
 
 def request_(**changes: Any) -> DictConfig:
@@ -23,6 +25,7 @@ def request_(**changes: Any) -> DictConfig:
         ({"quantize": "int8", "format": "torch_export"}, "is for format=onnx and format=web, not torch_export"),
         ({"push": "ada/digits"}, "is for format=hub_folder"),
         ({"license": "mit"}, "is for format=hub_folder"),
+        ({"runtime": "a.tgz"}, "is for format=web, not onnx; leave runtime out"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
@@ -37,6 +40,8 @@ def test_where_it_goes(tmp_path: Path) -> None:
     assert destination(request_(quantize="int8"), run) == tmp_path / "run" / "export" / "model.int8.onnx"
     assert destination(request_(format="torch_export"), run) == tmp_path / "run" / "export" / "model.pt2"
     assert destination(request_(format="hub_folder"), run) == tmp_path / "run" / "export" / "hub"
+    assert destination(request_(format="web", quantize="int8"), run) == tmp_path / "run" / "export" / "index.int8.html"
+    assert destination(request_(format="web"), bare) == tmp_path / "best.html"
     assert destination(request_(), bare) == tmp_path / "best.onnx"
     assert destination(request_(quantize="int8"), bare) == tmp_path / "best.int8.onnx"
     assert destination(request_(format="hub_folder"), bare) == tmp_path / "best_hub"
@@ -62,7 +67,9 @@ def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
     assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path, "32-true")
 
 
-def test_command(train: Callable[..., Path], tiny_run: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_command(
+    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Commands on one run; each leaves what it says and nothing else."""
     run_dir = train(*tiny_run, "trainer.max_epochs=1", "freeze=lora")
     before = {path for path in ROOT.iterdir()}
@@ -76,5 +83,9 @@ def test_command(train: Callable[..., Path], tiny_run: list[str], capsys: pytest
         and "(fp32)" in said
     )
     export.main(compose_config("export", f"ckpt={run_dir}", "format=hub_folder", "license=mit"))
-    assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["hub", "model.int8.onnx"]
+    for part, text in zip(RUNTIME_PARTS, ('{"version": "1"}', "ort", "glue", "wasm"), strict=True):
+        write_text(text, tmp_path / "package" / part)
+    export.main(compose_config("export", f"ckpt={run_dir}", "format=web", f"runtime={tmp_path / 'package'}"))
+    assert "same classes on 500 images" in capsys.readouterr().out
+    assert sorted(path.name for path in (run_dir / "export").iterdir()) == ["hub", "index.html", "model.int8.onnx"]
     assert {path for path in ROOT.iterdir() if path.name not in ("outputs", "__pycache__")} <= before

@@ -1,7 +1,7 @@
 """thaw.freeze on a LightningModule that knows nothing of thaw, compared with a loop in plain torch."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,6 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy
-from processes import FORKING  # noqa: F401, its server has imported what takes seconds
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -179,13 +177,22 @@ def test_gradual_thawing_of_a_module_with_layers(capsys: pytest.CaptureFixture[s
     assert same(state(module), state(expected))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A process that is forked cannot use the threads of torch that ran before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_processes_share_the_gradients_of_what_thaws() -> None:
     """Two processes, each with half of a batch, against one; the batch norms are frozen, as they see half a batch."""
-    forked = DDPStrategy(start_method="forkserver")
     rules = [HEAD, {"match": r"body\.\w+\.0\..*", "train": True, "from_epoch": 1}, REST]
 
     one, two, start = Shared(), Shared(), state(Shared())
-    for module, processes in ((one, {"devices": 1}), (two, {"devices": 2, "strategy": forked})):
+    for module, processes in ((one, {"devices": 1}), (two, {"devices": 2, "strategy": "ddp_fork"})):
         settings = QUIET | {"max_epochs": 3, "accelerator": "cpu", "use_distributed_sampler": False}
         trainer = L.Trainer(callbacks=thaw.freeze(module, rules), enable_checkpointing=False, **settings | processes)
         trainer.fit(module)

@@ -109,7 +109,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     with pytest.raises(ValueError) as refused:
         train(f"resume={slim}", "freeze=full", name="other")
     path = slim / "checkpoints" / "last.ckpt"
-    assert f"{path} was trained under another freezing policy" in str(refused.value)
+    assert f"{path} was trained under another freezing policy than freeze=full says" in str(refused.value)
     assert f"start_from={path} instead of resume=" in str(refused.value)
 
     weights = tmp_path / "tiny.safetensors"

@@ -58,11 +58,13 @@ def test_accuracy_equals_a_plain_loop(run_dir: Path) -> None:
 
 
 @needs("pretrain")
-def test_a_pretraining_has_no_test(train: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_pretraining_has_no_test_but_a_backbone_to_probe(train: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = train("experiment=pretrain_simclr", *SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=1")
     checkpoint = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match="SimCLR has no test"):
         evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, loggers=[])
+    probed = checkpoint_backbone(compose_config("probe", f"ckpt={run_dir}"), []).state_dict()
+    assert all(torch.equal(probed[name], checkpoint["state_dict"][f"backbone.{name}"]) for name in probed)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:

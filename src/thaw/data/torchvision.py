@@ -114,9 +114,10 @@ class TorchvisionData(DecodedData):
         except (OSError, RuntimeError) as error:
             reason = str(error).partition("\n")[0].partition(" You can use")[0].rstrip(".")
             place = getattr(known, "url", "its files")
+            again = "run this again" if missing is UnreachableError else "set data.download=true"
             raise missing(
                 f"data.dir={self.dir} does not hold {self.name} as torchvision keeps it ({reason}). Set data.dir to "
-                f"where it lies, or set data.download=true where there is a network, or put {place} there."
+                f"where it lies, or {again} where there is a network, or put {place} there."
             ) from error
 
 

@@ -1,6 +1,7 @@
 """The inputs of a probe: a frozen backbone, and its features of a split."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -27,7 +28,8 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         UserError: no such checkpoint, one of a model without a backbone, or overrides of the backbone.
     """
     typed = [override_key(override) for override in overrides]
-    path = checkpoints.find_checkpoint(cfg.ckpt, "best.ckpt")
+    pretrained = (Path(cfg.ckpt).expanduser() / "backbone.safetensors").is_file()  # whose validation chooses nothing
+    path = checkpoints.find_checkpoint(cfg.ckpt, "last.ckpt" if pretrained else "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
     say(checkpoints.origin(checkpoint))
     refers = "frozen" in checkpoint  # to a file that holds what never trained

@@ -18,7 +18,7 @@ VERSION = "1.22.0"  # the smallest build that reads opset 20: later ones are 0.2
 INTEGRITY = "sha512-Ud/+EBo6mhuaQWt/OjaOk0iNWjXqJoeeMFr6xQEERZdIZH2OWpGzuujz7lfuOBjUa6TEE/sc4nb7Da5dNL34fg=="
 PACKAGE = f"onnxruntime-web-{VERSION}.tgz"
 REGISTRY = "https://registry.npmjs.org"
-PACKAGED = (
+RUNTIME_PARTS = (
     "package.json",
     "dist/ort.wasm.min.js",
     "dist/ort-wasm-simd-threaded.mjs",
@@ -64,12 +64,12 @@ def load_runtime(given: str | None) -> WebRuntime:
         raise UserError(
             f"runtime={path} is not onnxruntime-web ({type(error).__name__}: {error}); give the package as npm pack "
             f"onnxruntime-web@{VERSION} writes it, or the folder node_modules/onnxruntime-web, with "
-            f"{', '.join(PACKAGED)}."
+            f"{', '.join(RUNTIME_PARTS)}."
         ) from error
 
 
 def from_parts(read: Callable[[str], bytes]) -> WebRuntime:
-    facts, api, glue, wasm = map(read, PACKAGED)
+    facts, api, glue, wasm = map(read, RUNTIME_PARTS)
     return WebRuntime(json.loads(facts)["version"], script(api), script(glue), packed(wasm))
 
 

@@ -76,10 +76,10 @@ class FreezeModule(FreezeSchedule):
             return
         if pl_module is not self.module:
             raise UserError("thaw.freeze: the trainer fits another module than the one that the callback was made for.")
-        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
-            raise UserError(
-                f"thaw.freeze works on one device and with strategy='ddp', not with {type(trainer.strategy).__name__}."
-            )
+        start = getattr(trainer.strategy, "_start_method", None)  # of processes; None: on one device
+        if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy) or start not in (None, "popen", "fork"):
+            found = f"{type(trainer.strategy).__name__}{f' by {start}' if start else ''}"
+            raise UserError(f"thaw.freeze works on one device and with strategy='ddp' or 'ddp_fork', not with {found}.")
         self.check_names()
         warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")  # Lightning's, of what is frozen
         self.thaw.apply(max(int(epoch) for epoch in self.thaw.epochs.values() if epoch < NEVER))

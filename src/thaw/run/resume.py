@@ -69,9 +69,10 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             place = key.replace("/", ".")
             OmegaConf.update(saved, place, OmegaConf.select(cfg, place), merge=False, force_add=True)
     if path and OmegaConf.to_container(saved.get("freeze") or OmegaConf.create(), resolve=True) != before:
+        policy = " ".join(each for each in overrides if override_key(each).split(".")[0] == "freeze")
         raise UserError(
-            f"{path} was trained under another freezing policy than freeze={cfg.freeze} says: its optimizer holds "
-            "other parameters. Leave freeze out to resume, or start a new run from its weights alone: "
+            f"{path} was trained under another freezing policy than {policy} says: its optimizer holds other "
+            "parameters. Leave freeze out to resume, or start a new run from its weights alone: "
             f"{setting('start_from', path)} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, path and str(path)

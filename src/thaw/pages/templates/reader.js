@@ -3,7 +3,7 @@
 
 const SIDE = 28, BOX = 20, CENTRE = 14;  // pixels: of the field, of the box that the digit fits, and its centre of mass
 const WORKING_SIDE = 1024;  // pixels; larger pictures are reduced before the search for the digit
-const FAINTEST = 0.1, SPECK = 0.03, SECOND = 0.3, WIDE = 1.5, MAX_STROKES = 100;  // as in thaw.data.digit_image
+const UNEVEN_BORDER = 0.2, FAINTEST = 0.1, SPECK = 0.03, SECOND = 0.3, WIDE = 1.5, MAX_STROKES = 100;  // as in thaw.data.digit_image
 
 const KERNELS = {  // Pillow's: how far each reaches, and its weight at a distance
   box: [0.5, x => x > -0.5 && x <= 0.5 ? 1 : 0],
@@ -103,6 +103,7 @@ function readDigit(picture) {
   const tall = bottom - top, broad = right - left;
   let { doubt } = found;
   if (!doubt && broad > WIDE * tall) doubt = `it is wider than ${WIDE} times its height, so it may be more than one digit`;
+  if (!doubt && isUneven(planes, width)) doubt = "its background is uneven, and this page, unlike predict.py, removes no shadow";
   return { image: centred(...fitBox(cropped(ink, found.width, left, top, right, bottom), broad)), warning: doubt };
 }
 
@@ -126,6 +127,12 @@ function border(plane, width) {  // its outermost pixels, sorted
 function quantile(sorted, share) {
   const at = share * (sorted.length - 1), low = Math.floor(at);
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}
+
+function isUneven(planes, width) {  // whether part of the border is darker than the rest, as in a shadow
+  const grey = planes[0].map((red, i) => (red + planes[1][i] + planes[2][i]) / 3 / 255), edge = border(grey, width);
+  const darkest = quantile(edge, 0.05), brightest = quantile(edge, 0.95);
+  return brightest - darkest > Math.max(UNEVEN_BORDER * brightest, FAINTEST / 2);
 }
 
 function contrast(planes, width) {  // how far each pixel is from the median of the border, in the channel where it is most
