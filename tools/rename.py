@@ -36,8 +36,10 @@ def run(*command: str) -> str:
 def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule]:
     """Where the name means the package: in code, paths, quotes and a few turns of a sentence."""
     known = "|".join((*modules, r"__\w+__"))
-    verbs = "is|has|takes|needs|runs|does|reads|sets|asks|waits|uses|must|cannot|classifies|writes|counts|splits|raises"
+    verbs = "is|has|takes|needs|runs|does|reads|sets|asks|waits|uses|must|cannot|classifies|writes|counts|splits|raises|submits|promises"
+    attribute = "\0"  # of an object, by its name: getattr(model, "thaw")
     found = {
+        rf"(attr\([\w.]+, [\"']){old}\b": rf"\1{attribute}",
         rf"\b{project}\b": new,
         rf"(?<![\w.\"'/])((?:import|from)\s+){old}\b": rf"\1{new}",
         rf"(?<![\w.]){old}(?=\\*\.(?:{known})\b)": new,  # a module, also in a regular expression
@@ -50,11 +52,14 @@ def rules(old: str, project: str, new: str, modules: Sequence[str]) -> list[Rule
         rf"(?<=[\"']){old}_(?=\w)": f"{new}_",
         rf"^({old})(?= = )": new,  # a key of pyproject.toml
         rf"((?:project: |job-name=|title: |site_name: |user\.name=|user\.email=)){old}\b": rf"\1{new}",
+        rf"(-t |-v |-o |logs |chown=|1000 |/){old}(?=[ -]|$)": rf"\1{new}",  # of docker
+        rf"^(\s+- ){old}(?=: )": rf"\1{new}",  # the title of a page
         rf"^(# ){old}$": rf"\1{new}",
         rf"\b{old}(?='s\b)": new,
-        rf"\b((?:of|by|with|than|without|beside|from|uses|cite|The|Importing|module) ){old}\b(?! way)": rf"\1{new}",
+        rf"\b((?:of|by|with|than|without|beside|from|uses|use|cite|install|The|Importing|module|8000) ){old}\b(?! way)": rf"\1{new}",
         rf"\b{old}(?= (?:{verbs}|itself|API)\b(?!=))": new,
     }
+    found[attribute] = old
     return [(re.compile(pattern, re.MULTILINE), to) for pattern, to in found.items()]
 
 

@@ -80,6 +80,7 @@ def test_another_name(copied: Callable[..., str]) -> None:
         ('"THAW_PARENT"', '"PETS_PARENT"'),
         ("a checkpoint of thaw; thaw's rule", "a checkpoint of pets; pets's rule"),
         ("model = thaw.load(path)", "model = pets.load(path)"),
+        ('getattr(module, "thaw", None)', None),
         ("self.thaw.apply(0); thaw.apply(0); thaw.epochs", None),
         ("layers that thaw; no thaw schedule; # What to thaw; Thaw", None),
     ],
