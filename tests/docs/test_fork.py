@@ -70,7 +70,7 @@ def test_another_name(copied: Callable[..., str]) -> None:
     ("before", "after"),
     [
         ("from thaw.data import x", "from pets.data import x"),
-        ("import thaw", "import pets"),
+        ('    "import thaw\\n",', '    "import pets\\n",'),  # of a notebook
         ("_target_: thaw.data.X", "_target_: pets.data.X"),
         (r"match=r'_target_=thaw\.data\.X'", r"match=r'_target_=pets\.data\.X'"),
         ('logging.getLogger("thaw")', 'logging.getLogger("pets")'),
