@@ -61,7 +61,7 @@ def test_a_room_can_be_removed(room: str, copied: Callable[..., str]) -> None:
 def test_another_name(copied: Callable[..., str]) -> None:
     copied(".venv/bin/python", "tools/rename.py", "digitlab")
     left = copied("git", "grep", "-nIE", r"(import|from|module) thaw\b|\bthaw-vit|THAW_|src/thaw|[\"'=]thaw\b")
-    kept = ("FORMER_NAMES", "tools/rename.py", "tests/docs/test_fork.py", "docs/fork.md", "benchmarks/")
+    kept = ("FORMER_NAMES", "tools/rename.py", "tests/docs/test_fork.py", "attr(", "benchmarks/")
     assert not [line for line in left.splitlines() if not any(name in line for name in kept)]
     try_out(copied, "tests/run/test_migrations.py", "tests/run/test_checkpoint.py")
 
