@@ -60,6 +60,8 @@ def test_several_labels_an_image(train: Callable[..., Path]) -> None:
     right = [answers[:, k] == torch.isin(test.labels, torch.tensor(digits)) for k, digits in enumerate(TAGS.values())]
     assert facts["test/acc"] == pytest.approx(float(torch.stack(right).double().mean()), abs=1e-6)
     assert facts["test/acc"] > 0.85 and facts["test/acc_low"] is None and predictor.classes == list(TAGS)
+    with pytest.raises(UserError, match=r"own_task\.\w+' is refused and was not run"):
+        load_predictor(str(run_dir), None, "cpu", None)
     for script, settings in {"eval": [f"run_dir={run_dir}"], "export": []}.items():
         with pytest.raises(UserError, match=rf"{script}\.py is for one class an image, .* MultiLabel"):
             import_module(script).main(compose_config(script, f"ckpt={run_dir}", "allow=[own_task]", *settings))
@@ -67,8 +69,8 @@ def test_several_labels_an_image(train: Callable[..., Path]) -> None:
         train(*probe, "mix=mixup", name="mixed")
 
 
-def test_another_loss(train: Callable[..., Path]) -> None:
-    """A subclass that a checkpoint names is loaded where it is allowed, and refused elsewhere."""
+def test_another_loss() -> None:
+    """Against equation 4 of Lin et al. 2017."""
     losses = torch.nn.functional.cross_entropy(LOGITS, LABELS, reduction="none")
     wanted = ((1 - (-losses).exp()) ** 2 * losses).mean()
     assert torch.allclose(Focal(3, 0.0).training_loss(LOGITS, LABELS), wanted)

@@ -45,7 +45,7 @@ def test_importing_thaw_imports_nothing_heavy() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        thaw.laod  # type: ignore[attr-defined]  # noqa: B018
+        thaw.__getattr__("laod")  # type: ignore[attr-defined]
 
 
 def test_arrays_in_the_stored_shape_give_what_the_predictor_gives(
