@@ -155,8 +155,6 @@ def simple_commands(text: str) -> Iterator[list[str]]:
     words: list[str] = []
     for word in [*lexer, ";"]:
         if set(word) <= set(OPERATORS):
-            if word.startswith(">") and words[-1:] in (["1"], ["2"]):  # which output is redirected
-                words.pop()
             if words:
                 yield words
             words = []
