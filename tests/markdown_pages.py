@@ -149,7 +149,8 @@ def block_of(token: Token, notes: list[tuple[str, str]]) -> Block:
 
 def simple_commands(text: str) -> Iterator[list[str]]:
     """The words of each simple command in a line for a shell; those in <> become one word."""
-    lexer = shlex.shlex(PLACEHOLDER.sub("placeholder", text), posix=True, punctuation_chars=OPERATORS)
+    text = PLACEHOLDER.sub("placeholder", text).replace(" 2>", " >")
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=OPERATORS)
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:

@@ -39,7 +39,7 @@ def to_markdown(notebook: NotebookNode, page: Path) -> str:
     parts = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            parts.append(cell.source.replace("](../docs/", f"]({to_docs}").replace("](../", f"]({to_root}"))
+            parts.append(re.sub(r"\]\(\.\./(docs/)?", lambda way: "](" + (to_docs if way[1] else to_root), cell.source))
             continue
         text, picture = shown(cell)
         if cell.source.startswith("!"):

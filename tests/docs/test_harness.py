@@ -24,7 +24,7 @@ python probe.py probe=knn
 python predict.py ckpt=last pictures/
 python serve.py ckpt=last port=8001
 pip install -e '.[search]'
-make lint
+make lint 2>/dev/null
 python -m thaw.plan policy=full
 ```
 

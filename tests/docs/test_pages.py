@@ -155,15 +155,16 @@ def check_settings(name: str, arguments: Sequence[str], written: Path | None, is
         else:
             choices.append([str(override.input_line)])
     first = [each[0] for each in choices]
-    check_composed(name, searched, first, is_shortened)
+    check_composed(name, (*searched,), (*first,), is_shortened)
     for number, each in enumerate(choices):
         for value in each[1:]:
-            check_composed(name, searched, [*first[:number], value, *first[number + 1 :]], is_shortened)
+            check_composed(name, (*searched,), (*first[:number], value, *first[number + 1 :]), is_shortened)
 
 
-def check_composed(name: str, searched: list[str], overrides: list[str], is_shortened: bool) -> None:
+@cache
+def check_composed(name: str, searched: tuple[str, ...], overrides: tuple[str, ...], is_shortened: bool) -> None:
     """Values are set in a configuration that is composed once for all commands with the same options of groups."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = OverridesParser.create().parse_overrides([*overrides])
     values = [each for each in parsed if re.fullmatch(r"[\w.]+=.*", str(each.input_line)) and not is_group(each)]
     cfg = copy.deepcopy(composed(name, *searched, *(str(each.input_line) for each in parsed if each not in values)))
     try:
