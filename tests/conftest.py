@@ -218,3 +218,6 @@ SLOW_FILES += ("test_end_to_end", "test_export_file", "test_grid", "test_plan", 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")  # -m 'not slow' leaves them out, too

@@ -26,6 +26,7 @@ class Command:
 
     words: tuple[str, ...]
     line: int
+    is_shortened: bool = False  # in a sentence, where what others say already may be left out
 
 
 @dataclass
@@ -89,10 +90,6 @@ class Page:
                 self.read_inline(token, is_heading=before is not None and before.type == "heading_open")
                 notes = []
 
-    @property
-    def is_long(self) -> bool:
-        return any(block.long for block in self.blocks)
-
     def read_comments(self, text: str, line: int) -> list[tuple[str, str]]:
         notes = COMMENT.findall(text)
         self.made_by += [(line, value) for name, value in notes if name == "made by"]
@@ -124,14 +121,16 @@ class Page:
 
     def commands(self) -> Iterator[Command]:
         """All commands of the page, of blocks that are not run and of comments too."""
-        texts = [*self.inline, *self.made_by]
+        texts = [*self.made_by]
         for block in self.blocks:
             texts += [(block.line, setup) for setup in block.setup]
             if block.language in ("bash", "console", "indented"):
-                texts += [(line, command) for line, command, _ in block.steps]
-        for line, text in texts:
-            for words in simple_commands(text):
-                yield Command(tuple(words), line)
+                steps = [step for step in block.steps if not any(line.startswith("error: ") for line in step[2])]
+                texts += [(line, command) for line, command, _ in steps]  # without those that are shown to fail
+        for is_shortened, found in ((True, self.inline), (False, texts)):
+            for line, text in found:
+                for words in simple_commands(text):
+                    yield Command(tuple(words), line, is_shortened)
 
 
 def line_of(token: Token) -> int:
@@ -158,5 +157,5 @@ def simple_commands(text: str) -> Iterator[list[str]]:
             if words:
                 yield words
             words = []
-        elif word != "..." and (words or not re.match(r"[A-Z_]+=", word)):
+        elif not word.endswith(("...", "=")) and (words or not re.match(r"[A-Z_]+=", word)):
             words.append(word)

@@ -13,10 +13,10 @@ import pytest
 from markdown_pages import PLACEHOLDER, Block, Page
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from processes import Forked
 
 PREAMBLE = """
 set -eu -o pipefail
+trap 'echo "this command failed: $BASH_COMMAND" >&2' ERR
 pip() { :; }
 python() {
   if [ "$1" != serve.py ]; then command python "$@"; return; fi
@@ -45,6 +45,7 @@ class PageRun:
         self.client: NotebookClient | None = None
         no_server = "http://127.0.0.1:9"  # so that pages show what they show without a network
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+            "BASH_ENV": str(self.preamble),
             "PATH": f"{place / '.venv' / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(place / "src"),
             "HOME": str(place.parent),
@@ -75,11 +76,7 @@ class PageRun:
         elif block.language == "python":
             self.python(block)
         elif block.language == "bash":
-            if self.page.is_long:
-                self.shell(block.text, block.line)
-            else:
-                for line, command, _ in block.steps:
-                    self.shell(command, line)
+            self.shell(block.text, block.line)
         elif block.language == "console":
             for line, command, expected in block.steps:
                 printed = self.shell(command, line, must_work=False)
@@ -91,22 +88,19 @@ class PageRun:
         pytest.fail(f"{self.page.path}:{line}: {problem}", pytrace=False)
 
     def shell(self, text: str, line: int, must_work: bool = True) -> str:
-        """Run a script of bash, or fork its one command if the page is short; returns what it prints."""
+        """Run a script of bash; returns what it prints."""
         __tracebackhide__ = True
         for each in set(PLACEHOLDER.findall(text)):
             text = text.replace(each, self.filled_in(each, line))
-        words = text.split("  #")[0].split()
-        self.output.write_text("")
-        with self.output.open("a") as output:
-            settings = {"cwd": self.place, "env": self.environment, "stdout": output, "start_new_session": True}
-            if not self.page.is_long and re.fullmatch(r"python \w+\.py [\w=./ ,-]+", " ".join(words)):
-                process = Forked(words, **settings)  # type: ignore[arg-type]
-            else:
-                process = subprocess.Popen(
-                    ["bash", "-c", text],
-                    **settings | {"env": self.environment | {"BASH_ENV": str(self.preamble)}},
-                    stderr=subprocess.STDOUT,
-                )
+        with self.output.open("w") as output:  # a file, which a server may keep open
+            process = subprocess.Popen(
+                ["bash", "-c", text],
+                cwd=self.place,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             self.groups.append(process.pid)
             status = process.wait(timeout=1800)
         printed = self.output.read_text(encoding="utf-8", errors="replace").replace(f"{self.place}/", "")

@@ -124,3 +124,11 @@ def test_logger_choices(tmp_path: Path) -> None:
     assert list(compose_run(tmp_path).logger) == ["csv", "wandb"]
     assert list(compose_run(tmp_path, "logger=[csv,tensorboard]").logger) == ["csv", "tensorboard"]
     assert not compose_run(tmp_path, "logger=none").logger
+
+
+@pytest.mark.parametrize("name", ["hydra_logging", "job_logging"])
+def test_matplotlib_does_not_tell_of_its_fonts(name: str) -> None:
+    """It does at its first import on a machine, which a sweep does before any job."""
+    config = yaml.safe_load((CONFIGS / "hydra" / name / "lines.yaml").read_text())
+    assert config["root"]["level"] == "INFO"
+    assert config["loggers"]["matplotlib"]["level"] == "WARNING"

@@ -6,6 +6,7 @@ They are made at each build rather than committed: a change of a comment or a do
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,10 +125,10 @@ def described(path: Path, package: str, listed: dict[str, Setting]) -> str:
     Where a file starts from another option, a key without a comment has the meaning that is listed there.
     """
     text = path.read_text(encoding="utf-8")
-    head = [line[1:].strip() for line in text[: len(text) - len(re.sub(r"\A(#.*\n)*", "", text))].splitlines()]
-    if "@package _global_" in head:
-        package = ""
-        head.remove("@package _global_")
+    comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    head = [line for line in comment if not line.startswith(("@package", "yaml-language-server"))]
+    if "@package _global_" in comment:
+        package, listed = "", {}  # a whole run is shown whole
     root = yaml.compose(text)
     found = read_settings(root, text.splitlines(), comments([path]))
     settings = [each._replace(key=f"{package}.{each.key}".lstrip(".")) for each in found]

@@ -5,6 +5,7 @@ compared with the page. A page without a block marked long runs in every test ru
 """
 
 import ast
+import copy
 import importlib.util
 import re
 import tomllib
@@ -12,13 +13,16 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, compose_config
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from markdown_pages import Command, Page
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from page_run import run_page
 
 from predict import take_inputs
@@ -119,45 +123,56 @@ def check_words(command: Command, written: Path | None) -> None:
         name, arguments = source.stem, words[words.index(script) + 1 :]
     else:
         return
+    if "--help" in arguments:
+        return
     if module == "thaw.plan":
         settings, overrides = read_arguments(arguments)
         for model, policy in product(settings.model.split(","), settings.policy.split(",")):
             compose_run(settings, model, policy, overrides)
-    elif not module and (ROOT / "configs" / f"{name}.yaml").is_file():
-        check_settings(name, arguments, written)
+    elif source.parent == ROOT and (ROOT / "configs" / f"{name}.yaml").is_file():
+        check_settings(name, arguments, written, command.is_shortened)
     else:
         for option in [word.partition("=")[0] for word in arguments if word.startswith("--")]:
-            if option != "--help" and f'"{option}"' not in source.read_text():
+            if f'"{option}"' not in source.read_text():
                 raise UserError(f"{source.name} has no option {option}")
 
 
-def check_settings(name: str, arguments: Sequence[str], written: Path | None) -> None:
+def check_settings(name: str, arguments: Sequence[str], written: Path | None, is_shortened: bool) -> None:
     known, unknown = get_args_parser().parse_known_args(arguments)
     if unknown:
         raise UserError(f"{unknown[0]} is not an option of {name}.py")
     overrides = ["", *known.overrides]
     if name == "predict":
         take_inputs(overrides)
-    if known.help or known.info:
+    if known.info:
         return
-    fixed: list[str] = [f"hydra.searchpath=['file://{written}/configs']"] if written else []
+    searched = [f"hydra.searchpath=['file://{written}/configs']"] if written and (written / "configs").is_dir() else []
     choices: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(overrides[1:]):
         if known.multirun and override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
-            fixed.append(override.input_line)
+            choices.append([str(override.input_line)])
     first = [each[0] for each in choices]
-    composed_once(name, *fixed, *first)
+    check_composed(name, searched, first, is_shortened)
     for number, each in enumerate(choices):
         for value in each[1:]:
-            composed_once(name, *fixed, *first[:number], value, *first[number + 1 :])
+            check_composed(name, searched, [*first[:number], value, *first[number + 1 :]], is_shortened)
 
 
-@cache
-def composed_once(name: str, *overrides: str) -> None:
-    cfg = compose_config(name, *overrides)
-    if missing := OmegaConf.missing_keys(cfg):
+def check_composed(name: str, searched: list[str], overrides: list[str], is_shortened: bool) -> None:
+    """Values are set in a configuration that is composed once for all commands with the same options of groups."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    values = [each for each in parsed if re.fullmatch(r"[\w.]+=.*", str(each.input_line)) and not is_group(each)]
+    cfg = copy.deepcopy(composed(name, *searched, *(str(each.input_line) for each in parsed if each not in values)))
+    try:
+        for each in values:
+            OmegaConf.update(cfg, each.key_or_group, each.value(), merge=not isinstance(each.value(), dict))
+    except OmegaConfBaseException:
+        composed(name, *searched, *overrides)  # for the message that a user sees
+        raise
+    if (missing := OmegaConf.missing_keys(cfg)) and not is_shortened:
         raise UserError(f"{', '.join(sorted(missing))} must be given")
     for key in {"run_dir", "overrides"} & set(cfg):
         cfg[key] = "placeholder"
@@ -165,21 +180,23 @@ def composed_once(name: str, *overrides: str) -> None:
     check_types(cfg)
 
 
-RUNNABLE = [
-    path for path in PATHS if any(block.language in ("bash", "console", "python") for block in page_of(path).blocks)
-]
+def is_group(override: Override) -> bool:
+    return override.key_or_group.startswith("hydra") or (ROOT / "configs" / override.key_or_group).is_dir()
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(
-            path,
-            id=path.relative_to(ROOT).as_posix(),
-            marks=[pytest.mark.long, pytest.mark.timeout(3600)] if page_of(path).is_long else [],
-        )
-        for path in RUNNABLE
-    ],
-)
+@cache
+def composed(name: str, *overrides: str) -> DictConfig:
+    return compose_config(name, *overrides)
+
+
+def runnable() -> Iterator[Any]:
+    for path in PATHS:
+        blocks = [block for block in page_of(path).blocks if block.language in ("bash", "console", "python")]
+        marks = [pytest.mark.long, pytest.mark.timeout(3600)] if any(block.long for block in blocks) else []
+        if not all(block.not_run for block in blocks):
+            yield pytest.param(path, id=path.relative_to(ROOT).as_posix(), marks=marks)
+
+
+@pytest.mark.parametrize("path", [*runnable()])
 def test_blocks_run(path: Path, checkout: Path, tmp_path: Path) -> None:
     run_page(page_of(path), checkout, tmp_path)

@@ -27,10 +27,14 @@ class Images(NamedTuple):
 class Source(NamedTuple):
     """Images by split, and how summaries and reports speak of them.
 
-    classes: their names in the order of the labels; they decide how many classes a model has.
-    name: of the dataset, as it is printed.
-    origin: where the images come from, as it is printed after the name; empty if the name says all.
-    files: of the test images, where each has one.
+    Attributes:
+        train: images to train on.
+        val: images to validate on.
+        test: images to test on.
+        classes: their names in the order of the labels; they decide how many classes a model has.
+        name: of the dataset, as it is printed.
+        origin: where the images come from, as it is printed after the name; empty if the name says all.
+        files: of the test images, where each has one.
     """
 
     train: Images
