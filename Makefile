@@ -69,7 +69,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm and not long" $(ARGS)
 
 test-long: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=0 -m long $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }

@@ -31,6 +31,11 @@ def test_images_of_any_shape_are_taken() -> None:
         ({"test": images(6, 3, 9, 9)}, r"test images of insects are .*\(6, 3, 9, 9\); .*\(training: \(3, 8, 8\)\)"),
         ({"val": images()._replace(labels=torch.zeros(6))}, r"val labels of insects are torch.float32 \(6,\)"),
         ({"val": images()._replace(labels=torch.zeros(5).long())}, r"val labels .*must be int64 \(6,\)"),
+        (
+            {"val": images()._replace(labels=torch.zeros(6, 2).long())},
+            r"or \(6, 3\) of 0 and 1, one for each image and class",
+        ),
+        ({"val": images()._replace(labels=2 * torch.eye(6, 3).long())}, r"val labels of insects hold 2; \(N, K\) are"),
         ({"test": images(labels=[0, 1, 2, 3, 0, 1])}, r"test split of insects has the label 3, but its 3 classes"),
         ({"train": images(labels=[0, -1, 2, 0, 0, 1])}, r"train split of insects has the label -1"),
     ],
@@ -65,3 +70,10 @@ def test_absent_classes_are_named() -> None:
     assert absent_classes(many)[1].endswith(
         "do not count in val/acc: class 2, class 3, class 4, class 5, class 6 and 2 more"
     )
+
+
+def test_several_labels_an_image() -> None:
+    tagged = images()._replace(labels=torch.tensor([[1, 0, 1]] * 6))
+    check_source(source(train=tagged, val=tagged, test=tagged))
+    (line,) = absent_classes(source(train=tagged, val=images(), test=images(0)))
+    assert line == "insects: 1 of 3 classes have no train images and cannot be learned: bee"

@@ -39,7 +39,7 @@ def try_out(run: Callable[..., str], *tests: str) -> None:
     run(python, "-m", "ruff", "check", ".")
     run(python, "-m", "ruff", "format", "--check", ".")
     run(python, "-m", "mypy")
-    run(python, "-m", "pytest", "-q", "-x", "-m", "not slow and not long", *TESTS, *tests)
+    run(python, "-m", "pytest", "-q", "-x", "-m", "not slow and not long", "-k", "not two_batches", *TESTS, *tests)
     run(python, "train.py", *FEW, "trainer.max_epochs=1")
     run(python, "eval.py", "ckpt=last", "robustness.images=10", "wandb=false")
     for script in SCRIPTS:
