@@ -14,7 +14,7 @@ from tools.rename import RefusedError, check_checkout, check_name, main, renamed
 
 FEW = ("experiment=vit_linear_probe", "data.source=sample", "data.train_size=300", "data.batch_size=50", "logger=none")
 SCRIPTS = ("train", "eval", "predict", "probe", "report", "export", "serve", "sweep")
-TESTS = ("tests/test_rooms.py", "tests/test_configs.py", "tests/test_task.py", "tests/run/test_targets.py")
+TESTS = ("tests/run/test_targets.py", "tests/test_configs.py", "tests/test_task.py", "tests/test_rooms.py")
 OWN = rules("thaw", "thaw-vit", "pets", ["data", "load", "plan"])
 
 
@@ -39,7 +39,7 @@ def try_out(run: Callable[..., str], *tests: str) -> None:
     run(python, "-m", "ruff", "check", ".")
     run(python, "-m", "ruff", "format", "--check", ".")
     run(python, "-m", "mypy")
-    run(python, "-m", "pytest", "-q", "-x", "-m", "not slow and not long", "-k", "not two_batches", *TESTS, *tests)
+    run(python, "-m", "pytest", "-q", "-x", "-m", "not slow and not long", "-k", "not two_batches", *tests, *TESTS)
     run(python, "train.py", *FEW, "trainer.max_epochs=1")
     run(python, "eval.py", "ckpt=last", "robustness.images=10", "wandb=false")
     for script in SCRIPTS:
