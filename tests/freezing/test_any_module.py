@@ -1,7 +1,9 @@
 """thaw.freeze on a LightningModule that knows nothing of thaw, compared with a loop in plain torch."""
 
 import re
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,17 +179,7 @@ def test_gradual_thawing_of_a_module_with_layers(capsys: pytest.CaptureFixture[s
     assert same(state(module), state(expected))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """A process that is forked cannot use the threads of torch that ran before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_processes_share_the_gradients_of_what_thaws() -> None:
+def share_gradients() -> None:
     """Two processes, each with half of a batch, against one; the batch norms are frozen, as they see half a batch."""
     rules = [HEAD, {"match": r"body\.\w+\.0\..*", "train": True, "from_epoch": 1}, REST]
 
@@ -199,6 +191,13 @@ def test_processes_share_the_gradients_of_what_thaws() -> None:
     for name, tensor in state(one).items():
         torch.testing.assert_close(tensor, two.state_dict()[name], rtol=1e-4, atol=1e-6)
         assert torch.equal(tensor, start[name]) != bool(re.search(r"head|body\.\w+\.0\.", name))
+
+
+@pytest.mark.long
+def test_processes_share_the_gradients_of_what_thaws() -> None:
+    """In a new Python: a process cannot be forked once torch has computed in threads."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {Path(__file__).stem} as tests; "
+    subprocess.run([sys.executable, "-c", code + "tests.share_gradients()"], check=True)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[P
 
 @pytest.mark.parametrize(
     ("width", "name"),
-    [*((80, name) for name in COMMANDS), *((120, name) for name in COMMANDS if name not in LIKE_ANOTHER)],
+    [
+        *((80, name) for name in COMMANDS),
+        *(pytest.param(120, name, marks=pytest.mark.long) for name in COMMANDS if name not in LIKE_ANOTHER),
+    ],
 )
 def test_screen(width: int, name: str, trained: Callable[[int], tuple[Path, str]]) -> None:
     folder, first = trained(width)

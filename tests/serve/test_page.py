@@ -64,6 +64,7 @@ def test_small_and_off_centre(opened, digits) -> None:
     assert sum(answer == str(label) for label, answer in zip((0, 2, 4, 6, 8), answers, strict=True)) >= 4, answers
 
 
+@pytest.mark.long
 def test_on_a_phone_with_a_finger(opened, digits) -> None:
     page = opened(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True, device_scale_factor=2)
     answers = []
