@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_config
+from conftest import ROOT, compose_config
 from own_task import TAGS, Focal
 
 from thaw.data.mnist import load_mnist
@@ -63,6 +63,8 @@ def test_several_labels_an_image(train: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"own_task\.\w+' is refused and was not run"):
         load_predictor(str(run_dir), None, "cpu", None)
     for script, settings in {"eval": [f"run_dir={run_dir}"], "export": []}.items():
+        if not (ROOT / f"{script}.py").is_file():  # a fork may have removed it
+            continue
         with pytest.raises(UserError, match=rf"{script}\.py is for one class an image, .* MultiLabel"):
             import_module(script).main(compose_config(script, f"ckpt={run_dir}", "allow=[own_task]", *settings))
     with pytest.raises(UserError, match="mix is for one class"):
