@@ -48,6 +48,7 @@ COMMANDS = {
     if (ROOT / command.split()[0]).is_file() and (name not in ("sweep", "queue") or (ROOT / "src/thaw/sweeps").is_dir())
 }
 LIKE_ANOTHER = ("linear_probe_again", "queue", "eval", "search")  # at 120 columns, where they would show nothing new
+SLOW = ("queue", "search")
 ON_A_RUN = ("resume", "eval", "predict", "export", "linear_probe_again")
 MASKED = (  # these differ from run to run
     r"\d{4}-\d\d-\d\d_[\d-]+",
@@ -111,7 +112,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[P
 @pytest.mark.parametrize(
     ("width", "name"),
     [
-        *((80, name) for name in COMMANDS),
+        *((80, name) for name in COMMANDS if name not in SLOW),
+        *(pytest.param(80, name, marks=pytest.mark.long) for name in COMMANDS if name in SLOW),
         *(pytest.param(120, name, marks=pytest.mark.long) for name in COMMANDS if name not in LIKE_ANOTHER),
     ],
 )
