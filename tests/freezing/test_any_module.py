@@ -251,8 +251,10 @@ def test_fits_that_cannot_follow_the_rules() -> None:
     with pytest.raises(ValueError, match=r"parameters have changed since \(extra\.bias, extra\.weight\)"):
         L.Trainer(callbacks=callback, **settings).fit(module, loader())
     strategy = type("Sharded", (L.pytorch.strategies.DDPStrategy,), {})(accelerator="cpu")  # as DeepSpeed's is
-    with pytest.raises(ValueError, match="not with Sharded"):
-        callback.setup(type("Trainer", (), {"strategy": strategy}), module, "fit")  # type: ignore[arg-type]
+    spawned = L.pytorch.strategies.DDPStrategy(accelerator="cpu", start_method="spawn")
+    for refused, name in ((strategy, "Sharded"), (spawned, "DDPStrategy by spawn")):
+        with pytest.raises(ValueError, match=f"not with {name}"):
+            callback.setup(type("Trainer", (), {"strategy": refused}), module, "fit")  # type: ignore[arg-type]
 
 
 def test_the_rules_are_those_of_the_shipped_policies(policy: Callable[..., FreezePolicy]) -> None:
