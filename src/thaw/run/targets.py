@@ -26,7 +26,9 @@ FUNCTIONS = {
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
+    "thaw.freezing.dora.add_dora",
     "thaw.freezing.lora.add_lora",
+    "thaw.freezing.ssf.add_ssf",
 }
 PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",
