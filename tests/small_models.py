@@ -71,7 +71,7 @@ def policy() -> Callable[..., FreezePolicy]:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
         cfg.freeze.merge_with(changes)
         rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
-        return FreezePolicy(rules, lora=instantiate(cfg.freeze.get("lora")))
+        return FreezePolicy(rules, add=instantiate(cfg.freeze.get("add")))
 
     return build
 

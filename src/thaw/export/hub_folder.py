@@ -53,7 +53,7 @@ def export_folder(
     """Write a folder and check it with its card's code; it replaces an earlier folder only if it passes.
 
     Args:
-        predictor: in fp32 on the CPU; LoRA is merged into its model.
+        predictor: in fp32 on the CPU; what the policy added is merged into its model where it can be.
         source: of the images for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.

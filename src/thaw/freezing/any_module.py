@@ -57,7 +57,7 @@ class FreezeModule(FreezeSchedule):
             raise UserError(f"{kind} has a freezing policy of its own, the setting freeze=...; set that one.")
         if isinstance(rules, str | Mapping) or not all(isinstance(rule, Mapping) for rule in rules):
             raise UserError(f"thaw.freeze: rules must be a list such as {EXAMPLE}, not {rules!r:.60}.")
-        policy, depths = FreezePolicy(rules, lora=None), own_depths(module)
+        policy, depths = FreezePolicy(rules, add=None), own_depths(module)
         of_layers = [rule for rule in policy.rules if any(getattr(rule, field) is not None for field in OF_LAYERS)]
         if of_layers and not any(depths.values()):
             raise UserError(

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from thaw.freezing.added import Added, lowest_layer
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 from thaw.run.values import Positive
 
 
-class LoRA(nn.Module):
+class LoRA(Added):
     """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
@@ -41,12 +42,8 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
     Raises:
         UserError: no linear layer has such a name, or a number out of its range.
     """
-    depths = backbone.depths()
-    num_layers = max(depths.values()) + 1
-    if last is not None and not 1 <= last <= num_layers:
-        raise UserError(f"freeze.lora.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
+    depths, lowest = backbone.depths(), lowest_layer(backbone, "lora", last)
     linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    lowest = 0 if last is None else num_layers - last
     chosen = {
         name: module
         for name, module in linear.items()
@@ -64,23 +61,3 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
         raise UserError(f"freeze.lora.rank={rank} must be from 1 to {smallest}, the smallest side of a matrix.")
     for module in chosen.values():
         parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank, alpha))
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Write every update into its matrix, for export: the model computes the same, with no trace of LoRA left.
-
-    A copy of the model stays as it is. (torch's `remove_parametrizations` takes `weight` off the class that a module
-    and its deep copies share.)
-    """
-    for module in list(model.modules()):
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
-            original = module.get_parameter("parametrizations.weight.original")
-            weight = nn.Parameter(module.weight.detach(), original.requires_grad)
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            module.weight = weight
-
-
-def plain_name(name: str) -> str:
-    """The name of an adapted layer's parameter without LoRA: `parametrizations.weight.original` -> `weight`."""
-    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)

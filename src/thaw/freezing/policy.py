@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 from torch import nn
 
-from thaw.freezing.lora import plain_name
+from thaw.freezing.added import added_names, plain_name
 from thaw.run.errors import UserError
 from thaw.run.suggestions import nearest_word
 from thaw.run.values import Count, CountOrZero, find_problem
@@ -94,14 +94,14 @@ class FreezePolicy:
 
     Args:
         rules: mappings with the fields of `Rule`.
-        lora: adds low-rank updates to the backbone, see `thaw.freezing.lora.add_lora`; None adds none.
+        add: called with the backbone, adds parameters to it, e.g. `thaw.freezing.lora.add_lora`; None adds none.
 
     Raises:
         UserError: a rule with unknown fields or an invalid regular expression.
     """
 
-    def __init__(self, rules: Sequence[Mapping], lora: Callable[[nn.Module], None] | None) -> None:
-        self.lora = lora
+    def __init__(self, rules: Sequence[Mapping], add: Callable[[Any], None] | None) -> None:
+        self.add = add
         self.rules = []
         names = [each.name for each in fields(Rule)]
         for rule in rules:
@@ -121,14 +121,15 @@ class FreezePolicy:
         """Decide for every parameter of a model from which epoch it trains; `depths` are as in `thaw_epochs`.
 
         Raises:
-            UserError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
+            UserError: as `thaw_epochs`; added parameters never train, or nothing trains in the first epoch.
         """
         epochs = self.thaw_epochs(depths)
-        useless = [name for name, epoch in epochs.items() if "lora_" in name and epoch == NEVER]
-        if useless and self.lora:
+        useless = [name for name in added_names(model) if epochs[name] == NEVER]
+        if useless:
+            kinds = sorted({name.rpartition(".")[2] for name in useless})
             raise UserError(
-                f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
-                r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
+                f"freeze.add adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; put "
+                rf"the rule {{match: '.*\.({'|'.join(kinds)})', train: true}} before those, or set freeze.add to null."
             )
         if min(epochs.values()) > 0:
             raise UserError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
