@@ -29,7 +29,7 @@ from thaw.run.targets import targets
 from thaw.run.values import Count
 
 AT_ONCE = 32  # images whose gradients are computed together
-FIT = {"c": 1.0, "max_iterations": 100, "tolerance": 1e-4}  # of the heads; C as in scikit-learn
+FIT: dict[str, Any] = {"c": 1.0, "max_iterations": 100, "tolerance": 1e-4}  # of the heads; C as in scikit-learn
 
 
 def choose_blocks(

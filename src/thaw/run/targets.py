@@ -27,6 +27,9 @@ FUNCTIONS = {
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
     "thaw.freezing.lora.add_lora",
+    "thaw.freezing.adapter.add_adapters",
+    "thaw.freezing.prompt.add_prompts",
+    "thaw.freezing.surgical.choose_blocks",
 }
 PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",
