@@ -1,11 +1,14 @@
 """Parameters that a policy adds to a frozen backbone: how they are told from its own, and merged into its weights."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from thaw.models.backbone import Backbone
+from thaw.run.console import some
 from thaw.run.errors import UserError
 
 
@@ -28,6 +31,12 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
 
 
+def own_names(module: nn.Module) -> list[str]:
+    """The names of a module's parameters, neither those of its children nor added ones."""
+    originals = [f"parametrizations.{name}.original" for name in getattr(module, "parametrizations", ())]
+    return [name for name, _ in module.named_parameters(recurse=False)] + originals
+
+
 def lowest_layer(backbone: Backbone, method: str, last: int | None) -> int:
     """The lowest of the last so many layers of a backbone, as `Backbone.depths` counts them; 0 for None, all of them.
 
@@ -38,6 +47,29 @@ def lowest_layer(backbone: Backbone, method: str, last: int | None) -> int:
     if last is not None and not 1 <= last <= num_layers:
         raise UserError(f"freeze.{method}.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
     return 0 if last is None else num_layers - last
+
+
+def named_layers(
+    backbone: Backbone, method: str, match: str, last: int | None, fits: Callable[[nn.Module], bool], noun: str
+) -> list[Any]:
+    """The layers of a kind, called `noun`, whose whole name matches, in the last so many layers of a backbone.
+
+    Raises:
+        UserError: there is none, or as `lowest_layer`.
+    """
+    depths, lowest = backbone.depths(), lowest_layer(backbone, method, last)
+    layers = {name: module for name, module in backbone.named_modules() if fits(module)}
+    chosen = [
+        module for name, module in layers.items() if re.fullmatch(match, name) and depths[f"{name}.weight"] >= lowest
+    ]
+    if not chosen:
+        kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in layers})
+        raise UserError(
+            f"freeze.{method}.match={match!r} is the name of no {noun}"
+            f"{'' if last is None else f' in the last {last} layers'}; this backbone has "
+            f"{some(kinds) if kinds else 'none: choose another policy, e.g. freeze=last_blocks, or a transformer'}."
+        )
+    return chosen
 
 
 def merge_added(model: nn.Module) -> None:

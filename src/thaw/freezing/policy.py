@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 from torch import nn
 
-from thaw.freezing.added import added_names, plain_name
+from thaw.freezing.added import added_names, own_names, plain_name
 from thaw.run.errors import UserError
 from thaw.run.suggestions import nearest_word
 from thaw.run.values import Count, CountOrZero, find_problem
@@ -267,7 +267,7 @@ class Thaw:
         """
         names = {name for name, epoch in self.epochs.items() if epoch == NEVER}
         for prefix, module in self.model.named_modules():
-            own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            own = [f"{prefix}.{name}" for name in own_names(module)]
             if own and names.issuperset(own):
                 names.update(f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False))
         return [name for name in self.model.state_dict() if name in names and name.startswith("backbone.")]
@@ -288,7 +288,7 @@ def modes(model: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Modu
             mode = any(trains) if trains else before
             found.update(dict.fromkeys(module.modules(), mode))
             return mode
-        own = [parameter in trainable for parameter in module.parameters(recurse=False)]
+        own = [module.get_parameter(name) in trainable for name in own_names(module)]
         found[module] = any(own) if own else True
         mode = any(own) if own else before
         for child in module.children():
