@@ -34,6 +34,7 @@ NUMBERS = {  # key in summary.json or failure.json -> field of a run
 }
 NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
 
+MEASURED = "freeze.chosen"  # by the run itself, unless it is typed
 NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir")  # runs that differ in these alone are of one setting
 
 
@@ -181,8 +182,10 @@ def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with dotted keys and without `NOT_THE_SETTING`."""
-    return {key: value for key, value in dotted(config).items() if not is_aside(key)}
+    """A configuration with dotted keys, without `NOT_THE_SETTING` and what the run has measured itself."""
+    typed = map(override_key, split_overrides(config.get("overrides")))
+    measured = {MEASURED}.difference(typed)
+    return {key: value for key, value in dotted(config).items() if not is_aside(key) and key not in measured}
 
 
 def is_aside(key: str) -> bool:
