@@ -188,7 +188,7 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
 
 def check_run(cfg: DictConfig, on_this_machine: bool) -> None:
     check_types(cfg)
-    check_trainer(cfg.trainer)
+    check_trainer(cfg.trainer, cfg.optim)
     if on_this_machine:
         check_devices(cfg.trainer)
 
