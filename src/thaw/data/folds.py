@@ -5,11 +5,12 @@ from typing import Annotated, TypeAlias
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 from torch import Tensor
 
 from thaw.data.images import Images, Source
-from thaw.run.console import some
+from thaw.run.console import say, some
 from thaw.run.errors import UserError
 
 FoldCount: TypeAlias = Annotated[int, Field(ge=2, strict=True)]
@@ -54,6 +55,8 @@ def take_fold(source: Source, fold: int, folds: int) -> Source:
     fold_of = deal_folds(labels, contents, folds)
     check_classes(source, labels, fold_of, folds)
     pool, held_out = Images(images, labels), fold_of == fold
+    share = f"{int(held_out.sum()):,} of the {len(labels):,} images of train and val"
+    rank_zero_only(say)(f"cross-validation: fold {fold} of 0 to {folds - 1} validates, {share}")
     return source._replace(train=pool.take(~held_out), val=pool.take(held_out))
 
 
