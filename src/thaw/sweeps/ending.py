@@ -23,14 +23,19 @@ def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
 
     `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
     """
+    groups = read_run_table([folder]).groups
+    return test_runs([run for group in groups if every or group.mark for run in group.done], allow)
+
+
+def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
+    """Test finished runs that are not tested yet; returns how many cannot be tested."""
     from thaw.evaluation.evaluate import test_run
     from thaw.run.command import explain
 
-    groups = read_run_table([folder]).groups
-    runs = [run for group in groups if every or group.mark for run in group.done if run.test_acc is None]
+    todo = [run for run in runs if run.test_acc is None]
     failures = 0
-    with progress(f"testing {plural(len(runs), 'run')}", len(runs), "runs", hidden=not runs) as advance:
-        for run in runs:
+    with progress(f"testing {plural(len(todo), 'run')}", len(todo), "runs", hidden=not todo) as advance:
+        for run in todo:
             say(f"testing {os.path.relpath(run.folder)}")
             try:
                 test_run(run.folder, allow)
