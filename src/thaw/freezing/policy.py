@@ -35,6 +35,7 @@ class Rule:
         train: whether these parameters train.
         first: only the backbone's stem and first so many blocks.
         last: only the backbone's last so many layers, and the head, which is above them.
+        depths: only these layers.
         from_epoch: they are frozen before this epoch (the first is 0).
         blocks: they thaw from the top down, so many layers at a time (Howard & Ruder 2018, section 3.3) ...
         every: ... so many epochs apart.
@@ -44,6 +45,7 @@ class Rule:
     train: bool
     first: CountOrZero | None = None
     last: Count | None = None
+    depths: Sequence[CountOrZero] | None = None
     from_epoch: CountOrZero = 0
     blocks: Count | None = None
     every: Count | None = None
@@ -76,6 +78,8 @@ class Rule:
 
     def covers(self, name: str, depth: int, num_layers: int) -> bool:
         if not any(re.fullmatch(pattern, name) for pattern in self.patterns):
+            return False
+        if self.depths is not None and depth not in self.depths:
             return False
         return (self.first is None or depth <= self.first) and (self.last is None or depth >= num_layers - self.last)
 
