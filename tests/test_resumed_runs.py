@@ -72,7 +72,13 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
         assert_same(expected.get(part), got.get(part), f"{place}: {part}")
 
 
-@pytest.mark.parametrize("name", CASES)
+# What trains by rules or additions like those of another policy.
+LIKE_OTHERS = ["attention_out", "dora"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_OTHERS else name for name in CASES]
+)
 def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: str) -> None:
     settings, epochs, steps = CASES[name]
     run = [*tiny_run, *EVERY, *settings, f"trainer.max_epochs={epochs}", "test=false"]
