@@ -26,6 +26,8 @@ KINDS: dict[str, list[str]] = {
         *("freeze=lora", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"),
         *("backbone.pool=class_and_mean", "head.norm=batch"),
     ],
+    "adapter": ["freeze=adapter"],
+    "prompt": ["freeze=prompt", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"],
     "mlp_head": ["head=mlp"],
     "bank": ["head=lr_bank", "freeze=full", "head.lrs=[1e-3,1e-2]"],
     "convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]"],
@@ -78,7 +80,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
                 module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "adapter.up" in name:
                 nn.init.normal_(parameter, std=0.1)
             if name.startswith("head") and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.3)  # probabilities that differ
