@@ -21,6 +21,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
+    from thaw.callbacks.weight_averaging import ScheduleFreeAverage
     from thaw.data.module import count_classes
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
@@ -35,7 +36,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     quiet_libraries()
     settle(cfg)
-    check_trainer(cfg.trainer)
+    check_trainer(cfg.trainer, cfg.optim)
     if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
@@ -57,6 +58,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
                 cfg.backbone.weights = weights
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
+        own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []
         trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)
         try:
             if cfg.test:

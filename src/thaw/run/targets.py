@@ -36,6 +36,7 @@ FUNCTIONS = {
 PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",
     "thaw.freezing.policy.FreezePolicy",
+    "thaw.optim.MuonRecipe",
     "thaw.optim.OptimizerRecipe",
     "thaw.task.SingleLabel",
 }
@@ -120,7 +121,7 @@ def is_part(found: Any, name: str, package: str) -> bool:
     from lightning.pytorch.strategies import Strategy
     from torch import nn, optim
 
-    own = (nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy)
+    own = (nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy, optim.Optimizer)
     kinds = own if package == OWN else optim.Optimizer
     return (isinstance(found, type) and issubclass(found, kinds)) or (package == OWN and name in FUNCTIONS | PARTS)
 
