@@ -34,6 +34,12 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "linear_probe in shards": (FSDP, ["freeze=linear_probe"]),
     "lora in shards": (FSDP, ["freeze=lora"]),
 }
+POLICIES |= {
+    "adapter": (DDP, ["freeze=adapter"]),
+    "prompt in shards": (FSDP, ["freeze=prompt"]),
+    "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
+}
+LONG = ("adapter", "prompt in shards", "surgical")
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]

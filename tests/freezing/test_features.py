@@ -308,10 +308,9 @@ class FeatureCheck(L.Callback):
         (["freeze=gradual", "freeze.epochs=2"], 7, [(0, 5), (1, 5), (2, 3), (3, 3), (4, 2), (5, 2)]),
         (["freeze=gradual", "freeze.blocks=2"], 3, [(0, 5)]),  # a pass for a single epoch is not worth it
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),
-        (["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)]),
         (["freeze=prompt", "freeze.prompt.last=2"], 2, [(0, 2), (1, 2)]),
     ],
-    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora", "prompt"],
+    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "prompt"],
 )
 def test_cached_features_change_nothing(
     train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, cached: list[tuple[int, int]]
