@@ -36,8 +36,11 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "ssf": (DDP, ["freeze=ssf", "freeze.ssf.last=2"]),
     "ssf in shards": (FSDP, ["freeze=ssf"]),
     "dora in shards": (FSDP, ["freeze=dora"]),
+    "adapter": (DDP, ["freeze=adapter"]),
+    "prompt in shards": (FSDP, ["freeze=prompt"]),
+    "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LIKE_OTHERS = ["lora in shards", "ssf", "ssf in shards", "dora in shards"]  # what is added is sharded as all else
+LIKE_OTHERS = [*POLICIES][7:]  # from "lora in shards": what is added is exchanged and sharded as all else
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]

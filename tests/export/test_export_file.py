@@ -50,7 +50,7 @@ def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callabl
     assert largest(thaw.load(path).predict(images[:9].numpy()), wanted[:9]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "photo_convnet"])
+@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "prompt", "lstm", "photo_convnet"])
 def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any]) -> None:
     _, wanted, facts, path, source = exported(name, "torch_export")
     extra = {"thaw.json": ""}
