@@ -123,7 +123,8 @@ class OptimizerRecipe:
         total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
         if not math.isfinite(total_steps) and (reason := needs_end(self.schedule, self.warmup_fraction)):
             raise UserError(
-                f"{reason} needs an end: set trainer.max_epochs to a number (not -1), or add +trainer.max_steps=<steps>."
+                f"{reason} needs an end: set trainer.max_epochs to a number (not -1), or add "
+                "+trainer.max_steps=<steps>."
             )
         if not math.isfinite(trainer.num_training_batches):  # trainer.max_steps ends it
             trainer.fit_loop.setup_data()
