@@ -53,8 +53,8 @@ def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule) -> Non
 def refuse(cfg: DictConfig, model: Any) -> None:
     if isinstance(model, BankClassifier):
         raise UserError(
-            "lr_find=true tests the rate of one head, and head=lr_bank trains a head for each rate of head.lrs already; "
-            "leave lr_find out, or set head=linear."
+            "lr_find=true tests the rate of one head, and head=lr_bank trains a head for each rate of head.lrs; leave "
+            "lr_find out, or set head=linear."
         )
     if cfg.resume:
         raise UserError("lr_find=true starts a test of its own, and resume continues a run; leave one of them out.")
@@ -65,7 +65,7 @@ def refuse(cfg: DictConfig, model: Any) -> None:
     thaw = getattr(model, "thaw", None)
     if thaw and thaw.after(1):
         raise UserError(
-            f"lr_find=true tests what trains together from the start, but the freezing policy thaws after "
+            "lr_find=true tests what trains together from the start, but the freezing policy thaws after "
             f"{min(thaw.after(1))} epochs; test its parts, with freeze=linear_probe and freeze=full."
         )
 
@@ -134,7 +134,8 @@ def smooth(losses: Sequence[float]) -> np.ndarray:
 def suggest(rates: Sequence[float], smoothed: np.ndarray) -> float | None:
     """The rate half way, in its logarithm, between the steepest fall of the loss and its minimum, to two digits.
 
-    At the minimum training is about to diverge; at the steepest fall it is still slow. None where the loss hardly falls.
+    At the minimum training is about to diverge; at the steepest fall it is still slow. None where the loss hardly
+    falls.
     """
     lowest = int(smoothed.argmin())
     if not smoothed[lowest] < HARDLY * smoothed[0]:
