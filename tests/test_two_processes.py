@@ -187,6 +187,21 @@ def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixtu
         check_features(one, two, capsys.readouterr().out, some=name != "full")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["adopt", "lion", "muon", "schedulefree"])
+def test_an_optimizer(train: Train, tiny_run: list[str], name: str, trainer: list[str]) -> None:
+    """In 64 bits, so that what is rounding makes no steps of its own."""
+    run = [*tiny_run, f"optim={name}", "freeze=full", "trainer.max_epochs=2", "test=false"]
+    run = [each for each in run if not each.startswith("trainer.precision")] + ["trainer.precision=64-true"]
+    if name == "schedulefree" and trainer == FSDP:
+        with pytest.raises(ValueError, match="trainer=fsdp cannot average weights"):
+            both(train, *run, trainer=trainer)
+        return
+    one, two = both(train, *run, trainer=trainer)
+    assert_close(checkpoint(one)["state_dict"], checkpoint(two)["state_dict"])
+
+
 def check_features(one: Path, two: Path, printed: str, some: bool = True) -> None:
     """Cached features are the same bytes, and each run computes them once."""
     features = cached(one)
