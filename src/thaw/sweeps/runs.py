@@ -34,6 +34,7 @@ NUMBERS = {  # key in summary.json or failure.json -> field of a run
 }
 NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
 
+MEASURED = "freeze.chosen"  # by the run itself, unless it is typed
 NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir", "data.fold")  # runs that differ in these alone are of one setting
 
 
@@ -197,9 +198,13 @@ def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with dotted keys and without `NOT_THE_SETTING`; it has `data.folds` if it is of one of them."""
+    """A configuration with dotted keys, without `NOT_THE_SETTING` and what the run has measured itself.
+
+    It has `data.folds` if it is of one of them.
+    """
     keys = dotted(config)
-    unused = ("data.folds",) if keys.get("data.fold") is None else ()
+    typed = map(override_key, split_overrides(config.get("overrides")))
+    unused = {MEASURED}.difference(typed) | ({"data.folds"} if keys.get("data.fold") is None else set())
     return {key: value for key, value in keys.items() if not is_aside(key) and key not in unused}
 
 
