@@ -70,6 +70,7 @@ def export_folder(
     checkpoint = checkpoints.read_checkpoint(predictor.checkpoint, allow)
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
+    assert isinstance(model, Portable), "export.py refuses averages"
     facts = model_facts(predictor, "hub_folder")
     with atomic_folder(path) as part:
         try:
