@@ -52,9 +52,9 @@ class Views(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """uint8 (B, C, H, W) -> K times (B, C, H, W): uint8, then floats from 0 to 255."""
-        views = [images]
+        views, batch = [images], images.shape[0]  # len() would be a constant of an exported graph
         for number in range(self.count - 1):
             draws = [getattr(self, name) for name in Draws._fields]
-            own = (None if each is None else each[number].expand(len(images), *each.shape[1:]) for each in draws)
+            own = (None if each is None else each[number].expand(batch, *each.shape[1:]) for each in draws)
             views.append(self.augment.apply_draws(images.float(), Draws(*own)).clamp(0, 255))
         return views
