@@ -58,7 +58,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
         if cfg.lr_find:
-            return find_lr(cfg, model, datamodule)
+            find_lr(cfg, model, datamodule)
+            return None
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
         own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []
