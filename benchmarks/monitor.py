@@ -45,7 +45,14 @@ class ProcessorTime(L.Callback):
 def run(overrides: list[str], monitored: bool) -> list[float]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"), tempfile.TemporaryDirectory() as folder:
-        same = ["logger=csv", "test=false", "callbacks.early_stopping=null", f"run_dir={folder}", "overrides=''"]
+        same = [
+            "logger=csv",
+            "model.num_classes=10",
+            "test=false",
+            "callbacks.early_stopping=null",
+            f"run_dir={folder}",
+            "overrides=''",
+        ]
         cfg = compose("train", [*overrides, *same, *([] if monitored else ["callbacks.step_monitor=null"])])
         settle(cfg)
         L.seed_everything(0, verbose=False)

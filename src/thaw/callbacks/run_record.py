@@ -25,6 +25,7 @@ from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import software_facts
 from thaw.run.targets import config_leaves
+from thaw.run.trackers import tracker_ids
 
 
 class RunRecord(Callback):
@@ -76,6 +77,7 @@ class RunRecord(Callback):
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
+        checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""

@@ -14,6 +14,7 @@ from thaw.callbacks.spikes import Spikes
 from thaw.data.module import Batch
 from thaw.lr_bank import BankClassifier
 
+FEWEST_STEPS = 200  # of a run whose FLOPs are counted, which takes about as long as a step
 SEEN = ("val/acc", "val/loss")  # of each validation
 
 
@@ -26,8 +27,8 @@ class StepMonitor(Callback):
       weights before it.
     - `train/images_per_second`: of all devices since the last time, without validations.
     - `train/share_of_peak`: the FLOP/s of a device since the last time, divided by `peak_flops`. The FLOPs of a step
-      are counted while the first of its kind runs. It is not logged for recurrent and compiled networks, which torch
-      does not count.
+      are counted while the first of its kind runs. It is not logged in runs of fewer than `FEWEST_STEPS` steps, nor for
+      recurrent and compiled networks, which torch does not count.
 
     With head=lr_bank each head is a part like a layer, named as in `val/acc_<head>`, and `all` is the chosen head.
 
@@ -122,7 +123,8 @@ class StepMonitor(Callback):
         with trainer.precision_plugin.forward_context():  # in which precision products are computed
             one = torch.ones(1, 1, device=pl_module.device)
             self.dtype = (one @ one).dtype
-        self.countable = all(map(is_countable, pl_module.modules()))
+        is_long = trainer.estimated_stepping_batches >= FEWEST_STEPS
+        self.countable = is_long and all(map(is_countable, pl_module.modules()))
         labels = parts_of(pl_module)
         self.names = list(dict.fromkeys(labels.values()))
         self.tensors = [(pl_module.get_parameter(name), self.names.index(label)) for name, label in labels.items()]

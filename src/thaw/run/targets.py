@@ -26,6 +26,8 @@ FUNCTIONS = {
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
+    "thaw.run.trackers.mlflow_logger",
+    "thaw.run.trackers.trackio_logger",
     "thaw.freezing.lora.add_lora",
 }
 PARTS = {  # thaw's classes that no base class tells from others
