@@ -30,6 +30,7 @@ TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
 LINEAR = partial(LinearHead, norm="layer")
+COSINE = {"schedule": "cosine", "step_at": [0.5, 0.75], "step_factor": 0.1}
 
 
 def augmentation(**settings: Any) -> Augment:
@@ -71,7 +72,7 @@ def policy() -> Callable[..., FreezePolicy]:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
         cfg.freeze.merge_with(changes)
         rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
-        return FreezePolicy(rules, lora=instantiate(cfg.freeze.get("lora")))
+        return FreezePolicy(rules, add=instantiate(cfg.freeze.get("add")))
 
     return build
 
@@ -93,7 +94,9 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         if loaded:
             base.fresh = frozenset()
         settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "layer_decay": 1.0}
-        settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | dict(optim or {})
+        settings |= (
+            {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | COSINE | dict(optim or {})
+        )
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
         values: dict[str, Any] = {
@@ -112,6 +115,7 @@ def mnist_data(**changes: Any) -> MNISTData:
     """The bundled sample, in batches of 32."""
     places: dict[str, Any] = {"dataset": "MNIST", "dir": "nowhere", "source": "sample", "mirrors": None}
     batches = {"train_size": None, "batch_size": 32, "eval_batch_size": 100, "num_workers": 0, "seed": 0}
+    batches |= {"fold": None, "folds": 5}
     return MNISTData(**places, **batches | {"reader": "digit", "class_weights": None, "sampler": "shuffled"} | changes)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from small_models import COSINE
 from torch import nn
 
 from thaw.classifier import Classifier
@@ -48,7 +49,7 @@ def recipe(**changes: Any) -> OptimizerRecipe:
         "final_lr_fraction": 0.1,
     }
     settings["lr_scaling"] = "none"
-    return OptimizerRecipe(torch.optim.SGD, **(settings | changes))
+    return OptimizerRecipe(torch.optim.SGD, **(settings | COSINE | changes))
 
 
 def training(total_steps: float, ranks: int = 1, accumulated: int = 1) -> Any:
@@ -263,7 +264,7 @@ def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path
 def test_sgd_step_by_hand() -> None:
     weight = nn.Parameter(torch.tensor([[2.0]]))
     settings = {"lr": 0.1, "weight_decay": 0.5, "layer_decay": 1.0, "warmup_fraction": 0.0, "final_lr_fraction": 0.0}
-    settings["lr_scaling"] = "none"
+    settings |= {"lr_scaling": "none"} | COSINE
     built = OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), **settings).build(
         {"w": weight}.items(), {"w": 0}, {}, training(2)
     )

@@ -154,7 +154,9 @@ def cached(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if path.suffix != ".lock"}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "lora in shards" else ()) for name in POLICIES]
+)
 def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
     """With clipped gradients."""
     trainer, policy = POLICIES[name]
@@ -233,6 +235,7 @@ def environment() -> dict[str, str]:
     return plain | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [plain.get("PYTHONPATH")])])}
 
 
+@pytest.mark.long
 def test_torchrun_makes_one_run(tmp_path: Path, environment: dict[str, str]) -> None:
     """One folder, one W&B run, every image once (65 are no whole number of batches)."""
     torchrun = [str(ROOT / "tests" / "screens" / "light.py"), torch.distributed.run.__file__, "--nproc_per_node=2"]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from thaw.classifier import Classifier
 from thaw.data.module import Batch
 from thaw.evaluation.cost import flops
-from thaw.freezing.lora import add_lora, merge_lora, plain_name
+from thaw.freezing.added import merge_added, plain_name
+from thaw.freezing.lora import add_lora
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 from thaw.run.values import check_types
@@ -63,7 +64,7 @@ def test_equals_the_sum_by_hand_and_merges_into_it(
     torch.testing.assert_close(logits, hand(batch.images), rtol=1e-4, atol=1e-5)
     assert (logits - before).abs().max() > 0.01
 
-    merge_lora(model)
+    merge_added(model)
     assert torch.equal(model(batch.images), logits)
     assert model.state_dict().keys() == hand.state_dict().keys()
     assert [type(module) for module in model.modules()] == [type(module) for module in hand.modules()]
@@ -75,7 +76,7 @@ def test_merging_changes_nothing_in_mixed_precision(classifier: Build, policy: C
     model = adapted(classifier, policy).eval()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch.images)
-        merge_lora(model)
+        merge_added(model)
         assert torch.equal(model(batch.images), logits)
 
 
@@ -106,7 +107,7 @@ def test_a_copy_stands_alone(classifier: Build, policy: Callable, batch: Batch) 
             parameter.data.zero_()
     assert not torch.equal(twin(images), model.backbone(images))
     before = model(batch.images)
-    merge_lora(twin)
+    merge_added(twin)
     assert len(updates(model)) == 12
     assert torch.equal(model(batch.images), before)
 
@@ -115,7 +116,7 @@ def test_flops_are_those_of_the_merged_model(classifier: Build, policy: Callable
     model = adapted(classifier, policy).eval()
     logits, counted = model(batch.images), flops(model, batch.images[:1])
     assert torch.equal(model(batch.images), logits)
-    merge_lora(model)
+    merge_added(model)
     assert flops(model, batch.images[:1]) == counted
 
 

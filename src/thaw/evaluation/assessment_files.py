@@ -12,7 +12,8 @@ from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.evaluate import wandb_logger_of
 from thaw.evaluation.metrics import mcnemar
-from thaw.evaluation.pictures import WRONG_IMAGES, save_robustness
+from thaw.evaluation.pictures import save_robustness
+from thaw.evaluation.predictions import WRONG_IMAGES
 from thaw.pages.html import write_page
 from thaw.run.errors import UserError
 from thaw.run.files import write_json

@@ -85,6 +85,8 @@ def fake_model(cfg: DictConfig) -> Iterator[Any]:
         raise UserError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
     cfg = cfg.copy()
+    if cfg.freeze.get("chosen", ()) is None:  # by images; the lowest blocks, which cost most, stand for those
+        cfg.freeze.chosen = [*range(1, 1 + cfg.freeze.k)]
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read

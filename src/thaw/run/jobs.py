@@ -124,6 +124,8 @@ def go_on(cfg: DictConfig) -> None:
         return
     log.info("%s was cut off; resuming from its last checkpoint.", os.path.relpath(run_dir))
     cfg.resume = str(run_dir / LAST_CHECKPOINT)
+    if "chosen" in cfg.freeze:  # by a measurement, which is not repeated
+        cfg.freeze.chosen = last["config"]["freeze"]["chosen"]
     if cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.id = last["wandb_id"]
 

@@ -38,6 +38,7 @@ from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
 from thaw.sweeps.cells import about_left, shortened
 from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
+from thaw.sweeps.fold_check import check_folds
 from thaw.sweeps.groups import without_shared
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
@@ -196,11 +197,12 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise UserError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
         check_run(job.cfg, on_this_machine)
+    check_folds([job.cfg for job in jobs], on_this_machine)
 
 
 def check_run(cfg: DictConfig, on_this_machine: bool) -> None:
     check_types(cfg)
-    check_trainer(cfg.trainer)
+    check_trainer(cfg.trainer, cfg.optim)
     if on_this_machine:
         check_devices(cfg.trainer)
 
@@ -247,4 +249,5 @@ def waiting_run(job: Job) -> Run:
     """The record of a job that has not started."""
     cfg, reason = job.cfg, UNFINISHED["waiting"]
     overrides, settings = split_overrides(cfg.overrides), settings_of(plain(cfg))
-    return Run(job.folder, "waiting", cfg.name, overrides, cfg.seed, reason=reason, settings=settings)
+    folds = {key: OmegaConf.select(cfg, f"data.{key}") for key in ("fold", "folds")}
+    return Run(job.folder, "waiting", cfg.name, overrides, cfg.seed, **folds, reason=reason, settings=settings)
