@@ -1,6 +1,7 @@
 """How fast this machine is: a few real training steps, from which the time of other policies follows by their FLOPs."""
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def measure_speed(probe: DictConfig, whole: DictConfig, steps: tuple[Step, Step]
 
         return step
 
+    warnings.filterwarnings("ignore", message=".*self.log.*")  # there is no trainer
     started = time.monotonic()
     model = thawed_model(probe, device)
     building = time.monotonic() - started

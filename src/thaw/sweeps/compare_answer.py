@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.table import Table
 
 from thaw.evaluation.metrics import accuracy_interval
@@ -209,12 +208,8 @@ def say_notes(
 
 
 def training_command(comparison: Comparison, policy: PolicyResult) -> str:
-    """The command that trains a policy's first seed again, as a shell takes it."""
-    path = policy.group.runs[0].folder / ".hydra" / "overrides.yaml"
-    if path.is_file():
-        overrides = [str(each) for each in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    else:
-        overrides = [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
+    """The command that trains a policy again, as a shell takes it."""
+    overrides = policy.train or [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
     kept = [each for each in overrides if override_key(each) not in ASIDE and not is_of_the_comparison(each)]
     return shlex.join(["python", "train.py", *kept])
 
