@@ -158,7 +158,8 @@ class DryRun:
         self.optimizer.zero_grad()
         with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
             loss.backward()
-        self.optimizer.step()
+        with OneStep():
+            self.optimizer.step()
         return forward.get_total_flops(), backward.get_total_flops()
 
     def frozen(self) -> tuple[int, int, Tensor]:
@@ -261,6 +262,13 @@ class SameShape(TorchFunctionMode):
         if func is torch.equal:
             return args[0].shape == args[1].shape
         return func(*args, **(kwargs or {}))
+
+
+class OneStep(TorchFunctionMode):
+    """Makes `item` give 1, as fake tensors hold no numbers; optimizers read the number of their steps by it."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is Tensor.item else func(*args, **(kwargs or {}))
 
 
 def blank_images(number: int) -> Tensor:

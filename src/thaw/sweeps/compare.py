@@ -44,7 +44,7 @@ PLAN = "plan.json"  # what the time budget has decided: the same when the compar
 OVER = (DONE, "pruned")  # states of a try that is not run again
 SET_HERE = {  # keys that a comparison sets itself, and what to type instead
     "freeze": "compare.policies=[...] names the policies",
-    "optim.lr": "compare.lr.<policy>=... is the middle one of a policy's learning rates",
+    "optim.lr": "compare.lr.<policy>=... is the first of its learning rates",
     "seed": "compare.seeds=... is the number of seeds",
     "callbacks.early_stopping": "all jobs see the same number of images; trainer.max_epochs=... says how many",
     "resume": "the same command as before continues a comparison",
@@ -53,24 +53,23 @@ SET_HERE = {  # keys that a comparison sets itself, and what to type instead
 
 @dataclass
 class Policy:
-    """A policy of the comparison: its tries by learning rate, the middle one first, and its runs by seed."""
+    """A policy of the comparison: its tries by learning rate, in their order, and its runs by seed."""
 
     name: str
-    tries: dict[float, Job]
+    tries: dict[float, Job] = field(default_factory=dict)
     lr: float | None = None
     runs: list[Job] = field(default_factory=list)
 
     @property
-    def middle(self) -> Job:
+    def first(self) -> Job:
         return next(iter(self.tries.values()))
 
-    @property
-    def other_tries(self) -> list[Job]:
-        return [*self.tries.values()][1:]
+    def tried(self) -> dict[float, Run]:
+        return {lr: record(job) for lr, job in self.tries.items()}
 
 
 class CompareSweep(GridSweep):
-    """The stages of a comparison: the middle learning rate of each policy, the others, more seeds, the test."""
+    """The stages of a comparison: a first learning rate of each policy, a second, ..., more seeds, the test."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the comparison as far as it is not done; exits with status 1 if a policy has no result.
@@ -86,9 +85,8 @@ class CompareSweep(GridSweep):
         candidates = self.candidates()
         self.left_out = candidates.left_out
         with only_here(self.folder):
-            self.policies = [self.policy(name) for name in self.plan(candidates)]
-            jobs = [job for policy in self.policies for job in policy.tries.values()]
-            check_jobs(jobs, self.on_this_machine)
+            self.policies = [Policy(name) for name in self.plan(candidates)]
+            check_jobs([self.next_try(policy) for policy in self.policies], self.on_this_machine)
             write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
             self.keep()
             self.end(*self.run_stages())
@@ -103,11 +101,12 @@ class CompareSweep(GridSweep):
         """Run all stages; returns an exit status and how many runs cannot be tested."""
         self.ran, self.total = 0, len(self.policies) * (self.settings.tries + self.settings.seeds - 1)
         try:
-            self.run_jobs([policy.middle for policy in self.policies])
+            self.run_jobs([policy.first for policy in self.policies])
             self.leave_out_what_is_late()
-            self.run_jobs([job for policy in self.policies for job in policy.other_tries])
+            for _ in range(1, self.settings.tries):
+                self.run_jobs([self.next_try(policy) for policy in self.policies])
             for policy in self.policies:
-                policy.lr = best_try({lr: record(job) for lr, job in policy.tries.items()})
+                policy.lr = best_try(policy.tried())
                 if policy.lr is not None:
                     more = [self.job(policy.name, policy.lr, seed) for seed in range(1, self.settings.seeds)]
                     policy.runs = [policy.tries[policy.lr], *more]
@@ -132,11 +131,11 @@ class CompareSweep(GridSweep):
         self.keep()
 
     def with_reference(self, job: Job) -> Job:
-        """A try that its policy's middle one, if that is done, may end early."""
+        """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
-            if job in policy.other_tries and record(policy.middle).state == DONE:
-                reference = f"callbacks.pruning.reference={policy.middle.folder.name}"
-                return Job((*job.overrides, reference), job.cfg, job.folder)
+            if job in policy.tries.values() and (best := best_try(policy.tried())):
+                pruning = f"callbacks.pruning.reference={policy.tries[best].folder.name}"
+                return Job((*job.overrides, pruning), job.cfg, job.folder)
         return job
 
     def leave_out_what_is_late(self) -> None:
@@ -145,7 +144,7 @@ class CompareSweep(GridSweep):
             return
         known = read_json(self.folder / PLAN)
         if known.get("minutes") != self.settings.minutes or "late" not in known:
-            records = {policy.name: record(policy.middle) for policy in self.policies}
+            records = {policy.name: record(policy.first) for policy in self.policies}
             measured = {name: run.seconds for name, run in records.items() if run.seconds is not None}
             late = too_long(self.timing, [*records], measured, self.settings.minutes)
             known |= {"minutes": self.settings.minutes}
@@ -173,7 +172,7 @@ class CompareSweep(GridSweep):
         from thaw.sweeps.compare_answer import report_comparison
 
         without = [policy.name for policy in self.policies if not is_finished(policy, self.settings.seeds)]
-        if any(is_run(policy.middle.folder) for policy in self.policies):
+        if any(is_run(policy.first.folder) for policy in self.policies):
             report_comparison(self.folder)
         if without or untested:
             say_how_to_resume(f"not done: {', '.join(without)}." if without else f"not tested: {untested} runs.")
@@ -270,9 +269,11 @@ class CompareSweep(GridSweep):
 
     # Jobs and records
 
-    def policy(self, name: str) -> Policy:
-        rates = self.settings.rates(name, self.optimizer_lr)
-        return Policy(name, {lr: self.job(name, lr, 0) for lr in rates})
+    def next_try(self, policy: Policy) -> Job:
+        """The job of the learning rate that the search for a policy's tries next, which joins its tries."""
+        lr = self.settings.next_rate(policy.name, self.optimizer_lr, policy.tried())
+        policy.tries[lr] = self.job(policy.name, lr, 0)
+        return policy.tries[lr]
 
     @cached_property
     def optimizer_lr(self) -> float:
@@ -288,7 +289,7 @@ class CompareSweep(GridSweep):
         """Write what is known of the comparison so far."""
         from thaw.sweeps.compare_results import COMPARISON
 
-        epochs = self.policies[0].middle.cfg.trainer.max_epochs
+        epochs = self.policies[0].first.cfg.trainer.max_epochs
         settings = self.settings
         budget = {"epochs": epochs, "images": epochs * self.images.train, "tries": settings.tries}
         budget |= {"seeds": settings.seeds, "minutes": settings.minutes}

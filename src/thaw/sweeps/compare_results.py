@@ -61,8 +61,15 @@ class PolicyResult:
         return np.sum([each.right for each in self.predictions], axis=0)
 
     @property
-    def test_acc(self) -> float:
-        return float(np.mean([each.right.mean() for each in self.predictions]))
+    def test_acc(self) -> float | None:
+        """The mean over the tested seeds."""
+        return self.group.test and self.group.test[0]
+
+    @property
+    def test_interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the test accuracy: the mean of those of the seeds, a little wide for their mean."""
+        low, high = self.group.score("test_low"), self.group.score("test_high")
+        return (low[0], high[0]) if low and high else None
 
     @property
     def edge(self) -> str:

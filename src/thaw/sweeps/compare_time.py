@@ -113,10 +113,10 @@ class Timing:
 def too_long(
     timing: Timing, policies: Sequence[str], measured: Mapping[str, float], minutes: float
 ) -> dict[str, tuple[float, float]]:
-    """The policies that no longer fit once the middle try of each has been timed, the most expensive first.
+    """The policies that no longer fit once the first try of each has been timed, the most expensive first.
 
     Args:
-        measured: seconds of the middle tries; a policy without one counts as predicted.
+        measured: seconds of the first tries; a policy without one counts as predicted.
 
     Returns seconds of what is left of each, and how many there were for it.
     """
