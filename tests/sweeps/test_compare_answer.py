@@ -126,8 +126,10 @@ def test_a_policy_that_is_better_on_the_test_images_is_named_but_not_chosen_as_b
     ],
 )
 def test_a_comparison_that_is_not_finished_gets_a_sensible_answer(
-    write: Write, policies: dict[str, dict[str, Any]], said: str, undrawn_pictures: None
+    write: Write, policies: dict[str, dict[str, Any]], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare_page, "save_costs", lambda *arguments: arguments[-1].touch())
+    monkeypatch.setattr(compare_page, "save_tries", lambda *arguments: False)
     report_comparison(folder := write(policies, left_out=[{"policy": "dora", "reason": "too slow"}]))
     facts = json.loads((folder / "answer.json").read_text())
     assert said in facts["sentence"] and facts["cheapest"] is None
@@ -200,7 +202,7 @@ def test_classes_agreement_and_disputed_images_are_counted_right(write: Write) -
     assert first.answers[0][0] == f"class {labels[place]}" == first.label
 
 
-@pytest.mark.parametrize(("policies", "classes"), [(2, 2), (18, 1000)])
+@pytest.mark.parametrize(("policies", "classes"), [(2, 2), pytest.param(18, 1000, marks=pytest.mark.long)])
 def test_many_policies_and_classes_are_readable(
     write: Write, undrawn_pictures: list[Figure], policies: int, classes: int
 ) -> None:

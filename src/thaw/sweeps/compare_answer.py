@@ -145,7 +145,7 @@ def say_answer(
     interval = f"95 % interval {100 * verdict.low:+.2f} to {100 * verdict.high:+.2f}"
     return (
         f"{sentence}. {cheapest.name} {relation}: its test accuracy, {cheapest.test_acc:.2%}, is {change} "
-        f"({interval}; p {format_p(verdict.p_holm)}), and it {times}."
+        f"({interval}; {say_p(verdict.p_holm)}), and it {times}."
     )
 
 
@@ -183,7 +183,8 @@ def say_notes(
     """What a reader must know to believe the answer, a sentence or two each."""
     notes = []
     if verdicts:
-        widest = max((verdict.high - verdict.low) / 2 for verdict in verdicts.values())
+        unseen = [each for each in verdicts.values() if each.p_holm >= ALPHA]
+        widest = max(((each.high - each.low) / 2 for each in unseen), default=0.0)
         if widest > COARSE:
             notes.append(
                 f"{plural(len(comparison.labels), 'test image')} are few: differences up to {100 * widest:.1f} points "
@@ -196,7 +197,7 @@ def say_notes(
     for policy in comparison.tested:
         if (verdict := verdicts.get(policy.name)) and verdict.better and best:
             notes.append(
-                f"{policy.name} is better than {best.name} on the test images (p {format_p(verdict.p_holm)}), but not "
+                f"{policy.name} is better than {best.name} on the test images ({say_p(verdict.p_holm)}), but not "
                 "on validation, which alone chooses the best."
             )
     edges = [f"{policy.name} ({policy.lr:g}, {policy.edge})" for policy in comparison.finished if policy.at_edge]
@@ -295,7 +296,11 @@ def policy_cells(answer: Answer, policy: PolicyResult) -> dict[str, Cell]:
 
 
 def format_p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def say_p(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def show_comparison(comparison: Comparison, answer: Answer) -> None:
@@ -315,21 +320,22 @@ def show_comparison(comparison: Comparison, answer: Answer) -> None:
 
 
 def comparison_table(comparison: Comparison, answer: Answer, width: int) -> Table:
-    """A row for each finished policy in so many columns: intervals are broken first, then costs left to the page."""
+    """A row for each finished policy in so many columns: texts are broken first, then costs are left to the page."""
     rows = [(answer.mark(policy), policy_cells(answer, policy)) for policy in comparison.finished]
 
     def table(breaks: bool, without: Sequence[str]) -> Table:
         titles = [title for title in rows[0][1] if title not in without]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("")
-        table.add_column("policy", overflow="fold")
+        for title in (*([] if breaks else [""]), "policy"):
+            table.add_column(title, overflow="fold")
         for title in titles[1:]:
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title.replace(" ", "\n") if breaks else title, justify="right", no_wrap=True)
         for mark, cells in rows:
             texts = [cells[title][0] for title in titles]
-            texts = [text.replace(" [", "\n[").replace(" ±", "\n±") for text in texts] if breaks else texts
-            mark = mark.replace(", ", "\n") if breaks else mark
-            table.add_row(mark, *texts, style="bold green" if mark else None)
+            if breaks:
+                texts = [re.sub(r" (?=[\[\u00b1])", "\n", text) for text in texts]
+                texts[0] += f"\n{mark}" if mark else ""
+            table.add_row(*([] if breaks else [mark]), *texts, style="bold green" if mark else None)
         return table
 
     return first_that_fits((table(False, ()), table(True, ()), table(True, ("memory", "lr"))), width)
