@@ -25,7 +25,7 @@ from thaw.pages.figures import (
 from thaw.sweeps.compare_results import Comparison, PolicyResult
 from thaw.sweeps.curves import MARKERS, Point, SweptCurve, save_swept
 
-COSTS = {"trained parameters": "params", "training time in seconds": "seconds", "peak memory in GB": "memory"}
+COST_AXES = {"trained parameters": "params", "training time in seconds": "seconds", "peak memory in GB": "memory"}
 MOST_ROWS = 30  # classes of a heat map
 
 
@@ -43,7 +43,7 @@ def save_costs(
         accuracies: accuracy and the ends of its interval.
         label: of the accuracy.
     """
-    columns = {title: [getattr(policy, name) for policy in policies] for title, name in COSTS.items()}
+    columns = {title: [getattr(policy, name) for policy in policies] for title, name in COST_AXES.items()}
     columns = {title: values for title, values in columns.items() if any(values)}
     figure = new_figure(10.4, max(4.6, 1.7 + 0.19 * len(policies)))
     panels: list[Axes] = [*figure.subplots(1, max(1, len(columns)), sharey=True, squeeze=False)[0]]
