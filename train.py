@@ -19,12 +19,15 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     started = time.monotonic()
     import lightning as L
 
+    from thaw.callbacks.lr_find import find_lr
     from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
+    from thaw.callbacks.weight_averaging import ScheduleFreeAverage
     from thaw.data.module import count_classes
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.freezing.start_from import start_from
+    from thaw.freezing.surgical import settle_chosen
     from thaw.run.checkpoint import find_checkpoint
     from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
@@ -34,16 +37,17 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     quiet_libraries()
     settle(cfg)
-    check_trainer(cfg.trainer)
+    check_trainer(cfg.trainer, cfg.optim)
     if cfg.start_from and "self_contained" in cfg.model:
         cfg.model.self_contained = True  # backbone.weights are not what its frozen part holds
 
     if cfg.start_from and not cfg.resume:  # all ranks start from the same, which the record names
         cfg.start_from = str(find_checkpoint(cfg.start_from, "best.ckpt"))
 
+    datamodule = build(cfg.data)
+    settle_chosen(cfg, datamodule)  # of freeze=surgical
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
-        datamodule = build(cfg.data)
         if "num_classes" in cfg.model:
             cfg.model.num_classes = count_classes(cfg.model.num_classes, datamodule)
         model = build(cfg.model)
@@ -53,8 +57,12 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             weights = start_from(model, Path(cfg.start_from), [*cfg.allow, *targets(cfg)])
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
+        if cfg.lr_find:
+            find_lr(cfg, model, datamodule)
+            return None
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
+        own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []
         trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)
         try:
             if cfg.test:

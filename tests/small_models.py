@@ -1,6 +1,6 @@
 """A tiny ViT, a classifier on it, and a few steps of training that tests share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from thaw.classifier import Classifier
@@ -30,6 +31,7 @@ TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 AVERAGED = {"class_token": False, "global_pool": "avg"}  # as in configs/backbone/digits_vit.yaml
 
 LINEAR = partial(LinearHead, norm="layer")
+COSINE = {"schedule": "cosine", "step_at": [0.5, 0.75], "step_factor": 0.1}
 
 
 def augmentation(**settings: Any) -> Augment:
@@ -69,9 +71,9 @@ def policy() -> Callable[..., FreezePolicy]:
 
     def build(name: str, **changes: Any) -> FreezePolicy:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
-        cfg.freeze.merge_with(changes)
+        cfg.freeze.merge_with({"chosen": [2]} if name == "surgical" else {}, changes)
         rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
-        return FreezePolicy(rules, lora=instantiate(cfg.freeze.get("lora")))
+        return FreezePolicy(rules, add=instantiate(cfg.freeze.get("add")))
 
     return build
 
@@ -93,7 +95,9 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         if loaded:
             base.fresh = frozenset()
         settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "layer_decay": 1.0}
-        settings |= {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | dict(optim or {})
+        settings |= (
+            {"warmup_fraction": 0.0, "final_lr_fraction": 0.0, "lr_scaling": "none"} | COSINE | dict(optim or {})
+        )
         recipe = OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
         chosen = policy(freeze) if isinstance(freeze, str) else freeze
         values: dict[str, Any] = {
@@ -108,10 +112,28 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
     return build
 
 
+def parametrized(layer: Any, name: str, *parts: nn.Module) -> None:
+    """Parametrize a layer's tensor, with random values in place of those that change nothing."""
+    for part in parts:
+        parametrize.register_parametrization(layer, name, part)
+        for parameter in part.parameters():
+            nn.init.normal_(parameter)
+
+
+def assert_same(got: Tensor, expected: Tensor, leaves: Sequence[Tensor], theirs: Sequence[Tensor] = ()) -> None:
+    """Two outputs, and the gradients of a random sum of them at equal leaves, differ by 1e-5 of the largest value."""
+    weights = torch.randn(expected.shape)
+    own, other = ((each * weights).sum() for each in (got, expected))
+    gradients = torch.autograd.grad(own, leaves), torch.autograd.grad(other, theirs or leaves)
+    for one, two in [(got, expected), *zip(*gradients, strict=True)]:
+        assert (one.flatten() - two.flatten()).abs().max() <= 1e-5 * two.abs().max()
+
+
 def mnist_data(**changes: Any) -> MNISTData:
     """The bundled sample, in batches of 32."""
     places: dict[str, Any] = {"dataset": "MNIST", "dir": "nowhere", "source": "sample", "mirrors": None}
     batches = {"train_size": None, "batch_size": 32, "eval_batch_size": 100, "num_workers": 0, "seed": 0}
+    batches |= {"fold": None, "folds": 5}
     return MNISTData(**places, **batches | {"reader": "digit", "class_weights": None, "sampler": "shuffled"} | changes)
 
 

@@ -1,7 +1,7 @@
 """Parameter groups, the optimizer and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from lightning import Trainer
@@ -13,14 +13,19 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.trainer_settings import needs_end
 from thaw.run.values import NonNegative, Positive
+from thaw.schedule_free import ScheduleFreeAdamW
 
-EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
+EMBEDDINGS = (
+    *("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table"),
+    "prompt.tokens",  # of VPT
+)
 SCALINGS: dict[str, Callable[[int], float]] = {"none": lambda k: 1.0, "linear": float, "sqrt": math.sqrt}
 
 
 class OptimizerRecipe:
-    """How trainable parameters are updated: groups, optimizer, warmup and cosine decay, all stepped per batch.
+    """How trainable parameters are updated: groups, optimizer, warmup and schedule of the rate, all stepped per batch.
 
     Args:
         optimizer: torch.optim class with its own settings filled in, called with (groups, lr=, weight_decay=).
@@ -28,10 +33,16 @@ class OptimizerRecipe:
         weight_decay: for matrices; 1-D parameters (biases, norms) and embeddings of position or class have none.
         layer_decay: each layer down multiplies the learning rate by this (Clark et al. 2020, section 3.3.2); 1 is off.
         warmup_fraction: share of all steps in which the learning rate rises linearly.
-        final_lr_fraction: the learning rate falls by a cosine to this fraction of the peak (Loshchilov & Hutter 2016).
+        schedule: how the learning rate falls after the warmup: by a `cosine` (Loshchilov & Hutter 2016), along a
+            `linear` line, in `step`s, or not at all (`constant`).
+        final_lr_fraction: a cosine or a line ends at this fraction of the peak.
+        step_at: shares of all steps; at each of them `schedule=step` multiplies the learning rate by `step_factor`.
         lr_scaling: what a step on k times the images does to the learning rate, k being the number of processes times
             trainer.accumulate_grad_batches: `none`; `linear`, times k (Goyal et al. 2017, section 2.1); `sqrt`, times
             the square root of k (Krizhevsky 2014, section 5).
+
+    Raises:
+        UserError: a `final_lr_fraction` that the schedule never reaches.
     """
 
     def __init__(
@@ -41,12 +52,30 @@ class OptimizerRecipe:
         weight_decay: NonNegative,
         layer_decay: Annotated[float, Field(gt=0, le=1)],
         warmup_fraction: Annotated[float, Field(ge=0, lt=1)],
+        schedule: Literal["cosine", "constant", "linear", "step"],
         final_lr_fraction: Annotated[float, Field(ge=0, le=1)],
+        step_at: Annotated[Sequence[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)],
+        step_factor: Annotated[float, Field(gt=0, lt=1)],
         lr_scaling: Literal["none", "linear", "sqrt"],
     ) -> None:
         self.optimizer, self.lr, self.weight_decay, self.layer_decay = optimizer, lr, weight_decay, layer_decay
-        self.warmup_fraction, self.final_lr_fraction = warmup_fraction, final_lr_fraction
+        self.warmup_fraction, self.schedule, self.final_lr_fraction = warmup_fraction, schedule, final_lr_fraction
+        self.step_at, self.step_factor = step_at, step_factor
         self.lr_scaling = lr_scaling
+        if final_lr_fraction and schedule in ("constant", "step"):
+            raise UserError(
+                f"optim.final_lr_fraction={final_lr_fraction} ends optim.schedule=cosine or linear, not {schedule}; "
+                "set it to 0."
+            )
+        if self.is_schedule_free and schedule != "constant":
+            raise UserError(
+                f"optim=schedulefree averages the weights in place of lowering the learning rate, and "
+                f"optim.schedule={schedule} lowers it; set optim.schedule=constant."
+            )
+
+    @property
+    def is_schedule_free(self) -> bool:
+        return getattr(self.optimizer, "func", self.optimizer) is ScheduleFreeAdamW
 
     def groups(
         self,
@@ -73,9 +102,14 @@ class OptimizerRecipe:
                 "weight_decay": self.weight_decay if decays else 0.0,
                 "from_epoch": from_epoch,
                 "name": label,
+                **self.own_settings(decays and depth < top),
             }
             groups.setdefault((depth, from_epoch, decays), new)["params"].append(parameter)
         return list(groups.values())
+
+    def own_settings(self, is_hidden: bool) -> dict[str, Any]:
+        """What an optimizer reads beside these; of a group of matrices below the head if `is_hidden`."""
+        return {}
 
     def build(
         self,
@@ -90,9 +124,9 @@ class OptimizerRecipe:
         gradient, and so is left alone.
         """
         total_steps = trainer.estimated_stepping_batches  # sets up num_training_batches too, if epochs end the run
-        if not math.isfinite(total_steps):
+        if not math.isfinite(total_steps) and (reason := needs_end(self.schedule, self.warmup_fraction)):
             raise UserError(
-                "The cosine of the learning rate needs an end: set trainer.max_epochs to a number (not -1), or add "
+                f"{reason} needs an end: set trainer.max_epochs to a number (not -1), or add "
                 "+trainer.max_steps=<steps>."
             )
         if not math.isfinite(trainer.num_training_batches):  # trainer.max_steps ends it
@@ -123,14 +157,42 @@ class OptimizerRecipe:
     def lr_fraction(self, step: int, total_steps: float, thaw_step: int) -> float:
         """Fraction of the peak learning rate at a step, counted from 0, for parameters that train from `thaw_step` on.
 
-        One cosine for all, and for each group a linear rise from the step at which it thaws.
+        One schedule for all, and for each group a linear rise from the step at which it thaws.
         """
         if step < thaw_step:
             return 0.0
-        warmup_steps = round(self.warmup_fraction * total_steps)
+        warmup_steps = round(self.warmup_fraction * total_steps) if self.warmup_fraction else 0
         rise = min(1.0, (step - thaw_step + 1) / (warmup_steps + 1))
+        if self.schedule == "constant":
+            return rise
+        if self.schedule == "step":
+            return rise * self.step_factor ** sum(step >= round(share * total_steps) for share in self.step_at)
         progress = min(1.0, max(0, step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return rise * (self.final_lr_fraction + (1 - self.final_lr_fraction) * left)
+
+
+class MuonRecipe(OptimizerRecipe):
+    """A recipe for timm's Muon, which orthogonalises the updates of hidden matrices and leaves the others to AdamW.
+
+    The others are the head, biases, norms, embeddings of position or class (Jordan et al. 2024), and what timm's Muon
+    finds unfit by its shape, such as depthwise convolutions and the patch embedding of grey images.
+    """
+
+    def own_settings(self, is_hidden: bool) -> dict[str, Any]:
+        return {"use_fallback": not is_hidden}
+
+    def build(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        depths: Mapping[str, int],
+        thaw_epochs: Mapping[str, float],
+        trainer: Trainer,
+    ) -> OptimizerLRSchedulerConfig:
+        built: Any = super().build(named_parameters, depths, thaw_epochs, trainer)
+        if trainer.is_global_zero and all(group["use_fallback"] for group in built["optimizer"].param_groups):
+            say("optim=muon: no matrix below the head trains, so that AdamW updates all that does")
+        return built
 
 
 class Schedule(LambdaLR):

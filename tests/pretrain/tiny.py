@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from small_models import COSINE
 
 from thaw.data.module import Batch
 from thaw.models.backbone import Backbone
@@ -26,7 +27,7 @@ def backbone(arguments: dict | None = None, name: str = "vit_tiny_patch16_224", 
 
 def recipe() -> OptimizerRecipe:
     settings: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.0, "layer_decay": 1.0, "warmup_fraction": 0.0}
-    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"}
+    settings |= {"final_lr_fraction": 1.0, "lr_scaling": "none"} | COSINE
     return OptimizerRecipe(partial(torch.optim.AdamW, foreach=True), **settings)
 
 

@@ -73,7 +73,8 @@ def test_every_argument_has_a_rule() -> None:
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_a_wrong_value_is_refused(wrong: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=REFUSED[wrong]):
-        check_trainer(compose_run(tmp_path, *wrong.split()).trainer)
+        cfg = compose_run(tmp_path, *wrong.split())
+        check_trainer(cfg.trainer, cfg.optim)
 
 
 # 4 steps an epoch, 2 epochs; which checkpoints the run leaves

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from thaw.data.batches import evenly_spread
 from thaw.data.images import Source
 from thaw.evaluation.assessment import images_to_predict, robustness_facts
-from thaw.freezing.lora import merge_lora, plain_name
+from thaw.freezing.added import merge_added, plain_name
 from thaw.lr_bank import LRBank
 from thaw.predict.predictor import Predictor
 from thaw.run import checkpoint as checkpoints
@@ -86,7 +86,7 @@ class Mixture:
         self.members, self.source = predictors, source
         models = [copy.deepcopy(predictor.model) for predictor in predictors]
         for model in models:
-            merge_lora(model)
+            merge_added(model)
         self.states = [{name: tensor.cpu().clone() for name, tensor in model.state_dict().items()} for model in models]
         for other, state in zip(predictors[1:], self.states[1:], strict=True):
             if found := first_difference(predictors[0], other, self.states[0], state):

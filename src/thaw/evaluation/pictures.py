@@ -1,10 +1,9 @@
-"""Figures about models, each a PNG, and the list of wrong images.
+"""Figures about models, each a PNG.
 
 Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,). Images are drawn as they are; `on_paper`
 turns bright ink on black into dark ink on paper.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from thaw.data.images import Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
+from thaw.evaluation.predictions import write_predictions
 from thaw.pages.figures import (
     ACCENT,
     COLORS,
@@ -31,17 +31,15 @@ from thaw.pages.figures import (
     plain_axes,
     save_figure,
 )
-from thaw.run.files import atomic
 
 MOST_EXAMPLES = 32  # images in a figure
 MOST_NAMED, MOST_COUNTED = 60, 30  # classes of a confusion matrix with names at its sides, with numbers in its cells
 MOST_PAIRS = 25  # of classes that are listed beside it
-WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, folder: Path) -> None:
-    """Write `confusion_matrix.png`, `worst_images.png` and `wrong_images.csv` into a folder.
+    """Write `confusion_matrix.png`, `worst_images.png`, `predictions.csv` and `wrong_images.csv` into a folder.
 
     `indices` (N,) are the images' places in the test split, `reader` is as in `on_paper`.
     """
@@ -50,25 +48,7 @@ def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, fo
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
     shown = (on_paper(source.test.images[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
     save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
-    write_wrong_images(indices, logits, labels, classes, source.files, folder / WRONG_IMAGES)
-
-
-def write_wrong_images(
-    indices: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], files: Sequence[str], path: Path
-) -> None:
-    """Write index, label, answer and confidence of each wrongly classified image as CSV, in order of the indices.
-
-    The last column names its file, if the images of the split have `files`.
-    """
-    confidences, answers = logits.softmax(dim=1).max(dim=1)
-    order = indices.argsort()
-    wrong = order[(answers != labels)[order]]
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["index", "label", "answer", "confidence", *(["file"] if files else [])])
-        for n in wrong.tolist():
-            index, label, answer = int(indices[n]), classes[int(labels[n])], classes[int(answers[n])]
-            rows.writerow([index, label, answer, f"{float(confidences[n]):.6f}", *files[index : index + 1]])
+    write_predictions(indices, logits, labels, classes, source.files, folder)
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:

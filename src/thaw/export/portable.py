@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from thaw.data.preprocess import Preprocess
-from thaw.freezing.lora import merge_lora
+from thaw.freezing.added import merge_added
 from thaw.lr_bank import LRBank
 from thaw.models.attention import attention_layers
 from thaw.models.heads import LinearHead
@@ -44,9 +44,10 @@ class PortableAverage(nn.Module):
 
 
 def portable(predictor: Predictor) -> Portable | PortableAverage:
-    """The predictor's model, changed in place: LoRA is merged, and a bank of heads is replaced by its chosen head.
+    """The predictor's model, changed in place.
 
-    From then on `predictor.facts()` describes the exported weights.
+    Added parameters are merged where they can be, and a bank of heads is replaced by its chosen head. From then on
+    `predictor.facts()` describes the exported weights.
     """
     model = predictor.model
     check_single_label(model.task, "export.py")
@@ -56,7 +57,7 @@ def portable(predictor: Predictor) -> Portable | PortableAverage:
 
 
 def plain_portable(model: Any) -> Portable:
-    merge_lora(model)
+    merge_added(model)
     if isinstance(model.head, LRBank):
         bank, linear = model.head, model.head.heads[int(model.head.chosen)]
         assert isinstance(linear, nn.Linear)

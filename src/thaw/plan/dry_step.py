@@ -4,6 +4,7 @@ torch's fake tensors are meta tensors that claim to be on a device, so that the 
 optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -61,11 +62,31 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         UserError: a policy or precision that is not allowed.
         InstantiationException: caused by a UserError: a model that cannot be built.
     """
+    with fake_model(cfg) as model:
+        model.thaw.check_fresh()
+        return step_in_epoch(int(max(model.thaw.after(0))), model, cfg, device, cfg.cache.mode != "off")
+
+
+def step_in_epoch(epoch: int, model: Any, cfg: DictConfig, device: str, cached: bool) -> Step:
+    """The second training step of a `fake_model` as its policy has it in an epoch."""
+    model.thaw.apply(epoch)
+    model.cut = model.thaw.cut(epoch)
+    return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cached)
+
+
+@contextmanager
+def fake_model(cfg: DictConfig) -> Iterator[Any]:
+    """The classifier of a configuration, of fake tensors, which it has within the body; `dry_step` says what it raises.
+
+    Its weights count as loaded where the configuration names some.
+    """
     precision = cfg.trainer.precision
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
     cfg = cfg.copy()
+    if cfg.freeze.get("chosen", ()) is None:  # by images; the lowest blocks, which cost most, stand for those
+        cfg.freeze.chosen = [*range(1, 1 + cfg.freeze.k)]
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
@@ -78,11 +99,7 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
-        model.thaw.check_fresh()
-        last = int(max(model.thaw.after(0)))
-        model.thaw.apply(last)
-        model.cut = model.thaw.cut(last)
-        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        yield model
 
 
 @contextmanager
@@ -139,9 +156,10 @@ class DryRun:
         with FlopCounterMode(display=False) as forward, self.context():
             loss = self.model.training_step(batch, 0)
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
             loss.backward()
-        self.optimizer.step()
+        with OneStep():
+            self.optimizer.step()
         return forward.get_total_flops(), backward.get_total_flops()
 
     def frozen(self) -> tuple[int, int, Tensor]:
@@ -180,6 +198,21 @@ class DryRun:
             unit[0] += parameter.nbytes
             unit[1] += parameter.nbytes * parameter.requires_grad
         return [(weights, gradients) for weights, gradients in units]
+
+
+def conv_backward_flops(
+    grad_shape: Any, image_shape: Any, weight_shape: Any, *settings: Any, out_shape: Any = None, **_: Any
+) -> int:
+    """FLOPs of a convolution's gradients: of its images and of its weights, each as much as the forward pass.
+
+    torch's own count forgets that the filters of a grouped convolution see only their group.
+    """
+    transposed, output_mask = settings[-4], settings[-1]
+    places = math.prod((image_shape if transposed else grad_shape)[2:])
+    return 2 * grad_shape[0] * places * math.prod(weight_shape) * sum(output_mask[:2])
+
+
+CONVOLUTION = {torch.ops.aten.convolution_backward: conv_backward_flops}
 
 
 class SharedFakeMode(FakeTensorMode):
@@ -229,6 +262,13 @@ class SameShape(TorchFunctionMode):
         if func is torch.equal:
             return args[0].shape == args[1].shape
         return func(*args, **(kwargs or {}))
+
+
+class OneStep(TorchFunctionMode):
+    """Makes `item` give 1, as fake tensors hold no numbers; optimizers read the number of their steps by it."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is Tensor.item else func(*args, **(kwargs or {}))
 
 
 def blank_images(number: int) -> Tensor:

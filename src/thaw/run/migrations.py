@@ -42,11 +42,14 @@ REMOVED = {"thaw.callbacks.weight_averaging.SWA"}  # classes whose blocks become
 RENAMED_KEYS = {  # (class, key) -> the key's name today
     ("thaw.callbacks.feature_monitor.FeatureMonitor", "digits"): "images",
     ("thaw.callbacks.sample_grid.SampleGrid", "digits"): "images",
+    ("thaw.freezing.policy.FreezePolicy", "lora"): "add",
 }
 REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None
 }  # (class, key) -> the only value that today's code still has
-ADDED_KEYS: dict[tuple[str, str], Any] = {}  # (class, key) -> what the code did before, where the YAML says another
+ADDED_KEYS: dict[tuple[str, str], Any] = {
+    ("thaw.optim.OptimizerRecipe", "schedule"): "cosine"
+}  # (class, key) -> what the code did before, where the YAML says another
 
 
 def migrate(config: Mapping[str, Any], file: Path, commit: str) -> tuple[dict[str, Any], list[str]]:

@@ -26,11 +26,19 @@ FUNCTIONS = {
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
+    "thaw.freezing.dora.add_dora",
+    "thaw.run.trackers.mlflow_logger",
+    "thaw.run.trackers.trackio_logger",
     "thaw.freezing.lora.add_lora",
+    "thaw.freezing.adapter.add_adapters",
+    "thaw.freezing.prompt.add_prompts",
+    "thaw.freezing.surgical.choose_blocks",
+    "thaw.freezing.ssf.add_ssf",
 }
 PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",
     "thaw.freezing.policy.FreezePolicy",
+    "thaw.optim.MuonRecipe",
     "thaw.optim.OptimizerRecipe",
     "thaw.task.SingleLabel",
 }
@@ -115,7 +123,7 @@ def is_part(found: Any, name: str, package: str) -> bool:
     from lightning.pytorch.strategies import Strategy
     from torch import nn, optim
 
-    own = (nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy)
+    own = (nn.Module, Callback, LightningDataModule, Logger, CheckpointIO, Strategy, optim.Optimizer)
     kinds = own if package == OWN else optim.Optimizer
     return (isinstance(found, type) and issubclass(found, kinds)) or (package == OWN and name in FUNCTIONS | PARTS)
 

@@ -65,7 +65,14 @@ RULES: dict[str, Any] = {  # the values of each argument; null is Lightning's de
 }
 
 
-def check_trainer(trainer: DictConfig) -> None:
+def needs_end(schedule: str, warmup_fraction: float) -> str:
+    """What in a schedule of the learning rate is a share of all steps; empty where nothing is."""
+    if schedule != "constant":
+        return f"optim.schedule={schedule}"
+    return f"optim.warmup_fraction={warmup_fraction:g}" if warmup_fraction else ""
+
+
+def check_trainer(trainer: DictConfig, optim: DictConfig) -> None:
     """Refuse wrong arguments of the right types: each wrong key is named with its value and what is allowed."""
     given: Any = OmegaConf.to_container(trainer, resolve=True)
     wrong = []
@@ -80,10 +87,11 @@ def check_trainer(trainer: DictConfig) -> None:
         wrong.append(f"trainer.devices={devices} must be {kinds}")
     if given.get("precision") == "16-true":
         wrong.append("trainer.precision='16-true' must be 16-mixed, bf16-mixed or bf16-true: Adam divides by 0 in fp16")
-    if max_epochs == -1 and given.get("max_steps", -1) == -1 and not given.get("fast_dev_run"):
+    endless = max_epochs == -1 and given.get("max_steps", -1) == -1 and not given.get("fast_dev_run")
+    if endless and (reason := needs_end(optim.schedule, optim.warmup_fraction)):
         wrong.append(
-            "trainer.max_epochs=-1 has no end, which the cosine of the learning rate needs; it must be a number of "
-            "epochs, or stand beside +trainer.max_steps=<steps>"
+            f"trainer.max_epochs=-1 has no end, which {reason} needs; it must be a number of epochs, or stand beside "
+            "+trainer.max_steps=<steps> or beside optim.schedule=constant optim.warmup_fraction=0.0"
         )
     if max_epochs and 0 < max_epochs < (given.get("min_epochs") or 0):
         wrong.append(f"trainer.min_epochs={given['min_epochs']} must be at most trainer.max_epochs={max_epochs}")
