@@ -12,7 +12,7 @@ INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TOR
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
-	@echo "make test-long                               run every command of the pages and the notebooks"
+	@echo "make test-long                               run the longest tests, every command of the pages, and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make docs                                    build the pages as a site, in site/"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"

@@ -27,6 +27,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.evaluation.evaluate import best_weights
     from thaw.evaluation.summary import report_run
     from thaw.freezing.start_from import start_from
+    from thaw.freezing.surgical import settle_chosen
     from thaw.run.checkpoint import find_checkpoint
     from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
@@ -43,9 +44,10 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     if cfg.start_from and not cfg.resume:  # all ranks start from the same, which the record names
         cfg.start_from = str(find_checkpoint(cfg.start_from, "best.ckpt"))
 
+    datamodule = build(cfg.data)
+    settle_chosen(cfg, datamodule)  # of freeze=surgical
     with ranks(cfg, plain(cfg)):
         L.seed_everything(cfg.seed, verbose=False)
-        datamodule = build(cfg.data)
         if "num_classes" in cfg.model:
             cfg.model.num_classes = count_classes(cfg.model.num_classes, datamodule)
         model = build(cfg.model)
@@ -56,7 +58,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
         if cfg.lr_find:
-            return find_lr(cfg, model, datamodule)
+            find_lr(cfg, model, datamodule)
+            return None
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
         own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []

@@ -35,7 +35,10 @@ REQUIRED = {"backbone=timm": ["backbone.name=resnet18"]}
 FILLED_IN = {  # arguments that the program passes itself
     "thaw.models.heads.LinearHead": {"in_features", "num_classes"},
     "thaw.lr_bank.LRBank": {"in_features", "num_classes"},
-    "thaw.freezing.lora.add_lora": {"backbone"},
+    "thaw.freezing.adapter.add_adapters": {"backbone"},
+    "thaw.freezing.prompt.add_prompts": {"backbone"},
+    "thaw.freezing.surgical.choose_blocks": {"backbone", "images", "labels"},
+    **{f"thaw.freezing.{method}.add_{method}": {"backbone"} for method in ("lora", "dora", "ssf")},
     "thaw.task.SingleLabel": {"num_classes", "label_smoothing"},
     "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
 }

@@ -150,6 +150,7 @@ def test_without_a_logger(train: Callable[..., Path]) -> None:
     assert not (run_dir / "csv").exists() and not (run_dir / "wandb").exists()
 
 
+@pytest.mark.long
 def test_overfits_few_digits(train: Callable[..., Path]) -> None:
     run_dir = train("experiment=vit_last_blocks", "debug=overfit", "data.source=sample", "trainer.max_epochs=25")
     rows = (run_dir / "csv" / "metrics.csv").read_text().splitlines()

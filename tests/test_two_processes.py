@@ -33,7 +33,14 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "full in shards": (FSDP, ["freeze=full"]),
     "linear_probe in shards": (FSDP, ["freeze=linear_probe"]),
     "lora in shards": (FSDP, ["freeze=lora"]),
+    "ssf": (DDP, ["freeze=ssf", "freeze.ssf.last=2"]),
+    "ssf in shards": (FSDP, ["freeze=ssf"]),
+    "dora in shards": (FSDP, ["freeze=dora"]),
+    "adapter": (DDP, ["freeze=adapter"]),
+    "prompt in shards": (FSDP, ["freeze=prompt"]),
+    "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
+LIKE_OTHERS = [*POLICIES][7:]  # from "lora in shards": what is added is exchanged and sharded as all else
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]
@@ -154,7 +161,9 @@ def cached(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if path.suffix != ".lock"}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in POLICIES]
+)
 def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
     """With clipped gradients."""
     trainer, policy = POLICIES[name]
@@ -253,6 +262,7 @@ def environment() -> dict[str, str]:
     return plain | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, [plain.get("PYTHONPATH")])])}
 
 
+@pytest.mark.long
 def test_torchrun_makes_one_run(tmp_path: Path, environment: dict[str, str]) -> None:
     """One folder, one W&B run, every image once (65 are no whole number of batches)."""
     torchrun = [str(ROOT / "tests" / "screens" / "light.py"), torch.distributed.run.__file__, "--nproc_per_node=2"]

@@ -61,6 +61,8 @@ API = {
         "thaw.freezing.policy.Rule",
         "thaw.freezing.policy.Thaw",
         "thaw.freezing.lora.add_lora",
+        "thaw.freezing.dora.add_dora",
+        "thaw.freezing.ssf.add_ssf",
         "thaw.freezing.cache.FeatureCache",
     ],
 }

@@ -1,16 +1,21 @@
-"""thaw's sweeper and launcher, in the only package in which Hydra looks for them."""
+"""thaw's sweepers and launcher, in the only package in which Hydra looks for them."""
 
 import warnings
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from thaw.sweeps.compare import CompareSweep
 from thaw.sweeps.grid import GridSweep
 from thaw.sweeps.job_queue import JobQueue
 
 
 class GridSweeper(GridSweep):
     """See `thaw.sweeps.grid`."""
+
+
+class CompareSweeper(CompareSweep):
+    """See `thaw.sweeps.compare`."""
 
 
 class QueueLauncher(JobQueue):

@@ -100,8 +100,8 @@ class Classifier(LightningModule):
         self.num_classes = num_classes
         self.preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
         self.backbone = backbone
-        if freeze.lora:
-            freeze.lora(backbone)
+        if freeze.add:
+            freeze.add(backbone)
         if compile:
             backbone.compile_layers()
         self.head = head(in_features=backbone.num_features, num_classes=num_classes)

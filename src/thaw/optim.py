@@ -17,7 +17,10 @@ from thaw.run.trainer_settings import needs_end
 from thaw.run.values import NonNegative, Positive
 from thaw.schedule_free import ScheduleFreeAdamW
 
-EMBEDDINGS = ("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table")
+EMBEDDINGS = (
+    *("pos_embed", "cls_token", "reg_token", "dist_token", "mask_token", "relative_position_bias_table"),
+    "prompt.tokens",  # of VPT
+)
 SCALINGS: dict[str, Callable[[int], float]] = {"none": lambda k: 1.0, "linear": float, "sqrt": math.sqrt}
 
 

@@ -19,8 +19,15 @@ LABELS, TEST_LABELS = np.arange(200) % 4, np.arange(30) % 4
 
 
 def read(path: Path, **settings: object) -> Source:
-    whole = {"classes": None, "val_share": 0.1, "test_share": 0.2, "reader": "digit", "train_size": None}
-    whole |= {"batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "class_weights": None, "sampler": "shuffled"}
+    whole = {"classes": None, "val_share": 0.1, "test_share": 0.2, "reader": "digit", "train_size": None, "fold": None}
+    whole |= {
+        "folds": 5,
+        "batch_size": 8,
+        "eval_batch_size": 8,
+        "num_workers": 0,
+        "class_weights": None,
+        "sampler": "shuffled",
+    }
     return ArrayData(path=str(path), **{**whole, "seed": 0, **settings}).load()  # type: ignore[arg-type]
 
 

@@ -264,7 +264,7 @@ def test_colours_as_torchvision_changes_them_one_after_another(photos: Tensor, m
     for images, chunk in zip(both(photos), (1, 5 * 40 * 48), strict=True):
         monkeypatch.setattr(augment, "FLOATS_AT_ONCE", chunk)  # an image at a time, five at a time
         torch.manual_seed(0)
-        factors = colours.random_factors(images).T.tolist()
+        factors = colours.random_factors(images).tolist()
         torch.manual_seed(0)
         for image, result, (brightness, contrast, saturation) in zip(images, colours(images), factors, strict=True):
             expected = tv.adjust_brightness(image / 255, brightness)
@@ -279,7 +279,7 @@ def test_colours_are_clamped(photos: Tensor) -> None:
     torch.manual_seed(0)
     settings = augmentation(brightness=0.9)
     bright = torch.full((50, 3, 8, 8), 250, dtype=torch.uint8)
-    factors = settings.random_factors(bright)[0]
+    factors = settings.random_factors(bright)[:, 0]
     torch.manual_seed(0)
     assert torch.equal(settings(bright)[:, 0, 0, 0], (250 * factors).round().clamp(max=255).to(torch.uint8))
 

@@ -32,8 +32,17 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     def read(name: str | None = str(tmp_path / "pets"), **settings: Any) -> Source:
         batches = {"batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "class_weights": None, "seed": 0}
         decoded = {"image_size": 8, "channels": 3, "val_share": 0.1, "test_share": 0.2, "skip_unreadable": False}
-        whole = batches | decoded | {"cache_dir": str(tmp_path / "cache"), "max_gb": 1.0, "train_size": None}
-        whole |= {"sampler": "shuffled", "reader": "photo", "subset": None, "image_column": None, "label_column": None}
+        whole = (
+            batches | decoded | {"cache_dir": str(tmp_path / "cache"), "max_gb": 1.0, "train_size": None, "fold": None}
+        )
+        whole |= {
+            "folds": 5,
+            "sampler": "shuffled",
+            "reader": "photo",
+            "subset": None,
+            "image_column": None,
+            "label_column": None,
+        }
         return HuggingFaceData(name=name, **(whole | settings)).load()
 
     return read

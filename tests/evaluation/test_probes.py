@@ -24,7 +24,8 @@ from torch import Tensor
 from thaw.data.mnist import SAMPLE, load_mnist
 from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
-from thaw.evaluation.probes import Choice, Labelled, fit_logistic, knn, logistic_regression, score, standardisation
+from thaw.evaluation.probes import Choice, Labelled, knn, logistic_regression, score
+from thaw.models.logistic import fit_logistic, standardisation
 from thaw.run.checkpoint import load_model, read_checkpoint
 from thaw.run.values import check_types
 

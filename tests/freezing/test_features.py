@@ -46,8 +46,8 @@ def model(tmp_path: Path, classifier: Build, policy: Callable[..., FreezePolicy]
     return build
 
 
-def digits(train_size: int = TRAIN, seed: int = 0) -> MNISTData:
-    return mnist_data(train_size=train_size, seed=seed)
+def digits(train_size: int = TRAIN, seed: int = 0, fold: int | None = None) -> MNISTData:
+    return mnist_data(train_size=train_size, seed=seed, fold=fold)
 
 
 class Watch(L.Callback):
@@ -175,6 +175,7 @@ VIT = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2, "class_toke
         ("frozen weights", {"perturb": "model.blocks.0.mlp.fc2.bias"}, BOTH),
         ("stem", {"perturb": "model.pos_embed"}, BOTH),
         ("more digits", {"train_size": TRAIN + 1}, HALF),
+        ("fold", {"fold": 0}, {2 * 128 + 8 * 128}),
         ("precision", {"precision": "bf16-mixed"}, BOTH),
         ("k", {"k": 1}, BOTH),
         ("image size", {"image_size": 35}, {(2 + 7) * 81}),
@@ -190,7 +191,7 @@ def test_what_another_run_reuses(
     assert sum(computed) in BOTH
     computed.clear()
     run = {key: settings.pop(key) for key in ("precision",) if key in settings}
-    data = digits(**{key: settings.pop(key) for key in ("train_size", "seed") if key in settings})
+    data = digits(**{key: settings.pop(key) for key in ("train_size", "seed", "fold") if key in settings})
     fitted(model("last_blocks", **settings), data, epochs=1, **run)
     assert sum(computed) in expected, changed
 
@@ -308,8 +309,10 @@ class FeatureCheck(L.Callback):
         (["freeze=gradual", "freeze.blocks=2"], 3, [(0, 5)]),  # a pass for a single epoch is not worth it
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),
         (["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)]),
+        pytest.param(["freeze=ssf", "freeze.ssf.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
+        pytest.param(["freeze=prompt", "freeze.prompt.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
     ],
-    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora"],
+    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora", "ssf", "prompt"],
 )
 def test_cached_features_change_nothing(
     train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, cached: list[tuple[int, int]]

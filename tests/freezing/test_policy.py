@@ -25,7 +25,7 @@ NEVER = math.inf
 
 def thaw_epochs(rules: list[dict], depths: dict[str, int] | None = None) -> list[float]:
     depths = DEPTHS if depths is None else depths
-    thaws = FreezePolicy(rules, lora=None).thaw_epochs(depths)
+    thaws = FreezePolicy(rules, add=None).thaw_epochs(depths)
     assert list(thaws) == list(depths)
     return list(thaws.values())
 
@@ -109,7 +109,7 @@ def naive_thaw_epochs(drawn: list[dict], depths: dict[str, int]) -> dict[str, fl
 @settings(max_examples=400, deadline=None)
 @given(RULES, NAMES)
 def test_thaw_epochs_equal_a_naive_version(drawn: list[dict], depths: dict[str, int]) -> None:
-    policy, expected = FreezePolicy(as_rules(drawn), lora=None), naive_thaw_epochs(drawn, depths)
+    policy, expected = FreezePolicy(as_rules(drawn), add=None), naive_thaw_epochs(drawn, depths)
     event("refused" if expected is None else "decided")
     if expected is None:
         with pytest.raises(ValueError, match=r"freeze\.rules"):
@@ -165,12 +165,12 @@ def test_rules_that_cannot_be_meant(rules: list[dict], message: str) -> None:
 def test_malformed_rules(rule: dict, message: str) -> None:
     rule = {key: value for key, value in ({"match": ".*", "train": True} | rule).items() if value is not ...}
     with pytest.raises(ValueError, match=rf"freeze\.rules: .*{message}.*\. A rule has match"):
-        FreezePolicy([rule], lora=None)
+        FreezePolicy([rule], add=None)
 
 
 def test_a_rule_is_a_mapping() -> None:
     with pytest.raises(ValueError, match="head is not a rule"):
-        FreezePolicy(["head"], lora=None)  # type: ignore[list-item]
+        FreezePolicy(["head"], add=None)  # type: ignore[list-item]
 
 
 # Set on a model
@@ -204,7 +204,7 @@ def test_what_is_set_is_a_pure_function_of_the_epoch(
     if thaws is None or min(thaws.values()) > 0:
         event("refused")
         return
-    thaw = Thaw(model, depths, FreezePolicy(as_rules(drawn), lora=None).thaw_epochs(depths))
+    thaw = Thaw(model, depths, FreezePolicy(as_rules(drawn), add=None).thaw_epochs(depths))
     seen: dict[int, dict[str, bool]] = {}
     for epoch in [*range(20), *any_order.sample(range(20), 20)]:
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -233,4 +233,4 @@ def test_freezing_random_numbers_is_an_error(classifier: Build, freeze: str) -> 
 @pytest.mark.parametrize("rule", [{"train": False}, {"train": True, "from_epoch": 1}])
 def test_freezing_everything_is_an_error(classifier: Build, rule: dict) -> None:
     with pytest.raises(ValueError, match="freeze every parameter in epoch 0; let at least the head train"):
-        classifier(FreezePolicy([{"match": ".*"} | rule], lora=None))
+        classifier(FreezePolicy([{"match": ".*"} | rule], add=None))

@@ -229,7 +229,7 @@ def test_compiling_keeps_names_and_outputs(backbone: Build, tiny: dict, monkeypa
     assert all(block._compiled_call_impl for stage in convnext.model.stages for block in stage.blocks)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_layers_give_the_same(backbone: Build, tiny: dict) -> None:
     check_compiled(backbone(arguments=tiny | {"depth": 1}), 28, 1)
 

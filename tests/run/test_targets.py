@@ -77,7 +77,7 @@ def test_resolvers_are_refused(config: dict[str, Any], value: str) -> None:
 
 
 def test_references_to_other_keys_are_allowed(config: dict[str, Any]) -> None:
-    references = ["${backbone}", "${data.batch_size}", "${.norm}", "${..seed}", "${oc.select:freeze.lora,null}"]
+    references = ["${backbone}", "${data.batch_size}", "${.norm}", "${..seed}", "${oc.select:freeze.add,null}"]
     for value in [*references, "a ${seed} b", "${oc.select:backbone.name,${backbone._target_}}"]:
         check_targets({**config, "name": value}, FILE, allow=[])
 

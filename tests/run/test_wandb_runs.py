@@ -238,7 +238,7 @@ def contacted() -> Iterator[tuple[int, list[bytes]]]:
         yield server.getsockname()[1], notes
 
 
-@pytest.mark.parametrize("telemetry", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("telemetry", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_no_traffic_offline(
     telemetry: bool, contacted: tuple[int, list[bytes]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

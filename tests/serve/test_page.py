@@ -188,6 +188,7 @@ def test_a_doubt_is_shown_until_the_drawing_changes(browser, stand_in, serving) 
     page.close()
 
 
+@pytest.mark.long
 def test_a_server_that_is_gone_or_busy(browser, stand_in, serving, digits) -> None:
     """It says so, and goes on by itself with the newest drawing."""
     page = browser.new_page()

@@ -74,7 +74,7 @@ def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "printed"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
     """Ctrl-C with connections that are idle, half way through headers and half way through a body.
 

@@ -14,6 +14,7 @@ from sweeps.conftest import Trained
 
 from thaw.run.ranks import run_command
 from thaw.sweeps.grid import Job, report_sweep
+from thaw.sweeps.run_table import read_run_table
 
 Sweep = Callable[..., int]
 
@@ -43,6 +44,18 @@ def test_the_same_command_runs_only_what_failed(sweep: Sweep, trained: Trained, 
     assert "2 done already, 1 failed: they are retried" in capsys.readouterr().out
     assert sweep("optim.lr=0.01,0.1,0.2") == 0
     assert len(trained) == 4
+
+
+def test_folds_are_one_setting_with_mean_and_spread(sweep: Sweep, trained: Trained, capsys, tmp_path: Path) -> None:
+    """Also where some folds are not typed, or not done."""
+    trained.fails = lambda cfg: RuntimeError("no luck") if (cfg.optim.lr, cfg.data.fold) == (0.1, 1) else None
+    assert sweep("data.source=sample", "data.fold=0,1", "data.folds=3", "optim.lr=0.01,0.1") == 1
+    groups = read_run_table([tmp_path / "sweep"]).groups
+    found = [(group.label, group.val and group.val[2], group.mark) for group in groups]
+    assert found == [("optim.lr=0.01", 2, "best"), ("optim.lr=0.1", 1, "")]
+    said = capsys.readouterr().out
+    assert "2 of 3 folds" in said and "1 of 3 folds" in said and "optim.lr=0.1 data.fold=1 seed=0" in said
+    assert "± is the sample standard deviation over n folds." in " ".join(said.split())
 
 
 def test_an_interrupted_sweep_counts_all_its_jobs_and_goes_on(sweep: Sweep, trained: Trained, capsys) -> None:
@@ -132,6 +145,14 @@ def test_any_folder(name: str, sweep: Sweep, trained: Trained, tmp_path: Path) -
         ("optim.lr=range(2,1)", "gives no value at all"),
         ("optim.rate=0.1,0.2", "optim.rate"),
         ("optim.lr=interval(0.1,1)", "is a range, but a grid needs values"),
+        ("data.fold=4,5 data.source=sample", "data.fold=5 but data.folds=5: folds count from 0 to 4"),
+        ("data.fold=0,1 data.folds=1", "data.folds=1 must be a whole number, 2 or more"),
+        ("data.fold=-1,0", "data.fold=-1 must be a whole number, 0 or more, or null"),
+        ("data.fold=0,1 data.folds=451 data.source=sample", "needs 451 different images of each class to train"),
+        (
+            "data.fold=0 data.folds=450 seed=0,1 data.train_size=64 data.source=sample",
+            "2 seeds x data.folds=450 are more than the 74 images of MNIST",
+        ),
         ("name=??? seed=0,1", "name must be given a value"),
         ("+callbacks.mine={_target_:nowhere.Mine} seed=0,1", "callbacks.mine._target_=nowhere.Mine cannot be imported"),
         ("seed=0,1 trainer=cpu,gpu", "torch sees no GPU"),

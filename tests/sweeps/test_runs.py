@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from thaw.sweeps.cells import format_count
 from thaw.sweeps.groups import group_runs
 from thaw.sweeps.runs import DONE, Run, find_runs, read_run, split_overrides
 
@@ -74,6 +75,29 @@ def test_runs_that_differ_in_their_seed_alone_are_one_setting(tmp_path: Path) ->
     assert [run.seed for run in second.runs] == [1, 2, 0]  # the best first
     assert (first.label, first.val, first.test) == ("optim.lr=0.2", (0.925, None, 1), None)
     assert (second.label, third.label) == ("probe", "data.seed=7")
+
+
+def test_folds_are_averaged_over_their_seeds_and_kept_from_other_folds(tmp_path: Path) -> None:
+    """scikit-learn's cross_val_score gives the same mean; three folds, five folds and none are three settings."""
+    accuracies = {(0, 0): 0.9, (0, 1): 0.94, (1, 0): 0.8, (1, 1): 0.82, (2, 0): 0.7}
+    for (fold, seed), accuracy in accuracies.items():
+        data = CONFIG["data"] | {"fold": fold, "folds": 3}
+        make_run(tmp_path / f"{fold}{seed}", f"data.fold={fold} seed={seed}", accuracy, seed=seed, data=data)
+    make_run(tmp_path / "five", "data.fold=0 data.folds=5", 0.6, data=CONFIG["data"] | {"fold": 0, "folds": 5})
+    make_run(tmp_path / "none", "", 0.5, data=CONFIG["data"] | {"fold": None, "folds": 3})
+    make_run(tmp_path / "earlier", "seed=1", 0.4, seed=1)  # of a version without folds
+    runs, warnings = read(tmp_path)
+    three, five, none = group_runs(runs)
+    by_fold = [0.92, 0.81, 0.7]
+    assert three.val == (pytest.approx(statistics.mean(by_fold)), pytest.approx(statistics.stdev(by_fold)), 3)
+    assert (format_count(three), format_count(five), format_count(none)) == ("3 folds", "1 of 5 folds", "2")
+    assert (three.folds, five.folds, none.folds) == (3, 5, None) and not warnings
+    assert (five.val, none.val) == (
+        (0.6, None, 1),
+        (pytest.approx(0.45), pytest.approx(statistics.stdev([0.4, 0.5])), 2),
+    )
+    assert three.runs[0].repeat_name == "data.fold=0 seed=1"
+    assert {three.label, five.label, none.label} == {"data.folds=3", "data.folds=5", "data.folds=-"}
 
 
 def test_a_seed_that_ran_twice_counts_once(tmp_path: Path) -> None:

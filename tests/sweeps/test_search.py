@@ -441,7 +441,7 @@ def start_worker(tmp_path: Path, name: str, seconds: float, *overrides: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("storage", ["study.db", "study.journal"])
+@pytest.mark.parametrize("storage", [pytest.param("study.db", marks=pytest.mark.long), "study.journal"])
 def test_two_workers_share_a_study(storage: str, tmp_path: Path) -> None:
     """Started at the same time, in an empty folder, they run the wanted number of trials together, none twice."""
     where = f"sweep.storage={tmp_path / 'shared' / storage}"

@@ -41,7 +41,7 @@ def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule) -> Non
     refuse(cfg, model)
     model.optim = rising(model.optim)
     losses = RangeLosses()
-    changed = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    changed: dict[str, Any] = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     changed |= {"enable_checkpointing": False, "enable_progress_bar": False, "profiler": None, "logger": False}
     trainer = build(cfg.trainer, **changed, callbacks=[build(cfg.callbacks.step_seed), losses])
     with progress("learning rates", STEPS, "steps", hidden=not trainer.is_global_zero) as losses.advance:
@@ -109,7 +109,7 @@ def report(cfg: DictConfig, rates: Sequence[float], losses: Sequence[float]) -> 
     run_dir = Path(cfg.run_dir)
     lines = [f"{rate:.6g},{loss:.6g},{mean:.6g}" for rate, loss, mean in zip(rates, losses, smoothed, strict=True)]
     write_text("\n".join(["lr,loss,smoothed", *lines]) + "\n", run_dir / "lr_find.csv")
-    save_lr_range(rates, losses, smoothed, suggested, run_dir / "report" / "lr_find.png")
+    save_lr_range(rates, losses, smoothed.tolist(), suggested, run_dir / "report" / "lr_find.png")
     folder = os.path.relpath(run_dir)
     say(f"\n  {'curve':<12}{folder}/report/lr_find.png, {folder}/lr_find.csv")
     if suggested is None:

@@ -1,7 +1,7 @@
 """Random transforms with their own parameters for every image, applied to a whole batch on the batch's device."""
 
 import math
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +16,18 @@ from thaw.run.values import CountOrZero, NonNegative, Positive, Probability
 FactorSpread: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 BOX_TRIES = 10
 FLOATS_AT_ONCE = 2**18  # pixels of a CPU's chunk: as floats they stay in its cache
+
+
+class Draws(NamedTuple):
+    """The random numbers of one call, B of each; None for a transform that is off."""
+
+    flips: Tensor | None  # (B,) bool
+    boxes: Tensor | None  # (B, 4), see `random_boxes`
+    corners: Tensor | None  # (B, 2), top and left of the box in a padded image
+    factors: Tensor | None  # (B, 3) of brightness, contrast and saturation
+    grid: Tensor | None  # (B, S, S, 2) of sampling points in [-1, 1]
+    amounts: Tensor | None  # (B,) of thickness
+    rectangles: Tensor | None  # (B, 1, S, S)
 
 
 class Augment(nn.Module):
@@ -80,37 +92,53 @@ class Augment(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Also float pixels of any scale whose background is 0: they are not clamped, and gradients pass through."""
-        x = self.random_crop(images)
-        if any(self.colours):
-            size = len(x) if x.is_cuda else max(1, FLOATS_AT_ONCE // x[0].numel())
-            chunks = zip(x.split(size), self.random_factors(x).split(size, dim=1), strict=True)
-            x = torch.cat([as_type_of(recolour(to_floats(chunk), *factors), images) for chunk, factors in chunks])
-        return as_type_of(self.redraw(to_floats(x)), images) if self.redraws else x
+        return self.apply_draws(images, self.draw(images))
 
-    def random_crop(self, x: Tensor) -> Tensor:
-        """Crop and flip; uint8 stays uint8."""
-        if not (self.flip or self.crop_padding or self.crop_area < 1):
-            return x
-        flips = torch.rand(len(x), device=x.device) < self.flip
-        return resize_boxes(x, self.random_boxes(x), flips) if self.crop_area < 1 else self.random_padded_crop(x, flips)
-
-    def redraw(self, x: Tensor) -> Tensor:
-        """The transforms of digits, float (B, C, S, S)."""
+    def draw(self, images: Tensor) -> Draws:
+        """The random numbers for images (B, C, H, W), whose pixels do not matter."""
+        like = to_floats(images[:, :0])  # (B, 0, H, W)
+        flips = boxes = corners = grid = None
+        if self.flip or self.crop_padding or self.crop_area < 1:
+            flips = torch.rand(len(images), device=images.device) < self.flip
+            if self.crop_area < 1:
+                boxes = self.random_boxes(images)
+            else:
+                corners = torch.randint(2 * self.crop_padding + 1, (2, len(images)), device=images.device).T
+        factors = self.random_factors(images) if any(self.colours) else None
         if self.warps:
-            grid = affine_grid(self.random_affine(x), x.shape[-1])  # (B, S, S, 2)
+            grid = affine_grid(self.random_affine(like), like.shape[-1])
             if self.elastic:
-                grid = grid + self.random_displacement(x)
-            x = F.grid_sample(x, grid, align_corners=False)
-        if self.thickness:
-            x = self.random_thickness(x)
-        if self.erase:
-            x = x * self.random_rectangles(x)
-        return x
+                grid = grid + self.random_displacement(like)
+        amounts = self.thickness * uniform(like) if self.thickness else None
+        rectangles = self.random_rectangles(like) if self.erase else None
+        return Draws(flips, boxes, corners, factors, grid, amounts, rectangles)
+
+    def apply_draws(self, images: Tensor, draws: Draws) -> Tensor:
+        """Images (B, C, H, W) transformed by what `draw` returned for as many."""
+        x = images
+        if draws.boxes is not None and draws.flips is not None:
+            x = resize_boxes(x, draws.boxes, draws.flips)
+        elif draws.corners is not None and draws.flips is not None:
+            x = self.padded_crop(x, draws.corners, draws.flips)
+        if draws.factors is not None:
+            size = max(1, FLOATS_AT_ONCE // x[0].numel())
+            chunked = x.dtype == torch.uint8 and not x.is_cuda
+            parts = zip(x.split(size), draws.factors.split(size), strict=True) if chunked else [(x, draws.factors)]
+            x = torch.cat([as_type_of(recolour(to_floats(part), *factors.T), images) for part, factors in parts])
+        return as_type_of(self.redraw(to_floats(x), draws), images) if self.redraws else x
+
+    def redraw(self, x: Tensor, draws: Draws) -> Tensor:
+        """The transforms of digits, float (B, C, S, S)."""
+        if draws.grid is not None:
+            x = F.grid_sample(x, draws.grid, align_corners=False)
+        if draws.amounts is not None:
+            x = thicken(x, draws.amounts)
+        return x if draws.rectangles is None else x * draws.rectangles
 
     def random_factors(self, x: Tensor) -> Tensor:
-        """(3, B) for brightness, contrast and saturation."""
+        """(B, 3) for brightness, contrast and saturation."""
         spread = torch.tensor(self.colours, device=x.device)[:, None]
-        return 1 + spread * (2 * torch.rand(3, len(x), device=x.device) - 1)
+        return (1 + spread * (2 * torch.rand(3, len(x), device=x.device) - 1)).T
 
     def random_boxes(self, x: Tensor) -> Tensor:
         """(B, 4) of top, left, height and width: of several boxes for each image the first that fits into it."""
@@ -124,7 +152,7 @@ class Augment(nn.Module):
         corners = torch.rand(2, len(x), device=x.device) * (sides[:, 0] - boxes + 1)
         return torch.cat([corners, boxes]).long().T
 
-    def random_padded_crop(self, x: Tensor, flips: Tensor) -> Tensor:
+    def padded_crop(self, x: Tensor, corners: Tensor, flips: Tensor) -> Tensor:
         """Padded crop and flip by one gather, which on a CPU is many times as fast as slicing each image."""
         height, width, padding = *x.shape[2:], self.crop_padding
         if self.padding_mode == "reflect" and padding >= min(height, width):
@@ -133,7 +161,7 @@ class Augment(nn.Module):
                 f"{min(height, width)} pixels; choose a smaller one or padding_mode=constant."
             )
         padded = F.pad(x, [padding] * 4, mode=self.padding_mode)
-        top, left = torch.randint(2 * padding + 1, (2, len(x), 1), device=x.device)
+        top, left = corners.T[:, :, None]  # (2, B, 1)
         rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
         columns = torch.where(flips[:, None], columns.flip(0), columns)  # (B, W)
         places = (top + rows)[:, :, None] * padded.shape[3] + (left + columns)[:, None]  # (B, H, W)
@@ -163,13 +191,6 @@ class Augment(nn.Module):
         noise = torch.randn(2, len(x), side + 2 * radius, side + 2 * radius, device=x.device, dtype=x.dtype)
         smooth = blur @ noise @ blur.T  # (2, B, S, S)
         return (2 * self.elastic / side) * smooth.permute(1, 2, 3, 0)
-
-    def random_thickness(self, x: Tensor) -> Tensor:
-        """Blend towards the 3 x 3 maximum (thicker) or minimum (thinner)."""
-        amount = (self.thickness * uniform(x))[:, None, None, None]
-        thicker = F.max_pool2d(x, 3, stride=1, padding=1)
-        thinner = -F.max_pool2d(-x, 3, stride=1, padding=1)
-        return x + amount.clamp(min=0) * (thicker - x) + amount.clamp(max=0) * (x - thinner)
 
     def random_rectangles(self, x: Tensor) -> Tensor:
         """(B, 1, S, S) of 1, with 0 inside one rectangle of each chosen image."""
@@ -214,6 +235,14 @@ def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
     grey = rgb_to_grayscale(x)  # (B, 1, H, W), x itself if C is 1
     mean = grey.mean((2, 3), keepdim=True)
     return brightness * (contrast * (saturation * x + (1 - saturation) * grey) + (1 - contrast) * mean)
+
+
+def thicken(x: Tensor, amounts: Tensor) -> Tensor:
+    """Blend towards the 3 x 3 maximum (thicker) or, by amounts (B,) below 0, the minimum (thinner)."""
+    amount = amounts[:, None, None, None]
+    thicker = F.max_pool2d(x, 3, stride=1, padding=1)
+    thinner = -F.max_pool2d(-x, 3, stride=1, padding=1)
+    return x + amount.clamp(min=0) * (thicker - x) + amount.clamp(max=0) * (x - thinner)
 
 
 def to_floats(x: Tensor) -> Tensor:

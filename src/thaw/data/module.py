@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
+from thaw.data.folds import FoldCount, check_fold, take_fold
 from thaw.data.images import Images, Source, absent_classes, check_source
 from thaw.data.store import decoded_key
 from thaw.run.config import build
@@ -145,6 +146,9 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         reader: how predict.py and the server read a user's picture: `digit` by MNIST's rule, or `photo`.
+        fold: validate on this fold of all images that are not tested on, and train on the others; None stands for the
+            validation split of the source.
+        folds: how many there are.
         train_size: only so many training images: the first ones, or evenly many of each class where they are sorted by
             class; None stands for all.
         batch_size: training images a step on each process.
@@ -158,6 +162,8 @@ class ImageDataModule(LightningDataModule):
     """
 
     reader: Literal["digit", "photo"]
+    fold: CountOrZero | None
+    folds: FoldCount
     train_size: Count | None
     batch_size: Count
     eval_batch_size: Count
@@ -168,6 +174,7 @@ class ImageDataModule(LightningDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_fold(self.fold, self.folds)
         self.loaded: Source | None = None
         self.datasets: dict[tuple[str, torch.device], ImageDataset] = {}
         self.train_loader: ImageLoader | None = None
@@ -193,11 +200,14 @@ class ImageDataModule(LightningDataModule):
         """The images in their splits, read once.
 
         Raises:
-            UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source`.
+            UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source` and
+                `thaw.data.folds.take_fold`.
         """
         if self.loaded is None:
             source = self.read()
             check_source(source)
+            if self.fold is not None:
+                source = take_fold(source, self.fold, self.folds)
             available = len(source.train.labels)
             if self.train_size is not None and self.train_size > available:
                 raise UserError(

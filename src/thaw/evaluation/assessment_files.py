@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from rich.table import Table
 
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.evaluate import wandb_logger_of
 from thaw.evaluation.metrics import mcnemar
-from thaw.evaluation.pictures import WRONG_IMAGES, save_robustness
+from thaw.evaluation.pictures import save_robustness
+from thaw.evaluation.predictions import WRONG_IMAGES
 from thaw.pages.html import write_page
 from thaw.run.errors import UserError
 from thaw.run.files import write_json
@@ -66,6 +68,21 @@ def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
         wrong_images=[(model.pictures[0][1].parent / WRONG_IMAGES).relative_to(folder) for model in assessments],
     )
     return page
+
+
+def cost_table(assessments: Sequence[Assessment]) -> Table:
+    """Accuracy of each model, and what an image costs it."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("val/acc", "test/acc", "parameters", "GFLOPs", "images/s"):
+        table.add_column(title, justify="right")
+    for model in assessments:
+        facts, cost = model.facts, model.facts["cost"]
+        accuracies = ["-" if facts[key] is None else f"{facts[key]:.2%}" for key in ("val/acc", "test/acc")]
+        flops = "-" if cost["flops"] is None else f"{cost['flops'] / 1e9:.3g}"
+        speed = f"{cost['images_per_second']:,.0f}"
+        table.add_row(model.label, *accuracies, f"{cost['parameters']:,}", flops, speed)
+    return table
 
 
 def corruption_means(model: Assessment) -> dict[str, float]:

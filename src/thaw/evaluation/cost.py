@@ -31,7 +31,7 @@ def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
         "device": str(device),
         "precision": predictor.cfg.trainer.precision,
         "threads": torch.get_num_threads(),
-        "checkpoint_mb": round(predictor.checkpoint.stat().st_size / 1e6, 3),
+        "checkpoint_mb": round(sum(file.stat().st_size for file in predictor.files) / 1e6, 3),
         "weights_mb": round(sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6, 3),
     }
 
@@ -39,12 +39,12 @@ def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
 def flops(model: nn.Module, image: Tensor) -> int | None:
     """Operations in matrix products, convolutions and attention; a multiplication and an addition count as two.
 
-    LoRA's updates count as merged. None for a recurrent network, which torch does not count.
+    Added parametrizations, such as LoRA's, count as merged. None for a recurrent network, which torch does not count.
     """
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         return None
     # with gradients, as torch's counter fails without them on a parameter that is a module's input (SigLIP's pool)
-    with torch.enable_grad(), parametrize.cached():  # the first call computes the updated matrices of LoRA
+    with torch.enable_grad(), parametrize.cached():  # the first call computes the parametrized weights
         model(image)
         with FlopCounterMode(display=False) as counter:
             model(image)

@@ -15,7 +15,8 @@ from thaw.task import is_single_label
 
 
 class FinalTest(Callback):
-    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and wrong images.
+    """Collects the logits of a test; then `results` holds the accuracy, `<run_dir>/report` figures and
+    the predictions.
 
     Of a task other than one class an image, `results` holds its own metric.
     """

@@ -1,12 +1,12 @@
-"""Figures about models, each a PNG, and the list of wrong images.
+"""Figures about models, each a PNG.
 
 Shapes: N images of uint8 (N, C, H, W), K classes; logits (N, K), labels (N,). Images are drawn as they are; `on_paper`
 turns bright ink on black into dark ink on paper.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,27 @@ from torch import Tensor
 from thaw.data.images import Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
-from thaw.pages.figures import ACCENT, COLORS, FILL, INK, SMALL, new_figure, plain_axes, save_figure
-from thaw.run.files import atomic
+from thaw.evaluation.predictions import write_predictions
+from thaw.pages.figures import (
+    ACCENT,
+    COLORS,
+    FILL,
+    INK,
+    SMALL,
+    accuracy_axis,
+    new_figure,
+    plain_axes,
+    save_figure,
+)
 
 MOST_EXAMPLES = 32  # images in a figure
 MOST_NAMED, MOST_COUNTED = 60, 30  # classes of a confusion matrix with names at its sides, with numbers in its cells
 MOST_PAIRS = 25  # of classes that are listed beside it
-WRONG_IMAGES = "wrong_images.csv"
 ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, folder: Path) -> None:
-    """Write `confusion_matrix.png`, `worst_images.png` and `wrong_images.csv` into a folder.
+    """Write `confusion_matrix.png`, `worst_images.png`, `predictions.csv` and `wrong_images.csv` into a folder.
 
     `indices` (N,) are the images' places in the test split, `reader` is as in `on_paper`.
     """
@@ -40,25 +49,7 @@ def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, fo
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
     shown = (on_paper(source.test.images[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
     save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
-    write_wrong_images(indices, logits, labels, classes, source.files, folder / WRONG_IMAGES)
-
-
-def write_wrong_images(
-    indices: Tensor, logits: Tensor, labels: Tensor, classes: Sequence[str], files: Sequence[str], path: Path
-) -> None:
-    """Write index, label, answer and confidence of each wrongly classified image as CSV, in order of the indices.
-
-    The last column names its file, if the images of the split have `files`.
-    """
-    confidences, answers = logits.softmax(dim=1).max(dim=1)
-    order = indices.argsort()
-    wrong = order[(answers != labels)[order]]
-    with atomic(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["index", "label", "answer", "confidence", *(["file"] if files else [])])
-        for n in wrong.tolist():
-            index, label, answer = int(indices[n]), classes[int(labels[n])], classes[int(answers[n])]
-            rows.writerow([index, label, answer, f"{float(confidences[n]):.6f}", *files[index : index + 1]])
+    write_predictions(indices, logits, labels, classes, source.files, folder)
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:
@@ -224,6 +215,32 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
             axes.invert_xaxis()  # harder to the right
     if len(curves) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def save_between(combined: Mapping[str, Any], number: int, path: Path) -> None:
+    """Accuracy of the models between two against alpha, with its 95 % interval, and under corruption where measured.
+
+    `combined` are facts of `thaw.evaluation.mixture.Mixture.choose_alpha`; `number` counts the validation images.
+    """
+    figure, rows = new_figure(7.5, 4.2), combined["between"]
+    axes = figure.add_subplot()
+    plain_axes(axes)
+    alphas = [row["alpha"] for row in rows]
+    lines = {"val/acc": "validation images", "corrupted": "corrupted validation images"}
+    for (key, label), color in zip(lines.items(), COLORS, strict=False):
+        if key in rows[0]:
+            axes.plot(alphas, [row[key] for row in rows], marker="o", markersize=3.5, color=color, label=label)
+    low, high = zip(*(accuracy_interval(round(row["val/acc"] * number), number) for row in rows), strict=True)
+    axes.fill_between(alphas, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+    axes.axvline(
+        combined["alpha"], color=INK, linewidth=0.8, linestyle=":", label=f"chosen, alpha {combined['alpha']:g}"
+    )
+    first, second = combined["members"]
+    axes.set_xlabel(f"alpha: 0 is {shorten_name(first, 40)}, 1 is {shorten_name(second, 40)}")
+    every = [row[key] for row in rows for key in lines if key in row]
+    accuracy_axis(axes.yaxis, min([*every, *low]), max([*every, *high]), "accuracy")
+    axes.legend(frameon=False)
     save_figure(figure, path)
 
 

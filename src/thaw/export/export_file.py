@@ -39,7 +39,7 @@ def export_file(
     """Write a file and check it; it replaces an earlier file at `path` only if it passes.
 
     Args:
-        predictor: in fp32 on the CPU; LoRA is merged into its model.
+        predictor: in fp32 on the CPU; what the policy added is merged into its model where it can be.
         source: of the images for comparison and test.
         format: `web` or one of `FILE_FORMATS`.
         quantize: `int8`, for `onnx` and `web`, or None.

@@ -21,6 +21,7 @@ from thaw.data.preprocess import Preprocess
 from thaw.export.facts import check_parity, model_facts, parity_sample, tested_facts
 from thaw.export.model_card import card_code, model_card
 from thaw.export.portable import Portable, portable
+from thaw.freezing.added import added_names
 from thaw.models.backbone import Backbone
 from thaw.models.baselines import Baseline, ConvNet
 from thaw.models.heads import FeatureNorm, LinearHead, MLPHead
@@ -53,7 +54,7 @@ def export_folder(
     """Write a folder and check it with its card's code; it replaces an earlier folder only if it passes.
 
     Args:
-        predictor: in fp32 on the CPU; LoRA is merged into its model.
+        predictor: in fp32 on the CPU; what the policy added is merged into its model where it can be.
         source: of the images for comparison and test.
         license: of the weights, as the hub spells it; None means mit for the bundled weights, else not stated.
         allow: as for `thaw.run.checkpoint.read_checkpoint`.
@@ -61,7 +62,8 @@ def export_folder(
     Returns what was measured.
 
     Raises:
-        UserError: something else lies at `path`, or the folder does not compute what the model does.
+        UserError: something else lies at `path`, something added cannot be merged, or the folder does not compute what
+            the model does.
     """
     if path.exists() and not (
         path.is_dir() and {file.name for file in path.iterdir()} <= {CONFIG, WEIGHTS, HEAD, CARD}
@@ -70,6 +72,12 @@ def export_folder(
     checkpoint = checkpoints.read_checkpoint(predictor.checkpoint, allow)
     sample = parity_sample(predictor, source.test)
     model = portable(predictor)
+    if left := added_names(model):
+        raise UserError(
+            f"format=hub_folder holds a plain model, into whose weights {left[0]} and {len(left) - 1} more cannot be "
+            "merged; use format=onnx or torch_export, whose graph has them."
+        )
+    assert isinstance(model, Portable), "export.py refuses averages"
     facts = model_facts(predictor, "hub_folder")
     with atomic_folder(path) as part:
         try:

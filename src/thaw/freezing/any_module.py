@@ -13,7 +13,7 @@ from thaw.freezing.schedule import FreezeSchedule
 from thaw.run.console import plural, some
 from thaw.run.errors import UserError
 
-OF_LAYERS = ("first", "last", "blocks")  # fields of a rule that count layers
+OF_LAYERS = ("first", "last", "depths", "blocks")  # fields of a rule that count layers
 EXAMPLE = "[{'match': r'head\\..*', 'train': True}, {'match': '.*', 'train': False}]"
 
 
@@ -35,8 +35,8 @@ def freeze(module: LightningModule, rules: Sequence[Mapping[str, Any]]) -> "Free
     the optimizer has it from the first step, whether it is given `self.parameters()` or only what trains. What is still
     frozen then has no gradient, and torch's optimizers leave it alone. A resumed run has the same groups.
 
-    Rules that count layers (`first`, `last`, `blocks`) need a method `depths()` of the module, which gives each
-    parameter's name its depth: 0 for the stem, 1 for the first block, ..., the head the deepest.
+    Rules that count layers (`first`, `last`, `depths`, `blocks`) need a method `depths()` of the module, which gives
+    each parameter's name its depth: 0 for the stem, 1 for the first block, ..., the head the deepest.
 
     Raises:
         UserError: a ValueError; a rule has unknown fields or decides nothing, no rule covers a parameter, nothing
@@ -57,7 +57,7 @@ class FreezeModule(FreezeSchedule):
             raise UserError(f"{kind} has a freezing policy of its own, the setting freeze=...; set that one.")
         if isinstance(rules, str | Mapping) or not all(isinstance(rule, Mapping) for rule in rules):
             raise UserError(f"thaw.freeze: rules must be a list such as {EXAMPLE}, not {rules!r:.60}.")
-        policy, depths = FreezePolicy(rules, lora=None), own_depths(module)
+        policy, depths = FreezePolicy(rules, add=None), own_depths(module)
         of_layers = [rule for rule in policy.rules if any(getattr(rule, field) is not None for field in OF_LAYERS)]
         if of_layers and not any(depths.values()):
             raise UserError(

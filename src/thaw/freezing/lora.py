@@ -1,23 +1,27 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): frozen matrices that learn an update of low rank."""
+"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): frozen weights that learn an update of low rank."""
 
 import math
-import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from thaw.freezing.added import Added, named_layers
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 from thaw.run.values import Positive
 
 
-class LoRA(nn.Module):
-    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was."""
+class LoRA(Added):
+    """W (out, in) -> W + alpha / r B A, with B (out, r) and A (r, in). B starts at 0, and the model as it was.
+
+    A convolution's kernel (out, in / groups, h, w) counts as a matrix (out, in / groups * h * w).
+    """
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
-        out_features, in_features = weight.shape
+        out_features, in_features = weight.flatten(1).shape
         self.lora_A = nn.Parameter(weight.new_empty(rank, in_features))
         self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear draws its weight
@@ -25,11 +29,14 @@ class LoRA(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):  # so that merging changes nothing
-            return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+            if weight.ndim == 2:
+                return torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale)
+            update = (self.lora_B @ self.lora_A).view(weight.shape)
+            return torch.add(weight, update, alpha=self.scale)  # in the memory format of the kernel
 
 
 def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha: Positive) -> None:
-    """Give the backbone's linear layers a low-rank update.
+    """Give the backbone's linear layers a low-rank update; its convolutions if it has no linear layer.
 
     Args:
         backbone: changed in place; its weights are then called `<layer>.parametrizations.weight.original`.
@@ -39,48 +46,18 @@ def add_lora(backbone: Backbone, match: str, last: int | None, rank: int, alpha:
         alpha: scale of the update.
 
     Raises:
-        UserError: no linear layer has such a name, or a number out of its range.
+        UserError: no such layer has such a name, or a number out of its range.
     """
-    depths = backbone.depths()
-    num_layers = max(depths.values()) + 1
-    if last is not None and not 1 <= last <= num_layers:
-        raise UserError(f"freeze.lora.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
-    linear = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    lowest = 0 if last is None else num_layers - last
-    chosen = {
-        name: module
-        for name, module in linear.items()
-        if re.fullmatch(match, name) and depths[f"{name}.weight"] >= lowest
-    }
-    if not chosen:
-        kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in linear})
-        raise UserError(
-            f"freeze.lora.match={match!r} is the name of no linear layer"
-            f"{'' if last is None else f' in the last {last} layers'}; this backbone has "
-            f"{', '.join(kinds) or 'none: choose another policy, e.g. freeze=last_blocks, or a transformer'}."
-        )
-    smallest = min(min(module.weight.shape) for module in chosen.values())
+    for layer in low_rank_layers(backbone, "lora", match, last, rank):
+        parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank, alpha))
+
+
+def low_rank_layers(backbone: Backbone, method: str, match: str, last: int | None, rank: int) -> list[Any]:
+    """The linear layers, or convolutions, for low-rank updates; arguments and errors are those of `add_lora`."""
+    is_linear = any(isinstance(module, nn.Linear) for module in backbone.modules())
+    kind, noun = (nn.Linear, "linear layer") if is_linear else (nn.Conv2d, "convolution")
+    layers = named_layers(backbone, method, match, last, lambda module: isinstance(module, kind), noun)
+    smallest = min(min(layer.weight.flatten(1).shape) for layer in layers)
     if not 1 <= rank <= smallest:
-        raise UserError(f"freeze.lora.rank={rank} must be from 1 to {smallest}, the smallest side of a matrix.")
-    for module in chosen.values():
-        parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank, alpha))
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Write every update into its matrix, for export: the model computes the same, with no trace of LoRA left.
-
-    A copy of the model stays as it is. (torch's `remove_parametrizations` takes `weight` off the class that a module
-    and its deep copies share.)
-    """
-    for module in list(model.modules()):
-        if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
-            original = module.get_parameter("parametrizations.weight.original")
-            weight = nn.Parameter(module.weight.detach(), original.requires_grad)
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            module.weight = weight
-
-
-def plain_name(name: str) -> str:
-    """The name of an adapted layer's parameter without LoRA: `parametrizations.weight.original` -> `weight`."""
-    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
+        raise UserError(f"freeze.{method}.rank={rank} must be from 1 to {smallest}, the smallest side of a matrix.")
+    return layers

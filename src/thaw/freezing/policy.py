@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 from torch import nn
 
-from thaw.freezing.lora import plain_name
+from thaw.freezing.added import added_names, own_names, plain_name
 from thaw.run.errors import UserError
 from thaw.run.suggestions import nearest_word
 from thaw.run.values import Count, CountOrZero, find_problem
@@ -35,6 +35,7 @@ class Rule:
         train: whether these parameters train.
         first: only the backbone's stem and first so many blocks.
         last: only the backbone's last so many layers, and the head, which is above them.
+        depths: only these layers.
         from_epoch: they are frozen before this epoch (the first is 0).
         blocks: they thaw from the top down, so many layers at a time (Howard & Ruder 2018, section 3.3) ...
         every: ... so many epochs apart.
@@ -44,6 +45,7 @@ class Rule:
     train: bool
     first: CountOrZero | None = None
     last: Count | None = None
+    depths: Sequence[CountOrZero] | None = None
     from_epoch: CountOrZero = 0
     blocks: Count | None = None
     every: Count | None = None
@@ -77,6 +79,8 @@ class Rule:
     def covers(self, name: str, depth: int, num_layers: int) -> bool:
         if not any(re.fullmatch(pattern, name) for pattern in self.patterns):
             return False
+        if self.depths is not None and depth not in self.depths:
+            return False
         return (self.first is None or depth <= self.first) and (self.last is None or depth >= num_layers - self.last)
 
     def thaw_epoch(self, depth: int, num_layers: int) -> float:
@@ -94,14 +98,14 @@ class FreezePolicy:
 
     Args:
         rules: mappings with the fields of `Rule`.
-        lora: adds low-rank updates to the backbone, see `thaw.freezing.lora.add_lora`; None adds none.
+        add: called with the backbone, adds parameters to it, e.g. `thaw.freezing.lora.add_lora`; None adds none.
 
     Raises:
         UserError: a rule with unknown fields or an invalid regular expression.
     """
 
-    def __init__(self, rules: Sequence[Mapping], lora: Callable[[nn.Module], None] | None) -> None:
-        self.lora = lora
+    def __init__(self, rules: Sequence[Mapping], add: Callable[[Any], None] | None) -> None:
+        self.add = add
         self.rules = []
         names = [each.name for each in fields(Rule)]
         for rule in rules:
@@ -121,14 +125,15 @@ class FreezePolicy:
         """Decide for every parameter of a model from which epoch it trains; `depths` are as in `thaw_epochs`.
 
         Raises:
-            UserError: as `thaw_epochs`, or LoRA that never trains, or nothing that trains in the first epoch.
+            UserError: as `thaw_epochs`; added parameters never train, or nothing trains in the first epoch.
         """
         epochs = self.thaw_epochs(depths)
-        useless = [name for name, epoch in epochs.items() if "lora_" in name and epoch == NEVER]
-        if useless and self.lora:
+        useless = [name for name in added_names(model) if epochs[name] == NEVER]
+        if useless:
+            kinds = sorted({name.rpartition(".")[2] for name in useless})
             raise UserError(
-                f"freeze.lora adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; add "
-                r"the rule {match: '.*\.lora_[AB]', train: true}, or set freeze.lora to null."
+                f"freeze.add adds {useless[0]} and {len(useless) - 1} more, but freeze.rules never train them; put "
+                rf"the rule {{match: '.*\.({'|'.join(kinds)})', train: true}} before those, or set freeze.add to null."
             )
         if min(epochs.values()) > 0:
             raise UserError("freeze.rules freeze every parameter in epoch 0; let at least the head train.")
@@ -262,7 +267,7 @@ class Thaw:
         """
         names = {name for name, epoch in self.epochs.items() if epoch == NEVER}
         for prefix, module in self.model.named_modules():
-            own = [f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)]
+            own = [f"{prefix}.{name}" for name in own_names(module)]
             if own and names.issuperset(own):
                 names.update(f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False))
         return [name for name in self.model.state_dict() if name in names and name.startswith("backbone.")]
@@ -283,7 +288,7 @@ def modes(model: nn.Module, trainable: Collection[nn.Parameter]) -> dict[nn.Modu
             mode = any(trains) if trains else before
             found.update(dict.fromkeys(module.modules(), mode))
             return mode
-        own = [parameter in trainable for parameter in module.parameters(recurse=False)]
+        own = [module.get_parameter(name) in trainable for name in own_names(module)]
         found[module] = any(own) if own else True
         mode = any(own) if own else before
         for child in module.children():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thaw.freezing.lora import merge_lora, plain_name
+from thaw.freezing.added import added_names, merge_added, plain_name
 from thaw.run.checkpoint import load_model, origin, read_checkpoint
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -14,20 +14,25 @@ from thaw.run.jobs import is_first_rank
 def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     """Copy the weights of an earlier run's checkpoint into `model`; policy, optimizer and schedule stay its own.
 
-    Either of the two models may have LoRA. Returns the earlier run's `backbone.weights`, which those of the new run
-    descend from, too; `allow` is as for `read_checkpoint`.
+    Either of the two models may have added parameters; the earlier run's are merged where they can be. Returns the
+    earlier run's `backbone.weights`, which those of the new run descend from, too; `allow` is as for `read_checkpoint`.
 
     Raises:
-        UserError: the checkpoint is of another architecture.
+        UserError: the checkpoint is of another architecture, or of a policy whose additions this one lacks.
     """
     checkpoint = read_checkpoint(path, allow)
     if is_first_rank():
         say(origin(checkpoint))
     source = load_model(checkpoint)
-    merge_lora(source)
-    theirs, own = source.state_dict(), model.state_dict()
+    merge_added(source)
+    theirs, own, added = source.state_dict(), model.state_dict(), set(added_names(model))
     given = {name: theirs.pop(plain_name(name), None) for name in own}
-    differ = [name for name, tensor in given.items() if tensor is None and "lora_" not in name]
+    if left := [name for name in added_names(source) if name not in added]:
+        raise UserError(
+            f"start_from={path} has {left[0]} and {len(left) - 1} more, which cannot be merged into plain weights. "
+            "Choose the freezing policy that it was trained with."
+        )
+    differ = [name for name, tensor in given.items() if tensor is None and name not in added]
     differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
     differ += list(theirs)
     if differ:

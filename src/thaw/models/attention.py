@@ -9,6 +9,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,7 +38,8 @@ def attention_layers(backbone: Any) -> list[nn.Module]:
 def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
     """Collect the attention maps (B, H, T, T) of the backbone's forward passes in a list.
 
-    Only passes of this thread are recorded. Other threads may use the backbone meanwhile, but not record.
+    Only passes of this thread are recorded. Other threads may use the backbone meanwhile, but not record. Tokens that a
+    policy adds to a block's input, after the class token and registers, are left out: they come from no image.
     """
     thread = get_ident()
     layers: list[Any] = attention_layers(backbone)
@@ -46,7 +48,9 @@ def recorded_attention(backbone: Any) -> Iterator[list[Tensor]]:
 
     def record(module: nn.Module, inputs: Any, attention: Tensor) -> None:
         if get_ident() == thread:
-            maps.append(attention)
+            first, added = backbone.model.num_prefix_tokens, attention.shape[-1] - backbone.num_tokens
+            own = [*range(first), *range(first + added, attention.shape[-1])]
+            maps.append(F.normalize(attention[..., own, :][..., own], p=1, dim=-1) if added else attention)
 
     hooks = [layer.attn_drop.register_forward_hook(record) for layer in layers]
     for layer in layers:

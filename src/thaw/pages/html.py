@@ -9,9 +9,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from thaw.run.files import write_text
 
 
-def data_uri(picture: Path) -> str:
-    """A PNG file as an address that holds its bytes."""
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+def data_uri(picture: Path | bytes) -> str:
+    """A PNG file, or its content, as an address that holds its bytes."""
+    content = picture if isinstance(picture, bytes) else picture.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def render(template: str, **values: Any) -> str:

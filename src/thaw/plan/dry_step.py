@@ -61,11 +61,27 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         UserError: a policy or precision that is not allowed.
         InstantiationException: caused by a UserError: a model that cannot be built.
     """
+    with fake_model(cfg) as model:
+        model.thaw.check_fresh()
+        last = int(max(model.thaw.after(0)))
+        model.thaw.apply(last)
+        model.cut = model.thaw.cut(last)
+        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+
+
+@contextmanager
+def fake_model(cfg: DictConfig) -> Iterator[Any]:
+    """The classifier of a configuration, of fake tensors, which it has within the body; `dry_step` says what it raises.
+
+    Its weights count as loaded where the configuration names some.
+    """
     precision = cfg.trainer.precision
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32  # `.to` cannot convert fake tensors
     cfg = cfg.copy()
+    if cfg.freeze.get("chosen", ()) is None:  # by images; the lowest blocks, which cost most, stand for those
+        cfg.freeze.chosen = [*range(1, 1 + cfg.freeze.k)]
     loaded = cfg.backbone.get("weights", "none") != "none"
     if loaded:
         cfg.backbone.weights = "none"  # nothing to read
@@ -78,11 +94,7 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
         cfg.model.backbone = None
         model = build(cfg.model, _partial_=True)(backbone=backbone)
         backbone.fresh = frozenset() if loaded else backbone.fresh
-        model.thaw.check_fresh()
-        last = int(max(model.thaw.after(0)))
-        model.thaw.apply(last)
-        model.cut = model.thaw.cut(last)
-        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        yield model
 
 
 @contextmanager

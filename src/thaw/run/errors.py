@@ -19,3 +19,7 @@ class UnreachableError(UserFileError, ConnectionError):
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class RunPrunedError(Exception):
+    """Ends a run that another one has left behind; its record says so and counts as no failure."""

@@ -26,7 +26,9 @@ NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
+    "callbacks.pruning",
 )
+NO_JOBS = ("hydra", "compare")  # blocks of a root configuration that no job of it has
 
 
 def is_locked(run_dir: Path) -> bool:
@@ -51,7 +53,7 @@ def register_resolvers() -> None:
 
 def job_key(_root_: DictConfig) -> str:
     """Ten hexadecimal digits of a hash of the resolved configuration: equal keys train equal weights."""
-    config = OmegaConf.create({key: _root_._get_node(key) for key in _root_ if key != "hydra"})
+    config = OmegaConf.create({key: _root_._get_node(key) for key in _root_ if key not in NO_JOBS})
     for key in NOT_THE_RUN:  # emptied, not removed: others refer to them
         parent, _, name = key.rpartition(".")
         block = OmegaConf.select(config, parent) if parent else config
@@ -61,8 +63,12 @@ def job_key(_root_: DictConfig) -> str:
 
 
 def sweep_key(_root_: DictConfig) -> str:
-    """Name of the experiment and a hash of the overrides after `train.py -m`, in any order."""
-    return f"{_root_.name}_{short_hash(sorted(_root_.hydra.overrides.task))}"
+    """Name of the experiment and a hash of the overrides after `train.py -m`, in any order.
+
+    Those of `compare` do not count, so that a comparison with more policies or seeds finds the jobs that are done.
+    """
+    typed = [each for each in _root_.hydra.overrides.task if override_key(each).split(".")[0] not in NO_JOBS]
+    return f"{_root_.name}_{short_hash(sorted(typed))}"
 
 
 def run_name(_root_: DictConfig) -> str:

@@ -21,7 +21,7 @@ from thaw.run.command import explain, show
 from thaw.run.command_line import setting
 from thaw.run.config import plain
 from thaw.run.console import brief, lenient, say
-from thaw.run.errors import UserError
+from thaw.run.errors import RunPrunedError, UserError
 from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import LOCK, is_locked, job_key
 from thaw.run.targets import targets
@@ -50,6 +50,9 @@ def run_job(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> flo
     try:
         with lenient(), in_one_line(cfg):  # submitit starts a job without the script around it
             return run_in_folder(cfg, train)
+    except RunPrunedError as behind:
+        say(f"  pruned: {behind}  in {Path(cfg.run_dir).name}")
+        return None
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and "SUBMITIT_EXECUTOR" in os.environ:
             raise  # which has put the job back into the queue
@@ -121,6 +124,8 @@ def go_on(cfg: DictConfig) -> None:
         return
     log.info("%s was cut off; resuming from its last checkpoint.", os.path.relpath(run_dir))
     cfg.resume = str(run_dir / LAST_CHECKPOINT)
+    if "chosen" in cfg.freeze:  # by a measurement, which is not repeated
+        cfg.freeze.chosen = last["config"]["freeze"]["chosen"]
     if cfg.logger and "wandb" in cfg.logger:
         cfg.logger.wandb.id = last["wandb_id"]
 
@@ -191,7 +196,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         if not has_summary(run_dir):
-            pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which is there for sweep.py alone
+            pruned = type(error).__name__ in ("RunPrunedError", "TrialPruned")  # Optuna's is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
             status = "pruned" if pruned else "killed" if isinstance(error, OSError) else "failed"
             reason = str(error) if pruned else explain(error)

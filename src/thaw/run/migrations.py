@@ -42,6 +42,7 @@ REMOVED = {"thaw.callbacks.weight_averaging.SWA"}  # classes whose blocks become
 RENAMED_KEYS = {  # (class, key) -> the key's name today
     ("thaw.callbacks.feature_monitor.FeatureMonitor", "digits"): "images",
     ("thaw.callbacks.sample_grid.SampleGrid", "digits"): "images",
+    ("thaw.freezing.policy.FreezePolicy", "lora"): "add",
 }
 REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None

@@ -170,7 +170,7 @@ def start_rank(rank: int, run_dir: Path) -> subprocess.Popen:
 def run_command(run_dir: Path, job_name: str) -> list[str]:
     """The command that trains what `config.yaml` in the absolute `run_dir` says; `job_name` names the log file."""
     program = Path(sys.argv[0]).resolve()
-    if program.name == "sweep.py":  # its trials are runs of train.py
+    if program.name in ("sweep.py", "compare.py"):  # whose jobs are runs of train.py
         program = program.with_name("train.py")
     return [
         *(sys.executable, str(program), "--config-path", str(run_dir), "--config-name", CONFIG_NAME),

@@ -26,7 +26,12 @@ FUNCTIONS = {
     "thaw.evaluation.probes.knn",
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
+    "thaw.freezing.dora.add_dora",
     "thaw.freezing.lora.add_lora",
+    "thaw.freezing.adapter.add_adapters",
+    "thaw.freezing.prompt.add_prompts",
+    "thaw.freezing.surgical.choose_blocks",
+    "thaw.freezing.ssf.add_ssf",
 }
 PARTS = {  # thaw's classes that no base class tells from others
     "thaw.freezing.cache.FeatureCache",

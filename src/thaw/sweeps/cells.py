@@ -45,7 +45,7 @@ def run_cells(run: Run, label: str, above: Path) -> list[Cell]:
     folder = os.path.relpath(run.folder, above)
     return [
         (label, label),
-        (shown(run.seed), run.seed),
+        (shown(run.seed) if run.fold is None else run.repeat_name, run.seed if run.fold is None else run.fold),
         (Markup('<span class="{0}">{0}</span>').format(run.state), run.state),
         (shown(run.val_acc, ".2%"), run.val_acc),
         (shown(run.test_acc, ".2%"), run.test_acc),
@@ -69,14 +69,16 @@ def format_score(score: SeedScore | None) -> str:
 
 
 def format_count(group: Group) -> str:
-    """The number of seeds in the mean; `2 of 3` where runs of the setting are not done."""
+    """The number of seeds in the mean, `2 of 3` where runs of the setting are not done; or of folds, `3 of 5 folds`."""
     seeds = group.val[2] if group.val else 0
+    if group.folds:
+        return f"{seeds} folds" if seeds == group.folds else f"{seeds} of {group.folds} folds"
     lost = len(group.runs) - len(group.done)
     return f"{seeds} of {seeds + lost}" if lost else str(seeds)
 
 
 def format_test(group: Group) -> str:
-    """Mean and spread over the tested seeds, or the accuracy of the only tested one with its 95 % interval."""
+    """Mean and spread over the tested seeds or folds, or the accuracy of the only tested run with its 95 % interval."""
     if group.test is None:
         return ABSENT
     if group.test[2] == 1:

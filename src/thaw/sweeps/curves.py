@@ -163,7 +163,7 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
     ring: dict[str, Any] = {"markersize": 13, "markerfacecolor": "none", "color": ACCENT, "zorder": 5}
     axes.plot([point.x for point in marked], [point.mean for point in marked], "o", **ring)
     axes.set_xlabel("peak learning rate (optim.lr)" if key == LEARNING_RATE else key)
-    band = "mean; band: lowest to highest seed" if max(point.seeds for point in points) > 1 else "one seed"
+    band = "mean; band: lowest to highest run" if max(point.seeds for point in points) > 1 else "one run"
     lost = "; x: no run finished" if any(one.lost for one in curves) else ""
     rings = f"; ring: {MARKS[marked[0].mark]}" if marked else ""
     axes.set_title(f"{band}{lost}{rings}", fontsize=10, loc="left", color="#555555")
@@ -175,7 +175,7 @@ def save_swept(curves: Sequence[SweptCurve], key: str, path: Path) -> None:
 
 
 def save_settings(groups: Sequence[Group], path: Path) -> bool:
-    """Draw validation accuracy of each seed (dot) and their mean (bar), a row for each setting, the best above.
+    """Draw validation accuracy of each run (dot) and their mean (bar), a row for each setting, the best above.
 
     Returns:
         False, and draws nothing, if the settings differ in numbers only, or fewer than two have finished.
@@ -193,7 +193,7 @@ def save_settings(groups: Sequence[Group], path: Path) -> bool:
     axes.set_yticks(range(len(rows)), [textwrap.shorten(group.label, 60, placeholder=" ...") for group in rows])
     axes.tick_params(axis="y", length=0, labelsize=SMALL)
     accuracy_axis(axes.xaxis, min(map(min, accuracies)), max(map(max, accuracies)), "best validation accuracy")
-    axes.set_title("dot: a seed; bar: mean", fontsize=10, loc="left", color="#555555")
+    axes.set_title("dot: a run; bar: mean", fontsize=10, loc="left", color="#555555")
     save_picture(axes, path, 0)
     return True
 
@@ -231,7 +231,7 @@ def epoch_lines(groups: Sequence[Group]) -> list[EpochLine]:
     """A line for each of the first settings of which runs have logged accuracies, or for each seed of the only one."""
     members = [(group.label, group.mark, group.done or group.runs) for group in groups]
     if len(groups) == 1:
-        members = [(f"seed {run.seed}", "", [run]) for run in groups[0].runs]
+        members = [(run.repeat_name, "", [run]) for run in groups[0].runs]
     lines = []
     for label, mark, runs in members[: 10 * EPOCH_LINES]:
         curves = [dict(logged) for run in runs if (logged := epoch_curve(run))]
@@ -271,7 +271,7 @@ def save_epochs(groups: Sequence[Group], path: Path) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
     several = max(len(seeds) for line in lines for _, seeds in line.points) > 1
-    notes = ["mean over seeds" + "; band: lowest to highest" * few] * several
+    notes = ["mean over runs" + "; band: lowest to highest" * few] * several
     notes += [f"thick: {MARKS[line.mark]}" for line in lines if line.mark][:1]
     notes += ["dashed: not finished"] * any(not line.finished for line in lines)
     notes += ["grey: other settings"] * (not few)

@@ -23,14 +23,19 @@ def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
 
     `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
     """
+    groups = read_run_table([folder]).groups
+    return test_runs([run for group in groups if every or group.mark for run in group.done], allow)
+
+
+def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
+    """Test finished runs that are not tested yet; returns how many cannot be tested."""
     from thaw.evaluation.evaluate import test_run
     from thaw.run.command import explain
 
-    groups = read_run_table([folder]).groups
-    runs = [run for group in groups if every or group.mark for run in group.done if run.test_acc is None]
+    todo = [run for run in runs if run.test_acc is None]
     failures = 0
-    with progress(f"testing {plural(len(runs), 'run')}", len(runs), "runs", hidden=not runs) as advance:
-        for run in runs:
+    with progress(f"testing {plural(len(todo), 'run')}", len(todo), "runs", hidden=not todo) as advance:
+        for run in todo:
             say(f"testing {os.path.relpath(run.folder)}")
             try:
                 test_run(run.folder, allow)
@@ -80,9 +85,9 @@ def show_run_table(table: RunTable) -> None:
 
 def fitted_table(groups: Sequence[Group], width: int) -> Table:
     """A row for each setting in so many columns: headers and intervals are broken, then settings are folded."""
-    unbounded = console().options.update(width=UNBOUNDED)
     keys = setting_columns(groups)
-    for columns, breaks in ((keys, False), (keys, True), (["setting"], True)):
+
+    def table(columns: Sequence[str], breaks: bool) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("")
         for name in columns:
@@ -93,9 +98,16 @@ def fitted_table(groups: Sequence[Group], width: int) -> Table:
             cells = [shortened(text) for text, _ in group_cells(group, columns)]
             cells = [text.replace(" [", "\n[") for text in cells] if breaks else cells
             table.add_row(group.mark, *cells, style="bold green" if group.mark else None)
-        if console().measure(table, options=unbounded).maximum <= width:
-            break
-    return table
+        return table
+
+    return first_that_fits((table(keys, False), table(keys, True), table(["setting"], True)), width)
+
+
+def first_that_fits(tables: Sequence[Table], width: int) -> Table:
+    """The first table that is no wider, or the last one, whose cells are folded."""
+    unbounded = console().options.update(width=UNBOUNDED)
+    widths = (console().measure(table, options=unbounded).maximum for table in tables)
+    return next((table for table, own in zip(tables, widths, strict=True) if own <= width), tables[-1])
 
 
 def say_where(table: RunTable, folders: Sequence[Path], out: Path, more: Mapping[str, Sequence[str]] = {}) -> None:

@@ -31,12 +31,14 @@ from thaw.run.config import check_devices, plain
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
+from thaw.run.folders import NO_JOBS
 from thaw.run.jobs import is_first_rank, read_state, refuse_chdir
 from thaw.run.targets import targets
 from thaw.run.trainer_settings import check_trainer
 from thaw.run.values import check_types
 from thaw.sweeps.cells import about_left, shortened
 from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
+from thaw.sweeps.fold_check import check_folds
 from thaw.sweeps.groups import without_shared
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
 
@@ -118,8 +120,11 @@ class GridSweep(Sweeper):
         if status or unfinished:
             sys.exit(status or 1)
 
-    def launch(self, jobs: Sequence[Job]) -> None:
-        """Run jobs; those that the basic launcher runs in this process are announced, one by one."""
+    def launch(self, jobs: Sequence[Job], before: int = 0, total: int | None = None) -> None:
+        """Run jobs; those that the basic launcher runs in this process are announced, one by one.
+
+        `before` is how many jobs came earlier, of `total` in all.
+        """
         overrides = [job.overrides for job in jobs]
         if jobs and "submitit" in self.config.hydra.launcher._target_:  # which says nothing while it waits
             say(f"waiting for {plural(len(jobs), 'job')}; output in {os.path.relpath(self.folder / '.submitit')}")
@@ -129,12 +134,13 @@ class GridSweep(Sweeper):
             return
         logging.getLogger(BASIC_LAUNCHER.rpartition(".")[0]).setLevel(logging.WARNING)  # it calls each job #0
         started = time.monotonic()
-        names = map(" ".join, without_shared(overrides))
+        names = names_of(jobs)
+        total = before + len(jobs) if total is None else total
         for done, (name, of_job) in enumerate(zip(names, overrides, strict=True)):
             if is_first_rank():
-                left = about_left(started, done, len(jobs) - done)
-                say(f"job {done + 1} of {len(jobs)}{left}: {shortened(name)}", "bold")
-            for job in self.launcher.launch([of_job], initial_job_idx=done):
+                left = about_left(started, done, total - before - done)
+                say(f"job {before + done + 1} of {total}{left}: {shortened(name)}", "bold")
+            for job in self.launcher.launch([of_job], initial_job_idx=before + done):
                 _ = job.return_value
 
     def jobs(self, arguments: list[str]) -> list[Job]:
@@ -157,6 +163,12 @@ class GridSweep(Sweeper):
         return [compose_job(self.hydra_context, self.config, overrides) for overrides in batch]
 
 
+def names_of(jobs: Sequence[Job]) -> list[str]:
+    """What tells the jobs of a launch apart: the overrides that not all of them share."""
+    own = [[each for each in job.overrides if not override_key(each).startswith("callbacks.pruning")] for job in jobs]
+    return [" ".join(each) for each in without_shared(own)]
+
+
 def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequence[str]) -> Job:
     """Compose a job from its own overrides and the sweep's context and configuration, which names the folder."""
     cfg = hydra_context.config_loader.load_sweep_config(config, list(overrides))
@@ -165,7 +177,8 @@ def compose_job(hydra_context: HydraContext, config: DictConfig, overrides: Sequ
     named = [override for override in overrides if override_key(override) not in ignored]
     cfg.run_dir, cfg.overrides = str(folder), " ".join(named)  # which Hydra itself knows only inside the job
     with open_dict(cfg):
-        del cfg["hydra"]
+        for block in NO_JOBS:
+            cfg.pop(block, None)
     return Job(tuple(overrides), cfg, folder)
 
 
@@ -184,6 +197,7 @@ def check_jobs(jobs: Sequence[Job], on_this_machine: bool) -> None:
         if missing := OmegaConf.missing_keys(job.cfg):
             raise UserError(f"{', '.join(sorted(missing))} must be given a value: {min(missing)}=...")
         check_run(job.cfg, on_this_machine)
+    check_folds([job.cfg for job in jobs], on_this_machine)
 
 
 def check_run(cfg: DictConfig, on_this_machine: bool) -> None:
@@ -235,4 +249,5 @@ def waiting_run(job: Job) -> Run:
     """The record of a job that has not started."""
     cfg, reason = job.cfg, UNFINISHED["waiting"]
     overrides, settings = split_overrides(cfg.overrides), settings_of(plain(cfg))
-    return Run(job.folder, "waiting", cfg.name, overrides, cfg.seed, reason=reason, settings=settings)
+    folds = {key: OmegaConf.select(cfg, f"data.{key}") for key in ("fold", "folds")}
+    return Run(job.folder, "waiting", cfg.name, overrides, cfg.seed, **folds, reason=reason, settings=settings)

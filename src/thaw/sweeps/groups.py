@@ -1,4 +1,4 @@
-"""Runs grouped into settings, which are equal in everything but the seed, and ordered by validation accuracy."""
+"""Runs grouped into settings, which are equal in everything but seed and fold, and ordered by validation accuracy."""
 
 import json
 import statistics
@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from thaw.sweeps.runs import ACCURACY, DONE, NUMBERS, Run
 
-SeedScore = tuple[float, float | None, int]  # mean, sample standard deviation (None for one seed), number of seeds
+SeedScore = tuple[
+    float, float | None, int
+]  # mean, sample standard deviation (None for one seed), number of seeds or folds
 Mark = Literal["", "best", "Pareto"]
 ABSENT = "-"
 
@@ -40,18 +42,23 @@ class Group:
         return [(key, value) if equals else (key if key[0] == "~" else "name", key) for key, equals, value in split]
 
     @property
+    def folds(self) -> int | None:
+        """How many folds its data are cut into; None without cross-validation."""
+        return None if self.runs[0].fold is None else self.runs[0].folds
+
+    @property
     def trainable_params(self) -> int | None:
         return next((run.trainable_params for run in self.done if run.trainable_params is not None), None)
 
     def score(self, field: str) -> SeedScore | None:
-        """A field of the finished runs over seeds; repeated runs of one seed count once, with their mean."""
-        by_seed: dict[Any, list[float]] = {}
+        """A field of the finished runs over folds, else over seeds; several runs of one count once, with their mean."""
+        repeats: dict[Any, list[float]] = {}
         for run in self.done:
             if (value := getattr(run, field)) is not None:
-                by_seed.setdefault(run.folder if run.seed is None else run.seed, []).append(value)
-        if not by_seed:
+                repeats.setdefault(run.repeat, []).append(value)
+        if not repeats:
             return None
-        values = [statistics.mean(of_seed) for of_seed in by_seed.values()]
+        values = [statistics.mean(of_one) for of_one in repeats.values()]
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
@@ -87,7 +94,7 @@ def mark_winners(groups: Sequence[Group], objectives: Sequence[str]) -> None:
 
 
 def cost(group: Group, metric: str) -> float | None:
-    """The mean of a metric over seeds, negative for an accuracy: less is better."""
+    """The mean of a metric over seeds or folds, negative for an accuracy: less is better."""
     score = group.score(NUMBERS.get(metric, metric))
     mean = score and round(score[0], 9)  # so that the order of a sum decides no tie
     return mean if mean is None or metric not in ACCURACY else -mean

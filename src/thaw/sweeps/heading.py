@@ -22,7 +22,8 @@ def describe_runs(groups: Sequence[Group], folders: Sequence[Path]) -> list[tupl
     runs = [run for group in groups for run in group.runs]
     shared = set.intersection(*(set(run.overrides) for run in runs))
     seeds = sorted({run.seed for run in runs if run.seed is not None})
-    varied = differing(groups) | {"seed": [str(seed) for seed in seeds]}
+    folds = sorted({run.fold for run in runs if run.fold is not None})
+    varied = differing(groups) | {"seed": [*map(str, seeds)], "data.fold": [*map(str, folds)]}
     starts = sorted(run.started for run in runs if run.started)
     best = [group.runs[0].folder / "checkpoints" / "best.ckpt" for group in groups if group.mark]
     facts = [

@@ -26,8 +26,7 @@ from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
 from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
 from thaw.run.values import Count, Positive
 from thaw.sweeps import machine
-from thaw.sweeps.grid import Job, compose_job
-from thaw.sweeps.groups import without_shared
+from thaw.sweeps.grid import Job, compose_job, names_of
 from thaw.sweeps.status import Status, outcome_of
 
 OUTPUT = "output.log"  # the output of a job, in its folder
@@ -90,8 +89,7 @@ class JobQueue(Launcher):
                     f"{' '.join(job.overrides)} needs {plural(count, 'GPU')}; free here: {len(self.free['gpu'])}; "
                     "lower trainer.devices, or name GPUs to share: hydra.launcher.gpus=[0,1]."
                 )
-        names = map(" ".join, without_shared([job.overrides for job in waiting]))
-        queue = list(zip(waiting, names, strict=True))
+        queue = list(zip(waiting, names_of(waiting), strict=True))
         running: list[Running] = []
         with Status(len(queue)) as status, sigterm_interrupts():
             try:

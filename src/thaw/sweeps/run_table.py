@@ -23,7 +23,7 @@ from thaw.sweeps.runs import DONE, FAILURES, NUMBERS, UNFINISHED, Run, find_runs
 CSV_FIELDS = {  # header -> field of a run, or what is said of its group
     **{name: name for name in ("rank", "setting", "name", "overrides", "state")},
     **{name: NUMBERS[name] for name in ("val/acc", "test/acc", "test/acc_low", "test/acc_high")},
-    **{name: name for name in ("trainable_params", "seconds", "epochs", "seed", "folder", "reason")},
+    **{name: name for name in ("trainable_params", "seconds", "epochs", "seed", "fold", "folder", "reason")},
 }
 MAX_PICTURES = 4  # of swept keys
 
@@ -129,10 +129,10 @@ def format_csv(groups: Sequence[Group]) -> str:
 
 
 def lost_runs(groups: Sequence[Group]) -> list[tuple[Run, str]]:
-    """The runs that did not finish, each with its setting and seed."""
+    """The runs that did not finish, each with its setting, seed and fold."""
     lost = [(run, group.label) for group in groups for run in group.runs if run.state != DONE]
     lost.sort(key=lambda one: [*FAILURES, *UNFINISHED].index(one[0].state))
-    return [(run, label if run.seed is None else f"{label} seed={run.seed}") for run, label in lost]
+    return [(run, f"{label} {run.repeat_name}".rstrip()) for run, label in lost]
 
 
 def format_notes(groups: Sequence[Group], objectives: Sequence[str]) -> list[str]:
@@ -142,7 +142,8 @@ def format_notes(groups: Sequence[Group], objectives: Sequence[str]) -> list[str
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys([DONE, *states]) if state in states)
     notes = [f"{plural(len(runs), 'run')} of {plural(len(groups), 'setting')}: {counts}."]
     if any(group.val and group.val[2] > 1 for group in groups):
-        notes.append("± is the sample standard deviation over n seeds.")
+        over = {"folds" if group.folds else "seeds" for group in groups}
+        notes.append(f"± is the sample standard deviation over n {' or '.join(sorted(over))}.")
     if any(group.mark == "Pareto" for group in groups):
         notes.append(f"Pareto: no other setting is better in one of {', '.join(objectives)} and as good in the others.")
     tested = sum(run.state == DONE and run.test_acc is not None for run in runs)

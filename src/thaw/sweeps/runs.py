@@ -34,7 +34,8 @@ NUMBERS = {  # key in summary.json or failure.json -> field of a run
 }
 NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
 
-NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir")  # runs that differ in these alone are of one setting
+MEASURED = "freeze.chosen"  # by the run itself, unless it is typed
+NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir", "data.fold")  # runs that differ in these alone are of one setting
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Run:
     name: str = "?"
     overrides: tuple[str, ...] = ()
     seed: int | None = None
+    fold: int | None = None
+    folds: int | None = None
     val_acc: float | None = None
     test_acc: float | None = None
     test_low: float | None = None
@@ -72,13 +75,24 @@ class Run:
         return self.state in FAILURES and self.state != "pruned"
 
     @property
+    def repeat(self) -> int | Path:
+        """Which repeat of its setting this is: its fold, or its seed; a run that tells neither is its own."""
+        return next(each for each in (self.fold, self.seed, self.folder) if each is not None)
+
+    @property
+    def repeat_name(self) -> str:
+        """`data.fold=3 seed=0`, as far as the run tells."""
+        said = {"data.fold": self.fold, "seed": self.seed}
+        return " ".join(f"{key}={value}" for key, value in said.items() if value is not None)
+
+    @property
     def has_auto(self) -> bool:
         """Whether settings are not settled yet, because the run has not started to train."""
         return any(value == "auto" and key.rpartition(".")[2] in AUTO for key, value in self.settings.items())
 
     @cached_property
     def identity(self) -> str:
-        """Equal for runs that differ in their seed alone."""
+        """Equal for runs that differ in their seed or fold alone."""
         return json.dumps(self.settings or [self.name, *self.overrides], sort_keys=True, default=str)
 
 
@@ -122,6 +136,7 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
     else:
         state = "interrupted"
     facts, record = failure | summary, read_mapping(folder / RECORD, warnings)
+    keys = dotted(config)
     said = config | facts
     return Run(
         folder=folder,
@@ -129,6 +144,8 @@ def read_run(folder: Path, warnings: list[str]) -> Run:
         name=str(said.get("name", folder.name)),
         overrides=split_overrides(said.get("overrides")),
         seed=finite_number(said, "seed", folder, warnings),
+        fold=finite_number(keys, "data.fold", folder, warnings),
+        folds=finite_number(keys, "data.folds", folder, warnings),
         **{name: finite_number(facts, key, folder, warnings) for key, name in NUMBERS.items()},
         reason="" if state == DONE else UNFINISHED.get(state) or str(failure.get("reason")),
         traceback="" if state == DONE else str(failure.get("traceback") or ""),
@@ -181,8 +198,14 @@ def dotted(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with dotted keys and without `NOT_THE_SETTING`."""
-    return {key: value for key, value in dotted(config).items() if not is_aside(key)}
+    """A configuration with dotted keys, without `NOT_THE_SETTING` and what the run has measured itself.
+
+    It has `data.folds` if it is of one of them.
+    """
+    keys = dotted(config)
+    typed = map(override_key, split_overrides(config.get("overrides")))
+    unused = {MEASURED}.difference(typed) | ({"data.folds"} if keys.get("data.fold") is None else set())
+    return {key: value for key, value in keys.items() if not is_aside(key) and key not in unused}
 
 
 def is_aside(key: str) -> bool:
