@@ -22,6 +22,7 @@ from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
+from thaw.run.trackers import tracker_ids
 
 
 class RunRecord(Callback):
@@ -73,6 +74,7 @@ class RunRecord(Callback):
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
+        checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.evaluate import wandb_logger_of
+from thaw.evaluation.evaluate import loggers_of
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
 from thaw.evaluation.predictions import WRONG_IMAGES
@@ -95,15 +95,14 @@ def corruption_means(model: Assessment) -> dict[str, float]:
 
 
 def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -> None:
-    """Add numbers, figures and page to the W&B run that trained the checkpoint, if there is one."""
+    """Add numbers and figures to the logged runs that trained the checkpoint, if there are any; the page to W&B's."""
     cfg = OmegaConf.create(checkpoint["config"])
     if not (Path(cfg.run_dir) / "config.yaml").is_file():  # the checkpoint was taken out of its run
         cfg.run_dir = str(page.parent)
-    loggers = wandb_logger_of(checkpoint, cfg)
+    loggers = loggers_of(checkpoint, cfg)
     run = wandb_run(loggers)
-    if run is None:
+    if not loggers:
         return
-    import wandb
 
     try:
         facts = assessment.facts
@@ -114,6 +113,9 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
         add_to_summary(loggers, numbers)
         for path in [*(path for _, path in assessment.pictures), page.parent / "robustness.png"]:
             log_image(loggers, f"report/{path.stem}", path)
-        run.log({"report/page": wandb.Html(str(page), inject=False)})
+        if run is not None:
+            import wandb
+
+            run.log({"report/page": wandb.Html(str(page), inject=False)})
     finally:
         finish(loggers)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.table import Table
 
 from thaw.evaluation.paired import difference_interval, holm, sign_flip_test
@@ -218,11 +217,7 @@ def say_notes(
 
 def training_command(comparison: Comparison, policy: PolicyResult) -> str:
     """The command that trains a policy's first seed again, as a shell takes it."""
-    path = policy.group.runs[0].folder / ".hydra" / "overrides.yaml"
-    if path.is_file():
-        overrides = [str(each) for each in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    else:
-        overrides = [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
+    overrides = policy.train or [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
     kept = [each for each in overrides if not re.match(ASIDE, override_key(each))]
     config = read_mapping(policy.group.runs[0].folder / "config.yaml", [])
     if (config.get("callbacks") or {}).get(STOPPING, True) is None:  # in a comparison no run ends early

@@ -34,6 +34,7 @@ class PolicyResult:
     at_edge: bool
     tries: list[dict[str, Any]]
     group: Group
+    train: list[str] = field(default_factory=list)  # what train.py is told to train it
     predictions: list[Predictions] = field(default_factory=list)
 
     @property
@@ -144,6 +145,7 @@ def read_policy(folder: Path, entry: dict[str, Any], classes: Sequence[str], war
         at_edge=bool(entry.get("at_edge")),
         tries=entry.get("tries", []),
         group=Group(runs, [entry["policy"]]),
+        train=entry.get("train", []),
     )
     for run in policy.group.done:
         path = run.folder / "report" / PREDICTIONS
