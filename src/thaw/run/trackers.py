@@ -107,6 +107,7 @@ def mlflow_logger(
     """
     check_installed("mlflow", "sqlalchemy")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     for chatty in ("alembic.runtime.migration", "lightning.pytorch.loggers.mlflow"):  # as a new store is made
         logging.getLogger(chatty).setLevel(logging.ERROR)
     uri, folder = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(dir).absolute()
@@ -126,7 +127,6 @@ class RunTrackio(Tracker):
     def __init__(self, project: str, name: str, group: str, id: str | None) -> None:
         super().__init__()
         self.project, self.id, self.group = project, id or name, group
-        self.config: dict[str, Any] = {}
         self._run: Any = None
 
     name = property(lambda self: self.project)
@@ -150,7 +150,6 @@ class RunTrackio(Tracker):
                     project=self.project,
                     name=self.id,
                     group=self.group,
-                    config=self.config,
                     resume="allow",
                     embed=False,
                     auto_log_gpu=False,
@@ -160,8 +159,9 @@ class RunTrackio(Tracker):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        self.config = _flatten_dict(_convert_params(params))
-        _ = self.experiment  # which takes them only when it starts
+        from trackio.utils import to_json_safe
+
+        self.experiment.config.update(to_json_safe(_flatten_dict(_convert_params(params))))  # kept by the first log
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
