@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,6 @@ def mlflow_logger(
         dir: for that file, and pictures of its runs.
         id: of the run to continue, or None for a new one.
     """
-    check_installed("mlflow", "sqlalchemy")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     for chatty in ("alembic.runtime.migration", "lightning.pytorch.loggers.mlflow"):  # as a new store is made
@@ -198,19 +196,9 @@ def trackio_logger(project: str, name: str, group: str | None, dir: str, run_dir
         dir: its store; TRACKIO_DIR, if set, has precedence.
         id: name of the run to continue, or None for a new one.
     """
-    check_installed("trackio")
     os.environ.setdefault("TRACKIO_DIR", str(Path(dir).absolute()))  # read when trackio is imported
     folder = Path(run_dir)
     return RunTrackio(project, f"{name.strip()} ({folder.name})", group or folder.parent.name, id)
-
-
-def check_installed(kind: str, *others: str) -> None:
-    """Refuse a logger whose package is missing."""
-    if missing := [each for each in (kind, *others) if find_spec(each) is None]:
-        raise UserError(
-            f"logger={kind} needs {', '.join(missing)}, which is not installed: pip install -e '.[{kind}]', or choose "
-            "another logger, such as logger=csv."
-        )
 
 
 def tracker_ids(loggers: Sequence[Logger]) -> dict[str, str]:
