@@ -72,7 +72,7 @@ def test_trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     first.finalize("success")
     first.close(False)  # type: ignore[attr-defined]
     assert run == "probe optim.lr=1 (job)"
-    later = trackers.trackio_logger(**given | {"run_dir": str(tmp_path / "resumed"), "id": run})
+    later = trackers.trackio_logger(**given | {"run_dir": str(tmp_path / "sweep" / "resumed"), "id": run})
     assert log(later) == run
     later.close(True)  # type: ignore[attr-defined]
     runs = list(trackio.Api().runs("thaw"))
