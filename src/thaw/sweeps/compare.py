@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.command_line import override_key
+from thaw.run.command_line import override_key, quoted
 from thaw.run.config import build, settle
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
@@ -125,7 +125,7 @@ class CompareSweep(GridSweep):
         """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
             if job in policy.tries.values() and (best := best_try(policy.tried())):
-                pruning = f"callbacks.pruning.reference={policy.tries[best].folder.name}"
+                pruning = f"callbacks.pruning.reference={quoted(policy.tries[best].folder.name)}"  # it may look like a number
                 return Job((*job.overrides, pruning), job.cfg, job.folder)
         return job
 
