@@ -125,8 +125,8 @@ class CompareSweep(GridSweep):
         """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
             if job in policy.tries.values() and (best := best_try(policy.tried())):
-                pruning = f"callbacks.pruning.reference={quoted(policy.tries[best].folder.name)}"  # it may look like a number
-                return Job((*job.overrides, pruning), job.cfg, job.folder)
+                name = quoted(policy.tries[best].folder.name)  # which may look like a number
+                return Job((*job.overrides, f"callbacks.pruning.reference={name}"), job.cfg, job.folder)
         return job
 
     def test(self) -> int:
