@@ -1,6 +1,6 @@
 """A tiny ViT, a classifier on it, and a few steps of training that tests share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from thaw.classifier import Classifier
@@ -70,7 +71,7 @@ def policy() -> Callable[..., FreezePolicy]:
 
     def build(name: str, **changes: Any) -> FreezePolicy:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
-        cfg.freeze.merge_with(changes)
+        cfg.freeze.merge_with({"chosen": [2]} if name == "surgical" else {}, changes)
         rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
         return FreezePolicy(rules, add=instantiate(cfg.freeze.get("add")))
 
@@ -109,6 +110,23 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
         return Classifier(base, head, augment, NO_MIX, chosen, recipe, cache=cache, **values)
 
     return build
+
+
+def parametrized(layer: Any, name: str, *parts: nn.Module) -> None:
+    """Parametrize a layer's tensor, with random values in place of those that change nothing."""
+    for part in parts:
+        parametrize.register_parametrization(layer, name, part)
+        for parameter in part.parameters():
+            nn.init.normal_(parameter)
+
+
+def assert_same(got: Tensor, expected: Tensor, leaves: Sequence[Tensor], theirs: Sequence[Tensor] = ()) -> None:
+    """Two outputs, and the gradients of a random sum of them at equal leaves, differ by 1e-5 of the largest value."""
+    weights = torch.randn(expected.shape)
+    own, other = ((each * weights).sum() for each in (got, expected))
+    gradients = torch.autograd.grad(own, leaves), torch.autograd.grad(other, theirs or leaves)
+    for one, two in [(got, expected), *zip(*gradients, strict=True)]:
+        assert (one.flatten() - two.flatten()).abs().max() <= 1e-5 * two.abs().max()
 
 
 def mnist_data(**changes: Any) -> MNISTData:

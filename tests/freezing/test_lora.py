@@ -1,131 +1,95 @@
-"""LoRA: starts as the plain model, computes W + alpha / r B A, merges without a trace, and trains alone."""
+"""LoRA computes W + alpha / r B A, in linear layers and in convolutions, and refuses what it cannot change."""
 
-import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import compose_run
-from torch import Tensor, nn
+from small_models import assert_same, parametrized
+from torch import nn
+from torch.nn import functional
 
 from thaw.classifier import Classifier
 from thaw.data.module import Batch
-from thaw.evaluation.cost import flops
-from thaw.freezing.added import merge_added, plain_name
-from thaw.freezing.lora import add_lora
+from thaw.freezing.added import added_names
+from thaw.freezing.dora import DoRA
+from thaw.freezing.lora import LoRA, add_lora
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 from thaw.run.values import check_types
 
 Build = Callable[..., Classifier]
-CONVNET = {"name": "test_resnet", "arguments": {}}
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"kernel_size": 1},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "bias": False},
+    {"kernel_size": 3, "padding": "same", "groups": 2},
+]
 
 
-def adapted(classifier: Build, policy: Callable, **changes: object) -> Classifier:
-    """With a trained look: B is no longer 0."""
-    model = classifier(policy("lora", lora=changes))
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
+@pytest.mark.parametrize("settings", CONVOLUTIONS)
+def test_a_convolution_is_the_sum_by_hand(settings: dict) -> None:
+    """The narrow convolution with A as its kernels, and one of 1 x 1 with B; for each group, with its rows of B."""
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(4, 6, **settings), torch.randn(2, 4, 8, 8, requires_grad=True)
+    weight, update = layer.weight, LoRA(layer.weight, 2, 3.0)
+    parametrized(layer, "weight", update)
+    kernels, rows = update.lora_A.view(2, *weight.shape[1:]), update.lora_B[..., None, None].chunk(layer.groups)
+    own = {key: value for key, value in settings.items() if key in ("stride", "padding", "dilation")}
+    narrow = [functional.conv2d(part, kernels, **own) for part in images.chunk(layer.groups, dim=1)]
+    wide = torch.cat([functional.conv2d(x, b) for x, b in zip(narrow, rows, strict=True)], dim=1)
+    expected = functional.conv2d(images, weight, layer.bias, groups=layer.groups, **own) + 3.0 / 2 * wide
+    assert_same(layer(images), expected, [images, update.lora_A, update.lora_B])
 
 
-def updates(model: nn.Module) -> dict[str, Tensor]:
-    """B A of each adapted layer."""
-    state = model.state_dict()
-    factors = {name.rpartition(".parametrizations")[0] for name in state if "lora_" in name}
-    part = "{}.parametrizations.weight.0.lora_{}"
-    return {name: state[part.format(name, "B")] @ state[part.format(name, "A")] for name in sorted(factors)}
-
-
-def test_starts_as_the_plain_model(classifier: Build, batch: Batch) -> None:
-    plain, lora = classifier("full"), classifier("lora")
-    assert len(updates(lora)) == 3 * 4  # qkv, proj, fc1, fc2 of each block
-    lora.head.load_state_dict(plain.head.state_dict())
-    for name, tensor in plain.state_dict().items():
-        theirs = {plain_name(key): value for key, value in lora.state_dict().items()}
-        assert torch.equal(theirs[name], tensor), name
-    assert torch.equal(lora.eval()(batch.images), plain.eval()(batch.images))
+def test_the_kernel_keeps_its_memory_format() -> None:
+    layer = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parametrized(layer, "weight", LoRA(layer.weight, 2, 1.0))
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 16.0), (8, 0.5), (32, 3.0)])
-def test_equals_the_sum_by_hand_and_merges_into_it(
+def test_a_transformer_is_the_sum_by_hand(
     classifier: Build, policy: Callable, batch: Batch, rank: int, alpha: float
 ) -> None:
-    model = adapted(classifier, policy, rank=rank, alpha=alpha).eval()
-    hand = classifier("full").eval()
+    model, hand = classifier(policy("lora", lora={"rank": rank, "alpha": alpha})).eval(), classifier("full").eval()
     hand.head.load_state_dict(model.head.state_dict())
     before = hand(batch.images)
-    for name, product in updates(model).items():
-        assert torch.linalg.matrix_rank(product) == rank
-        hand.get_submodule(name).weight.data += alpha / rank * product
+    factors = [name.removesuffix("A") for name in added_names(model) if name.endswith("A")]
+    assert len(factors) == 3 * 4  # qkv, proj, fc1, fc2 of each block
+    for name in factors:
+        a, b = model.get_parameter(f"{name}A"), model.get_parameter(f"{name}B")
+        nn.init.normal_(b, std=0.1)
+        assert a.shape[0] == b.shape[1] == rank
+        hand.get_submodule(name.partition(".parametrizations")[0]).weight.data += alpha / rank * b @ a
     logits = model(batch.images)
     torch.testing.assert_close(logits, hand(batch.images), rtol=1e-4, atol=1e-5)
     assert (logits - before).abs().max() > 0.01
 
-    merge_added(model)
-    assert torch.equal(model(batch.images), logits)
-    assert model.state_dict().keys() == hand.state_dict().keys()
-    assert [type(module) for module in model.modules()] == [type(module) for module in hand.modules()]
-    for name, tensor in hand.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], tensor, msg=name)
 
-
-def test_merging_changes_nothing_in_mixed_precision(classifier: Build, policy: Callable, batch: Batch) -> None:
-    model = adapted(classifier, policy).eval()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(batch.images)
-        merge_added(model)
-        assert torch.equal(model(batch.images), logits)
-
-
-def test_factors_and_head_train_and_nothing_else(classifier: Build, batch: Batch, fit: Callable) -> None:
-    model = classifier("lora", optim={"weight_decay": 0.0})
-    before = copy.deepcopy(model.state_dict())
-    fit(model, [batch] * 3)
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    factors = {f"{name}.parametrizations.weight.0.lora_{x}" for name in updates(model) for x in "AB"}
-    assert moved == factors | {"head.linear.weight", "head.linear.bias"}
-
-
-@pytest.mark.parametrize("last", [1, 2, None])
-def test_what_lies_below_the_last_layers_is_left_alone(classifier: Build, policy: Callable, last: int | None) -> None:
-    model = classifier(policy("lora", lora={"last": last}))
-    blocks = {int(name.split("blocks.")[1][0]) for name in updates(model)}
-    assert blocks == set(range(3 - (last or 3), 3))
-    assert (model.thaw.cut(0), model.thaw.next_cut_epoch(0)) == (4 - (last or 3), float("inf"))  # stem and blocks
-
-
-def test_a_copy_stands_alone(classifier: Build, policy: Callable, batch: Batch) -> None:
-    model = adapted(classifier, policy).eval()
-    twin = copy.deepcopy(model.backbone)
-    images = model.preprocess(batch.images)
-    assert torch.equal(twin(images), model.backbone(images))
-    for name, parameter in twin.named_parameters():
-        if name.endswith("lora_B"):
-            parameter.data.zero_()
-    assert not torch.equal(twin(images), model.backbone(images))
-    before = model(batch.images)
-    merge_added(twin)
-    assert len(updates(model)) == 12
-    assert torch.equal(model(batch.images), before)
-
-
-def test_flops_are_those_of_the_merged_model(classifier: Build, policy: Callable, batch: Batch) -> None:
-    model = adapted(classifier, policy).eval()
-    logits, counted = model(batch.images), flops(model, batch.images[:1])
-    assert torch.equal(model(batch.images), logits)
-    merge_added(model)
-    assert flops(model, batch.images[:1]) == counted
-
-
-def test_state_dict_round_trip(classifier: Build, policy: Callable, batch: Batch, tmp_path: Path) -> None:
-    model, other = adapted(classifier, policy), classifier("lora")
-    assert not torch.equal(model.eval()(batch.images), other.eval()(batch.images))
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
-    assert torch.equal(model(batch.images), other(batch.images))
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+@pytest.mark.parametrize("make", [partial(nn.Linear, 4, 6), partial(nn.Conv2d, 4, 6, 3, 2, 1)], ids=["linear", "conv"])
+def test_equals_peft(make: Callable[[], Any], method: type[LoRA]) -> None:
+    peft = pytest.importorskip("peft", reason="pip install peft: the reference, which thaw does not need")
+    torch.manual_seed(0)
+    layer, plain = make(), make()
+    plain.load_state_dict(layer.state_dict())
+    update = method(layer.weight, 2, 3.0)
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=method is DoRA)
+    model = peft.get_peft_model(nn.Sequential(plain), config)
+    adapter = model.base_model.model[0]
+    theirs = [adapter.lora_A["default"].weight, adapter.lora_B["default"].weight]
+    if isinstance(update, DoRA):
+        theirs.append(adapter.lora_magnitude_vector["default"].weight)
+        torch.testing.assert_close(theirs[2].flatten(), update.magnitude)
+    parametrized(layer, "weight", update)
+    for their, own in zip(theirs, update.parameters(), strict=True):
+        their.data = own.data.view(their.shape)
+    inputs = torch.randn((3, 4) if isinstance(layer, nn.Linear) else (3, 4, 8, 8), requires_grad=True)
+    assert_same(layer(inputs), model(inputs), [inputs, *update.parameters()], [inputs, *theirs])
+    torch.testing.assert_close(layer.weight, model.merge_and_unload()[0].weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +110,7 @@ def test_what_cannot_be_is_refused(backbone: Callable[..., Backbone], changes: d
     model = backbone()
     with pytest.raises(ValueError, match=message):
         add_lora(model, **{"match": r".*\.(attn|mlp)\..*", "last": None, "rank": 8, "alpha": 16.0} | changes)
-    assert not updates(model)
+    assert not added_names(model)
 
 
 @pytest.mark.parametrize("alpha", ["0.0", "nan"])
@@ -155,8 +119,24 @@ def test_the_scale_is_above_0(alpha: str, tmp_path: Path) -> None:
         check_types(compose_run(tmp_path, "freeze=lora", f"freeze.lora.alpha={alpha}"))
 
 
-def test_a_model_without_linear_layers(backbone: Callable[..., Backbone]) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("test_resnet", {"conv1", "conv2", "conv3"}),
+        ("test_efficientnet", {"conv", "conv_exp", "conv_pw", "conv_pwl"}),  # no stem, depthwise, squeeze-and-excite
+    ],
+)
+def test_convolutions_of_a_backbone_without_linear_layers(classifier: Build, name: str, expected: set[str]) -> None:
+    model = classifier("lora", name=name, arguments={})
+    layers = {part.partition(".parametrizations")[0] for part in added_names(model)}
+    assert {layer.rpartition(".")[2] for layer in layers} == expected
+    assert model.thaw.cut(0) == 1  # below lies the stem
+
+
+def test_a_model_without_either(backbone: Callable[..., Backbone]) -> None:
+    model = backbone()
+    model.model = nn.Identity()
     with pytest.raises(
-        ValueError, match=r"this backbone has none: choose another policy, e\.g\. freeze=last_blocks, or a transformer"
+        ValueError, match=r"no convolution; this backbone has none: choose another policy, e\.g\. freeze=last_blocks"
     ):
-        add_lora(backbone(**CONVNET), ".*", None, 1, 1.0)
+        add_lora(model, ".*", None, 1, 1.0)

@@ -96,7 +96,11 @@ EVERYTHING = {"attn.attn_drop", "attn.proj_drop", "drop_path1", "mlp.drop1", "ml
         ("bias_only", True, EVERYTHING),
         ("attention_only", False, {"attn.attn_drop", "attn.proj_drop", "drop_path1"}),
         ("patterns", False, {"mlp.drop1", "mlp.drop2", "drop_path2"}),
+        ("attention_out", False, {"attn.proj_drop", "drop_path1"}),
         ("lora", False, EVERYTHING),
+        ("adapter", False, set()),
+        ("prompt", False, set()),
+        ("ssf", True, EVERYTHING),
     ],
 )
 def test_what_acts_within_a_block(classifier: Build, tiny: dict, name: str, stem: bool, block: set[str]) -> None:

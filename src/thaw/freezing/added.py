@@ -43,7 +43,7 @@ def lowest_layer(backbone: Backbone, method: str, last: int | None) -> int:
     Raises:
         UserError: more layers than there are, or none; `method` is the name of the policy's block, e.g. `lora`.
     """
-    num_layers = max(backbone.depths().values()) + 1
+    num_layers = max(backbone.depths().values(), default=-1) + 1
     if last is not None and not 1 <= last <= num_layers:
         raise UserError(f"freeze.{method}.last={last} must be from 1 to {num_layers}, the backbone's layers, or null.")
     return 0 if last is None else num_layers - last
