@@ -73,7 +73,7 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
 
 
 # What trains by rules or additions like those of another policy.
-LIKE_OTHERS = ["attention_out", "dora"]
+LIKE_OTHERS = ["attention_out", "dora", "ssf"]
 
 
 @pytest.mark.parametrize(
