@@ -7,20 +7,30 @@ from thaw.run.command import command
 
 @command("export")
 def main(cfg: DictConfig) -> None:
+    from thaw.evaluation.combine_settings import check_combination
     from thaw.export.destination import check_request, destination, summary
 
-    check_request(cfg)  # before what takes seconds to import
+    ckpts = check_combination(cfg)  # before what takes seconds to import
+    check_request(cfg)
     from thaw.data.images import check_same_classes
     from thaw.data.module import load_source
+    from thaw.evaluation.combine import combine, common_source
     from thaw.export.export_file import export_file
     from thaw.predict.predictor import load_predictor
     from thaw.run.checkpoint import read_checkpoint
     from thaw.run.console import say
 
-    predictor = load_predictor(cfg.ckpt, cfg.weights, accelerator="cpu", precision="32-true", allow=cfg.allow)
+    predictors = [load_predictor(ckpt, cfg.weights, "cpu", "32-true", cfg.allow) for ckpt in ckpts]
+    predictor, sources = predictors[0], []
     path = destination(cfg, predictor.checkpoint)
-    source = load_source(predictor.cfg.data, {key: value for key, value in cfg.data.items() if value is not None})
-    check_same_classes(predictor.classes, source, f"ckpt={cfg.ckpt}")
+    for ckpt, each in zip(ckpts, predictors, strict=True):
+        changes = {key: value for key, value in cfg.data.items() if value is not None}
+        sources.append(load_source(each.cfg.data, changes))
+        check_same_classes(each.classes, sources[-1], f"ckpt={ckpt}")
+    source = sources[0]
+    if cfg.combine or cfg.tta > 1:
+        source = common_source(cfg, predictors, sources)
+        predictor = combine(cfg, predictors, source, None)
     trained = read_checkpoint(predictor.checkpoint, cfg.allow)["config"]["trainer"]["precision"]
     if cfg.format == "hub_folder":
         from thaw.export.hub_folder import export_folder

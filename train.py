@@ -19,6 +19,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     started = time.monotonic()
     import lightning as L
 
+    from thaw.callbacks.lr_find import find_lr
     from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
     from thaw.callbacks.weight_averaging import ScheduleFreeAverage
@@ -56,6 +57,9 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             weights = start_from(model, Path(cfg.start_from), [*cfg.allow, *targets(cfg)])
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
+        if cfg.lr_find:
+            find_lr(cfg, model, datamodule)
+            return None
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
         own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []

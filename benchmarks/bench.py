@@ -47,7 +47,8 @@ Written by `make bench`{quick} in {minutes:.0f} minutes on: {machine}.
 Each figure is the median of runs taken in turn. The textbook way is `benchmarks/textbook.py`: torchvision
 transforms of one image at a time, two workers, fp32, the frozen backbone under no_grad in each epoch. One of
 its runs is measured whole, and its epochs again between ours; 13 runs are 13 times that.
-`vit_small_dinov2` has random weights here: the preset's architecture alone counts for speed.
+The backbones of the feature passes have random weights, as speed needs no others; the ViT-S/14 is of DINOv2's
+architecture (`backbone=vit_small_dinov2`).
 [once.md](once.md) has figures that were measured once.
 
 | | textbook | thaw | times | goal |
@@ -276,7 +277,11 @@ class Bench:
 
     def feature_passes(self) -> None:
         """Forward in bf16 with plain attention, as the cache does, against eager fp32 with timm's fused attention."""
-        for name, digits, goal in (("digits_vit", 4096, ""), ("vit_small_dinov2", 256, "3")):
+        backbones = (
+            ("digits_vit", "digits_vit", 4096, ""),
+            ("vit_small_dinov2", "ViT-S/14 with random weights", 256, "3"),
+        )
+        for name, title, digits, goal in backbones:
             ours, theirs = (load_backbone(name, fused_attention=fused, weights="none") for fused in (False, True))
             images = torch.randn(digits // (8 if self.quick else 1), ours.channels, ours.image_size, ours.image_size)
 
@@ -292,7 +297,7 @@ class Bench:
             )
             share = fast * flops(ours) / self.peaks["bf16"]
             self.row(
-                f"{name} at {ours.image_size} px, feature pass, images/s",
+                f"{title} at {ours.image_size} px, feature pass, images/s",
                 f"{slow:,.0f} (eager fp32)",
                 f"{fast:,.0f}, {share:.0%} of the bf16 peak",
                 fast / slow,

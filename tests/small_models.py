@@ -71,7 +71,7 @@ def policy() -> Callable[..., FreezePolicy]:
 
     def build(name: str, **changes: Any) -> FreezePolicy:
         cfg = OmegaConf.create({"freeze": OmegaConf.load(CONFIGS / "freeze" / f"{name}.yaml")})
-        cfg.freeze.merge_with(changes)
+        cfg.freeze.merge_with({"chosen": [2]} if name == "surgical" else {}, changes)
         rules: Any = OmegaConf.to_container(cfg.freeze.rules, resolve=True)
         return FreezePolicy(rules, add=instantiate(cfg.freeze.get("add")))
 

@@ -34,6 +34,7 @@ STAGES = ["+backbone.arguments.depths=[1,1,1,1]"]
 SWIN = [*STAGES, "+backbone.arguments.embed_dim=16", "+backbone.arguments.num_heads=[1,2,2,2]"]
 RESNET = ["backbone=convnext_tiny", "backbone.name=test_resnet", "backbone.image_size=32"]
 KINDS: dict[str, list[str]] = {
+    "adapter": [*VIT, "freeze=adapter", "head.norm=batch"],
     "attention_only": [*VIT, *TOKEN, "freeze=attention_only", "head=mlp", "average=ema"],
     "attention_out": ["backbone=swin_tiny", *SWIN, "freeze=attention_out"],
     "bias_only": ["backbone=vit_base_clip", *TINY, "backbone.image_size=32", "freeze=bias_only", "mix=mixup"],
@@ -55,6 +56,8 @@ KINDS: dict[str, list[str]] = {
     "lr_bank": [*VIT, "head=lr_bank", "head.lrs=[1e-3,1e-2]"],
     "norm_only": ["backbone=vit_small_dinov3", *TINY, "backbone.image_size=32", "freeze=norm_only", "head.norm=none"],
     "ssf": [*RESNET, "freeze=ssf"],
+    "prompt": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=prompt"],
+    "surgical": [*VIT, "freeze=surgical", "freeze.k=1"],
     "patterns": ["backbone=vit_base_siglip2", *TINY, "backbone.image_size=32", "freeze=patterns", "mix=both"],
     "convnet": ["backbone=convnet", "backbone.widths=[4,4]", "freeze=full", "average=ema"],
     "lenet5": ["backbone=lenet5", "freeze=full"],
@@ -62,8 +65,10 @@ KINDS: dict[str, list[str]] = {
     "pixels": ["backbone=pixels", "head.norm=none"],
     "resnet9": ["backbone=resnet9", "backbone.widths=[4,4,4]", "freeze=full"],
 }
-COMMANDED = [kind for kind in KINDS if kind not in ("lenet5", "mlp", "resnet9")]  # convnet is a baseline like these
 ADDING = ["attention_out", "dora", "ssf"]  # as attention_only and lora: only in the long run
+UNMERGED = ("adapter", "prompt")  # which a plain model cannot hold
+LIKE_OTHERS = ("lenet5", "mlp", "resnet9", "adapter", "surgical")  # like convnet, prompt and last_blocks
+COMMANDED = [kind for kind in KINDS if kind not in LIKE_OTHERS]
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]
 
@@ -171,7 +176,7 @@ def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, 
     assert [row["index"] for row in answer.json()["predictions"]] == said
 
 
-EXPORTS = [(kind, ["format=hub_folder"], "hub") for kind in KINDS]
+EXPORTS = [(kind, ["format=hub_folder"], "hub") for kind in KINDS if kind not in UNMERGED]
 EXPORTS += [(kind, ["quantize=int8"], "model.onnx") for kind in TRACED]
 EXPORTS += [("lora", ["format=torch_export"], "model.pt2")]
 

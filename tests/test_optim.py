@@ -10,19 +10,21 @@ from typing import Any
 
 import lightning as L
 import pytest
+import timm.optim
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from small_models import COSINE
-from torch import nn
+from torch import Tensor, nn
 
 from thaw.classifier import Classifier
 from thaw.data.module import Batch
 from thaw.freezing.table import layer_table
 from thaw.lr_bank import BankRecipe, LRBank
 from thaw.optim import OptimizerRecipe
+from thaw.run.config import build
 from thaw.run.console import as_text
 from thaw.run.values import check_types
+from thaw.schedule_free import ScheduleFreeAdamW
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "optim"
 SHAPES = {
@@ -49,7 +51,7 @@ def recipe(**changes: Any) -> OptimizerRecipe:
         "final_lr_fraction": 0.1,
     }
     settings["lr_scaling"] = "none"
-    return OptimizerRecipe(torch.optim.SGD, **(settings | COSINE | changes))
+    return OptimizerRecipe(**({"optimizer": torch.optim.SGD} | settings | COSINE | changes))
 
 
 def training(total_steps: float, ranks: int = 1, accumulated: int = 1) -> Any:
@@ -158,6 +160,44 @@ def test_a_schedule_without_end_is_an_error() -> None:
         recipe().build(parameters().items(), DEPTHS, {}, training(float("inf")))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "step"])
+def test_schedules_as_torchs_own(schedule: str) -> None:
+    """Two steps of warmup, ten in all; a rate is multiplied by 0.1 at steps 5 and 7 (of 7.5, rounded to even: 8)."""
+    ends = {"linear": 0.1}.get(schedule, 0.0)
+    swept = recipe(schedule=schedule, final_lr_fraction=ends)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedulers = torch.optim.lr_scheduler
+    scheduler = {
+        "constant": lambda: schedulers.ConstantLR(other, factor=1.0),
+        "linear": lambda: schedulers.LinearLR(other, start_factor=1.0, end_factor=0.1, total_iters=8),
+        "step": lambda: schedulers.MultiStepLR(other, milestones=[5, 8], gamma=0.1),
+    }[schedule]()
+    expected = [1 / 3, 2 / 3] if schedule == "linear" else []
+    while len(expected) < 10:
+        rise = min(1.0, (len(expected) + 1) / 3)
+        expected.append(rise * other.param_groups[0]["lr"])
+        other.step()
+        scheduler.step()
+    assert [swept.lr_fraction(step, 10, 0) for step in range(10)] == pytest.approx(expected)
+    late = [swept.lr_fraction(step, 10, 4) for step in range(10)]  # thaws at step 4: rises to the same schedule
+    assert late == pytest.approx([0] * 4 + [expected[4] / 3, expected[5] * 2 / 3, *expected[6:]])
+
+
+def test_a_constant_rate_needs_no_end() -> None:
+    endless = SimpleNamespace(**vars(training(float("inf"))) | {"num_training_batches": 4})
+    flat = {"schedule": "constant", "final_lr_fraction": 0.0}
+    scheduler = recipe(**flat, warmup_fraction=0.0).build(parameters().items(), DEPTHS, {}, endless)
+    assert scheduler["lr_scheduler"]["scheduler"].lr_lambdas[0](10**6) == 1.0
+    for changes, named in (({"schedule": "linear"}, "schedule=linear"), (flat, r"warmup_fraction=0\.2")):
+        with pytest.raises(ValueError, match=rf"optim\.{named} needs an end"):
+            recipe(**changes).build(parameters().items(), DEPTHS, {}, endless)
+
+
+def test_a_fraction_that_is_never_reached_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optim\.final_lr_fraction=0\.1 ends .* not step; set it to 0"):
+        recipe(schedule="step", final_lr_fraction=0.1)
+
+
 # Larger steps
 
 
@@ -226,6 +266,9 @@ def test_every_head_of_a_bank_is_scaled() -> None:
         ("layer_decay", [0, 1.1, float("nan")], "a number above 0 and at most 1"),
         ("warmup_fraction", [-0.1, 1.0, float("nan")], "a number, 0 or more and below 1"),
         ("final_lr_fraction", [-0.1, 1.1, float("nan")], "a number from 0 to 1"),
+        ("schedule", ["cosin"], "cosine, constant, linear or step"),
+        ("step_at", [[], [1.0], [0.0], 0.5], "a list of 1 or more, each item a number above 0 and below 1"),
+        ("step_factor", [0, 1.0, float("nan")], "a number above 0 and below 1"),
         ("lr_scaling", ["cubic"], "none, linear or sqrt"),
     ],
 )
@@ -247,10 +290,14 @@ def test_all_wrong_numbers_are_named_at_once() -> None:
     [
         ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "fused": True}),
         ("sgd", torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "fused": True}),
+        ("muon", timm.optim.Muon, {"momentum": 0.95, "nesterov": False}),
+        ("lion", timm.optim.Lion, {"betas": [0.9, 0.99]}),
+        ("adopt", timm.optim.Adopt, {"betas": [0.9, 0.9999], "decoupled": True}),
+        ("schedulefree", ScheduleFreeAdamW, {"betas": [0.9, 0.999]}),
     ],
 )
 def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path) -> None:
-    built = instantiate(OmegaConf.load(CONFIGS / f"{config}.yaml"))
+    built = shipped(config)
     optimizer = built.build(parameters().items(), DEPTHS, {}, training(10))["optimizer"]
     assert type(optimizer) is kind
     for group in optimizer.param_groups:
@@ -259,6 +306,150 @@ def test_shipped_recipes(config: str, kind: type, settings: dict, tmp_path: Path
         assert group["weight_decay"] in (0.0, built.weight_decay)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     assert torch.load(tmp_path / "optimizer.pt", weights_only=True) == optimizer.state_dict()  # plain numbers only
+
+
+def shipped(name: str, **changes: Any) -> OptimizerRecipe:
+    """The recipe of configs/optim/<name>.yaml, which trains at its full rate from the first step on."""
+    return build(OmegaConf.load(CONFIGS / f"{name}.yaml"), warmup_fraction=0.0, **changes)
+
+
+# Steps against the papers' formulas
+
+
+def steps_of(name: str, number: int = 6, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Any], list, Any]:
+    """Weights before and after some steps at a constant rate of 0.01, the gradients of each, and the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    named = {key: nn.Parameter(torch.randn(shape, generator=generator)) for key, shape in SHAPES.items()}
+    before = {key: parameter.detach().clone() for key, parameter in named.items()}
+    built = shipped(name, lr=0.01, weight_decay=0.1, schedule="constant", **changes)
+    optimizer = built.build(named.items(), DEPTHS, {}, training(number))["optimizer"]
+    gradients = [{key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()} for _ in range(number)]
+    for each in gradients:
+        for key, parameter in named.items():
+            parameter.grad = each[key].clone()
+        optimizer.step()
+    return before, named, gradients, optimizer
+
+
+def adamw_by_hand(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
+    """Loshchilov & Hutter 2017, algorithm 2."""
+    first = second = torch.zeros_like(weight)
+    for t, gradient in enumerate(gradients, start=1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        update = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+        weight = weight - lr * decay * weight - lr * update
+    return weight
+
+
+def lion_by_hand(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
+    """Chen et al. 2023, algorithm 2."""
+    momentum = torch.zeros_like(weight)
+    for gradient in gradients:
+        weight = weight - lr * ((0.9 * momentum + 0.1 * gradient).sign() + decay * weight)
+        momentum = 0.99 * momentum + 0.01 * gradient
+    return weight
+
+
+def adopt_by_hand(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
+    """Taniguchi et al. 2024, algorithm 2, with decoupled weight decay; the first gradient makes no step."""
+    momentum, second = torch.zeros_like(weight), gradients[0] ** 2
+    for t, gradient in enumerate(gradients[1:], start=1):
+        normed = (gradient / second.sqrt().clamp(min=1e-6)).clamp(-(t**0.25), t**0.25)
+        momentum = 0.9 * momentum + 0.1 * normed
+        weight = weight - lr * decay * weight - lr * momentum
+        second = 0.9999 * second + 0.0001 * gradient**2
+    return weight
+
+
+def muon_by_hand(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> Tensor:
+    """Jordan et al. 2024 with the scale of Liu et al. 2025, equation 4; the exact orthogonal matrix, by an SVD."""
+    momentum = torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+        u, _, v = torch.linalg.svd(momentum.flatten(1), full_matrices=False)
+        scale = 0.2 * math.sqrt(max(momentum.flatten(1).shape))
+        weight = weight - lr * decay * weight - lr * scale * (u @ v).view_as(weight)
+    return weight
+
+
+def schedule_free_by_hand(weight: Tensor, gradients: list[Tensor], lr: float, decay: float) -> tuple[Tensor, Tensor]:
+    """Defazio et al. 2024, algorithm 1: where the next gradient is taken, and the average."""
+    x, z, second, weights = weight, weight, torch.zeros_like(weight), 0.0
+    for t, gradient in enumerate(gradients, start=1):
+        y = 0.1 * z + 0.9 * x
+        second = 0.999 * second + 0.001 * gradient**2
+        rate = lr * math.sqrt(1 - 0.999**t)
+        z = z - rate * gradient / (second.sqrt() + 1e-8) - rate * decay * y
+        weights += rate**2
+        x = (1 - rate**2 / weights) * x + rate**2 / weights * z
+    return 0.1 * z + 0.9 * x, x
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"), [("adamw", adamw_by_hand), ("lion", lion_by_hand), ("adopt", adopt_by_hand)]
+)
+def test_steps_by_hand(name: str, by_hand: Callable[..., Tensor]) -> None:
+    """With layer decay; biases, norms and embeddings have no weight decay."""
+    before, after, gradients, _ = steps_of(name, layer_decay=0.5)
+    for key, tensor in after.items():
+        lr, decay = 0.01 * 0.5 ** (3 - DEPTHS[key]), 0.1 if key in DECAY else 0.0
+        expected = by_hand(before[key].double(), [each[key].double() for each in gradients], lr, decay)
+        torch.testing.assert_close(tensor.detach().double(), expected, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_schedule_free_by_hand() -> None:
+    before, after, gradients, optimizer = steps_of("schedulefree", layer_decay=0.5)
+    for key, tensor in after.items():
+        lr, decay = 0.01 * 0.5 ** (3 - DEPTHS[key]), 0.1 if key in DECAY else 0.0
+        y, x = schedule_free_by_hand(before[key].double(), [each[key].double() for each in gradients], lr, decay)
+        torch.testing.assert_close(tensor.detach().double(), y, rtol=1e-5, atol=1e-6, msg=key)
+        torch.testing.assert_close(optimizer.averages()[tensor].double(), x, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_muon_updates_hidden_matrices_and_adamw_the_others() -> None:
+    """Newton-Schulz steps in bf16 make singular values of about 1, so that Muon's update is nearly the exact one."""
+    before, after, gradients, _ = steps_of("muon", layer_decay=0.5)
+    hidden = {"blocks.0.attn.weight"}  # of one channel, patch_embed.weight is no matrix to timm's Muon
+    for key, tensor in after.items():
+        lr, decay = 0.01 * 0.5 ** (3 - DEPTHS[key]), 0.1 if key in DECAY else 0.0
+        weight, all_of = before[key].double(), [each[key].double() for each in gradients]
+        if key in hidden:
+            expected = muon_by_hand(weight, all_of, lr, decay)
+            error = (tensor.detach().double() - expected).norm() / (expected - weight).norm()
+            assert error < 0.4, key
+            assert (adamw_by_hand(weight, all_of, lr, decay) - expected).norm() / (expected - weight).norm() > 0.6, key
+        else:
+            expected = adamw_by_hand(weight, all_of, lr, decay)
+            torch.testing.assert_close(tensor.detach().double(), expected, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_muon_says_when_it_has_no_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    never = {name: 0 if name.startswith("head") else math.inf for name in SHAPES}
+    shipped("muon").build(parameters().items(), DEPTHS, never, training(10))
+    assert "no matrix below the head trains, so that AdamW" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_what_is_frozen_for_now_is_left_alone(name: str) -> None:
+    """It has no gradient: no step, no decay and no state; its first step comes when it thaws."""
+    named = {key: nn.Parameter(torch.ones(shape)) for key, shape in SHAPES.items()}
+    thaws = {key: 1 if key.startswith("blocks") else 0 for key in SHAPES}
+    built = shipped(name).build(named.items(), DEPTHS, thaws, training(4))
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    for _ in range(2):
+        for key, parameter in named.items():
+            parameter.grad = None if thaws[key] else torch.full_like(parameter, 0.1)
+        optimizer.step()
+        scheduler.step()
+    for key, parameter in named.items():
+        assert (torch.equal(parameter, torch.ones_like(parameter)) and not optimizer.state.get(parameter)) == thaws[key]
+
+
+def test_schedule_free_refuses_a_schedule() -> None:
+    with pytest.raises(ValueError, match=r"optim\.schedule=cosine lowers it; set optim\.schedule=constant"):
+        recipe(optimizer=partial(ScheduleFreeAdamW, betas=[0.9, 0.99], eps=1e-8), final_lr_fraction=0.0)
+    with pytest.raises(ValueError, match=r"betas=\[0, 0\.9\] must be two numbers"):
+        ScheduleFreeAdamW([], lr=1.0, weight_decay=0.0, betas=[0, 0.9], eps=1e-8)
 
 
 def test_sgd_step_by_hand() -> None:

@@ -41,8 +41,17 @@ CASES |= {  # before, at and after a thaw; the last epoch trains everything
     "cached features": ([*LAST, "backbone.arguments.drop_path_rate=0.2"], 3, [4, 6]),
     "EMA on cached features": (["head.norm=batch", "average=ema", "model.label_smoothing=0.1"], 2, [2, 6]),
     "EMA and mixing": ([*LAST, "average=ema", "mix=both", *RANDOM[1:]], 2, [2, 6]),
+    **{  # before and after a thaw, with gradients of two batches
+        name: (
+            [f"optim={name}", "freeze=lp_ft", "freeze.probe_epochs=1", "trainer.accumulate_grad_batches=2"],
+            2,
+            [1, 3],
+        )
+        for name in ("adopt", "lion", "muon", "schedulefree")
+    },
     "lr_bank": (["head=lr_bank", "head.lrs=[1e-4,1e-2,1e-1]", "head.weight_decays=[0.0,1e-2]"], 2, [6]),
 }
+LIKE_LORA = ("adapter", "prompt", "attention_out", "dora", "ssf")  # in what is saved and resumed
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 
 
@@ -72,18 +81,15 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
         assert_same(expected.get(part), got.get(part), f"{place}: {part}")
 
 
-# What trains by rules or additions like those of another policy.
-LIKE_OTHERS = ["attention_out", "dora", "ssf"]
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_OTHERS else name for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_LORA else name for name in CASES]
 )
 def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: str) -> None:
     settings, epochs, steps = CASES[name]
     run = [*tiny_run, *EVERY, *settings, f"trainer.max_epochs={epochs}", "test=false"]
     whole = train(*run, name="whole")
-    last, best = f"step={4 * epochs}", checkpoint(whole, "best")
+    steps_per_epoch = 2 if "trainer.accumulate_grad_batches=2" in settings else 4
+    last, best = f"step={steps_per_epoch * epochs}", checkpoint(whole, "best")
     for step in steps:
         for path in (tmp_path / "cache").glob("*"):
             path.unlink()
@@ -91,7 +97,7 @@ def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: 
         assert_same_training(checkpoint(whole, last), checkpoint(resumed, last), f"{name} from {step}")
         if best["global_step"] > step:
             assert_same_training(best, checkpoint(resumed, "best"), f"{name}, best, from {step}")
-    if "average" in str(settings):
+    if "average" in str(settings) or name == "schedulefree":
         end = checkpoint(whole, last)
         averaged, current = (end[key]["head.linear.weight"] for key in ("state_dict", "current_weights"))
         assert not torch.equal(averaged, current)

@@ -36,8 +36,11 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "ssf": (DDP, ["freeze=ssf", "freeze.ssf.last=2"]),
     "ssf in shards": (FSDP, ["freeze=ssf"]),
     "dora in shards": (FSDP, ["freeze=dora"]),
+    "adapter": (DDP, ["freeze=adapter"]),
+    "prompt in shards": (FSDP, ["freeze=prompt"]),
+    "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LIKE_OTHERS = ["lora in shards", "ssf", "ssf in shards", "dora in shards"]  # what is added is sharded as all else
+LIKE_OTHERS = [*POLICIES][7:]  # from "lora in shards": what is added is exchanged and sharded as all else
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]
@@ -182,6 +185,21 @@ def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixtu
     assert facts[0]["n_test"] == 500
     if trainer == DDP:
         check_features(one, two, capsys.readouterr().out, some=name != "full")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["adopt", "lion", "muon", "schedulefree"])
+def test_an_optimizer(train: Train, tiny_run: list[str], name: str, trainer: list[str]) -> None:
+    """In 64 bits, so that what is rounding makes no steps of its own."""
+    run = [*tiny_run, f"optim={name}", "freeze=full", "trainer.max_epochs=2", "test=false"]
+    run = [each for each in run if not each.startswith("trainer.precision")] + ["trainer.precision=64-true"]
+    if name == "schedulefree" and trainer == FSDP:
+        with pytest.raises(ValueError, match="trainer=fsdp cannot average weights"):
+            both(train, *run, trainer=trainer)
+        return
+    one, two = both(train, *run, trainer=trainer)
+    assert_close(checkpoint(one)["state_dict"], checkpoint(two)["state_dict"])
 
 
 def check_features(one: Path, two: Path, printed: str, some: bool = True) -> None:

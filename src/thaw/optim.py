@@ -176,7 +176,7 @@ class MuonRecipe(OptimizerRecipe):
     """A recipe for timm's Muon, which orthogonalises the updates of hidden matrices and leaves the others to AdamW.
 
     The others are the head, biases, norms, embeddings of position or class (Jordan et al. 2024), and what timm's Muon
-    finds unfit by its shape, such as depthwise convolutions.
+    finds unfit by its shape, such as depthwise convolutions and the patch embedding of grey images.
     """
 
     def own_settings(self, is_hidden: bool) -> dict[str, Any]:

@@ -88,12 +88,22 @@ def test_report_of_one_run(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("empty_grids")
-def test_two_models_are_compared(linear_probe: Path, train: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_models_are_compared(
+    linear_probe: Path, train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And their average with both."""
     few = ["data.source=sample", "logger=csv", "trainer.max_epochs=1", "data.train_size=300", "data.batch_size=100"]
     ckpts = f"ckpt=[{linear_probe},{train('experiment=baseline/mlp', *few, 'test=false')}]"
-    folder = evaluate(tmp_path / "eval", ckpts)
+    folder = evaluate(tmp_path / "eval", ckpts, "combine=average")
     report = json.loads((folder / "report.json").read_text())
-    (pair,) = report["comparison"]
+    pair, *others = report["comparison"]
+    assert [other["models"][1] for other in others] == ["average", "average"]
+    costs = [facts["cost"] for facts in report["models"].values()]
+    for key in ("parameters", "flops"):
+        assert costs[0][key] + costs[1][key] == costs[2][key], "an average costs as much as both"
+    assert report["models"]["average"]["combined"]["members"] == pair["models"]
+    assert report["models"]["average"]["test/acc"] > report["models"]["baseline_mlp"]["test/acc"]
+    assert re.search(r"average +\d\S+% +\d\S+% +[\d,]+ +\d", capsys.readouterr().out)
     assert pair["models"] == ["vit_linear_probe", "baseline_mlp"]
     accuracies = [report["models"][name]["test/acc"] for name in pair["models"]]
     assert (pair["only_first_right"] - pair["only_second_right"]) / 500 == pytest.approx(accuracies[0] - accuracies[1])

@@ -32,6 +32,8 @@ KINDS: dict[str, list[str]] = {
         *("freeze=lora", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"),
         *("backbone.pool=class_and_mean", "head.norm=batch"),
     ],
+    "adapter": ["freeze=adapter"],
+    "prompt": ["freeze=prompt", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"],
     "mlp_head": ["head=mlp"],
     "bank": ["head=lr_bank", "freeze=full", "head.lrs=[1e-3,1e-2]"],
     "convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]"],

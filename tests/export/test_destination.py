@@ -25,6 +25,9 @@ def request_(**changes: Any) -> DictConfig:
         ({"quantize": "int8", "format": "torch_export"}, "is for format=onnx and format=web, not torch_export"),
         ({"push": "ada/digits"}, "is for format=hub_folder"),
         ({"license": "mit"}, "is for format=hub_folder"),
+        ({"ckpt": ["a", "b"]}, "lists 2 checkpoints, and a file has one model; give one, or add combine=average"),
+        ({"ckpt": ["a", "b"], "combine": "average"}, "belongs to no run's folder; .* output=model.onnx"),
+        ({"tta": 4, "format": "hub_folder"}, "tta=4 is for one file, not format=hub_folder"),
         ({"runtime": "a.tgz"}, "is for format=web, not onnx; leave runtime out"),
     ],
 )

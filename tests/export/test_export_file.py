@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT
+from small_models import augmentation
 
 import thaw
 from thaw.data.images import Source
@@ -21,8 +22,9 @@ from thaw.export.export_file import export_file
 from thaw.export.onnx_file import save_onnx
 from thaw.export.portable import Portable
 from thaw.export.portable import portable as real_portable
+from thaw.predict.average import Views
 from thaw.predict.onnx_model import load_onnx
-from thaw.predict.predictor import Predictor
+from thaw.predict.predictor import Predictor, average
 
 
 def largest(one: Any, other: Any) -> float:
@@ -50,7 +52,30 @@ def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callabl
     assert largest(thaw.load(path).predict(images[:9].numpy()), wanted[:9]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "photo_convnet"])
+@pytest.mark.parametrize(
+    ("kinds", "settings"),
+    [
+        (("vit", "convnet"), {"degrees": 20.0, "translate": 0.1, "elastic": 1.0, "thickness": 0.5, "erase": 0.5}),
+        pytest.param(("photo_in_grey",), {"flip": 0.5, "crop_area": 0.4, "contrast": 0.3}, marks=pytest.mark.long),
+        pytest.param(("photo_in_grey",), {"flip": 0.5, "crop_padding": 4}, marks=pytest.mark.long),
+    ],
+)
+def test_an_average_over_models_and_views_is_one_file(
+    kinds: tuple[str, ...], settings: dict[str, float], made: Callable[..., Any], tmp_path: Path
+) -> None:
+    predictors, sources = zip(*map(made, kinds), strict=True)
+    images = sources[0].train.images[:64]
+    together = average(predictors, Views(augmentation(**settings), 3, images.shape[1:]), "average")
+    wanted = together(images)
+    facts = export_file(together, sources[0], "onnx", None, tmp_path / "model.onnx")
+    (given,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images.numpy()})
+    assert largest(given, wanted) < 1e-5 and facts["parity_largest_difference"] < 1e-5
+    single = [predictor(images) for predictor in predictors]
+    assert largest(wanted, sum(single) / len(single)) > 1e-3, "views change something"
+    assert load_onnx(tmp_path / "model.onnx").facts() == facts
+
+
+@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "prompt", "lstm", "photo_convnet"])
 def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any]) -> None:
     _, wanted, facts, path, source = exported(name, "torch_export")
     extra = {"thaw.json": ""}

@@ -217,6 +217,14 @@ def test_a_folder_of_something_else_is_left_alone(
         load_folder(tmp_path / "hub")
 
 
+def test_a_plain_model_holds_no_adapters(tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"plain model, .*adapter.down.weight and 7 more cannot be merged; use format=onnx"
+    ):
+        export_folder(tiny_vit("freeze=adapter"), source, None, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
+
+
 def test_a_folder_that_computes_something_else_gets_no_name(
     tiny_vit: Callable[..., Predictor], source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

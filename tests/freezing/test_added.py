@@ -16,7 +16,8 @@ from thaw.freezing.added import added_names, merge_added, plain_name
 from thaw.freezing.policy import FreezePolicy
 
 Build = Callable[..., Classifier]
-METHODS = ["lora", "dora", "ssf"]
+METHODS = ["lora", "dora", "ssf"]  # that are merged into the weights
+ALL = [*METHODS, "adapter", "prompt"]
 MODELS: dict[str, dict[str, Any]] = {
     "vit": {},
     "resnet": {"name": "test_resnet", "arguments": {"zero_init_last": False}},  # its convolutions have no bias
@@ -76,7 +77,7 @@ def test_merges_without_a_trace(classifier: Build, batch: Batch, method: str, ki
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("last", [1, 2, None])
 def test_what_lies_below_the_last_layers_is_left_alone(
     classifier: Build, policy: Callable, method: str, last: int | None
@@ -90,7 +91,7 @@ def test_what_lies_below_the_last_layers_is_left_alone(
     assert below.keys() == plain.keys() and all(torch.equal(below[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_a_copy_stands_alone(classifier: Build, batch: Batch, method: str) -> None:
     model = trained(classifier, method)
     twin, images = copy.deepcopy(model.backbone), model.preprocess(batch.images)
@@ -113,7 +114,7 @@ def test_flops_are_those_of_the_merged_model(classifier: Build, batch: Batch, me
     assert flops(model, batch.images[:1]) == counted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_state_dict_round_trip(classifier: Build, batch: Batch, tmp_path: Path, method: str) -> None:
     model, other = trained(classifier, method), classifier(method)
     assert not torch.equal(model(batch.images), other.eval()(batch.images))

@@ -310,8 +310,9 @@ class FeatureCheck(L.Callback):
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),
         (["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)]),
         pytest.param(["freeze=ssf", "freeze.ssf.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
+        pytest.param(["freeze=prompt", "freeze.prompt.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
     ],
-    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora", "ssf"],
+    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "lora", "ssf", "prompt"],
 )
 def test_cached_features_change_nothing(
     train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, cached: list[tuple[int, int]]

@@ -98,6 +98,8 @@ EVERYTHING = {"attn.attn_drop", "attn.proj_drop", "drop_path1", "mlp.drop1", "ml
         ("patterns", False, {"mlp.drop1", "mlp.drop2", "drop_path2"}),
         ("attention_out", False, {"attn.proj_drop", "drop_path1"}),
         ("lora", False, EVERYTHING),
+        ("adapter", False, set()),
+        ("prompt", False, set()),
         ("ssf", True, EVERYTHING),
     ],
 )

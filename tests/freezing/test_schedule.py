@@ -20,7 +20,7 @@ from thaw.run.console import as_text
 Build = Callable[..., Classifier]
 
 POLICIES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "freeze").glob("*.yaml"))
-OF_TRANSFORMERS = {"attention_only", "attention_out", "patterns"}  # their rules match nothing in a convolutional net
+OF_TRANSFORMERS = {"adapter", "attention_only", "attention_out", "patterns", "prompt"}  # nothing to a convolutional net
 TINY_VIT = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
 DROPOUT = {"pos_drop_rate": 0.2, "proj_drop_rate": 0.2, "attn_drop_rate": 0.2, "drop_path_rate": 0.2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def test_exactly_what_is_thawed_moves_at_its_rate(
             peak = RECIPE["lr"] * RECIPE["layer_decay"] ** (max(depths.values()) - depths[parameter])
             fraction = naive_fraction(step, BATCHES * epochs, BATCHES * thaws[parameter])
             assert lr == pytest.approx(peak * fraction, rel=1e-12), (parameter, step)
-            matrix = named[parameter].ndim > 1 and not parameter.endswith(("pos_embed", "cls_token"))
+            matrix = named[parameter].ndim > 1 and not parameter.endswith(("pos_embed", "cls_token", "prompt.tokens"))
             assert weight_decay == (RECIPE["weight_decay"] if matrix else 0)
 
 

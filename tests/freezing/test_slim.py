@@ -125,7 +125,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     assert torch.equal(logits(checkpoint), logits(states(whole)))
 
 
-@pytest.mark.parametrize("name", ["ssf", "last_blocks", "norm_only", "gradual"])
+@pytest.mark.parametrize("name", ["ssf", "last_blocks", "norm_only", "gradual", "adapter"])
 def test_a_checkpoint_lacks_what_never_trains(train: Train, tiny_run: list[str], name: str) -> None:
     run_dir = train(*tiny_run, f"freeze={name}", "trainer.max_epochs=1", "test=false")
     checkpoint = states(run_dir)
@@ -163,6 +163,13 @@ def test_start_from(train: Train, tiny_run: list[str]) -> None:
         train(
             *run, "backbone.weights=none", "freeze=full", "backbone.arguments.depth=2", f"start_from={source}", name="x"
         )
+
+
+def test_start_from_what_cannot_be_merged(train: Train, tiny_run: list[str]) -> None:
+    source = train(*tiny_run, "test=false", "freeze=prompt", "trainer.max_epochs=1", "optim.lr=0.01", name="prompt")
+    torch.testing.assert_close(start_from(train, tiny_run, source, "prompt"), logits(states(source)))
+    with pytest.raises(ValueError, match=r"prompt\.tokens and 2 more, which cannot be merged .* policy that it was"):
+        start_from(train, tiny_run, source, "full")
 
 
 def test_a_run_that_was_started_from_another_resumes(train: Train, tiny_run: list[str]) -> None:

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import re
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,9 @@ from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
-from thaw.run.record import software_facts
+from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
+from thaw.run.trackers import tracker_ids
 
 
 class RunRecord(Callback):
@@ -76,6 +74,7 @@ class RunRecord(Callback):
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         run = wandb_run(trainer.loggers)
         checkpoint["wandb_id"] = run and str(run.id)
+        checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""
@@ -84,27 +83,6 @@ class RunRecord(Callback):
             check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
-
-
-def portable_paths(run_dir: Path) -> dict[str, str]:
-    """Replacements for the folders of this machine and its user in a checkpoint, which may be moved and shared."""
-    here, home = Path.cwd(), Path.home()
-    short = {f"{run_dir}/": "${run_dir}/"}
-    if run_dir.is_relative_to(here):
-        short[f"{here}/"] = f"${{run_dir}}/{os.path.relpath(here, run_dir)}/"
-    return short if home == home.parent else short | {f"{home}/": "~/"}
-
-
-def replaced(value: Any, paths: Mapping[str, str]) -> Any:
-    """Nested plain values whose paths, keys included, get other beginnings."""
-    if isinstance(value, dict):
-        return {replaced(key, paths): replaced(inner, paths) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [replaced(inner, paths) for inner in value]
-    if isinstance(value, str):
-        for path, other in paths.items():
-            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}", other.replace("\\", r"\\"), f"{value}/")[:-1]
-    return value
 
 
 def check_same_config(config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def is_behind(accuracy: float, reference: float, images: int) -> bool:
 
 
 class TryPruning(Callback):
-    """Writes the best validation accuracy up to each epoch, and compares it with that of a finished run, if named.
+    """Writes the best validation accuracy up to each epoch; ends a run that a finished one had left behind by then.
 
     Whether a try is pruned is a function of the two curves, so that it does not depend on what else runs, and is the
     same after an interruption.

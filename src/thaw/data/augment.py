@@ -121,9 +121,10 @@ class Augment(nn.Module):
         elif draws.corners is not None and draws.flips is not None:
             x = self.padded_crop(x, draws.corners, draws.flips)
         if draws.factors is not None:
-            size = max(1, FLOATS_AT_ONCE // x[0].numel()) if x.dtype == torch.uint8 and not x.is_cuda else len(x)
-            chunks = zip(x.split(size), draws.factors.split(size), strict=True)
-            x = torch.cat([as_type_of(recolour(to_floats(chunk), *factors.T), images) for chunk, factors in chunks])
+            size = max(1, FLOATS_AT_ONCE // x[0].numel())
+            chunked = x.dtype == torch.uint8 and not x.is_cuda
+            parts = zip(x.split(size), draws.factors.split(size), strict=True) if chunked else [(x, draws.factors)]
+            x = torch.cat([as_type_of(recolour(to_floats(part), *factors.T), images) for part, factors in parts])
         return as_type_of(self.redraw(to_floats(x), draws), images) if self.redraws else x
 
     def redraw(self, x: Tensor, draws: Draws) -> Tensor:

@@ -14,7 +14,15 @@ from thaw.data.images import Images, Source
 from thaw.evaluation.corruptions import CORRUPTIONS, Corruption
 from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
-from thaw.evaluation.pictures import MOST_EXAMPLES, draw_errors, on_paper, save_attention, save_images, save_reliability
+from thaw.evaluation.pictures import (
+    MOST_EXAMPLES,
+    draw_errors,
+    on_paper,
+    save_attention,
+    save_between,
+    save_images,
+    save_reliability,
+)
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -71,6 +79,7 @@ def assess(
     logits = predictor.logits(source.test.images, advance)
     val_logits = predictor.logits(source.val.images, advance) if len(source.val.labels) else logits[:0]
     temperature = fit_temperature(val_logits, source.val.labels)
+    right = val_logits.argmax(dim=1) == source.val.labels
     robust = robustness_facts(predictor, source.test, logits, robustness, advance)
     other = {"second": second_facts(second, predictor, logits, advance)} if second else {}
     say("measuring speed, drawing figures")
@@ -78,6 +87,7 @@ def assess(
         **predictor.facts(),
         "overrides": predictor.cfg.overrides,
         **source.facts(),
+        "val/acc": float(right.double().mean()) if len(right) else None,
         **accuracy_facts(logits, labels),
         "classes": class_facts(predictor.classes, logits, labels),
         "calibration": {
@@ -164,6 +174,9 @@ def draw_pictures(
         "The images with the highest loss": "worst_images",
         "The images it is least certain about": "least_certain",
     }
+    if "between" in predictor.combined:
+        pictures["Between the two models"] = "between"
+        save_between(predictor.combined, len(source.val.labels), folder / "between.png")
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
         first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_LOOKED_AT]])  # of each class

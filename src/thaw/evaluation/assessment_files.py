@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from rich.table import Table
 
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.corruptions import CORRUPTIONS
-from thaw.evaluation.evaluate import wandb_logger_of
+from thaw.evaluation.evaluate import loggers_of
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
 from thaw.evaluation.predictions import WRONG_IMAGES
@@ -69,6 +70,21 @@ def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
     return page
 
 
+def cost_table(assessments: Sequence[Assessment]) -> Table:
+    """Accuracy of each model, and what an image costs it."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("val/acc", "test/acc", "parameters", "GFLOPs", "images/s"):
+        table.add_column(title, justify="right")
+    for model in assessments:
+        facts, cost = model.facts, model.facts["cost"]
+        accuracies = ["-" if facts[key] is None else f"{facts[key]:.2%}" for key in ("val/acc", "test/acc")]
+        flops = "-" if cost["flops"] is None else f"{cost['flops'] / 1e9:.3g}"
+        speed = f"{cost['images_per_second']:,.0f}"
+        table.add_row(model.label, *accuracies, f"{cost['parameters']:,}", flops, speed)
+    return table
+
+
 def corruption_means(model: Assessment) -> dict[str, float]:
     """Mean accuracy over the strengths of each corruption that has any."""
     means = {}
@@ -79,15 +95,14 @@ def corruption_means(model: Assessment) -> dict[str, float]:
 
 
 def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -> None:
-    """Add numbers, figures and page to the W&B run that trained the checkpoint, if there is one."""
+    """Add numbers and figures to the logged runs that trained the checkpoint, if there are any; the page to W&B's."""
     cfg = OmegaConf.create(checkpoint["config"])
     if not (Path(cfg.run_dir) / "config.yaml").is_file():  # the checkpoint was taken out of its run
         cfg.run_dir = str(page.parent)
-    loggers = wandb_logger_of(checkpoint, cfg)
+    loggers = loggers_of(checkpoint, cfg)
     run = wandb_run(loggers)
-    if run is None:
+    if not loggers:
         return
-    import wandb
 
     try:
         facts = assessment.facts
@@ -98,6 +113,9 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
         add_to_summary(loggers, numbers)
         for path in [*(path for _, path in assessment.pictures), page.parent / "robustness.png"]:
             log_image(loggers, f"report/{path.stem}", path)
-        run.log({"report/page": wandb.Html(str(page), inject=False)})
+        if run is not None:
+            import wandb
+
+            run.log({"report/page": wandb.Html(str(page), inject=False)})
     finally:
         finish(loggers)

@@ -31,7 +31,7 @@ def cost_facts(predictor: Predictor, images: Tensor) -> dict[str, Any]:
         "device": str(device),
         "precision": predictor.cfg.trainer.precision,
         "threads": torch.get_num_threads(),
-        "checkpoint_mb": round(predictor.checkpoint.stat().st_size / 1e6, 3),
+        "checkpoint_mb": round(sum(file.stat().st_size for file in predictor.files) / 1e6, 3),
         "weights_mb": round(sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6, 3),
     }
 

@@ -90,7 +90,7 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
-    loggers = wandb_logger_of(checkpoint, cfg)
+    loggers = loggers_of(checkpoint, cfg)
     try:
         results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
     finally:
@@ -99,10 +99,8 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
     return results
 
 
-def wandb_logger_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
-    """A logger for the W&B run that trained a checkpoint, and `cfg` left with it alone; empty if there is none."""
-    if not checkpoint.get("wandb_id") or "wandb" not in (cfg.logger or {}):
-        return []
-    cfg.logger = {"wandb": cfg.logger.wandb}
-    cfg.logger.wandb.id = checkpoint["wandb_id"]
+def loggers_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
+    """Loggers for the runs in W&B, MLflow and trackio that trained a checkpoint, and `cfg` left with these alone."""
+    checkpoints.continue_logged(cfg, checkpoint)
+    cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
     return build_list(cfg.logger, "logger")

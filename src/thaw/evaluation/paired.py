@@ -33,12 +33,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def difference_interval(differences: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences (N,), each from -1 to 1.
+def difference_interval(differences: np.ndarray, comparisons: int) -> tuple[float, float]:
+    """The interval of the mean of paired differences (N,), each from -1 to 1, at 95 % for so many of them together.
 
     Two more images, half of them different, keep it from vanishing where no images differ (Agresti & Min 2005).
     """
     total = len(differences) + 2
     mean = differences.sum() / total
     spread = np.sqrt(np.square(differences).sum() + 1 - total * mean**2) / total
-    return float(mean - norm.ppf(0.975) * spread), float(mean + norm.ppf(0.975) * spread)
+    reach = norm.isf(0.025 / comparisons) * spread
+    return float(mean - reach), float(mean + reach)

@@ -6,6 +6,7 @@ turns bright ink on black into dark ink on paper.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,17 @@ from thaw.data.images import Source
 from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
 from thaw.evaluation.predictions import write_predictions
-from thaw.pages.figures import ACCENT, COLORS, FILL, INK, SMALL, new_figure, plain_axes, save_figure
+from thaw.pages.figures import (
+    ACCENT,
+    COLORS,
+    FILL,
+    INK,
+    SMALL,
+    accuracy_axis,
+    new_figure,
+    plain_axes,
+    save_figure,
+)
 
 MOST_EXAMPLES = 32  # images in a figure
 MOST_NAMED, MOST_COUNTED = 60, 30  # classes of a confusion matrix with names at its sides, with numbers in its cells
@@ -204,6 +215,32 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
             axes.invert_xaxis()  # harder to the right
     if len(curves) > 1:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def save_between(combined: Mapping[str, Any], number: int, path: Path) -> None:
+    """Accuracy of the models between two against alpha, with its 95 % interval, and under corruption where measured.
+
+    `combined` are facts of `thaw.evaluation.mixture.Mixture.choose_alpha`; `number` counts the validation images.
+    """
+    figure, rows = new_figure(7.5, 4.2), combined["between"]
+    axes = figure.add_subplot()
+    plain_axes(axes)
+    alphas = [row["alpha"] for row in rows]
+    lines = {"val/acc": "validation images", "corrupted": "corrupted validation images"}
+    for (key, label), color in zip(lines.items(), COLORS, strict=False):
+        if key in rows[0]:
+            axes.plot(alphas, [row[key] for row in rows], marker="o", markersize=3.5, color=color, label=label)
+    low, high = zip(*(accuracy_interval(round(row["val/acc"] * number), number) for row in rows), strict=True)
+    axes.fill_between(alphas, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+    axes.axvline(
+        combined["alpha"], color=INK, linewidth=0.8, linestyle=":", label=f"chosen, alpha {combined['alpha']:g}"
+    )
+    first, second = combined["members"]
+    axes.set_xlabel(f"alpha: 0 is {shorten_name(first, 40)}, 1 is {shorten_name(second, 40)}")
+    every = [row[key] for row in rows for key in lines if key in row]
+    accuracy_axis(axes.yaxis, min([*every, *low]), max([*every, *high]), "accuracy")
+    axes.legend(frameon=False)
     save_figure(figure, path)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from thaw.classifier import Classifier
+from thaw.evaluation.course import judge_course, say_course
 from thaw.evaluation.final_test import FinalTest
 from thaw.evaluation.metrics import OTHER_ACCURACIES, other_accuracies
 from thaw.evaluation.probes import Choice
@@ -42,6 +43,7 @@ def report_run(cfg: DictConfig, trainer: Any, val_acc: float | None, seconds: fl
         "val/acc": val_acc,
         **getattr(trainer.lightning_module, "winner", {}),  # of head=lr_bank
         **pretraining_facts(trainer),
+        **judge_course(getattr(trainer.lightning_module, "course", {}), len(trainer.datamodule.load().val.labels)),
         "weights": cfg.backbone.get("weights", "none"),
         **count_parameters(trainer.lightning_module, trainer.max_epochs),
         "epochs": trainer.current_epoch,
@@ -176,6 +178,8 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
         if facts["test/acc_low"] is not None:  # as of one class an image
             lines["test"] += f", 95 % interval {facts['test/acc_low']:.2%} to {facts['test/acc_high']:.2%}"
         lines["test"] += f"{other_accuracies(facts)}, n = {facts['n_test']:,}{of_last}"
+    if course := say_course(facts.get("training", {})):
+        lines["training"] = course
     memory, size = facts["peak_memory_gb"], facts["checkpoint_mb"]
     lines["cost"] = f"{facts['seconds']:.1f} s" + (f", at most {memory:.1f} GB of memory" if memory else "")
     lines["cost"] += f", a checkpoint of {size:.2f} MB" if size else ""

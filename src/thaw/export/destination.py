@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.errors import UserError
 
@@ -30,6 +30,19 @@ def check_request(cfg: DictConfig) -> None:
         if cfg[key] is not None and cfg.format not in formats:
             wanted = " and ".join(f"format={name}" for name in formats)
             raise UserError(f"{key}={cfg[key]} is for {wanted}, not {cfg.format}; leave {key} out.")
+    if cfg.combine or cfg.tta > 1:
+        wanted = f"combine={cfg.combine}" if cfg.combine else f"tta={cfg.tta}"
+        if cfg.format == "hub_folder":
+            raise UserError(
+                f"{wanted} is for one file, not format=hub_folder, whose weights are of one timm model; take "
+                "format=onnx, or export the checkpoint that eval.py combine=soup writes."
+            )
+        if cfg.output is None:
+            raise UserError(f"{wanted} belongs to no run's folder; say where the file goes: output=model.onnx.")
+    elif OmegaConf.is_list(cfg.ckpt) and len(cfg.ckpt) > 1:
+        raise UserError(
+            f"ckpt lists {len(cfg.ckpt)} checkpoints, and a file has one model; give one, or add combine=average."
+        )
     if cfg.push is not None:
         from thaw.export.push import check_push
 

@@ -77,6 +77,7 @@ def export_folder(
             f"format=hub_folder holds a plain model, into whose weights {left[0]} and {len(left) - 1} more cannot be "
             "merged; use format=onnx or torch_export, whose graph has them."
         )
+    assert isinstance(model, Portable), "export.py refuses averages"
     facts = model_facts(predictor, "hub_folder")
     with atomic_folder(path) as part:
         try:

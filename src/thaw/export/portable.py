@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.fx
@@ -13,6 +14,7 @@ from thaw.freezing.added import merge_added
 from thaw.lr_bank import LRBank
 from thaw.models.attention import attention_layers
 from thaw.models.heads import LinearHead
+from thaw.predict.average import Average, Views
 from thaw.predict.predictor import Predictor
 from thaw.run.errors import UserError
 from thaw.task import check_single_label
@@ -29,7 +31,19 @@ class Portable(nn.Module):
         return (self.head(self.backbone(self.preprocess(images))).softmax(dim=1),)
 
 
-def portable(predictor: Predictor) -> Portable:
+class PortableAverage(nn.Module):
+    """uint8 (B, C, H, W) -> the mean over models and views of the probabilities (B, K), in a tuple of one."""
+
+    def __init__(self, members: Sequence[Portable], views: Views) -> None:
+        super().__init__()
+        self.members, self.views = nn.ModuleList(members), views
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        given = [member(view)[0] for view in self.views(images) for member in self.members]
+        return (torch.stack(given).mean(dim=0),)
+
+
+def portable(predictor: Predictor) -> Portable | PortableAverage:
     """The predictor's model, changed in place.
 
     Added parameters are merged where they can be, and a bank of heads is replaced by its chosen head. From then on
@@ -37,6 +51,12 @@ def portable(predictor: Predictor) -> Portable:
     """
     model = predictor.model
     check_single_label(model.task, "export.py")
+    if isinstance(model, Average):
+        return PortableAverage([plain_portable(member) for member in model.members], model.views)
+    return plain_portable(model)
+
+
+def plain_portable(model: Any) -> Portable:
     merge_added(model)
     if isinstance(model.head, LRBank):
         bank, linear = model.head, model.head.heads[int(model.head.chosen)]
@@ -46,14 +66,15 @@ def portable(predictor: Predictor) -> Portable:
     return Portable(model.preprocess, model.backbone, model.head).eval().requires_grad_(False)
 
 
-def trace(model: Portable, name: str, shape: Sequence[int]) -> ExportedProgram:
+def trace(model: Portable | PortableAverage, name: str, shape: Sequence[int]) -> ExportedProgram:
     """The computation of a model in fp32 on the CPU as a graph, for any number of images of the shape (C, H, W).
 
     A UserError names a model that cannot be traced.
     """
     images = torch.zeros(2, *shape, dtype=torch.uint8)
-    for layer in attention_layers(model.backbone):
-        layer.fused_attn = False  # type: ignore[assignment]  # plain matrix products, as in all earlier files
+    for part in model.modules():
+        for layer in attention_layers(part.backbone) if isinstance(part, Portable) else ():
+            layer.fused_attn = False  # type: ignore[assignment]  # plain matrix products, as in all earlier files
     try:
         with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))

@@ -32,7 +32,7 @@ class Prompted(nn.Module):
     def forward(self, tokens: Tensor, **options: Any) -> Tensor:
         prompt: Any = self.prompt
         start, end = prompt.after, prompt.after + len(prompt.tokens)
-        own = prompt.tokens.expand(len(tokens), -1, -1)  # (B, P, D)
+        own = prompt.tokens.expand(tokens.shape[0], -1, -1)  # (B, P, D); len(tokens) would fix B on export
         tokens = torch.cat([tokens[:, :start], own, tokens[:, start:]], dim=1)  # (B, T + P, D)
         tokens = super().forward(tokens, **options)  # type: ignore[misc]  # the block's own: equation 7
         return torch.cat([tokens[:, :start], tokens[:, end:]], dim=1)  # (B, T, D)

@@ -18,7 +18,7 @@ def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     earlier run's `backbone.weights`, which those of the new run descend from, too; `allow` is as for `read_checkpoint`.
 
     Raises:
-        UserError: the checkpoint is of another architecture.
+        UserError: the checkpoint is of another architecture, or of a policy whose additions this one lacks.
     """
     checkpoint = read_checkpoint(path, allow)
     if is_first_rank():
@@ -27,6 +27,11 @@ def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     merge_added(source)
     theirs, own, added = source.state_dict(), model.state_dict(), set(added_names(model))
     given = {name: theirs.pop(plain_name(name), None) for name in own}
+    if left := [name for name in added_names(source) if name not in added]:
+        raise UserError(
+            f"start_from={path} has {left[0]} and {len(left) - 1} more, which cannot be merged into plain weights. "
+            "Choose the freezing policy that it was trained with."
+        )
     differ = [name for name, tensor in given.items() if tensor is None and name not in added]
     differ += [name for name, tensor in given.items() if tensor is not None and tensor.shape != own[name].shape]
     differ += list(theirs)

@@ -125,7 +125,7 @@ def settle_chosen(cfg: DictConfig, datamodule: Any) -> None:
     cfg.freeze.chosen = chosen
     if is_first_rank():
         measured = " ".join(f"{norm:.2g}" for norm in norms.values())
-        train = f"block{'s' * (len(chosen) > 1)} {', '.join(map(str, chosen))} train"
+        train = f"blocks {', '.join(map(str, chosen))} train" if len(chosen) > 1 else f"block {chosen[0]} trains"
         say(f"surgical: {train}; |gradient| / |weights| of blocks 1 to {len(norms)}: {measured}")
 
 

@@ -4,6 +4,7 @@ torch's fake tensors are meta tensors that claim to be on a device, so that the 
 optimizer run on them unchanged, autocast included, and nothing is allocated.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -63,10 +64,14 @@ def dry_step(cfg: DictConfig, device: str) -> Step:
     """
     with fake_model(cfg) as model:
         model.thaw.check_fresh()
-        last = int(max(model.thaw.after(0)))
-        model.thaw.apply(last)
-        model.cut = model.thaw.cut(last)
-        return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cfg.cache.mode != "off")
+        return step_in_epoch(int(max(model.thaw.after(0))), model, cfg, device, cfg.cache.mode != "off")
+
+
+def step_in_epoch(epoch: int, model: Any, cfg: DictConfig, device: str, cached: bool) -> Step:
+    """The second training step of a `fake_model` as its policy has it in an epoch."""
+    model.thaw.apply(epoch)
+    model.cut = model.thaw.cut(epoch)
+    return DryRun(model, cfg.data.batch_size, cfg.trainer.precision, device).step(cached)
 
 
 @contextmanager
@@ -151,9 +156,10 @@ class DryRun:
         with FlopCounterMode(display=False) as forward, self.context():
             loss = self.model.training_step(batch, 0)
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False) as backward:
+        with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
             loss.backward()
-        self.optimizer.step()
+        with OneStep():
+            self.optimizer.step()
         return forward.get_total_flops(), backward.get_total_flops()
 
     def frozen(self) -> tuple[int, int, Tensor]:
@@ -192,6 +198,21 @@ class DryRun:
             unit[0] += parameter.nbytes
             unit[1] += parameter.nbytes * parameter.requires_grad
         return [(weights, gradients) for weights, gradients in units]
+
+
+def conv_backward_flops(
+    grad_shape: Any, image_shape: Any, weight_shape: Any, *settings: Any, out_shape: Any = None, **_: Any
+) -> int:
+    """FLOPs of a convolution's gradients: of its images and of its weights, each as much as the forward pass.
+
+    torch's own count forgets that the filters of a grouped convolution see only their group.
+    """
+    transposed, output_mask = settings[-4], settings[-1]
+    places = math.prod((image_shape if transposed else grad_shape)[2:])
+    return 2 * grad_shape[0] * places * math.prod(weight_shape) * sum(output_mask[:2])
+
+
+CONVOLUTION = {torch.ops.aten.convolution_backward: conv_backward_flops}
 
 
 class SharedFakeMode(FakeTensorMode):
@@ -241,6 +262,13 @@ class SameShape(TorchFunctionMode):
         if func is torch.equal:
             return args[0].shape == args[1].shape
         return func(*args, **(kwargs or {}))
+
+
+class OneStep(TorchFunctionMode):
+    """Makes `item` give 1, as fake tensors hold no numbers; optimizers read the number of their steps by it."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1.0 if func is Tensor.item else func(*args, **(kwargs or {}))
 
 
 def blank_images(number: int) -> Tensor:

@@ -1,5 +1,7 @@
 """A trained classifier that predicts; eval.py, predict.py, export.py, serve.py and the notebooks share it."""
 
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -16,6 +18,7 @@ from thaw.data.batches import EVAL_BATCH, by_batches
 from thaw.data.mnist import DATASETS, class_names
 from thaw.data.store import tensors_sha256
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
+from thaw.predict.average import Average, Views
 from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries, say
@@ -57,7 +60,7 @@ class Predictor:
     """Images, uint8 (N, C, H, W) on any device -> logits or probabilities (N, K) on the CPU, in float32.
 
     Args:
-        model: a classifier in eval mode.
+        model: a classifier, or an average of some, in eval mode.
         cfg: its configuration, settled. `trainer` sets accelerator and precision, `data.eval_batch_size`, where there
             is one, the images in a batch.
         checkpoint: the file that it was loaded from.
@@ -65,17 +68,21 @@ class Predictor:
         data: the values of an `ImageRecord`.
 
     Attributes:
+        name: the architecture, by timm's name or a baseline's.
+        files: the checkpoints, several of an average.
         has_attention: whether `attention` works.
+        combined: of a combination how it was made, as values of JSON; see `thaw.evaluation.combine`.
     """
 
     def __init__(
-        self, model: Classifier, cfg: DictConfig, checkpoint: Path, commit: str, data: Mapping[str, Any]
+        self, model: Classifier | Average, cfg: DictConfig, checkpoint: Path, commit: str, data: Mapping[str, Any]
     ) -> None:
         self.cfg, self.checkpoint, self.commit = cfg, checkpoint, commit
+        self.name, self.files, self.combined = backbone_name(cfg.backbone), [checkpoint], dict[str, Any]()
         self.data, self.classes = data, list(data["classes"])
         self.fabric = Fabric(accelerator=cfg.trainer.accelerator, devices=1, precision=cfg.trainer.precision)
-        self.model = model.to(self.fabric.device)
-        self.has_attention = bool(attention_layers(model.backbone))
+        self.model: Any = model.to(self.fabric.device)
+        self.has_attention = isinstance(model, Classifier) and bool(attention_layers(model.backbone))
 
     def logits(self, images: Tensor, advance: Callable[[int], Any] | None = None) -> Tensor:
         """(N, C, H, W) -> (N, K); `advance` is called with the number of images after each batch."""
@@ -134,17 +141,35 @@ class Predictor:
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "weights_sha256": tensors_sha256(self.model.state_dict()),
             "git_commit": self.commit,
-            "checkpoint": str(self.checkpoint),
+            "checkpoint": ", ".join(map(str, self.files)),
+            **({"combined": self.combined} if self.combined else {}),
         }
 
     @property
-    def name(self) -> str:
-        """The architecture, by timm's name or a baseline's."""
-        return backbone_name(self.cfg.backbone)
+    def where(self) -> str:
+        """The checkpoint, as one types it."""
+        return os.path.relpath(self.checkpoint)
 
     @property
     def batch_size(self) -> int:
         return self.cfg.data.get("eval_batch_size") or EVAL_BATCH
+
+
+def average(members: Sequence[Predictor], views: Views, name: str) -> Predictor:
+    """Models and views of an image as one predictor, whose probabilities are the mean.
+
+    It computes in the precision of the members, in 32 bits if they differ.
+    """
+    first, cfg = members[0], members[0].cfg.copy()
+    cfg.name, cfg.overrides = name, ""
+    if len({member.cfg.trainer.precision for member in members}) > 1:
+        cfg.trainer.precision = "32-true"
+    model = Average([member.model for member in members], views).eval()
+    result = Predictor(model, cfg, first.checkpoint, first.commit, first.data)
+    counts = Counter(member.name for member in members)
+    result.name = " + ".join(f"{count} x {each}" if count > 1 else each for each, count in counts.items())
+    result.files = [member.checkpoint for member in members]
+    return result
 
 
 def load_predictor(

@@ -16,7 +16,7 @@ from textwrap import shorten
 from typing import Any
 
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from thaw.run.command import cause_of, is_misfit
@@ -112,8 +112,21 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
         )
+    tracker_ids = checkpoint.setdefault("tracker_ids", {})
+    if not isinstance(tracker_ids, dict) or any(
+        not isinstance(each, str) or "${" in each for each in tracker_ids.values()
+    ):
+        raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
     config = checked_config(checkpoint["config"], path, allow, commit)
     return checkpoint | {"config": config | {"run_dir": str(run_folder(path))}, "path": str(path)}
+
+
+def continue_logged(cfg: DictConfig, checkpoint: dict[str, Any]) -> None:
+    """Let the loggers that keep runs by an id continue those of a checkpoint."""
+    ids = {"wandb": checkpoint.get("wandb_id"), **checkpoint.get("tracker_ids", {})}
+    for kind in ("wandb", "mlflow", "trackio"):
+        if cfg.logger and cfg.logger.get(kind):
+            cfg.logger[kind].id = ids.get(kind)
 
 
 def checked_config(config: dict[str, Any], path: Path, allow: Sequence[str], commit: str) -> dict[str, Any]:

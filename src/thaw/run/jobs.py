@@ -111,7 +111,7 @@ def go_on(cfg: DictConfig) -> None:
     A run that failed with an exception restarts from scratch: its state may be wrong. A run that could not write a file
     continues: its last checkpoint is whole.
     """
-    from thaw.run.checkpoint import read_checkpoint
+    from thaw.run.checkpoint import continue_logged, read_checkpoint
 
     run_dir = Path(cfg.run_dir)
     failed = (run_dir / FAILURE).is_file() and read_json(run_dir / FAILURE).get("status") == "failed"
@@ -126,8 +126,7 @@ def go_on(cfg: DictConfig) -> None:
     cfg.resume = str(run_dir / LAST_CHECKPOINT)
     if "chosen" in cfg.freeze:  # by a measurement, which is not repeated
         cfg.freeze.chosen = last["config"]["freeze"]["chosen"]
-    if cfg.logger and "wandb" in cfg.logger:
-        cfg.logger.wandb.id = last["wandb_id"]
+    continue_logged(cfg, last)
 
 
 def refuse_chdir(hydra: DictConfig | HydraConf) -> None:

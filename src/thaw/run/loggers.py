@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from requests.utils import get_netrc_auth
 
 from thaw.run.errors import UserError
+from thaw.run.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +180,8 @@ def log_image(loggers: list[Logger], key: str, path: Path) -> None:
             from torchvision.io import decode_image
 
             logger.experiment.add_image(key, decode_image(str(path)))
+        elif isinstance(logger, Tracker):
+            logger.add_picture(key, path)
 
 
 def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
@@ -201,8 +204,11 @@ def where_to_look(loggers: list[Logger]) -> list[str]:
 
 
 def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:
-    """Put facts of a finished run, such as its time and size, into its summary in W&B."""
+    """Put facts of a finished run, such as its time and size, into its summary in W&B, MLflow and trackio."""
     run = wandb_run(loggers)
+    for logger in loggers:
+        if isinstance(logger, Tracker):
+            logger.log_metrics({key: value for key, value in facts.items() if isinstance(value, int | float)})
     if run is not None:
         run.summary.update({key: value for key, value in facts.items() if value is not None})
 
@@ -216,5 +222,7 @@ def finish(loggers: list[Logger]) -> None:
     failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
+        if isinstance(logger, Tracker):
+            logger.close(failed)
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         wandb.finish(exit_code=int(failed))

@@ -1,8 +1,11 @@
-"""How a run was started: its command, the commit of its code, and the versions of the packages that matter."""
+"""How a run was started: its command, the commit of its code, versions of packages; and paths that may be shared."""
 
+import os
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -44,3 +47,24 @@ def git_commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def portable_paths(run_dir: Path) -> dict[str, str]:
+    """Replacements for the folders of this machine and its user in a checkpoint, which may be moved and shared."""
+    here, home = Path.cwd(), Path.home()
+    short = {f"{run_dir}/": "${run_dir}/"}
+    if run_dir.is_relative_to(here):
+        short[f"{here}/"] = f"${{run_dir}}/{os.path.relpath(here, run_dir)}/"
+    return short if home == home.parent else short | {f"{home}/": "~/"}
+
+
+def replaced(value: Any, paths: Mapping[str, str]) -> Any:
+    """Nested plain values whose paths, keys included, get other beginnings."""
+    if isinstance(value, dict):
+        return {replaced(key, paths): replaced(inner, paths) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [replaced(inner, paths) for inner in value]
+    if isinstance(value, str):
+        for path, other in paths.items():
+            value = re.sub(rf"(?<![\w./~-]){re.escape(path)}", other.replace("\\", r"\\"), f"{value}/")[:-1]
+    return value

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from thaw.run.checkpoint import checked_config, find_checkpoint, origin, read_checkpoint
+from thaw.run.checkpoint import checked_config, continue_logged, find_checkpoint, origin, read_checkpoint
 from thaw.run.command_line import override_key, setting
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -76,8 +76,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"{setting('start_from', path)} instead of resume=."
         )
     saved.run_dir, saved.resume = cfg.run_dir, path and str(path)
-    if saved.logger and "wandb" in saved.logger:
-        saved.logger.wandb.id = checkpoint.get("wandb_id")
+    continue_logged(saved, checkpoint)
     if path is None:
         say(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
         return saved

@@ -27,6 +27,8 @@ FUNCTIONS = {
     "thaw.evaluation.probes.logistic_regression",
     "thaw.run.loggers.wandb_logger",
     "thaw.freezing.dora.add_dora",
+    "thaw.run.trackers.mlflow_logger",
+    "thaw.run.trackers.trackio_logger",
     "thaw.freezing.lora.add_lora",
     "thaw.freezing.adapter.add_adapters",
     "thaw.freezing.prompt.add_prompts",

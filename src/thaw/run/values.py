@@ -26,7 +26,7 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
 Strengths: TypeAlias = list[NonNegative]
 COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "seed": Seed,
-    **dict.fromkeys(("validate", "wandb", "private"), bool),
+    **dict.fromkeys(("validate", "wandb", "private", "lr_find"), bool),
     "test": bool | Literal["always"],
     "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
     "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
@@ -34,6 +34,9 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},
     "robustness.rotation": list[float],
     "workers": Count | None,
+    "combine": Literal["average", "soup", "wise"] | None,
+    "tta": Count,
+    "alphas": Annotated[list[Probability], Field(min_length=1, description="alphas=[0.0,0.5,1.0]")],
 }
 AUTO = ("precision", "fused_attention", "num_classes")  # settings whose `auto` is replaced before use
 TYPE_WORDS: dict[Any, str] = {

@@ -4,13 +4,14 @@ The jobs are those of a sweep, launched in stages. What a stage runs depends on 
 alone, never on which job ended first, so that an interrupted comparison comes to the same numbers.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -19,26 +20,33 @@ from thaw.run.command_line import override_key
 from thaw.run.config import build, settle
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
-from thaw.run.files import write_json, write_text
+from thaw.run.files import read_json, write_json, write_text
 from thaw.run.folders import NO_JOBS
 from thaw.run.jobs import refuse_chdir
-from thaw.run.ranks import is_launched
+from thaw.run.ranks import is_launched, num_processes
 from thaw.run.suggestions import did_you_mean, nearest_word
 from thaw.run.targets import targets
 from thaw.run.values import Positive, check_types, find_problem
-from thaw.sweeps.compare_answer import report_comparison
+from thaw.sweeps import machine
+from thaw.sweeps.cells import format_seconds
 from thaw.sweeps.compare_policies import NOT_A_POLICY, Candidates, bind_policies
+from thaw.sweeps.compare_time import ImageCounts, Timing, predict, too_long
 from thaw.sweeps.compare_tries import CompareSettings, best_try, is_at_edge
 from thaw.sweeps.ending import say_how_to_resume, test_runs
 from thaw.sweeps.grid import INTERRUPTED, GridSweep, Job, check_jobs, compose_job
 from thaw.sweeps.runs import DONE, Run, is_run, read_run
 
-COMPARISON = "comparison.json"
+if TYPE_CHECKING:  # takes seconds
+    from thaw.plan.speed import Speed
+
+PLAN = "plan.json"  # what the time budget has decided: the same when the comparison is resumed
 OVER = (DONE, "pruned")  # states of a try that is not run again
 SET_HERE = {  # keys that a comparison sets itself, and what to type instead
     "freeze": "compare.policies=[...] names the policies",
     "optim.lr": "compare.lr.<policy>=... is the first of its learning rates",
     "seed": "compare.seeds=... is the number of seeds",
+    "callbacks.early_stopping": "all jobs see the same number of images; trainer.max_epochs=... says how many",
+    "resume": "the same command as before continues a comparison",
 }
 
 
@@ -50,6 +58,10 @@ class Policy:
     tries: dict[float, Job] = field(default_factory=dict)
     lr: float | None = None
     runs: list[Job] = field(default_factory=list)
+
+    @property
+    def first(self) -> Job:
+        return next(iter(self.tries.values()))
 
     def tried(self) -> dict[float, Run]:
         return {lr: record(job) for lr, job in self.tries.items()}
@@ -71,44 +83,40 @@ class CompareSweep(GridSweep):
         check_rates(self.settings)
         candidates = self.candidates()
         self.left_out = candidates.left_out
-        self.policies = [Policy(name) for name in candidates.flops]
-        jobs = [self.next_try(policy) for policy in self.policies]
-        check_jobs(jobs, on_this_machine="slurm" not in self.config.hydra.launcher._target_.lower())
-        self.ran, self.total = 0, len(self.policies) * (self.settings.tries + self.settings.seeds - 1)
-        self.announce()
         with only_here(self.folder):
+            self.policies = [Policy(name) for name in self.plan(candidates)]
+            check_jobs([self.next_try(policy) for policy in self.policies], self.on_this_machine)
             write_text(OmegaConf.to_yaml(self.config), self.folder / "multirun.yaml")
             self.keep()
-            status: Any = 0
-            try:
-                self.run_stages()
-            except KeyboardInterrupt:
-                status = INTERRUPTED
-            except SystemExit as leaving:  # of a job in this process, at Ctrl-C
-                status = leaving.code
-            finally:
-                self.keep()
-            without = [policy.name for policy in self.policies if not is_finished(policy, self.settings.seeds)]
-            untested = 0
-            if not status:
-                untested = self.test()
-            if any(is_run(job.folder) for job in jobs):
-                report_comparison(self.folder)
-            if without or untested:
-                say_how_to_resume(f"not done: {', '.join(without)}." if without else f"not tested: {untested} runs.")
-            if status or without or untested:
-                sys.exit(status or 1)
+            self.end(*self.run_stages())
 
-    def run_stages(self) -> None:
-        self.run_jobs([job for policy in self.policies for job in policy.tries.values()])
-        for _ in range(1, self.settings.tries):
-            self.run_jobs([self.next_try(policy) for policy in self.policies])
-        for policy in self.policies:
-            policy.lr = best_try(policy.tried())
-            if policy.lr is not None:
-                more = [self.job(policy.name, policy.lr, seed) for seed in range(1, self.settings.seeds)]
-                policy.runs = [policy.tries[policy.lr], *more]
-        self.run_jobs([job for policy in self.policies for job in policy.runs[1:]])
+    @property
+    def on_this_machine(self) -> bool:
+        return "slurm" not in self.config.hydra.launcher._target_.lower()
+
+    # The stages
+
+    def run_stages(self) -> tuple[Any, int]:
+        """Run all stages; returns an exit status and how many runs cannot be tested."""
+        self.ran, self.total = 0, len(self.policies) * (self.settings.tries + self.settings.seeds - 1)
+        try:
+            self.run_jobs([policy.first for policy in self.policies])
+            self.leave_out_what_is_late()
+            for _ in range(1, self.settings.tries):
+                self.run_jobs([self.next_try(policy) for policy in self.policies])
+            for policy in self.policies:
+                policy.lr = best_try(policy.tried())
+                if policy.lr is not None:
+                    more = [self.job(policy.name, policy.lr, seed) for seed in range(1, self.settings.seeds)]
+                    policy.runs = [policy.tries[policy.lr], *more]
+            self.run_jobs([job for policy in self.policies for job in policy.runs[1:]])
+            return 0, self.test()
+        except KeyboardInterrupt:
+            return INTERRUPTED, 0
+        except SystemExit as leaving:  # of a job in this process, at Ctrl-C
+            return leaving.code, 0
+        finally:
+            self.keep()
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
         """Run the jobs of a stage that are not over."""
@@ -129,15 +137,51 @@ class CompareSweep(GridSweep):
                 return Job((*job.overrides, pruning), job.cfg, job.folder)
         return job
 
+    def leave_out_what_is_late(self) -> None:
+        """Leave out policies that no longer fit into the minutes, now that each has been timed."""
+        if self.settings.minutes is None or self.timing is None:
+            return
+        known = read_json(self.folder / PLAN)
+        if known.get("minutes") != self.settings.minutes or "late" not in known:
+            records = {policy.name: record(policy.first) for policy in self.policies}
+            measured = {name: run.seconds for name, run in records.items() if run.seconds is not None}
+            late = too_long(self.timing, [*records], measured, self.settings.minutes)
+            known |= {"minutes": self.settings.minutes}
+            known["late"] = {
+                name: f"it needs {format_seconds(needed)} more, by the time of its first try, and "
+                f"{format_seconds(left)} of compare.minutes={self.settings.minutes:g} are left for it"
+                for name, (needed, left) in late.items()
+            }
+            write_json(known, self.folder / PLAN)
+        for name, reason in known["late"].items():
+            say(f"left out: {name}: {reason}", "yellow")
+        self.left_out |= known["late"]
+        self.policies = [policy for policy in self.policies if policy.name not in known["late"]]
+        self.total = self.ran + len(self.policies) * (self.settings.tries + self.settings.seeds - 2)
+
     def test(self) -> int:
         """Test the runs at the chosen learning rates; returns how many cannot be tested."""
-        runs = [record(job) for policy in self.policies for job in policy.runs]
-        wanted = any(job.cfg.test for policy in self.policies for job in policy.runs)
-        allow = sorted({target for policy in self.policies for job in policy.runs for target in targets(job.cfg)})
-        return test_runs([run for run in runs if run.state == DONE], allow) if wanted else 0
+        jobs = [job for policy in self.policies for job in policy.runs]
+        allow = sorted({target for job in jobs for target in targets(job.cfg)})
+        runs = [run for run in map(record, jobs) if run.state == DONE]
+        return test_runs(runs, allow) if any(job.cfg.test for job in jobs) else 0
+
+    def end(self, status: Any, untested: int) -> None:
+        """Print the answer as far as there is one, and exit if something is not done."""
+        from thaw.sweeps.compare_answer import report_comparison
+
+        without = [policy.name for policy in self.policies if not is_finished(policy, self.settings.seeds)]
+        if any(is_run(policy.first.folder) for policy in self.policies):
+            report_comparison(self.folder)
+        if without or untested:
+            say_how_to_resume(f"not done: {', '.join(without)}." if without else f"not tested: {untested} runs.")
+        if status or without or untested:
+            sys.exit(status or 1)
+
+    # Before the first job
 
     def candidates(self) -> Candidates:
-        """The policies that are compared, the cheapest first.
+        """The policies that can be compared, the cheapest first.
 
         Raises:
             UserError: a policy that does not exist or does not apply, or fewer than two of them.
@@ -145,52 +189,87 @@ class CompareSweep(GridSweep):
         options = self.hydra_context.config_loader.get_group_options("freeze")
         named = self.settings.policies
         names = [name for name in options if name != NOT_A_POLICY] if named == "all" else list(named)
-        for name in names:
-            if name not in options:
-                near = nearest_word(name, options)
-                raise UserError(
-                    f"compare.policies: {name} is not a policy{did_you_mean(near)}\nallowed: {', '.join(options)}"
-                )
-        if len(set(names)) < len(names):
-            raise UserError(f"compare.policies={names} names a policy twice; name each once.")
-        if len(names) < 2:
-            raise UserError(
-                f"compare.policies={names} leaves nothing to compare; name two or more of {', '.join(options)}, or "
-                f"train the one: python train.py freeze={(names or ['full'])[0]}"
-            )
-        configs = {name: self.job(name, 1e-3, 0).cfg for name in names}
+        check_names(names, options)
+        for setting in self.typed:
+            if setting.startswith("freeze.") and not any(setting in self.typed_for(name) for name in names):
+                raise UserError(f"{setting} is a setting of none of the policies {', '.join(names)}; leave it out.")
+        configs = {name: self.job(name, self.optimizer_lr, 0).cfg for name in names}
+        check_jobs([Job((), cfg, Path(cfg.run_dir)) for cfg in configs.values()], self.on_this_machine)
         first = configs[names[0]]
-        check_types(first)
         check_budget(first)
-        classes, self.images = self.read_data(first)
+        classes, self.images, self.shape = read_data(first)
         for cfg in configs.values():
             settle(cfg)
             cfg.model.num_classes = classes
+        self.configs = configs
         found = bind_policies(configs, "cuda" if first.trainer.accelerator in ("gpu", "cuda") else "cpu")
         if named != "all" and found.left_out:
             name, reason = next(iter(found.left_out.items()))
-            others = [each for each in names if each not in found.left_out]
-            raise UserError(f"compare.policies: {name} does not apply to this backbone: {reason} Others: {others}")
-        if len(found.flops) < 2:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in found.left_out.items())
             raise UserError(
-                f"Only {', '.join(found.flops) or 'no policy'} applies to this backbone, so that there is "
-                f"nothing to compare. {reasons}"
+                f"compare.policies: {name} does not apply to backbone={self.config.hydra.runtime.choices.backbone}: "
+                f"{reason} Leave it out; compare.policies=all takes those that apply."
+            )
+        if len(found.work) < 2:
+            reasons = "".join(f"\n{name}: {reason}" for name, reason in found.left_out.items())
+            raise UserError(
+                f"{' and '.join(found.work) or 'No policy'} alone applies to this backbone, which leaves nothing to "
+                f"compare; choose another backbone, or backbone.weights.{reasons}"
             )
         return found
 
-    def read_data(self, cfg: DictConfig) -> tuple[int, int]:
-        """The number of classes, and of images in an epoch."""
-        from thaw.data.module import count_classes
+    def plan(self, candidates: Candidates) -> list[str]:
+        """Say what will run and how long it will take; returns the policies that fit into the minutes."""
+        policies = [*candidates.work]
+        for name, reason in self.left_out.items():
+            say(f"left out: {name}: {reason}", "yellow")
+        cfg = self.configs[policies[0]]
+        self.timing = None
+        if self.on_this_machine:
+            speed = self.speed(candidates)
+            costs = {name: predict(work, speed, cfg, self.images) for name, work in candidates.work.items()}
+            self.timing = Timing(costs, self.settings.tries, self.settings.seeds, self.jobs_at_once(cfg.trainer))
+            if self.settings.minutes is not None:
+                policies = self.timing.fitting(self.settings.minutes)
+            for name in (name for name in costs if name not in policies):
+                seconds = format_seconds(self.timing.seconds(name))
+                self.left_out[name] = (
+                    f"about {seconds} more than compare.minutes={self.settings.minutes:g} has room for"
+                )
+                say(f"left out: {name}: {self.left_out[name]}", "yellow")
+        elif self.settings.minutes is not None:
+            raise UserError(
+                "compare.minutes is planned by steps that are timed here, but SLURM runs the jobs on other machines; "
+                "leave it out, and name fewer policies if time is short: compare.policies=[linear_probe,lora]."
+            )
+        epochs, images = cfg.trainer.max_epochs, self.images.train
+        say(
+            f"{len(policies)} policies, {plural(self.settings.tries, 'learning rate')} and "
+            f"{plural(self.settings.seeds, 'seed')} each, in {os.path.relpath(self.folder)}"
+        )
+        say(f"equal budget: every job trains on {plural(epochs, 'epoch')} of {images:,} images, without early stopping")
+        if self.timing:
+            self.timing.show(policies)
+        return policies
 
-        datamodule = build(cfg.data)
-        classes = count_classes(cfg.model.num_classes, datamodule)
-        images, limit = len(datamodule.load().train.labels), cfg.trainer.limit_train_batches
-        if isinstance(limit, int):
-            images = min(images, limit * cfg.data.batch_size)
-        elif limit is not None:
-            images = int(limit * images)
-        return classes, images
+    def speed(self, candidates: Candidates) -> "Speed":
+        """What this machine was measured to do, now or when the comparison was started."""
+        from thaw.plan.speed import Speed, measure_speed
+
+        if (self.folder / PLAN).is_file():
+            return Speed(**read_json(self.folder / PLAN)["speed"])
+        least, most = next(iter(candidates.work)), max(candidates.work, key=lambda name: candidates.work[name].train)
+        steps = candidates.work[least].step, candidates.work[most].step
+        speed = measure_speed(self.configs[least], self.configs[most], steps, self.shape)
+        write_json({"speed": vars(speed)}, self.folder / PLAN)
+        return speed
+
+    def jobs_at_once(self, trainer: DictConfig) -> int:
+        """How many jobs share the time: those of a queue over GPUs. Jobs on cores take longer, the more there are."""
+        if "QueueLauncher" not in self.config.hydra.launcher._target_ or trainer.accelerator not in ("gpu", "cuda"):
+            return 1
+        return max(1, len(machine.free_gpus(self.config.hydra.launcher.gpus)) // num_processes(trainer))
+
+    # Jobs and records
 
     def next_try(self, policy: Policy) -> Job:
         """The job of the learning rate that the search for a policy's tries next, which joins its tries."""
@@ -205,37 +284,37 @@ class CompareSweep(GridSweep):
         return float(compose_job(self.hydra_context, self.config, [f"optim={chosen}"]).cfg.optim.lr)
 
     def job(self, policy: str, lr: float, seed: int) -> Job:
-        overrides = [*self.typed, f"freeze={policy}", f"optim.lr={lr}", f"seed={seed}"]
+        overrides = [*self.typed_for(policy), f"freeze={policy}", f"optim.lr={lr}", f"seed={seed}"]
         return compose_job(self.hydra_context, self.config, overrides)
 
-    def announce(self) -> None:
-        epochs = self.policies[0].tries[next(iter(self.policies[0].tries))].cfg.trainer.max_epochs
-        for name, reason in self.left_out.items():
-            say(f"left out: {name}: {reason}", "yellow")
-        say(
-            f"{len(self.policies)} policies with {plural(self.settings.tries, 'learning rate')} and "
-            f"{plural(self.settings.seeds, 'seed')}: at most {self.total} jobs. Each sees the same images: {epochs} "
-            f"epochs of {self.images:,}."
-        )
+    @cache  # noqa: B019  (one sweeper in a process)
+    def typed_for(self, policy: str) -> list[str]:
+        """What was typed, without settings of other policies: `freeze.k=3` is meant for those that have a k."""
+        theirs = [each for each in self.typed if each.startswith("freeze.")]
+        others = [each for each in self.typed if each not in theirs]
+        if not theirs:
+            return others
+        block = compose_job(self.hydra_context, self.config, [*others, f"freeze={policy}"]).cfg.freeze
+        own = [each for each in theirs if is_key(override_key(each).removeprefix("freeze."), block)]
+        return [*others, *own]
 
     def keep(self) -> None:
         """Write what is known of the comparison so far."""
-        policies = [self.facts(policy) for policy in self.policies]
+        from thaw.sweeps.compare_results import COMPARISON
+
+        epochs = self.policies[0].first.cfg.trainer.max_epochs
+        settings = self.settings
+        budget = {"epochs": epochs, "images": epochs * self.images.train, "tries": settings.tries}
+        budget |= {"seeds": settings.seeds, "minutes": settings.minutes}
         left_out = [{"policy": name, "reason": reason} for name, reason in self.left_out.items()]
-        first = next(iter(self.policies[0].tries.values())).cfg
-        budget = {"epochs": first.trainer.max_epochs, "images": self.images * first.trainer.max_epochs}
-        budget |= {key: value for key, value in asdict(self.settings).items() if key in ("tries", "seeds", "minutes")}
+        policies = [facts_of(policy) | {"train": self.train_overrides(policy)} for policy in self.policies]
         facts = {"policies": policies, "left_out": left_out, "budget": budget, "typed": self.typed}
         write_json(facts, self.folder / COMPARISON)
 
-    def facts(self, policy: Policy) -> dict[str, Any]:
-        tries = []
-        for lr, job in policy.tries.items():
-            run = record(job)
-            tries.append({"lr": lr, "state": run.state, "val/acc": run.val_acc, "run": job.folder.name})
-        at_edge = policy.lr is not None and is_at_edge(policy.lr, [*policy.tries])
-        runs = [job.folder.name for job in policy.runs]
-        return {"policy": policy.name, "lr": policy.lr, "at_edge": at_edge, "tries": tries, "runs": runs}
+    def train_overrides(self, policy: Policy) -> list[str]:
+        """What train.py has to be told to train a policy as here."""
+        chosen = [f"optim.lr={policy.lr}"] if policy.lr is not None else []
+        return [*self.typed_for(policy.name), "callbacks.early_stopping=null", f"freeze={policy.name}", *chosen]
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
@@ -244,37 +323,97 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: a list of values, or a key that the comparison sets itself.
     """
-    typed = [each for each in arguments if override_key(each).split(".")[0] not in NO_JOBS]
-    for argument in typed:
-        if instead := SET_HERE.get(override_key(argument)):
-            raise UserError(f"{argument}: a comparison sets this itself; {instead}.")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     if is_launched():
         raise UserError(
             "compare.py starts the processes of its jobs itself: start it as `python compare.py ...`; "
             "hydra/launcher=queue or submitit_slurm runs several jobs at once."
         )
+    typed = [each for each in arguments if override_key(each).split(".")[0] not in NO_JOBS]
+    for argument in typed:
+        if instead := SET_HERE.get(override_key(argument)):
+            raise UserError(f"{argument}: a comparison sets this itself; {instead}.")
+        if OverridesParser.create().parse_override(argument).is_sweep_override():
+            key, _, value = argument.partition("=")
+            raise UserError(
+                f"{argument} holds several values, but a comparison has one for all of its jobs. Name one; "
+                "compare.policies=[...] takes several policies, compare.tries and compare.seeds a number. For a list: "
+                f"{key}=[{value}]."
+            )
     return typed
 
 
+def check_names(names: Sequence[str], options: Sequence[str]) -> None:
+    """Refuse policies that do not exist, and fewer than two."""
+    for name in names:
+        if name not in options:
+            near = nearest_word(name, options)
+            raise UserError(
+                f"compare.policies: {name} does not exist{did_you_mean(near)}\noptions: {', '.join(options)}"
+            )
+    if len(set(names)) < len(names):
+        raise UserError(f"compare.policies=[{','.join(names)}] names a policy twice; name each once.")
+    if len(names) < 2:
+        one = next(iter(names), "full")
+        raise UserError(
+            f"compare.policies=[{','.join(names)}] leaves nothing to compare; name two or more of "
+            f"{', '.join(options)}. To train with one: python train.py freeze={one}"
+        )
+
+
 def check_rates(settings: CompareSettings) -> None:
-    problems = [
-        line for key, value in settings.lr.items() for line in find_problem(f"compare.lr.{key}", value, Positive)
-    ]
+    problems = [line for key, lr in settings.lr.items() for line in find_problem(f"compare.lr.{key}", lr, Positive)]
     if problems:
         raise UserError(f"{'. '.join(problems)}.")
 
 
 def check_budget(cfg: DictConfig) -> None:
+    """Refuse runs that have no number of epochs, or several learning rates of their own."""
     epochs = cfg.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 1:
         raise UserError(
-            f"trainer.max_epochs={epochs} is no equal budget; give a number of epochs: trainer.max_epochs=10"
+            f"trainer.max_epochs={epochs} is no equal budget; give a number, such as trainer.max_epochs=10."
         )
+    if "lrs" in (cfg.get("head") or {}):
+        raise UserError(
+            "head=lr_bank tries learning rates itself, and those of a comparison have no effect; leave it out."
+        )
+
+
+def read_data(cfg: DictConfig) -> tuple[int, ImageCounts, tuple[int, ...]]:
+    """How many classes and images a run has, and the shape of an image."""
+    from thaw.data.module import count_classes
+
+    datamodule = build(cfg.data)
+    classes = count_classes(cfg.model.num_classes, datamodule)
+    source = datamodule.load()
+    images, limit = len(source.train.labels), cfg.trainer.limit_train_batches
+    if isinstance(limit, int):
+        images = min(images, limit * cfg.data.batch_size * num_processes(cfg.trainer))
+    elif limit is not None:
+        images = int(limit * images)
+    return classes, ImageCounts(images, len(source.val.labels), len(source.test.labels)), source.shape
 
 
 def record(job: Job) -> Run:
     """What the files of a job say."""
     return read_run(job.folder, []) if is_run(job.folder) else Run(job.folder, "waiting")
+
+
+def facts_of(policy: Policy) -> dict[str, Any]:
+    """What `comparison.json` says of a policy."""
+    runs = {lr: record(job) for lr, job in policy.tries.items()}
+    tries = [{"lr": lr, "state": run.state, "val/acc": run.val_acc, "run": run.folder.name} for lr, run in runs.items()]
+    at_edge = policy.lr is not None and is_at_edge(policy.lr, [*runs])
+    names = [job.folder.name for job in policy.runs]
+    return {"policy": policy.name, "lr": policy.lr, "at_edge": at_edge, "tries": tries, "runs": names}
+
+
+def is_key(key: str, block: DictConfig) -> bool:
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(block, parent) if parent else block
+    return OmegaConf.is_dict(node) and name in node
 
 
 def is_finished(policy: Policy, seeds: int) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.table import Table
 
-from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.paired import difference_interval, holm, sign_flip_test
 from thaw.run.command_line import override_key
 from thaw.run.console import UNBOUNDED, console, plural, say, say_fitted
@@ -22,11 +21,13 @@ from thaw.sweeps.cells import Cell, format_score, format_seconds, shown
 from thaw.sweeps.compare_results import Comparison, PolicyResult, read_comparison
 from thaw.sweeps.ending import first_that_fits
 from thaw.sweeps.groups import ABSENT
+from thaw.sweeps.runs import read_mapping
 
 ALPHA = 0.05
 SAME_TIME = 1.1  # training times up to this ratio count as equal, as repeated runs differ by as much
 COARSE = 0.01  # half an interval of differences, above which the answer says that the test split is small
-ASIDE = ("test", "validate")  # settings of a comparison's jobs that a single run has by default
+ASIDE = r"(test|validate)$|(compare|hydra|callbacks\.pruning)\b"  # settings of a comparison's jobs, not of a single run
+STOPPING = "early_stopping"
 CSV_FIELDS = (
     *("policy", "mark", "lr", "lr_at_edge", "val/acc", "val/acc_std", "seeds", "test/acc", "test/acc_low"),
     *("test/acc_high", "n_test", "difference", "difference_low", "difference_high", "p", "p_holm"),
@@ -81,7 +82,9 @@ def test_against(best: PolicyResult, others: Sequence[PolicyResult]) -> dict[str
     verdicts = {}
     for other, unit, p_value, corrected in zip(others, units, p_values, holm(p_values), strict=True):
         shares = unit / (seeds * len(other.predictions))
-        verdicts[other.name] = Verdict(float(shares.mean()), *difference_interval(shares), p_value, corrected)
+        verdicts[other.name] = Verdict(
+            float(shares.mean()), *difference_interval(shares, len(others)), p_value, corrected
+        )
     return verdicts
 
 
@@ -142,7 +145,7 @@ def say_answer(
     interval = f"95 % interval {100 * verdict.low:+.2f} to {100 * verdict.high:+.2f}"
     return (
         f"{sentence}. {cheapest.name} {relation}: its test accuracy, {cheapest.test_acc:.2%}, is {change} "
-        f"({interval}; {format_p(verdict.p_holm)}), and it {times}."
+        f"({interval}; p {format_p(verdict.p_holm)}), and it {times}."
     )
 
 
@@ -162,7 +165,11 @@ def say_how(comparison: Comparison, verdicts: Mapping[str, Verdict]) -> str:
         if single
         else "an exact sign-flip test of the share of seeds that are right"
     )
-    corrected = f", p corrected for {len(verdicts)} comparisons (Holm 1979)" if len(verdicts) > 1 else ""
+    corrected = (
+        f", p and intervals corrected for {len(verdicts)} comparisons (Holm 1979, Bonferroni)"
+        if len(verdicts) > 1
+        else ""
+    )
     return (
         f"How: each policy against the best by validation, over the same {len(comparison.labels):,} test images, by "
         f"{test}, two-sided at {100 * ALPHA:.0f} %{corrected}; cheap is a short training time, then few "
@@ -189,7 +196,7 @@ def say_notes(
     for policy in comparison.tested:
         if (verdict := verdicts.get(policy.name)) and verdict.better and best:
             notes.append(
-                f"{policy.name} is better than {best.name} on the test images ({format_p(verdict.p_holm)}), though not "
+                f"{policy.name} is better than {best.name} on the test images (p {format_p(verdict.p_holm)}), but not "
                 "on validation, which alone chooses the best."
             )
     edges = [f"{policy.name} ({policy.lr:g}, {policy.edge})" for policy in comparison.finished if policy.at_edge]
@@ -210,17 +217,12 @@ def say_notes(
 
 def training_command(comparison: Comparison, policy: PolicyResult) -> str:
     """The command that trains a policy's first seed again, as a shell takes it."""
-    path = policy.group.runs[0].folder / ".hydra" / "overrides.yaml"
-    if path.is_file():
-        overrides = [str(each) for each in yaml.safe_load(path.read_text(encoding="utf-8"))]
-    else:
-        overrides = [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
-    kept = [each for each in overrides if override_key(each) not in ASIDE and not is_of_the_comparison(each)]
+    overrides = policy.train or [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
+    kept = [each for each in overrides if not re.match(ASIDE, override_key(each))]
+    config = read_mapping(policy.group.runs[0].folder / "config.yaml", [])
+    if (config.get("callbacks") or {}).get(STOPPING, True) is None:  # in a comparison no run ends early
+        kept = list(dict.fromkeys([*kept, f"callbacks.{STOPPING}=null"]))
     return shlex.join(["python", "train.py", *kept])
-
-
-def is_of_the_comparison(override: str) -> bool:
-    return override_key(override).split(".")[0].split("/")[0] in ("compare", "hydra")
 
 
 def report_comparison(folder: Path) -> None:
@@ -246,14 +248,14 @@ def report_comparison(folder: Path) -> None:
 def policy_facts(comparison: Comparison, answer: Answer, policy: PolicyResult) -> dict[str, Any]:
     """All numbers of a policy by `CSV_FIELDS`, None where there is none."""
     mean, spread, seeds = policy.val or (None, None, 0)
-    low, high = test_interval(policy)
+    low, high = policy.test_interval or (None, None)
     values = {
         "policy": policy.name,
         "mark": answer.mark(policy),
         "lr": policy.lr,
         "lr_at_edge": policy.at_edge,
         **{"val/acc": mean, "val/acc_std": spread, "seeds": seeds},
-        "test/acc": policy.test_acc if policy.predictions else None,
+        "test/acc": policy.test_acc,
         **{"test/acc_low": low, "test/acc_high": high},
         "n_test": len(comparison.labels) if policy.predictions else None,
         **dict.fromkeys(("difference", "difference_low", "difference_high", "p", "p_holm")),
@@ -266,14 +268,6 @@ def policy_facts(comparison: Comparison, answer: Answer, policy: PolicyResult) -
     return values
 
 
-def test_interval(policy: PolicyResult) -> tuple[float | None, float | None]:
-    """Wilson's 95 % interval of the test accuracy; of the mean of several seeds it is a little wide."""
-    if not policy.predictions:
-        return None, None
-    total = len(policy.predictions[0].labels)
-    return accuracy_interval(round(policy.test_acc * total), total)
-
-
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_FIELDS)
@@ -284,27 +278,24 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def policy_cells(answer: Answer, policy: PolicyResult) -> dict[str, Cell]:
     """The cells of a policy by the titles of their columns."""
-    low, high = test_interval(policy)
-    verdict = answer.verdicts.get(policy.name)
-    test = f"{policy.test_acc:.2%} [{low:.2%}, {high:.2%}]" if policy.predictions else ABSENT
-    difference = f"{100 * verdict.difference:+.2f}" if verdict else ABSENT
-    verdict_p = f"{verdict.p_holm:.2g}" if verdict else ABSENT
-    star = "*" if policy.at_edge else ""
+    interval, verdict = policy.test_interval, answer.verdicts.get(policy.name)
+    ends = f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else ""
+    difference, p_value = (verdict.difference, verdict.p_holm) if verdict else (None, None)
     return {
         "policy": (policy.name, policy.name),
         "val/acc": (format_score(policy.val), policy.val and policy.val[0]),
-        "test/acc": (test, policy.test_acc if policy.predictions else None),
-        "points": (difference, verdict.difference if verdict else None),
-        "p": (verdict_p, verdict.p_holm if verdict else None),
+        "test/acc": (shown(policy.test_acc, ".2%") + ends, policy.test_acc),
+        "vs best": (ABSENT if difference is None else f"{100 * difference:+.2f}", difference),
+        "p": (ABSENT if p_value is None else format_p(p_value), p_value),
         "trained": (shown(policy.params, ","), policy.params),
         "time": (format_seconds(policy.seconds), policy.seconds),
         "memory": (f"{policy.memory:.1f} GB" if policy.memory else ABSENT, policy.memory),
-        "lr": (shown(policy.lr, "g") + star, policy.lr),
+        "lr": (shown(policy.lr, "g") + "*" * policy.at_edge, policy.lr),
     }
 
 
 def format_p(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def show_comparison(comparison: Comparison, answer: Answer) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from thaw.pages.html import write_page
 from thaw.run.console import plural
 from thaw.sweeps.cells import ABSENT
-from thaw.sweeps.compare_answer import Answer, policy_cells, test_interval
+from thaw.sweeps.compare_answer import Answer, policy_cells
 from thaw.sweeps.compare_pictures import save_agreements, save_class_accuracies, save_costs, save_tries
 from thaw.sweeps.compare_results import Comparison, PolicyResult
 from thaw.sweeps.runs import read_mapping
@@ -40,7 +40,8 @@ def write_comparison_page(comparison: Comparison, answer: Answer) -> None:
     if finished:
         tested = comparison.tested
         policies, split = (tested, "test accuracy") if tested else (finished, "validation accuracy")
-        save_costs(policies, [accuracy_and_interval(policy) for policy in policies], split, folder / "costs.png")
+        accuracies = [accuracy_and_interval(policy) for policy in policies]
+        save_costs(policies, [answer.mark(policy) for policy in policies], accuracies, split, folder / "costs.png")
         pictures.append((f"{split.capitalize()} against what a policy costs", folder / "costs.png"))
     if save_tries(finished, folder / "learning_rates.png"):
         pictures.append(("The learning rates that were tried", folder / "learning_rates.png"))
@@ -70,9 +71,8 @@ def write_comparison_page(comparison: Comparison, answer: Answer) -> None:
 
 def accuracy_and_interval(policy: PolicyResult) -> tuple[float, float, float]:
     """Test accuracy with its 95 % interval; of an untested policy that of validation, lowest and highest seed."""
-    low, high = test_interval(policy)
-    if low is not None and high is not None:
-        return policy.test_acc, low, high
+    if policy.test_acc is not None and policy.test_interval:
+        return policy.test_acc, *policy.test_interval
     assert policy.val
     seeds = [run.val_acc for run in policy.group.done if run.val_acc is not None]
     return policy.val[0], min(seeds), max(seeds)
@@ -121,7 +121,7 @@ def who_answers(comparison: Comparison, place: int) -> list[tuple[str, list[str]
     for policy in comparison.tested:
         said = [int(each.answers[place]) for each in policy.predictions]
         for answer in dict.fromkeys(said):
-            part = "" if said.count(answer) == len(said) else f" ({said.count(answer)} of {len(said)} seeds)"
+            part = "" if said.count(answer) == len(said) else f" {said.count(answer)}/{len(said)}"
             found.setdefault(answer, []).append(policy.name + part)
     (right, *rest) = found.items()
     rest.sort(key=lambda each: -len(each[1]))

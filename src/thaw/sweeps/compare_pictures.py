@@ -30,33 +30,43 @@ MOST_ROWS = 30  # classes of a heat map
 
 
 def save_costs(
-    policies: Sequence[PolicyResult], accuracies: Sequence[tuple[float, float, float]], split: str, path: Path
+    policies: Sequence[PolicyResult],
+    marks: Sequence[str],
+    accuracies: Sequence[tuple[float, float, float]],
+    label: str,
+    path: Path,
 ) -> None:
     """Accuracy of each policy against each of its costs; the panels share the axis of the accuracy.
 
-    `accuracies` are accuracy and the ends of its interval; `split` says of which images.
+    Args:
+        marks: for each policy what its name is followed by, such as `best`.
+        accuracies: accuracy and the ends of its interval.
+        label: of the accuracy.
     """
     columns = {title: [getattr(policy, name) for policy in policies] for title, name in COSTS.items()}
     columns = {title: values for title, values in columns.items() if any(values)}
     figure = new_figure(12, max(4.6, 1.7 + 0.19 * len(policies)))
-    panels: list[Axes] = [*figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]]
-    accuracy_axis(panels[0].yaxis, min(low for _, low, _ in accuracies), max(high for *_, high in accuracies), split)
-    for panel, (title, values) in zip(panels, columns.items(), strict=True):
+    panels: list[Axes] = [*figure.subplots(1, max(1, len(columns)), sharey=True, squeeze=False)[0]]
+    accuracy_axis(panels[0].yaxis, min(low for _, low, _ in accuracies), max(high for *_, high in accuracies), label)
+    for panel, (title, values) in zip(panels, columns.items(), strict=False):
         plain_axes(panel)
+        given = [value for value in values if value]
+        panel.set_xscale("log" if max(given) > 5 * min(given) else "linear")
+        panel.set_xlabel(title)
         for place, (x, (accuracy, low, high)) in enumerate(zip(values, accuracies, strict=True)):
             if x:
                 color, marker = style_of(place)
-                panel.vlines(x, low, high, color=color, alpha=0.45, linewidth=1.4)
+                panel.vlines(x, low, high, color=color, alpha=0.4, linewidth=1.4)
                 panel.plot(x, accuracy, marker, color=color, markersize=7, markeredgecolor="white", markeredgewidth=0.6)
-        panel.set_xlabel(title)
-    ends = [
-        (x or max(filter(None, values)), accuracy, style_of(place)[0], policy.name)
-        for place, (policy, x, (accuracy, *_)) in enumerate(zip(policies, values, accuracies, strict=True))
-    ]
+    right, ends = panels[-1].get_xlim()[1], []
+    for place, (policy, mark, (accuracy, *_)) in enumerate(zip(policies, marks, accuracies, strict=True)):
+        color, marker = style_of(place)
+        panels[-1].plot(right, accuracy, marker, color=color, markersize=5, clip_on=False, zorder=4)
+        ends.append((right, accuracy, color, f"{policy.name} ({mark})" if mark else policy.name))
+    panels[-1].set_xlim(right=right)
     label_ends(panels[-1], ends)
-    for panel, values in zip(panels, columns.values(), strict=True):
-        given = [value for value in values if value]
-        number_axis(panel.xaxis, log=max(given) > 5 * min(given))
+    for panel in panels[: len(columns)]:
+        number_axis(panel.xaxis, log=panel.get_xscale() == "log")
     save_figure(figure, path)
 
 

@@ -1,22 +1,37 @@
-"""Which freezing policies apply to a backbone, found on fake tensors: no weights are read."""
+"""Which freezing policies apply to a backbone, and the work of each, found on fake tensors: no weights are read."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.errors import UserError
 
+if TYPE_CHECKING:  # takes seconds
+    from thaw.plan.dry_step import Step
+
 NOT_A_POLICY = "patterns"  # of configs/freeze: its rules are the user's
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of an image under a policy."""
+
+    train: float  # in a training step, on average over the epochs
+    validate: float  # forward, above what is cached
+    fill: float  # of the frozen layers, whose output is cached; 0 without a cache
+    forward: float  # of the whole model
+    cut: int  # how many layers are cached at first
+    step: "Step"  # in the last epoch
 
 
 @dataclass
 class Candidates:
-    """Policies that apply, the cheapest first, with the cost of a training image; and why the others do not."""
+    """Policies that apply, the cheapest first, each with its work; and why the others do not."""
 
-    flops: dict[str, float] = field(default_factory=dict)
+    work: dict[str, Work] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -26,12 +41,12 @@ def bind_policies(configs: Mapping[str, DictConfig], device: str) -> Candidates:
     A policy that trains the same parameters in the same epochs as an earlier one is left out.
 
     Args:
-        configs: a run of each policy, with `model.num_classes`.
+        configs: a run of each policy, settled, with `model.num_classes`.
 
     Raises:
         UserError, InstantiationException: the model cannot be built, whatever the policy.
     """
-    from thaw.plan.dry_step import dry_step, fake_model
+    from thaw.plan.dry_step import fake_model
 
     found = Candidates()
     known: dict[Any, str] = {}
@@ -40,31 +55,51 @@ def bind_policies(configs: Mapping[str, DictConfig], device: str) -> Candidates:
             with fake_model(cfg) as model:
                 check_model(model, cfg)
                 what = what_trains(model, cfg)
-            step = dry_step(cfg, device)
-        except (UserError, InstantiationException) as error:
-            cause = error.__cause__ if isinstance(error, InstantiationException) else error
-            if not isinstance(cause, UserError) or not str(cause).startswith("freeze"):
+                if what in known:
+                    found.left_out[policy] = f"it trains what {known[what]} trains"
+                    continue
+                found.work[policy] = work_of(model, cfg, device)
+        except UserError as error:
+            if not str(error).startswith("freeze"):
                 raise
-            found.left_out[policy] = str(cause)
-            continue
-        if what in known:
-            found.left_out[policy] = f"trains what {known[what]} trains"
+            found.left_out[policy] = str(error)
             continue
         known[what] = policy
-        found.flops[policy] = step.forward_flops + step.backward_flops
-    found.flops = dict(sorted(found.flops.items(), key=lambda item: item[1]))
+    found.work = dict(sorted(found.work.items(), key=lambda item: item[1].train + item[1].fill))
     return found
 
 
 def check_model(model: Any, cfg: DictConfig) -> None:
     if not hasattr(model, "thaw"):
-        raise UserError(f"model._target_={cfg.model._target_} has no freezing policy to compare; leave model out.")
+        raise UserError(f"model._target_={cfg.model._target_} has no freezing policy to compare; leave model= out.")
+    model.thaw.check_fresh()
 
 
 def what_trains(model: Any, cfg: DictConfig) -> tuple:
     """Equal for two policies that train the same parameters in the same epochs, and add the same ones."""
     epochs = model.thaw.epochs.items()
     trained = frozenset((name, epoch) for name, epoch in epochs if epoch < cfg.trainer.max_epochs)
-    blocks = OmegaConf.to_container(cfg.freeze, resolve=True)
-    assert isinstance(blocks, dict)
+    blocks: Any = OmegaConf.to_container(cfg.freeze, resolve=True)
     return trained, repr([block for block in blocks.values() if isinstance(block, dict)])
+
+
+def work_of(model: Any, cfg: DictConfig, device: str) -> Work:
+    """The FLOPs of a policy; between the first and the last epoch of a schedule they grow as layers thaw."""
+    from thaw.plan.dry_step import step_in_epoch
+
+    cached = cfg.cache.mode not in ("off", False) and not model.augment.is_random and not model.mix.is_on
+    epochs = cfg.trainer.max_epochs
+    last = int(max(epoch for epoch in model.thaw.after(0) if epoch < epochs))
+    first = step_in_epoch(0, model, cfg, device, cached)
+    step = step_in_epoch(last, model, cfg, device, cached) if last else first
+    cuts = [model.thaw.cut(epoch) for epoch in range(epochs)]
+    thawed = [(first.cut - cut) / max(1, first.cut - step.cut) for cut in cuts]  # of what thaws, by epoch: 0 to 1
+    ends = [part.forward_flops + part.backward_flops + (0 if cached else part.frozen_flops) for part in (first, step)]
+    return Work(
+        train=statistics.mean(ends[0] + (ends[1] - ends[0]) * share for share in thawed),
+        validate=step.forward_flops + (0 if cached else step.frozen_flops),
+        fill=first.frozen_flops if cached else 0.0,
+        forward=step.frozen_flops + step.forward_flops,
+        cut=first.cut if cached else 0,
+        step=step,
+    )

@@ -34,6 +34,7 @@ class PolicyResult:
     at_edge: bool
     tries: list[dict[str, Any]]
     group: Group
+    train: list[str] = field(default_factory=list)  # what train.py is told to train it
     predictions: list[Predictions] = field(default_factory=list)
 
     @property
@@ -60,8 +61,15 @@ class PolicyResult:
         return np.sum([each.right for each in self.predictions], axis=0)
 
     @property
-    def test_acc(self) -> float:
-        return float(np.mean([each.right.mean() for each in self.predictions]))
+    def test_acc(self) -> float | None:
+        """The mean over the tested seeds."""
+        return self.group.test and self.group.test[0]
+
+    @property
+    def test_interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the test accuracy: the mean of those of the seeds, a little wide for their mean."""
+        low, high = self.group.score("test_low"), self.group.score("test_high")
+        return (low[0], high[0]) if low and high else None
 
     @property
     def edge(self) -> str:
@@ -137,6 +145,7 @@ def read_policy(folder: Path, entry: dict[str, Any], classes: Sequence[str], war
         at_edge=bool(entry.get("at_edge")),
         tries=entry.get("tries", []),
         group=Group(runs, [entry["policy"]]),
+        train=entry.get("train", []),
     )
     for run in policy.group.done:
         path = run.folder / "report" / PREDICTIONS
