@@ -51,7 +51,7 @@ CASES |= {  # before, at and after a thaw; the last epoch trains everything
     },
     "lr_bank": (["head=lr_bank", "head.lrs=[1e-4,1e-2,1e-1]", "head.weight_decays=[0.0,1e-2]"], 2, [6]),
 }
-LIKE_LORA = ("adapter", "prompt", "attention_out", "dora")  # in what is saved and resumed
+LIKE_LORA = ("adapter", "prompt", "attention_out", "dora", "ssf")  # in what is saved and resumed
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 
 
