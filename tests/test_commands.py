@@ -8,7 +8,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -31,10 +31,14 @@ TINY = ["+backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+bac
 VIT = ["backbone=digits_vit", "backbone.arguments.depth=2", *TINY[1:]]
 TOKEN = ["backbone.pool=class_and_mean", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"]
 STAGES = ["+backbone.arguments.depths=[1,1,1,1]"]
+SWIN = [*STAGES, "+backbone.arguments.embed_dim=16", "+backbone.arguments.num_heads=[1,2,2,2]"]
+RESNET = ["backbone=convnext_tiny", "backbone.name=test_resnet", "backbone.image_size=32"]
 KINDS: dict[str, list[str]] = {
     "adapter": [*VIT, "freeze=adapter", "head.norm=batch"],
     "attention_only": [*VIT, *TOKEN, "freeze=attention_only", "head=mlp", "average=ema"],
+    "attention_out": ["backbone=swin_tiny", *SWIN, "freeze=attention_out"],
     "bias_only": ["backbone=vit_base_clip", *TINY, "backbone.image_size=32", "freeze=bias_only", "mix=mixup"],
+    "dora": [*RESNET, "freeze=dora", "average=ema"],
     "first_blocks": [
         *("backbone=convnext_tiny", *STAGES, "+backbone.arguments.dims=[8,8,16,16]", "backbone.image_size=32"),
         "freeze=first_blocks",
@@ -42,19 +46,18 @@ KINDS: dict[str, list[str]] = {
     "full": ["backbone=rnn", "backbone.hidden_size=8", "freeze=full", "mix=cutmix"],
     "gradual": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=gradual", "average=ema"],
     "last_blocks": [
-        *("backbone=swin_tiny", "+backbone.arguments.embed_dim=16", "+backbone.arguments.num_heads=[1,2,2,2]"),
-        *(*STAGES, "freeze=last_blocks", "head.norm=batch"),
+        *("backbone=swin_tiny", *SWIN, "freeze=last_blocks", "head.norm=batch"),
     ],
     "linear_probe": [*VIT, "freeze=linear_probe"],
     "lora": [*VIT, "freeze=lora", "head.norm=batch", "average=ema"],
     "lp_ft": [
-        *("backbone=convnext_tiny", "backbone.name=test_resnet", "backbone.image_size=32"),
-        *("freeze=lp_ft", "freeze.probe_epochs=1"),
+        *(*RESNET, "freeze=lp_ft", "freeze.probe_epochs=1"),
     ],
     "lr_bank": [*VIT, "head=lr_bank", "head.lrs=[1e-3,1e-2]"],
     "norm_only": ["backbone=vit_small_dinov3", *TINY, "backbone.image_size=32", "freeze=norm_only", "head.norm=none"],
     "prompt": ["backbone=eva02_tiny", *TINY, "backbone.image_size=28", "freeze=prompt"],
     "surgical": [*VIT, "freeze=surgical", "freeze.k=1"],
+    "ssf": [*RESNET, "freeze=ssf"],
     "patterns": ["backbone=vit_base_siglip2", *TINY, "backbone.image_size=32", "freeze=patterns", "mix=both"],
     "convnet": ["backbone=convnet", "backbone.widths=[4,4]", "freeze=full", "average=ema"],
     "lenet5": ["backbone=lenet5", "freeze=full"],
@@ -62,11 +65,12 @@ KINDS: dict[str, list[str]] = {
     "pixels": ["backbone=pixels", "head.norm=none"],
     "resnet9": ["backbone=resnet9", "backbone.widths=[4,4,4]", "freeze=full"],
 }
-UNMERGED = ("adapter", "prompt")  # which a plain model cannot hold
-LIKE_OTHERS = ("lenet5", "mlp", "resnet9", "adapter", "surgical")  # like convnet, prompt and last_blocks
-COMMANDED = [kind for kind in KINDS if kind not in LIKE_OTHERS]
+COMMANDED = [kind for kind in KINDS if kind not in ("lenet5", "mlp", "resnet9")]  # convnet is a baseline like these
+ADDING = ["adapter", "attention_out", "dora", "ssf", "surgical"]  # as prompt, attention_only, lora, last_blocks: long
+UNMERGED = ["adapter", "prompt"]  # which a plain model cannot hold
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]
+
 EPOCHS = {"gradual": 2, "lp_ft": 2}
 OFF = [f"callbacks.{name}=null" for name in ("early_stopping", "lr_monitor", "progress", "sample_grid")]
 SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data.eval_batch_size=250", "cache.mode=off"]
@@ -75,6 +79,12 @@ PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
 STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
 STEADY += ["robustness.images=10"]
 pytestmark = pytest.mark.usefixtures("undrawn")
+
+
+def marked(cases: Sequence[Any]) -> list[Any]:
+    """Cases, each a kind or one with more, of which `ADDING` are long."""
+    given = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.long if case[0] in ADDING else ()) for case in given]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +142,7 @@ def test_every_policy_head_and_baseline_is_there() -> None:
         assert "baselines" not in path.read_text() or f"backbone={path.stem}" in words, path.stem
 
 
-@pytest.mark.parametrize("kind", COMMANDED)
+@pytest.mark.parametrize("kind", marked(COMMANDED))
 def test_eval(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
     command("eval", f"ckpt={run(kind)}", *STEADY, "wandb=false", f"run_dir={tmp_path}")
     (report,) = json.loads((tmp_path / "report" / "report.json").read_text())["models"].values()
@@ -141,7 +151,7 @@ def test_eval(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
 
 
 @needs("serve")
-@pytest.mark.parametrize("kind", COMMANDED)
+@pytest.mark.parametrize("kind", marked(COMMANDED))
 def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, capsys: pytest.CaptureFixture) -> None:
     """Both give the classes that the test counted."""
     from thaw.serve.app import create_app
@@ -171,7 +181,9 @@ EXPORTS += [("lora", ["format=torch_export"], "model.pt2")]
 
 
 @needs("export")
-@pytest.mark.parametrize(("kind", "format", "name"), EXPORTS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("kind", "format", "name"), marked(EXPORTS), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_export(
     kind: str,
     format: list[str],
@@ -188,7 +200,7 @@ def test_export(
     assert (tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("kind", COMMANDED)
+@pytest.mark.parametrize("kind", marked(COMMANDED))
 def test_probe(kind: str, run: Callable[[str], Path], tmp_path: Path) -> None:
     command("probe", f"ckpt={run(kind)}", *PROBE, f"run_dir={tmp_path}")
     assert 0 < facts(tmp_path)["test/acc"] < 1

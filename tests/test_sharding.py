@@ -18,7 +18,7 @@ def trainer(*callbacks: Any, fn: TrainerFn = TrainerFn.FITTING) -> Any:
     return SimpleNamespace(state=SimpleNamespace(fn=fn), callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("name", ["full", "linear_probe", "last_blocks", "lora"])
+@pytest.mark.parametrize("name", ["full", "linear_probe", "last_blocks", "lora", "dora", "ssf"])
 def test_policies_without_a_schedule_are_sharded(classifier: Callable[..., Classifier], name: str) -> None:
     check(classifier(name), trainer())
 

@@ -33,13 +33,15 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "full in shards": (FSDP, ["freeze=full"]),
     "linear_probe in shards": (FSDP, ["freeze=linear_probe"]),
     "lora in shards": (FSDP, ["freeze=lora"]),
-}
-POLICIES |= {
+    "ssf": (DDP, ["freeze=ssf", "freeze.ssf.last=2"]),
+    "ssf in shards": (FSDP, ["freeze=ssf"]),
+    "dora in shards": (FSDP, ["freeze=dora"]),
     "adapter": (DDP, ["freeze=adapter"]),
     "prompt in shards": (FSDP, ["freeze=prompt"]),
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LONG = ("adapter", "prompt in shards", "surgical")
+LIKE_OTHERS = ["lora in shards", "ssf", "ssf in shards", "dora in shards"]  # what is added is sharded as all else
+LIKE_OTHERS += ["adapter", "prompt in shards", "surgical"]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]
@@ -161,7 +163,7 @@ def cached(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "lora in shards" else ()) for name in POLICIES]
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in POLICIES]
 )
 def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
     """With clipped gradients."""

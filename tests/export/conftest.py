@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from thaw.data.images import Images, Source
 from thaw.data.mnist import class_names, load_mnist
 from thaw.export.export_file import export_file
+from thaw.freezing.added import added_names
 from thaw.predict.predictor import Predictor
 from thaw.run.config import plain, settle
 
@@ -21,14 +22,18 @@ TINY = ["backbone.arguments.depth=2", "+backbone.arguments.embed_dim=32", "+back
 
 KINDS: dict[str, list[str]] = {
     "vit": [],
-    "vit_56px_rgb": ["backbone.image_size=56", "backbone.arguments.patch_size=14", "backbone.channels=3"],
+    "vit_56px_rgb": [
+        "freeze=dora",
+        "backbone.image_size=56",
+        "backbone.arguments.patch_size=14",
+        "backbone.channels=3",
+    ],
     "lora_class_and_mean": [
         *("freeze=lora", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"),
         *("backbone.pool=class_and_mean", "head.norm=batch"),
     ],
-    "adapter": ["freeze=adapter"],
     "prompt": ["freeze=prompt", "backbone.arguments.class_token=true", "backbone.arguments.global_pool=token"],
-    "mlp_head": ["head=mlp"],
+    "mlp_head": ["head=mlp", "freeze=adapter"],
     "bank": ["head=lr_bank", "freeze=full", "head.lrs=[1e-3,1e-2]"],
     "convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]"],
     "lenet5": ["experiment=baseline/lenet5"],
@@ -36,9 +41,12 @@ KINDS: dict[str, list[str]] = {
     "lstm": ["experiment=baseline/rnn", "backbone.hidden_size=16"],
     "gru": ["experiment=baseline/rnn", "backbone.hidden_size=16", "backbone.cell=gru", "backbone.num_layers=2"],
     "pixels": ["experiment=baseline/logistic_regression"],
-    "photo_vit": ["backbone.channels=3", "backbone.image_size=56", "backbone.arguments.patch_size=14"],
+    "photo_vit": ["freeze=ssf", "backbone.channels=3", "backbone.image_size=56", "backbone.arguments.patch_size=14"],
     "photo_in_grey": [],
-    "photo_convnet": ["experiment=baseline/convnet", "backbone.widths=[8,16]", "backbone.channels=3"],
+    "photo_convnet": [
+        *("experiment=baseline/convnet", "backbone.widths=[8,16]", "backbone.channels=3"),
+        *("freeze=lora", "freeze.lora.match='.*'", "freeze.lora.rank=2"),
+    ],
 }
 PHOTOS = {"photo_vit": (2, (3, 32, 48)), "photo_in_grey": (10, (3, 32, 32)), "photo_convnet": (37, (3, 32, 32))}
 
@@ -79,9 +87,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Predictor]:
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        for name in added_names(model):
+            model.get_parameter(name).data += 0.1 * torch.randn_like(model.get_parameter(name))
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "adapter.up" in name:
-                nn.init.normal_(parameter, std=0.1)
             if name.startswith("head") and parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.3)  # probabilities that differ
         if hasattr(model.head, "chosen"):

@@ -309,8 +309,10 @@ class FeatureCheck(L.Callback):
         (["freeze=gradual", "freeze.blocks=2"], 3, [(0, 5)]),  # a pass for a single epoch is not worth it
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),
         (["freeze=prompt", "freeze.prompt.last=2"], 2, [(0, 2), (1, 2)]),
+        pytest.param(["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
+        pytest.param(["freeze=ssf", "freeze.ssf.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
     ],
-    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "prompt"],
+    ids=["lp_ft", "gradual", "gradual by twos", "last_blocks", "prompt", "lora", "ssf"],
 )
 def test_cached_features_change_nothing(
     train: Callable[..., Path], tiny_run: list[str], policy: list[str], epochs: int, cached: list[tuple[int, int]]

@@ -125,7 +125,7 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     assert torch.equal(logits(checkpoint), logits(states(whole)))
 
 
-@pytest.mark.parametrize("name", ["lora", "last_blocks", "norm_only", "gradual", "adapter"])
+@pytest.mark.parametrize("name", ["lora", "ssf", "adapter", "last_blocks", "norm_only", "gradual"])
 def test_a_checkpoint_lacks_what_never_trains(train: Train, tiny_run: list[str], name: str) -> None:
     run_dir = train(*tiny_run, f"freeze={name}", "trainer.max_epochs=1", "test=false")
     checkpoint = states(run_dir)
@@ -145,9 +145,9 @@ def start_from(train: Train, run: list[str], source: Path, freeze: str) -> torch
 
 
 def test_start_from(train: Train, tiny_run: list[str]) -> None:
-    """Plain from plain, plain from LoRA and LoRA from plain: the logits are the source's."""
+    """Plain from plain, plain from SSF, LoRA from either: the logits are the source's."""
     run = [*tiny_run, "test=false"]
-    for name in ("last_blocks", "lora"):
+    for name in ("last_blocks", "ssf"):
         source = train(*run, f"freeze={name}", "trainer.max_epochs=1", "optim.lr=0.01", name=name)
         expected = logits(states(source))
         for freeze in ("linear_probe", "lora", "gradual"):

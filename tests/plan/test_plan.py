@@ -135,8 +135,8 @@ def test_state_is_that_of_a_real_step(policy: str, optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "precision"),
     [
-        *((policy, "32-true") for policy in ("full", "attention_only", "linear_probe")),
-        *((policy, "bf16-mixed") for policy in ("full", "last_blocks", "lora")),
+        *((policy, "32-true") for policy in ("full", "attention_only", "linear_probe", "ssf")),
+        *((policy, "bf16-mixed") for policy in ("full", "last_blocks", "lora", "dora")),
     ],
 )
 def test_activations_are_what_a_real_forward_saves(policy: str, precision: str) -> None:

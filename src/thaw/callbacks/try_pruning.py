@@ -67,5 +67,6 @@ class TryPruning(Callback):
         own, images = self.best.get(str(epoch)), len(trainer.datamodule.split_dataset("val"))
         if own is not None and reference is not None and is_behind(own, reference, images):
             raise RunPrunedError(
-                f"after {epoch + 1} of {epochs} epochs val/acc was {own:.2%}, that of the middle rate {reference:.2%}"
+                f"after {epoch + 1} of {epochs} epochs val/acc was {own:.2%}, that of the best try before it "
+                f"{reference:.2%}"
             )

@@ -26,9 +26,10 @@ from thaw.run.ranks import is_launched
 from thaw.run.suggestions import did_you_mean, nearest_word
 from thaw.run.targets import targets
 from thaw.run.values import Positive, check_types, find_problem
+from thaw.sweeps.compare_answer import report_comparison
 from thaw.sweeps.compare_policies import NOT_A_POLICY, Candidates, bind_policies
 from thaw.sweeps.compare_tries import CompareSettings, best_try, is_at_edge
-from thaw.sweeps.ending import report_runs, say_how_to_resume, test_runs
+from thaw.sweeps.ending import say_how_to_resume, test_runs
 from thaw.sweeps.grid import INTERRUPTED, GridSweep, Job, check_jobs, compose_job
 from thaw.sweeps.runs import DONE, Run, is_run, read_run
 
@@ -36,23 +37,26 @@ COMPARISON = "comparison.json"
 OVER = (DONE, "pruned")  # states of a try that is not run again
 SET_HERE = {  # keys that a comparison sets itself, and what to type instead
     "freeze": "compare.policies=[...] names the policies",
-    "optim.lr": "compare.lr.<policy>=... is the middle one of its learning rates",
+    "optim.lr": "compare.lr.<policy>=... is the first of its learning rates",
     "seed": "compare.seeds=... is the number of seeds",
 }
 
 
 @dataclass
 class Policy:
-    """A policy of the comparison: its tries by learning rate, the middle one first, and its runs by seed."""
+    """A policy of the comparison: its tries by learning rate, in their order, and its runs by seed."""
 
     name: str
-    tries: dict[float, Job]
+    tries: dict[float, Job] = field(default_factory=dict)
     lr: float | None = None
     runs: list[Job] = field(default_factory=list)
 
+    def tried(self) -> dict[float, Run]:
+        return {lr: record(job) for lr, job in self.tries.items()}
+
 
 class CompareSweep(GridSweep):
-    """The stages of a comparison: the middle learning rate of each policy, the others, more seeds, the test."""
+    """The stages of a comparison: a first learning rate of each policy, a second, ..., more seeds, the test."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the comparison as far as it is not done; exits with status 1 if a policy has no result.
@@ -67,8 +71,8 @@ class CompareSweep(GridSweep):
         check_rates(self.settings)
         candidates = self.candidates()
         self.left_out = candidates.left_out
-        self.policies = [self.policy(name) for name in candidates.flops]
-        jobs = [job for policy in self.policies for job in policy.tries.values()]
+        self.policies = [Policy(name) for name in candidates.flops]
+        jobs = [self.next_try(policy) for policy in self.policies]
         check_jobs(jobs, on_this_machine="slurm" not in self.config.hydra.launcher._target_.lower())
         self.ran, self.total = 0, len(self.policies) * (self.settings.tries + self.settings.seeds - 1)
         self.announce()
@@ -89,24 +93,25 @@ class CompareSweep(GridSweep):
             if not status:
                 untested = self.test()
             if any(is_run(job.folder) for job in jobs):
-                report_runs([self.folder], self.folder)
+                report_comparison(self.folder)
             if without or untested:
                 say_how_to_resume(f"not done: {', '.join(without)}." if without else f"not tested: {untested} runs.")
             if status or without or untested:
                 sys.exit(status or 1)
 
     def run_stages(self) -> None:
-        self.run_jobs([middle for policy in self.policies for middle in [*policy.tries.values()][:1]])
-        self.run_jobs([job for policy in self.policies for job in [*policy.tries.values()][1:]])
+        self.run_jobs([job for policy in self.policies for job in policy.tries.values()])
+        for _ in range(1, self.settings.tries):
+            self.run_jobs([self.next_try(policy) for policy in self.policies])
         for policy in self.policies:
-            policy.lr = best_try({lr: record(job) for lr, job in policy.tries.items()})
+            policy.lr = best_try(policy.tried())
             if policy.lr is not None:
                 more = [self.job(policy.name, policy.lr, seed) for seed in range(1, self.settings.seeds)]
                 policy.runs = [policy.tries[policy.lr], *more]
         self.run_jobs([job for policy in self.policies for job in policy.runs[1:]])
 
     def run_jobs(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs of a stage that are not over; a try's middle one, if it is done, may end the try early."""
+        """Run the jobs of a stage that are not over."""
         states = {job.folder: record(job).state for job in jobs}
         if running := [folder for folder, state in states.items() if state == "running"]:
             raise UserError(f"{running[0]} is written by another process; wait until it ends, then run this again.")
@@ -117,10 +122,10 @@ class CompareSweep(GridSweep):
         self.keep()
 
     def with_reference(self, job: Job) -> Job:
+        """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
-            middle, *others = policy.tries.values()
-            if job in others and record(middle).state == DONE:
-                pruning = f"callbacks.pruning.reference={middle.folder.name}"
+            if job in policy.tries.values() and (best := best_try(policy.tried())):
+                pruning = f"callbacks.pruning.reference={policy.tries[best].folder.name}"
                 return Job((*job.overrides, pruning), job.cfg, job.folder)
         return job
 
@@ -187,9 +192,11 @@ class CompareSweep(GridSweep):
             images = int(limit * images)
         return classes, images
 
-    def policy(self, name: str) -> Policy:
-        rates = self.settings.rates(name, self.optimizer_lr)
-        return Policy(name, {lr: self.job(name, lr, 0) for lr in rates})
+    def next_try(self, policy: Policy) -> Job:
+        """The job of the learning rate that the search for a policy's tries next, which joins its tries."""
+        lr = self.settings.next_rate(policy.name, self.optimizer_lr, policy.tried())
+        policy.tries[lr] = self.job(policy.name, lr, 0)
+        return policy.tries[lr]
 
     @cached_property
     def optimizer_lr(self) -> float:

@@ -1,5 +1,6 @@
 """The arithmetic of a comparison: which learning rates a policy is tried with, and which of them it gets."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -24,14 +25,30 @@ class CompareSettings:
     minutes: Positive | None
     lr: dict[str, Any]
 
-    def rates(self, policy: str, optimizer_lr: float) -> list[float]:
-        """The learning rates of a policy with two digits, the middle one first, then alternately lower and higher.
+    def next_rate(self, policy: str, optimizer_lr: float, tried: Mapping[float, Run]) -> float:
+        """The learning rate of a policy's next try, with two digits: a line search on a logarithmic scale.
 
-        `optimizer_lr` is the learning rate in the optimizer's own file.
+        The first is the one in `lr`, the second is higher. Then the search goes on beyond the best try so far, or,
+        once that lies between two others, halfway to the better of its neighbours. So the tries reach farther than a
+        grid of as many, on the side on which it is of use.
+
+        Args:
+            optimizer_lr: the learning rate in the optimizer's own file.
+            tried: the tries so far, which are over, by their learning rate.
         """
-        middle = float(self.lr.get(policy, self.lr[OTHER])) * optimizer_lr / OF_ADAMW
-        steps = sorted(range(-(self.tries // 2), self.tries // 2 + 1), key=lambda step: (abs(step), step))
-        return [float(f"{middle * self.lr_factor**step:.1e}") for step in steps[: self.tries]]
+        if not tried:
+            rate = float(self.lr.get(policy, self.lr[OTHER])) * optimizer_lr / OF_ADAMW
+        elif (best := best_try(tried)) is None:  # all have diverged
+            rate = min(tried) / self.lr_factor
+        elif best == max(tried):
+            rate = best * self.lr_factor
+        elif best == min(tried):
+            rate = best / self.lr_factor
+        else:
+            rates = sorted(tried)
+            below, above = (rates[rates.index(best) + step] for step in (-1, 1))
+            rate = math.sqrt(best * max(below, above, key=lambda lr: tried[lr].val_acc or 0.0))
+        return float(f"{rate:.1e}")
 
 
 def best_try(runs: Mapping[float, Run]) -> float | None:
