@@ -53,9 +53,10 @@ def jobs(trained: Trained) -> list[tuple[str, float, int]]:
 
 
 STAGES = [
-    *(("linear_probe", 0.01, 0), ("full", 0.0005, 0)),  # the middle rates
-    *(("linear_probe", 0.0033, 0), ("linear_probe", 0.03, 0), ("full", 0.00017, 0), ("full", 0.0015, 0)),
-    *(("linear_probe", 0.01, 1), ("full", 0.0015, 1)),  # the best ones
+    *(("linear_probe", 0.01, 0), ("full", 0.0005, 0)),
+    *(("linear_probe", 0.03, 0), ("full", 0.0015, 0)),  # higher
+    *(("linear_probe", 0.0033, 0), ("full", 0.0045, 0)),  # beyond the better one
+    *(("linear_probe", 0.01, 1), ("full", 0.0045, 1)),  # the best ones again
 ]
 
 
@@ -64,18 +65,18 @@ def test_stages(compare: Compare, trained: Trained, tmp_path: Path) -> None:
     assert compare(*rates) == 0
     assert jobs(trained) == STAGES
     assert not any("compare" in cfg or cfg.callbacks.early_stopping or cfg.validate or cfg.test for cfg in trained)
-    middle = [Path(cfg.run_dir).name for cfg in trained[:2]]
+    probe_run, full_run, _, better_run = (Path(cfg.run_dir).name for cfg in trained[:4])
     references = [cfg.callbacks.pruning.reference for cfg in trained]
-    assert references == [None, None, middle[0], middle[0], middle[1], middle[1], None, None]
+    assert references == [None, None, probe_run, full_run, probe_run, better_run, None, None]
     facts = read_json(tmp_path / "compared" / "comparison.json")
     probe, full = facts["policies"]
-    assert (probe["lr"], probe["at_edge"], full["lr"], full["at_edge"]) == (0.01, False, 0.0015, True)
-    assert probe["runs"] == [middle[0], Path(trained[6].run_dir).name]
+    assert (probe["lr"], probe["at_edge"], full["lr"], full["at_edge"]) == (0.01, False, 0.0045, True)
+    assert probe["runs"] == [probe_run, Path(trained[6].run_dir).name]
     assert [(each["lr"], each["state"], each["val/acc"]) for each in full["tries"]] == [
-        *((0.0005, "done", 0.9905), (0.00017, "done", 0.99017), (0.0015, "done", 0.9915)),
+        *((0.0005, "done", 0.9905), (0.0015, "done", 0.9915), (0.0045, "done", 0.9945)),
     ]
     assert facts["budget"] == {"epochs": 10, "images": 640, "tries": 3, "seeds": 2, "minutes": None}
-    assert full["train"][-3:] == ["callbacks.early_stopping=null", "freeze=full", "optim.lr=0.0015"]
+    assert full["train"][-3:] == ["callbacks.early_stopping=null", "freeze=full", "optim.lr=0.0045"]
     assert compare(*rates) == 0
     assert len(trained) == 8  # nothing runs again
     assert compare(*rates, "compare.seeds=3") == 0
@@ -87,7 +88,7 @@ def test_a_pruned_or_failed_try_ends_itself_alone(compare: Compare, trained: Tra
     trained.fails = lambda cfg: bad.get(cfg.optim.lr)
     assert compare("compare.lr.linear_probe=0.01", "compare.lr.full=5e-4") == 0
     tries = read_json(tmp_path / "compared" / "comparison.json")["policies"][0]["tries"]
-    assert [each["state"] for each in tries] == ["done", "pruned", "failed"]
+    assert [each["state"] for each in tries] == ["done", "failed", "pruned"]
     count = len(trained)
     assert compare("compare.lr.linear_probe=0.01", "compare.lr.full=5e-4") == 0
     assert [cfg.optim.lr for cfg in trained[count:]] == [0.03]  # what failed is retried, what was pruned is not
@@ -153,11 +154,24 @@ def settings(**changes: Any) -> CompareSettings:
     return CompareSettings(**(values | {"lr": {"full": 3e-4, "other": 1e-3}} | changes))
 
 
-def test_learning_rates() -> None:
-    """The middle one first; another optimizer's are in proportion to its own."""
-    assert settings().rates("full", 1e-3) == [3e-4, 1e-4, 9e-4]
-    assert settings(tries=4, lr_factor=10.0).rates("unknown", 0.1) == [0.1, 0.01, 1.0, 0.001]
-    assert settings(tries=1).rates("full", 1e-3) == [3e-4]
+def search(accuracy: Callable[[float], float | None], **changes: Any) -> list[float]:
+    """The rates that are tried in turn; None is the accuracy of a try that diverges."""
+    tried: dict[float, Run] = {}
+    for _ in range(changes.get("tries", 3)):
+        lr = settings(**changes).next_rate("full", 1e-3, tried)
+        found = accuracy(lr)
+        tried[lr] = Run(Path("x"), "failed" if found is None else "done", val_acc=found)
+    return [*tried]
+
+
+def test_the_search_for_a_learning_rate() -> None:
+    assert search(lambda lr: lr) == [3e-4, 9e-4, 2.7e-3]
+    assert search(lambda lr: -lr) == [3e-4, 9e-4, 1e-4]
+    assert search(lambda lr: None) == [3e-4, 1e-4, 3.3e-5]
+    assert search(lambda lr: None if lr > 5e-4 else lr) == [3e-4, 9e-4, 1e-4]
+    assert search(lambda lr: -abs(lr - 8e-4), tries=4) == [3e-4, 9e-4, 2.7e-3, 5.2e-4]  # towards the better neighbour
+    assert search(lambda lr: 0.9) == [3e-4, 9e-4, 1e-4]
+    assert settings().next_rate("unknown", 0.1, {}) == 0.1  # another optimizer's is in proportion to its own
 
 
 def test_the_first_of_equal_tries_is_chosen() -> None:
