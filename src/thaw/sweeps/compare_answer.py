@@ -183,11 +183,11 @@ def say_notes(
     """What a reader must know to believe the answer, a sentence or two each."""
     notes = []
     if verdicts:
-        widths = [(verdict.high - verdict.low) / 2 for verdict in verdicts.values()]
-        if (width := float(np.median(widths))) > COARSE:
+        widest = max((verdict.high - verdict.low) / 2 for verdict in verdicts.values())
+        if widest > COARSE:
             notes.append(
-                f"{plural(len(comparison.labels), 'test image')} are few: differences below about {100 * width:.1f} "
-                "points cannot be seen, and policies that are not told apart need not be equal."
+                f"{plural(len(comparison.labels), 'test image')} are few: differences up to {100 * widest:.1f} points "
+                "may go unseen, and policies that are not told apart need not be equal."
             )
         notes.append(
             "The test speaks of the models that were trained, not of every training: another seed changes accuracies "

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -134,11 +133,12 @@ def thumbnails(comparison: Comparison, indices: Sequence[int]) -> list[bytes | N
 
     from thaw.data.module import load_source
     from thaw.evaluation.pictures import on_paper
+    from thaw.run.migrations import migrate
     from thaw.run.targets import check_targets
 
     path = comparison.tested[0].group.done[0].folder / "config.yaml"
-    config: dict[str, Any] = read_mapping(path, comparison.warnings)
     try:
+        config, _ = migrate(read_mapping(path, comparison.warnings), path, "unknown")
         check_targets({"data": config["data"]}, path, [])
         source = load_source(OmegaConf.create(config).data, {})
         images = on_paper(source.test.images[list(indices)], config["data"].get("reader", "photo"))
