@@ -63,6 +63,9 @@ API = {
         "thaw.freezing.lora.add_lora",
         "thaw.freezing.dora.add_dora",
         "thaw.freezing.ssf.add_ssf",
+        "thaw.freezing.adapter.add_adapters",
+        "thaw.freezing.prompt.add_prompts",
+        "thaw.freezing.surgical.choose_blocks",
         "thaw.freezing.cache.FeatureCache",
     ],
 }

@@ -51,7 +51,7 @@ def test_pruning(tmp_path: Path) -> None:
     curve = json.loads((tmp_path / "middle" / CURVE).read_text())
     assert list(curve.values()) == [0.5, 0.8, 0.9, 0.9, 0.95, 0.96, 0.96, 0.97]  # the best so far
     assert train(callback("close", "middle"), [0.1, 0.78, 0.88, 0.9, 0.94, 0.95, 0.95, 0.95]) == 8
-    with pytest.raises(RunPrunedError, match=r"after 2 of 8 epochs val/acc was 60.00%, that of the middle rate 80.00%"):
+    with pytest.raises(RunPrunedError, match=r"after 2 of 8 epochs val/acc was 60.00%, that of the best try"):
         train(callback("far", "middle"), [0.1, 0.6] + [0.9] * 6)
     late = [0.5, 0.8, 0.9, 0.9, 0.95, 0.95, 0.85, 0.2]
     assert train(callback("ending", "middle"), late) == 8  # the best counts, and the last epoch is not cut

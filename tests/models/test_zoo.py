@@ -1,5 +1,6 @@
 """Every pretrained backbone of configs/backbone, with random weights, small images and (base models) two blocks."""
 
+import copy
 import re
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from thaw.classifier import Classifier
+from thaw.freezing.added import added_names, merge_added
+from thaw.freezing.policy import FreezePolicy
 from thaw.freezing.table import layer_table
 from thaw.models.backbone import Backbone
 from thaw.run.console import as_text
@@ -169,6 +172,24 @@ def test_freezing_leaves_a_long_prefix_and_the_table_counts_all(classifier: Buil
         assert row, key
         settings = {trained for label, _, _, trained in rows if label in row}
         assert ("yes" if parameter.requires_grad else "no") in settings
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("freeze", ["lora", "dora", "ssf"])
+@torch.no_grad()
+def test_what_is_added_merges(policy: Callable[..., FreezePolicy], name: str, freeze: str) -> None:
+    plain = build(name).eval()
+    model, images = copy.deepcopy(plain), images_for(plain)
+    policy(freeze).add(model)  # type: ignore[misc]
+    assert torch.equal(model(images), plain(images))
+    for key in added_names(model):
+        model.get_parameter(key).add_(0.1)
+    expected = model(images)
+    assert not torch.equal(expected, plain(images))
+    merge_added(model)
+    assert torch.equal(model(images), expected)
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def expand(label: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.command_line import override_key
+from thaw.run.command_line import override_key, quoted
 from thaw.run.config import build, settle
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
@@ -134,8 +134,8 @@ class CompareSweep(GridSweep):
         """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
             if job in policy.tries.values() and (best := best_try(policy.tried())):
-                pruning = f"callbacks.pruning.reference={policy.tries[best].folder.name}"
-                return Job((*job.overrides, pruning), job.cfg, job.folder)
+                name = quoted(policy.tries[best].folder.name)  # which may look like a number
+                return Job((*job.overrides, f"callbacks.pruning.reference={name}"), job.cfg, job.folder)
         return job
 
     def leave_out_what_is_late(self) -> None:
