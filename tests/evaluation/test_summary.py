@@ -2,17 +2,20 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from conftest import compose_run
 from hydra.utils import instantiate
 from rich.console import Console
 
-from thaw.evaluation.summary import NOT_TESTED, count_parameters, say_summary
+from thaw.evaluation.summary import NOT_TESTED, count_parameters, forget_peak_memory, peak_memory_gb, say_summary
 from thaw.run.files import write_json
 
 FACTS = {
@@ -119,3 +122,14 @@ def test_what_thaws_after_the_last_epoch_does_not_count(
         "total_params": sum(p.numel() for p in named.values()),
     }
     assert count_parameters(model) == count_parameters(model, -1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot reset the peak")
+def test_peak_memory_is_that_of_the_run_and_not_of_an_earlier_job() -> None:
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    earlier = torch.ones(100_000_000)  # 0.4 GB
+    before = peak_memory_gb(trainer)
+    del earlier
+    forget_peak_memory()
+    after = peak_memory_gb(trainer)
+    assert before is not None and after is not None and after < before - 0.3
