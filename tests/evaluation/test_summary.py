@@ -127,9 +127,9 @@ def test_what_thaws_after_the_last_epoch_does_not_count(
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot reset the peak")
 def test_peak_memory_is_that_of_the_run_and_not_of_an_earlier_job() -> None:
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    earlier = torch.ones(100_000_000)  # 0.4 GB
+    earlier = torch.ones(40_000_000)  # 0.16 GB
     before = peak_memory_gb(trainer)
     del earlier
     forget_peak_memory()
     after = peak_memory_gb(trainer)
-    assert before is not None and after is not None and after < before - 0.3
+    assert before is not None and after is not None and after < before - 0.1
