@@ -25,7 +25,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.callbacks.weight_averaging import ScheduleFreeAverage
     from thaw.data.module import count_classes
     from thaw.evaluation.evaluate import best_weights
-    from thaw.evaluation.summary import report_run
+    from thaw.evaluation.summary import forget_peak_memory, report_run
     from thaw.freezing.start_from import start_from
     from thaw.freezing.surgical import settle_chosen
     from thaw.run.checkpoint import find_checkpoint
@@ -36,6 +36,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer
 
     quiet_libraries()
+    forget_peak_memory()
     settle(cfg)
     check_trainer(cfg.trainer, cfg.optim)
     if cfg.start_from and "self_contained" in cfg.model:

@@ -65,10 +65,9 @@ KINDS: dict[str, list[str]] = {
     "pixels": ["backbone=pixels", "head.norm=none"],
     "resnet9": ["backbone=resnet9", "backbone.widths=[4,4,4]", "freeze=full"],
 }
-ADDING = ["attention_out", "dora", "ssf"]  # as attention_only and lora: only in the long run
-UNMERGED = ("adapter", "prompt")  # which a plain model cannot hold
-LIKE_OTHERS = ("lenet5", "mlp", "resnet9", "adapter", "surgical")  # like convnet, prompt and last_blocks
-COMMANDED = [kind for kind in KINDS if kind not in LIKE_OTHERS]
+COMMANDED = [kind for kind in KINDS if kind not in ("lenet5", "mlp", "resnet9")]  # convnet is a baseline like these
+ADDING = ["adapter", "attention_out", "dora", "ssf", "surgical"]  # as prompt, attention_only, lora, last_blocks: long
+UNMERGED = ["adapter", "prompt"]  # which a plain model cannot hold
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]
 

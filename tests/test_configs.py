@@ -41,6 +41,7 @@ FILLED_IN = {  # arguments that the program passes itself
     **{f"thaw.freezing.{method}.add_{method}": {"backbone"} for method in ("lora", "dora", "ssf")},
     "thaw.task.SingleLabel": {"num_classes", "label_smoothing"},
     "thaw.models.heads.MLPHead": {"in_features", "num_classes"},
+    "thaw.schedule_free.ScheduleFreeAdamW": {"params", "lr", "weight_decay"},
 }
 
 

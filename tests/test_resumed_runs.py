@@ -51,7 +51,6 @@ CASES |= {  # before, at and after a thaw; the last epoch trains everything
     },
     "lr_bank": (["head=lr_bank", "head.lrs=[1e-4,1e-2,1e-1]", "head.weight_decays=[0.0,1e-2]"], 2, [6]),
 }
-LIKE_LORA = ("adapter", "prompt", "attention_out", "dora", "ssf")  # in what is saved and resumed
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 
 
@@ -81,8 +80,12 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
         assert_same(expected.get(part), got.get(part), f"{place}: {part}")
 
 
+# What trains by rules or additions, or optimizers, like those of another policy.
+LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "lion", "prompt", "ssf"]
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_LORA else name for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_OTHERS else name for name in CASES]
 )
 def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: str) -> None:
     settings, epochs, steps = CASES[name]

@@ -191,15 +191,20 @@ def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("trainer", [DDP, FSDP], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("name", ["adopt", "lion", "muon", "schedulefree"])
 def test_an_optimizer(train: Train, tiny_run: list[str], name: str, trainer: list[str]) -> None:
-    """In 64 bits, so that what is rounding makes no steps of its own."""
-    run = [*tiny_run, f"optim={name}", "freeze=full", "trainer.max_epochs=2", "test=false"]
-    run = [each for each in run if not each.startswith("trainer.precision")] + ["trainer.precision=64-true"]
-    if name == "schedulefree" and trainer == FSDP:
-        with pytest.raises(ValueError, match="trainer=fsdp cannot average weights"):
-            both(train, *run, trainer=trainer)
+    """In 64 bits, where rounding makes no steps of its own; in shards, which cannot, nearly all weights are equal."""
+    precision = "64-true" if trainer == DDP else "32-true"
+    run = [*tiny_run, f"optim={name}", "freeze=full", "trainer.max_epochs=1", "test=false"]
+    run = [each for each in run if not each.startswith("trainer.precision")] + [f"trainer.precision={precision}"]
+    refused = {"muon": "trainer=fsdp shards the matrices", "schedulefree": "trainer=fsdp cannot average weights"}
+    if name in refused and trainer == FSDP:
+        with pytest.raises(ValueError, match=refused[name]):
+            train(*run, *trainer)
         return
-    one, two = both(train, *run, trainer=trainer)
-    assert_close(checkpoint(one)["state_dict"], checkpoint(two)["state_dict"])
+    one, two = (checkpoint(folder)["state_dict"] for folder in both(train, *run, trainer=trainer))
+    if trainer == DDP:
+        assert_close(one, two)
+    same = [torch.isclose(two[name], tensor, rtol=1e-4, atol=1e-5).flatten() for name, tensor in one.items()]
+    assert torch.cat(same).double().mean() > 0.99
 
 
 def check_features(one: Path, two: Path, printed: str, some: bool = True) -> None:

@@ -18,7 +18,7 @@ from thaw.run.targets import import_target
 from thaw.run.values import COMMAND_SETTINGS, annotated_arguments, in_words
 from tools.schemas import comments
 
-COMMANDS = ("train", "sweep", "eval", "probe", "predict", "export", "serve", "plan")
+COMMANDS = ("train", "compare", "sweep", "eval", "probe", "predict", "export", "serve", "plan")
 GROUPS = {
     "data": "Where images come from.",
     "augment": "Random changes of the training images.",
@@ -63,6 +63,9 @@ API = {
         "thaw.freezing.lora.add_lora",
         "thaw.freezing.dora.add_dora",
         "thaw.freezing.ssf.add_ssf",
+        "thaw.freezing.adapter.add_adapters",
+        "thaw.freezing.prompt.add_prompts",
+        "thaw.freezing.surgical.choose_blocks",
         "thaw.freezing.cache.FeatureCache",
     ],
 }

@@ -61,7 +61,7 @@ def schemas() -> dict[str, Schema]:
 
 def root_files() -> list[Path]:
     """The configurations of the commands that experiments are for."""
-    return [path for name in ("train", "sweep") if (path := CONFIGS / f"{name}.yaml").exists()]
+    return [path for name in ("train", "sweep", "compare") if (path := CONFIGS / f"{name}.yaml").exists()]
 
 
 def block_groups() -> list[str]:

@@ -83,6 +83,11 @@ class FullyShard(ModelParallelStrategy):
             raise UserError(
                 "trainer=fsdp: torch has no fused SGD for sharded tensors; set optim.optimizer.fused=false."
             )
+        if any(type(optimizer).__name__ == "Muon" for optimizer in self.optimizers):
+            raise UserError(
+                "trainer=fsdp shards the matrices that optim=muon makes orthogonal as a whole, and does not train the "
+                "same weights; use trainer=ddp, or another optimizer."
+            )
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any run, whatever its number of processes; every process reads the file."""

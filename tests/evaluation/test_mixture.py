@@ -114,6 +114,20 @@ def test_lora_is_merged_before_weights_are_averaged(
         assert torch.allclose(end, member.logits(source.val.images), atol=1e-5)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["adapter", "prompt", "dora", "ssf"])
+def test_what_cannot_be_merged_is_averaged_as_it_is(
+    policy: str, saved: Callable[..., list[Predictor]], source: Source, tmp_path: Path
+) -> None:
+    members = saved(2, *VIT, f"freeze={policy}")
+    mixture = Mixture(members, source, "combine=soup", tmp_path / "soup" / "checkpoints" / "best.ckpt")
+    logits = mixture.load([0.5, 0.5]).logits(source.val.images)
+    mixture.save([], "combine=soup of two")
+    assert torch.equal(load_predictor(str(tmp_path / "soup")).logits(source.val.images), logits)
+    alone = mixture.load([0.0, 1.0]).logits(source.val.images)
+    assert torch.allclose(alone, members[1].logits(source.val.images), atol=1e-4)
+
+
 def test_batch_norms_get_the_statistics_of_the_mean(
     saved: Callable[..., list[Predictor]], source: Source, tmp_path: Path
 ) -> None:

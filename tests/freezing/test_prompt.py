@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import compose_run
 from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from thaw.freezing.prompt import add_prompts
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches
 from thaw.models.backbone import Backbone
 from thaw.models.chain import chain
+from thaw.plan.dry_step import dry_step
 from thaw.run.errors import UserError
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2}
@@ -130,13 +133,28 @@ def test_attention_pictures_show_the_patches_of_the_image(backbone: Callable[...
     torch.testing.assert_close(shares.sum(dim=(1, 2)), torch.ones(2))
 
 
-def test_flops_are_those_of_more_tokens(classifier: Callable[..., Classifier], policy: Callable, batch: Batch) -> None:
+def flops_of_prompts(blocks: int, width: int, tokens: int, count: int) -> int:
     """In each block: 24 D^2 a token in matrices, 4 D T^2 in attention."""
+    return blocks * (24 * width**2 * count + 4 * width * ((tokens + count) ** 2 - tokens**2))
+
+
+def test_flops_are_those_of_more_tokens(classifier: Callable[..., Classifier], policy: Callable, batch: Batch) -> None:
     plain, model = classifier("linear_probe"), classifier(policy("prompt", prompt={"count": 5}))
-    image, width, tokens = batch.images[:1], 32, 16
-    more = 3 * (24 * width**2 * 5 + 4 * width * ((tokens + 5) ** 2 - tokens**2))
-    own, all_of = flops(plain.eval(), image), flops(model.eval(), image)
-    assert own is not None and all_of == own + more
+    own, all_of = (flops(each.eval(), batch.images[:1]) for each in (plain, model))
+    assert own is not None and all_of == own + flops_of_prompts(blocks=3, width=32, tokens=16, count=5)
+
+
+def test_the_planner_counts_them(tmp_path: Path) -> None:
+    run = ["trainer.precision=32-true", "model.num_classes=10"]
+    plain, whole, last = (
+        dry_step(compose_run(tmp_path, *run, *more), "cpu")
+        for more in (["freeze=linear_probe"], ["freeze=prompt"], ["freeze=prompt", "freeze.prompt.last=2"])
+    )
+    forward = [step.frozen_flops + step.forward_flops for step in (plain, whole, last)]
+    assert forward[1] == forward[0] + flops_of_prompts(blocks=6, width=192, tokens=16, count=10)
+    assert forward[2] == forward[0] + flops_of_prompts(blocks=2, width=192, tokens=16, count=10)
+    assert (whole.cut, last.cut) == (1, 5) and whole.trained == 6 * 10 * 192 + 1930
+    assert plain.frozen_flops / 6 * 4 < last.frozen_flops < plain.frozen_flops / 6 * 5
 
 
 def test_rates_are_those_of_the_block_and_nothing_decays(classifier: Callable[..., Classifier]) -> None:

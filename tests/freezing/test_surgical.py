@@ -19,7 +19,6 @@ from thaw.models.backbone import Backbone
 from thaw.plan.dry_step import dry_step
 from thaw.run.errors import UserError
 from thaw.run.jobs import go_on
-from thaw.sweeps.runs import settings_of
 
 PICTURES = torch.randint(0, 256, (90, 1, 28, 28), generator=torch.manual_seed(3), dtype=torch.uint8)
 LABELS = PICTURES[:, 0, :14].float().mean(dim=(1, 2)).argsort().argsort() % 3  # learnable by none, as a worst case
@@ -86,15 +85,6 @@ def test_a_run_is_that_of_typed_blocks(
     assert cfg.freeze.chosen is None
     go_on(cfg)
     assert cfg.freeze.chosen == chosen and cfg.resume == str(measured / "checkpoints" / "last.ckpt")
-
-
-def test_seeds_that_choose_other_blocks_are_one_setting() -> None:
-    """Unless the blocks are typed."""
-    of = {"freeze": {"k": 1, "chosen": [1]}, "overrides": "freeze=surgical seed=1"}
-    other = {"freeze": {"k": 1, "chosen": [2]}, "overrides": "freeze=surgical seed=2"}
-    assert settings_of(of) == settings_of(other) == {"freeze.k": 1}
-    typed = [settings_of(each | {"overrides": f"freeze.chosen={each['freeze']['chosen']}"}) for each in (of, other)]
-    assert typed[0] != typed[1]
 
 
 def test_the_planner_takes_the_lowest_blocks(tmp_path: Path) -> None:

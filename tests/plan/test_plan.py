@@ -14,11 +14,12 @@ import timm
 import torch
 from hydra.utils import instantiate
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from thaw.data.module import Batch
 from thaw.plan.__main__ import main, make_plans
 from thaw.plan.costs import Plan, fitted_tables, memory_cells, plan_devices, work_cells
-from thaw.plan.dry_step import Step, dry_step
+from thaw.plan.dry_step import CONVOLUTION, Step, dry_step
 from thaw.plan.settings import compose_run, read_arguments
 from thaw.run.command import clear_errors
 from thaw.run.console import as_text
@@ -316,3 +317,15 @@ def test_errors_are_one_message(argument: str, message: str, capsys: pytest.Capt
 
 def nbytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_flops_of_a_convolutions_gradients(groups: int) -> None:
+    """Each of the two gradients multiplies and adds as often as the forward pass does."""
+    convolution = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups, bias=False)
+    images = torch.randn(2, 8, 6, 6, requires_grad=True)
+    output = convolution(images)
+    with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as counter:
+        output.sum().backward()
+    multiplied = output.numel() * 3 * 3 * 8 // groups
+    assert counter.get_total_flops() == 2 * 2 * multiplied

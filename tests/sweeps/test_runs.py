@@ -8,7 +8,7 @@ import yaml
 
 from thaw.sweeps.cells import format_count
 from thaw.sweeps.groups import group_runs
-from thaw.sweeps.runs import DONE, Run, find_runs, read_run, split_overrides
+from thaw.sweeps.runs import DONE, Run, find_runs, read_run, settings_of, split_overrides
 
 CONFIG: dict[str, Any] = {
     "name": "probe",
@@ -199,3 +199,12 @@ def test_settings_with_the_same_overrides_are_told_apart_by_their_configuration(
     make_run(tmp_path / "2", "optim.lr=0.1", 0.7, data__batch_size=128, name="other")
     labels = [group.label for group in group_runs(read(tmp_path)[0])]
     assert labels == ["probe data.batch_size=64", "probe data.batch_size=128", "other"]
+
+
+def test_seeds_that_choose_other_blocks_are_one_setting() -> None:
+    """Unless the blocks are typed."""
+    of = {"freeze": {"k": 1, "chosen": [1]}, "overrides": "freeze=surgical seed=1"}
+    other = {"freeze": {"k": 1, "chosen": [2]}, "overrides": "freeze=surgical seed=2"}
+    assert settings_of(of) == settings_of(other) == {"freeze.k": 1}
+    typed = [settings_of(each | {"overrides": f"freeze.chosen={each['freeze']['chosen']}"}) for each in (of, other)]
+    assert typed[0] != typed[1]

@@ -47,7 +47,7 @@ def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule) -> Non
     with progress("learning rates", STEPS, "steps", hidden=not trainer.is_global_zero) as losses.advance:
         trainer.fit(model, datamodule)
     if trainer.is_global_zero:
-        report(cfg, losses.rates, losses.losses)
+        show_range(cfg, losses.rates, losses.losses)
 
 
 def refuse(cfg: DictConfig, model: Any) -> None:
@@ -100,7 +100,7 @@ class RangeLosses(Callback):
             trainer.should_stop = True
 
 
-def report(cfg: DictConfig, rates: Sequence[float], losses: Sequence[float]) -> None:
+def show_range(cfg: DictConfig, rates: Sequence[float], losses: Sequence[float]) -> None:
     """Write the curve as CSV and picture, print the suggestion and the command that trains with it."""
     from thaw.pages.lr_range import save_lr_range  # matplotlib, only for pictures
 

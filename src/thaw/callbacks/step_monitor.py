@@ -127,7 +127,8 @@ class StepMonitor(Callback):
         self.countable = is_long and all(map(is_countable, pl_module.modules()))
         labels = parts_of(pl_module)
         self.names = list(dict.fromkeys(labels.values()))
-        self.tensors = [(pl_module.get_parameter(name), self.names.index(label)) for name, label in labels.items()]
+        named = [(labels[name], each) for name, each in pl_module.named_parameters() if name in labels]
+        self.tensors = [(parameter, self.names.index(label)) for label, parameter in named]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.pending:

@@ -168,15 +168,16 @@ def draw_pictures(
     unsure = least_certain(logits, MOST_EXAMPLES)
     shown = (on_paper(images[unsure], reader), logits[unsure], labels[unsure], unsure)
     save_images(*shown, predictor.classes, "Least certain first", folder / "least_certain.png")
+    between = {"Between the two models": "between"} if "between" in predictor.combined else {}
+    if between:
+        save_between(predictor.combined, len(source.val.labels), folder / "between.png")
     pictures = {
+        **between,
         "Where it errs": "confusion_matrix",
         "How sure it is": "reliability",
         "The images with the highest loss": "worst_images",
         "The images it is least certain about": "least_certain",
     }
-    if "between" in predictor.combined:
-        pictures["Between the two models"] = "between"
-        save_between(predictor.combined, len(source.val.labels), folder / "between.png")
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
         first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_LOOKED_AT]])  # of each class

@@ -27,7 +27,6 @@ from thaw.pages.figures import (
     FILL,
     INK,
     SMALL,
-    accuracy_axis,
     new_figure,
     plain_axes,
     save_figure,
@@ -219,28 +218,28 @@ def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, floa
 
 
 def save_between(combined: Mapping[str, Any], number: int, path: Path) -> None:
-    """Accuracy of the models between two against alpha, with its 95 % interval, and under corruption where measured.
+    """Accuracy of the models between two against alpha, beside it that on corrupted images, where it was measured.
 
-    `combined` are facts of `thaw.evaluation.mixture.Mixture.choose_alpha`; `number` counts the validation images.
+    `combined` are facts of `thaw.evaluation.mixture.Mixture.choose_alpha`; `number` counts the validation images, and
+    the band is their 95 % interval.
     """
-    figure, rows = new_figure(7.5, 4.2), combined["between"]
-    axes = figure.add_subplot()
-    plain_axes(axes)
-    alphas = [row["alpha"] for row in rows]
-    lines = {"val/acc": "validation images", "corrupted": "corrupted validation images"}
-    for (key, label), color in zip(lines.items(), COLORS, strict=False):
-        if key in rows[0]:
-            axes.plot(alphas, [row[key] for row in rows], marker="o", markersize=3.5, color=color, label=label)
-    low, high = zip(*(accuracy_interval(round(row["val/acc"] * number), number) for row in rows), strict=True)
-    axes.fill_between(alphas, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
-    axes.axvline(
-        combined["alpha"], color=INK, linewidth=0.8, linestyle=":", label=f"chosen, alpha {combined['alpha']:g}"
-    )
-    first, second = combined["members"]
-    axes.set_xlabel(f"alpha: 0 is {shorten_name(first, 40)}, 1 is {shorten_name(second, 40)}")
-    every = [row[key] for row in rows for key in lines if key in row]
-    accuracy_axis(axes.yaxis, min([*every, *low]), max([*every, *high]), "accuracy")
-    axes.legend(frameon=False)
+    rows = combined["between"]
+    titles = {"val/acc": "validation images", "corrupted": "corrupted validation images"}
+    keys = [key for key in titles if key in rows[0]]
+    figure = new_figure(4.8 * len(keys), 3.8)
+    first, second = (shorten_name(name, 40) for name in combined["members"])
+    figure.supxlabel(f"alpha: 0 is {first}, 1 is {second}; dotted: chosen, {combined['alpha']:g}", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        alphas, accuracies = ([row[name] for row in rows] for name in ("alpha", key))
+        axes.plot(alphas, accuracies, marker="o", markersize=3.5, color=COLORS[0])
+        if key == "val/acc":
+            low, high = zip(*(accuracy_interval(round(each * number), number) for each in accuracies), strict=True)
+            axes.fill_between(alphas, low, high, color=COLORS[0], alpha=0.15, linewidth=0)
+        axes.axvline(combined["alpha"], color=INK, linewidth=0.8, linestyle=":")
+        axes.set_title(titles[key], fontsize=11)
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=1))
+        plain_axes(axes)
     save_figure(figure, path)
 
 

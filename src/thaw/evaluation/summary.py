@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,16 @@ def pretraining_facts(trainer: Trainer) -> dict[str, Any]:
     return {**rounded, "backbone_file": output}
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory_gb` count from now on: a sweep trains one job after another in a process."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # another system than Linux
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gb(trainer: Trainer) -> float | None:
-    """Most memory that this process held so far, in 1e9 bytes: of the GPU where one trains; None where unknown."""
+    """Most memory that this process held in the run, in 1e9 bytes: of the GPU where one trains; None where unknown."""
     if trainer.strategy.root_device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 1e9, 3)
     try:

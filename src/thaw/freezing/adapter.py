@@ -14,7 +14,7 @@ from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
 
 SHARE = 12  # the paper's bottleneck of 64 is a twelfth of ViT-B's width
-NEED = "adds a branch beside the MLP of a transformer block"
+BESIDE_MLP = "adds a branch beside the MLP of a transformer block"
 
 
 class Adapter(Added):
@@ -62,7 +62,7 @@ def add_adapters(backbone: Backbone, last: int | None, bottleneck: Count | Liter
     Raises:
         UserError: the backbone has no transformer blocks, or a number out of its range.
     """
-    for block in chosen_blocks(backbone, "adapter", last, (VIT, EVA, SWIN), NEED):
+    for block in chosen_blocks(backbone, "adapter", last, (VIT, EVA, SWIN), BESIDE_MLP):
         width = len(block.norm2.weight)
         size = max(1, width // SHARE) if bottleneck == "auto" else bottleneck
         if size > width:

@@ -14,7 +14,7 @@ from thaw.freezing.blocks import EVA, VIT, chosen_blocks, extend
 from thaw.models.backbone import Backbone
 from thaw.run.values import Count
 
-NEED = "needs tokens that all see each other, without windows, convolutions or biases of relative positions"
+FULL_ATTENTION = "needs tokens that all see each other, without windows, convolutions or biases of relative positions"
 
 
 class Prompt(Added):
@@ -52,7 +52,7 @@ def add_prompts(backbone: Backbone, last: int | None, count: Count) -> None:
         UserError: the backbone has no tokens that all see each other, or `last` is out of its range.
     """
     model: Any = backbone.model
-    for block in chosen_blocks(backbone, "prompt", last, (VIT, EVA), NEED):
+    for block in chosen_blocks(backbone, "prompt", last, (VIT, EVA), FULL_ATTENTION):
         width = len(block.norm1.weight)
         bound = math.sqrt(
             6 / (backbone.channels * math.prod(model.patch_embed.patch_size) + width)

@@ -51,8 +51,9 @@ def choose_blocks(
     Raises:
         UserError: too few blocks, images or classes, labels of several classes an image, or random weights.
     """
-    depths, device = backbone.depths(), next(backbone.parameters()).device
+    depths = backbone.depths()
     check_measurable(backbone, labels, k, max(depths.values()))
+    device = next(backbone.parameters()).device
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std).to(device)
     parts = torch.arange(len(images)).tensor_split(min(batches, len(images)))  # of indices
     labels, norms = labels.to(device), dict.fromkeys(range(1, 1 + max(depths.values())), 0.0)
@@ -118,6 +119,7 @@ def settle_chosen(cfg: DictConfig, datamodule: Any) -> None:
         backbone.fresh = frozenset()
     else:
         backbone = build(cfg.backbone)
+    datamodule.setup("fit")
     first = list(islice(datamodule.train_dataloader(), cfg.freeze.surgical.batches))
     with freed_memory():
         images, labels = (torch.cat([getattr(batch, part) for batch in first]) for part in ("images", "labels"))

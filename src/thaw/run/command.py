@@ -32,6 +32,11 @@ from thaw.run.ranks import drop_stray_ranks
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
 LIBRARIES = (*(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")), "<frozen")
+LOGGER_PACKAGES = {  # one of which a logger needs
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
+}
 TRAIN_FIRST = "To train a first one: python train.py experiment=vit_linear_probe"
 CHECKPOINT = "a run's folder, a .ckpt file or last (the newest run)"
 
@@ -191,8 +196,9 @@ def check_command(cfg: DictConfig) -> None:
     if cfg.get("ckpt") == "last" and not any(Path("logs", "runs").glob("**/checkpoints/*.ckpt")):
         raise UserError(f"ckpt=last, but no run in logs/runs has a checkpoint yet. {TRAIN_FIRST}")
     loggers = cfg.get("logger") or ()
-    if "tensorboard" in loggers and not find_spec("tensorboard") and not find_spec("tensorboardX"):
-        raise UserError("logger=tensorboard needs tensorboard: pip install -e '.[tensorboard]'.")
+    for kind, packages in LOGGER_PACKAGES.items():
+        if kind in loggers and not any(map(find_spec, packages)):
+            raise UserError(f"logger={kind} needs {kind}: pip install -e '.[{kind}]'.")
 
 
 def check_options(config_name: str) -> None:

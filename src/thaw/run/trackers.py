@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -105,8 +104,8 @@ def mlflow_logger(
         dir: for that file, and pictures of its runs.
         id: of the run to continue, or None for a new one.
     """
-    check_installed("mlflow", "sqlalchemy")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     for chatty in ("alembic.runtime.migration", "lightning.pytorch.loggers.mlflow"):  # as a new store is made
         logging.getLogger(chatty).setLevel(logging.ERROR)
     uri, folder = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(dir).absolute()
@@ -126,7 +125,6 @@ class RunTrackio(Tracker):
     def __init__(self, project: str, name: str, group: str, id: str | None) -> None:
         super().__init__()
         self.project, self.id, self.group = project, id or name, group
-        self.config: dict[str, Any] = {}
         self._run: Any = None
 
     name = property(lambda self: self.project)
@@ -150,7 +148,6 @@ class RunTrackio(Tracker):
                     project=self.project,
                     name=self.id,
                     group=self.group,
-                    config=self.config,
                     resume="allow",
                     embed=False,
                     auto_log_gpu=False,
@@ -160,8 +157,9 @@ class RunTrackio(Tracker):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
-        self.config = _flatten_dict(_convert_params(params))
-        _ = self.experiment  # which takes them only when it starts
+        from trackio.utils import to_json_safe
+
+        self.experiment.config.update(to_json_safe(_flatten_dict(_convert_params(params))))  # kept by the first log
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -198,19 +196,9 @@ def trackio_logger(project: str, name: str, group: str | None, dir: str, run_dir
         dir: its store; TRACKIO_DIR, if set, has precedence.
         id: name of the run to continue, or None for a new one.
     """
-    check_installed("trackio")
     os.environ.setdefault("TRACKIO_DIR", str(Path(dir).absolute()))  # read when trackio is imported
     folder = Path(run_dir)
     return RunTrackio(project, f"{name.strip()} ({folder.name})", group or folder.parent.name, id)
-
-
-def check_installed(kind: str, *others: str) -> None:
-    """Refuse a logger whose package is missing."""
-    if missing := [each for each in (kind, *others) if find_spec(each) is None]:
-        raise UserError(
-            f"logger={kind} needs {', '.join(missing)}, which is not installed: pip install -e '.[{kind}]', or choose "
-            "another logger, such as logger=csv."
-        )
 
 
 def tracker_ids(loggers: Sequence[Logger]) -> dict[str, str]:

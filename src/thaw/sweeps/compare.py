@@ -5,18 +5,19 @@ alone, never on which job ended first, so that an interrupted comparison comes t
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.command_line import override_key
+from thaw.run.command_line import override_key, quoted
 from thaw.run.config import build, settle
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
@@ -133,8 +134,8 @@ class CompareSweep(GridSweep):
         """A try with the name of the policy's best try before it, which may end it early."""
         for policy in self.policies:
             if job in policy.tries.values() and (best := best_try(policy.tried())):
-                pruning = f"callbacks.pruning.reference={policy.tries[best].folder.name}"
-                return Job((*job.overrides, pruning), job.cfg, job.folder)
+                name = quoted(policy.tries[best].folder.name)  # which may look like a number
+                return Job((*job.overrides, f"callbacks.pruning.reference={name}"), job.cfg, job.folder)
         return job
 
     def leave_out_what_is_late(self) -> None:
@@ -190,13 +191,10 @@ class CompareSweep(GridSweep):
         named = self.settings.policies
         names = [name for name in options if name != NOT_A_POLICY] if named == "all" else list(named)
         check_names(names, options)
-        for setting in self.typed:
-            if setting.startswith("freeze.") and not any(setting in self.typed_for(name) for name in names):
-                raise UserError(f"{setting} is a setting of none of the policies {', '.join(names)}; leave it out.")
         configs = {name: self.job(name, self.optimizer_lr, 0).cfg for name in names}
         check_jobs([Job((), cfg, Path(cfg.run_dir)) for cfg in configs.values()], self.on_this_machine)
         first = configs[names[0]]
-        check_budget(first)
+        check_run_of(first)
         classes, self.images, self.shape = read_data(first)
         for cfg in configs.values():
             settle(cfg)
@@ -210,7 +208,7 @@ class CompareSweep(GridSweep):
                 f"{reason} Leave it out; compare.policies=all takes those that apply."
             )
         if len(found.work) < 2:
-            reasons = "".join(f"\n{name}: {reason}" for name, reason in found.left_out.items())
+            reasons = "".join(f"\n{name}: {shortly(reason)}" for name, reason in found.left_out.items())
             raise UserError(
                 f"{' and '.join(found.work) or 'No policy'} alone applies to this backbone, which leaves nothing to "
                 f"compare; choose another backbone, or backbone.weights.{reasons}"
@@ -221,7 +219,7 @@ class CompareSweep(GridSweep):
         """Say what will run and how long it will take; returns the policies that fit into the minutes."""
         policies = [*candidates.work]
         for name, reason in self.left_out.items():
-            say(f"left out: {name}: {reason}", "yellow")
+            say(f"left out: {name}: {shortly(reason)}", "yellow")
         cfg = self.configs[policies[0]]
         self.timing = None
         if self.on_this_machine:
@@ -284,19 +282,8 @@ class CompareSweep(GridSweep):
         return float(compose_job(self.hydra_context, self.config, [f"optim={chosen}"]).cfg.optim.lr)
 
     def job(self, policy: str, lr: float, seed: int) -> Job:
-        overrides = [*self.typed_for(policy), f"freeze={policy}", f"optim.lr={lr}", f"seed={seed}"]
+        overrides = [*self.typed, f"freeze={policy}", f"optim.lr={lr}", f"seed={seed}"]
         return compose_job(self.hydra_context, self.config, overrides)
-
-    @cache  # noqa: B019  (one sweeper in a process)
-    def typed_for(self, policy: str) -> list[str]:
-        """What was typed, without settings of other policies: `freeze.k=3` is meant for those that have a k."""
-        theirs = [each for each in self.typed if each.startswith("freeze.")]
-        others = [each for each in self.typed if each not in theirs]
-        if not theirs:
-            return others
-        block = compose_job(self.hydra_context, self.config, [*others, f"freeze={policy}"]).cfg.freeze
-        own = [each for each in theirs if is_key(override_key(each).removeprefix("freeze."), block)]
-        return [*others, *own]
 
     def keep(self) -> None:
         """Write what is known of the comparison so far."""
@@ -306,7 +293,7 @@ class CompareSweep(GridSweep):
         settings = self.settings
         budget = {"epochs": epochs, "images": epochs * self.images.train, "tries": settings.tries}
         budget |= {"seeds": settings.seeds, "minutes": settings.minutes}
-        left_out = [{"policy": name, "reason": reason} for name, reason in self.left_out.items()]
+        left_out = [{"policy": name, "reason": shortly(reason)} for name, reason in self.left_out.items()]
         policies = [facts_of(policy) | {"train": self.train_overrides(policy)} for policy in self.policies]
         facts = {"policies": policies, "left_out": left_out, "budget": budget, "typed": self.typed}
         write_json(facts, self.folder / COMPARISON)
@@ -314,7 +301,7 @@ class CompareSweep(GridSweep):
     def train_overrides(self, policy: Policy) -> list[str]:
         """What train.py has to be told to train a policy as here."""
         chosen = [f"optim.lr={policy.lr}"] if policy.lr is not None else []
-        return [*self.typed_for(policy.name), "callbacks.early_stopping=null", f"freeze={policy.name}", *chosen]
+        return [*self.typed, "callbacks.early_stopping=null", f"freeze={policy.name}", *chosen]
 
 
 def check_arguments(arguments: Sequence[str]) -> list[str]:
@@ -368,8 +355,10 @@ def check_rates(settings: CompareSettings) -> None:
         raise UserError(f"{'. '.join(problems)}.")
 
 
-def check_budget(cfg: DictConfig) -> None:
-    """Refuse runs that have no number of epochs, or several learning rates of their own."""
+def check_run_of(cfg: DictConfig) -> None:
+    """Refuse runs that have no freezing policy, no number of epochs, or several learning rates of their own."""
+    if "num_classes" not in cfg.model:
+        raise UserError(f"{cfg.name} trains without labels, so that there is no policy to compare; leave it out.")
     epochs = cfg.trainer.max_epochs
     if not isinstance(epochs, int) or epochs < 1:
         raise UserError(
@@ -410,10 +399,9 @@ def facts_of(policy: Policy) -> dict[str, Any]:
     return {"policy": policy.name, "lr": policy.lr, "at_edge": at_edge, "tries": tries, "runs": names}
 
 
-def is_key(key: str, block: DictConfig) -> bool:
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(block, parent) if parent else block
-    return OmegaConf.is_dict(node) and name in node
+def shortly(reason: str) -> str:
+    """The first sentence."""
+    return re.split(r"(?<!e\.g)\. ", reason)[0].removesuffix(".")
 
 
 def is_finished(policy: Policy, seeds: int) -> bool:

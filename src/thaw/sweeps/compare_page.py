@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 from thaw.pages.html import write_page
 from thaw.run.console import plural
 from thaw.sweeps.cells import ABSENT
-from thaw.sweeps.compare_answer import Answer, policy_cells
+from thaw.sweeps.compare_answer import ComparisonAnswer, policy_cells
 from thaw.sweeps.compare_pictures import save_agreements, save_class_accuracies, save_costs, save_tries
 from thaw.sweeps.compare_results import Comparison, PolicyResult
 from thaw.sweeps.runs import read_mapping
@@ -32,7 +31,7 @@ class DisputedImage:
     right: float  # share of the policies' models
 
 
-def write_comparison_page(comparison: Comparison, answer: Answer) -> None:
+def write_comparison_page(comparison: Comparison, answer: ComparisonAnswer) -> None:
     """Draw the pictures and write `report.html` into the comparison's folder."""
     folder, finished = comparison.folder, comparison.finished
     pictures = []
@@ -134,11 +133,12 @@ def thumbnails(comparison: Comparison, indices: Sequence[int]) -> list[bytes | N
 
     from thaw.data.module import load_source
     from thaw.evaluation.pictures import on_paper
+    from thaw.run.migrations import migrate
     from thaw.run.targets import check_targets
 
     path = comparison.tested[0].group.done[0].folder / "config.yaml"
-    config: dict[str, Any] = read_mapping(path, comparison.warnings)
     try:
+        config, _ = migrate(read_mapping(path, comparison.warnings), path, "unknown")
         check_targets({"data": config["data"]}, path, [])
         source = load_source(OmegaConf.create(config).data, {})
         images = on_paper(source.test.images[list(indices)], config["data"].get("reader", "photo"))

@@ -53,7 +53,7 @@ def bind_policies(configs: Mapping[str, DictConfig], device: str) -> Candidates:
     for policy, cfg in configs.items():
         try:
             with fake_model(cfg) as model:
-                check_model(model, cfg)
+                model.thaw.check_fresh()
                 what = what_trains(model, cfg)
                 if what in known:
                     found.left_out[policy] = f"it trains what {known[what]} trains"
@@ -67,12 +67,6 @@ def bind_policies(configs: Mapping[str, DictConfig], device: str) -> Candidates:
         known[what] = policy
     found.work = dict(sorted(found.work.items(), key=lambda item: item[1].train + item[1].fill))
     return found
-
-
-def check_model(model: Any, cfg: DictConfig) -> None:
-    if not hasattr(model, "thaw"):
-        raise UserError(f"model._target_={cfg.model._target_} has no freezing policy to compare; leave model= out.")
-    model.thaw.check_fresh()
 
 
 def what_trains(model: Any, cfg: DictConfig) -> tuple:

@@ -1,0 +1,81 @@
+"""MLflow and trackio keep a run in a local store, which is read back with their own clients."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thaw.run import loggers, trackers
+from thaw.run.errors import UserError
+
+PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "tutorial" / "letter.png"
+METRICS = {"val/acc": 0.5, "val/acc_lr=0.1_wd=0": 0.25}
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    same = {"project": "thaw", "name": "probe optim.lr=1", "group": None, "dir": str(folder / "store"), "id": None}
+    return same | {"run_dir": str(folder / "sweep" / "job")} | changes
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is there, so that trackio would ask the Hub whose it is."""
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    for name in ("MLFLOW_TRACKING_URI", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: pytest.fail(f"looks up {host}"))
+
+
+def log(logger: Any, **params: Any) -> str:
+    logger.log_hyperparams({"optim": {"lr": 1.0}, **params})
+    logger.log_metrics(METRICS, step=3)
+    loggers.log_image([logger], "test/picture", PICTURE)
+    loggers.add_to_summary([logger], {"seconds": 1.5, "test/acc": None})
+    return trackers.tracker_ids([logger])[logger.kind]
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("failed", [False, True])
+def test_mlflow(failed: bool, tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    given = settings(tmp_path, tags=["MNIST"], tracking_uri=None)
+    first = trackers.mlflow_logger(**given)
+    run = log(first, seed=0)
+    first.finalize("success")  # as Lightning does before the test
+    assert first.experiment.get_run(run).info.status == "RUNNING"
+    first.finalize("preempted")
+    assert first.experiment.get_run(run).info.status == "KILLED"
+    later = trackers.mlflow_logger(**given | {"id": run})
+    assert log(later, seed=1, resume="last.ckpt") == run
+    later.close(failed)  # type: ignore[attr-defined]
+    found = later.experiment.get_run(run)
+    assert found.info.status == ("FAILED" if failed else "FINISHED")
+    assert found.data.params == {"optim/lr": "1.0", "seed": "0", "resume": "last.ckpt"}
+    assert found.data.metrics == {"val/acc": 0.5, "val/acc_lr_0.1_wd_0": 0.25, "seconds": 1.5}
+    assert found.data.tags["group"] == "sweep" and found.info.run_name == "probe optim.lr=1"
+    assert [each.path for each in later.experiment.list_artifacts(run, "test")] == ["test/letter.png"]
+    with pytest.raises(UserError, match=r"logger\.mlflow: Run .* not found"):
+        _ = trackers.mlflow_logger(**given | {"id": "0" * 32}).experiment
+
+
+@pytest.mark.usefixtures("no_network")
+def test_trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # trackio reads it once, when it is imported
+    import trackio
+
+    given = settings(tmp_path)
+    first = trackers.trackio_logger(**given)
+    run = log(first)
+    first.finalize("success")
+    first.close(False)  # type: ignore[attr-defined]
+    assert run == "probe optim.lr=1 (job)"
+    later = trackers.trackio_logger(**given | {"run_dir": str(tmp_path / "sweep" / "resumed"), "id": run})
+    assert log(later) == run
+    later.close(True)  # type: ignore[attr-defined]
+    runs = list(trackio.Api().runs("thaw"))
+    assert [each.name for each in runs] == [run]
+    assert runs[0].config["optim/lr"] == 1.0 and runs[0].config["_Group"] == "sweep"
+    assert list((tmp_path / "store").rglob("*.png"))
