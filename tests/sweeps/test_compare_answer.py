@@ -203,6 +203,10 @@ def test_classes_agreement_and_disputed_images_are_counted_right(write: Write) -
     assert first.answers[0][0] == f"class {labels[place]}" == first.label
 
 
+def test_no_two_policies_look_alike() -> None:
+    assert len({compare_pictures.style_of(place) for place in range(144)}) == 144
+
+
 @pytest.mark.parametrize(("policies", "classes"), [(2, 2), pytest.param(18, 1000, marks=pytest.mark.long)])
 def test_many_policies_and_classes_are_readable(
     write: Write, undrawn_pictures: list[Figure], policies: int, classes: int

@@ -72,8 +72,9 @@ def save_costs(
 
 
 def style_of(place: int) -> tuple[str, str]:
-    """Color and marker of a policy; no two of 132 have both in common."""
-    return COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    """Color and marker of a policy; no two of 144 have both in common."""
+    color, marker = place % len(COLORS), place + place // len(COLORS)
+    return COLORS[color], MARKERS[marker % len(MARKERS)]
 
 
 def save_tries(policies: Sequence[PolicyResult], path: Path) -> bool:
