@@ -34,7 +34,7 @@ def test_false_alarms_are_as_rare_as_they_should_be() -> None:
     """Three seeds of each of two equally good policies, on images of different difficulty."""
     rng = np.random.default_rng(0)
     alarms = []
-    for _ in range(1500):
+    for _ in range(600):
         chance = rng.beta(4, 1, size=(300, 1))  # that a model of either policy is right
         first, second = ((rng.random((300, 3)) < chance).sum(axis=1) for _ in range(2))
         alarms.append(sign_flip_test(first - second) < 0.05)

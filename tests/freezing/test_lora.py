@@ -100,6 +100,7 @@ def test_equals_peft(make: Callable[[], Any], method: type[LoRA]) -> None:
             r"freeze\.lora\.match='.*nothing' is the name of no linear layer; .* attn\.qkv, mlp",
         ),
         ({"match": r".*\.blocks\.0\..*", "last": 2}, "is the name of no linear layer in the last 2 layers"),
+        ({"match": "["}, r"freeze\.lora\.match='\[' is not a regular expression \(unterminated character set"),
         ({"rank": 0}, r"freeze\.lora\.rank=0 must be from 1 to 32"),
         ({"rank": 33}, r"freeze\.lora\.rank=33 must be from 1 to 32, the smallest side"),
         ({"last": 0}, r"freeze\.lora\.last=0 must be from 1 to 4"),

@@ -55,12 +55,18 @@ def named_layers(
     """The layers of a kind, called `noun`, whose whole name matches, in the last so many layers of a backbone.
 
     Raises:
-        UserError: there is none, or as `lowest_layer`.
+        UserError: there is none, `match` is no regular expression, or as `lowest_layer`.
     """
+    try:
+        pattern = re.compile(match)
+    except re.error as error:
+        raise UserError(
+            f"freeze.{method}.match={match!r} is not a regular expression ({error}); write e.g. '.*\\.attn\\..*'."
+        ) from error
     depths, lowest = backbone.depths(), lowest_layer(backbone, method, last)
     layers = {name: module for name, module in backbone.named_modules() if fits(module)}
     chosen = [
-        module for name, module in layers.items() if re.fullmatch(match, name) and depths[f"{name}.weight"] >= lowest
+        module for name, module in layers.items() if pattern.fullmatch(name) and depths[f"{name}.weight"] >= lowest
     ]
     if not chosen:
         kinds = sorted({re.sub(r".*\.\d+\.", "", name) for name in layers})

@@ -14,21 +14,17 @@ import numpy as np
 from rich.table import Table
 
 from thaw.evaluation.paired import difference_interval, holm, sign_flip_test
-from thaw.run.command_line import override_key
 from thaw.run.console import UNBOUNDED, console, plural, say, say_fitted
 from thaw.run.files import write_json, write_text
 from thaw.sweeps.cells import Cell, format_score, format_seconds, shown
 from thaw.sweeps.compare_results import Comparison, PolicyResult, read_comparison
 from thaw.sweeps.ending import first_that_fits
 from thaw.sweeps.groups import ABSENT
-from thaw.sweeps.runs import read_mapping
 
 ALPHA = 0.05
 SAME_TIME = 1.1  # training times up to this ratio count as equal, as repeated runs differ by as much
 COARSE = 0.01  # half an interval of differences, above which the answer says that the test split is small
-ASIDE = r"(test|validate)$|(compare|hydra|callbacks\.pruning)\b"  # settings of a comparison's jobs, not of a single run
-STOPPING = "early_stopping"
-CSV_FIELDS = (
+POLICY_FIELDS = (
     *("policy", "mark", "lr", "lr_at_edge", "val/acc", "val/acc_std", "seeds", "test/acc", "test/acc_low"),
     *("test/acc_high", "n_test", "difference", "difference_low", "difference_high", "p", "p_holm"),
     *("trainable_params", "seconds", "peak_memory_gb", "state"),
@@ -55,7 +51,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ComparisonAnswer:
     """What a comparison says; `best` and `cheapest` are None where there is none. `verdicts` are by policy."""
 
     best: PolicyResult | None
@@ -88,7 +84,7 @@ def test_against(best: PolicyResult, others: Sequence[PolicyResult]) -> dict[str
     return verdicts
 
 
-def find_answer(comparison: Comparison) -> Answer:
+def find_answer(comparison: Comparison) -> ComparisonAnswer:
     """Judge the policies that have finished."""
     finished = comparison.finished
     best = finished[0] if finished else None
@@ -96,14 +92,14 @@ def find_answer(comparison: Comparison) -> Answer:
     verdicts = test_against(best, others) if best and best.predictions and others else {}
     equal = [policy for policy in finished if policy is best or is_eligible(verdicts.get(policy.name))]
     cheapest = find_cheapest(equal) if verdicts else None
-    return Answer(
+    return ComparisonAnswer(
         best,
         cheapest,
         verdicts,
         say_answer(comparison, best, cheapest, verdicts),
         say_how(comparison, verdicts),
         say_notes(comparison, best, cheapest, verdicts),
-        training_command(comparison, cheapest or best) if best else "",
+        shlex.join(["python", "train.py", *(cheapest or best).train]) if best else "",
     )
 
 
@@ -145,7 +141,7 @@ def say_answer(
     interval = f"95 % interval {100 * verdict.low:+.2f} to {100 * verdict.high:+.2f}"
     return (
         f"{sentence}. {cheapest.name} {relation}: its test accuracy, {cheapest.test_acc:.2%}, is {change} "
-        f"({interval}; p {format_p(verdict.p_holm)}), and it {times}."
+        f"({interval}; {say_p(verdict.p_holm)}), and it {times}."
     )
 
 
@@ -183,7 +179,8 @@ def say_notes(
     """What a reader must know to believe the answer, a sentence or two each."""
     notes = []
     if verdicts:
-        widest = max((verdict.high - verdict.low) / 2 for verdict in verdicts.values())
+        unseen = [each for each in verdicts.values() if each.p_holm >= ALPHA]
+        widest = max(((each.high - each.low) / 2 for each in unseen), default=0.0)
         if widest > COARSE:
             notes.append(
                 f"{plural(len(comparison.labels), 'test image')} are few: differences up to {100 * widest:.1f} points "
@@ -196,7 +193,7 @@ def say_notes(
     for policy in comparison.tested:
         if (verdict := verdicts.get(policy.name)) and verdict.better and best:
             notes.append(
-                f"{policy.name} is better than {best.name} on the test images (p {format_p(verdict.p_holm)}), but not "
+                f"{policy.name} is better than {best.name} on the test images ({say_p(verdict.p_holm)}), but not "
                 "on validation, which alone chooses the best."
             )
     edges = [f"{policy.name} ({policy.lr:g}, {policy.edge})" for policy in comparison.finished if policy.at_edge]
@@ -213,16 +210,6 @@ def say_notes(
             notes.append(f"{policy.name} has no result ({policy.what_happened}).")
     notes += [f"{each['policy']} was left out: {each['reason']}" for each in comparison.left_out]
     return notes
-
-
-def training_command(comparison: Comparison, policy: PolicyResult) -> str:
-    """The command that trains a policy's first seed again, as a shell takes it."""
-    overrides = policy.train or [*comparison.typed, f"freeze={policy.name}", f"optim.lr={policy.lr}"]
-    kept = [each for each in overrides if not re.match(ASIDE, override_key(each))]
-    config = read_mapping(policy.group.runs[0].folder / "config.yaml", [])
-    if (config.get("callbacks") or {}).get(STOPPING, True) is None:  # in a comparison no run ends early
-        kept = list(dict.fromkeys([*kept, f"callbacks.{STOPPING}=null"]))
-    return shlex.join(["python", "train.py", *kept])
 
 
 def report_comparison(folder: Path) -> None:
@@ -245,8 +232,8 @@ def report_comparison(folder: Path) -> None:
     show_comparison(comparison, answer)
 
 
-def policy_facts(comparison: Comparison, answer: Answer, policy: PolicyResult) -> dict[str, Any]:
-    """All numbers of a policy by `CSV_FIELDS`, None where there is none."""
+def policy_facts(comparison: Comparison, answer: ComparisonAnswer, policy: PolicyResult) -> dict[str, Any]:
+    """All numbers of a policy by `POLICY_FIELDS`, None where there is none."""
     mean, spread, seeds = policy.val or (None, None, 0)
     low, high = policy.test_interval or (None, None)
     values = {
@@ -270,13 +257,13 @@ def policy_facts(comparison: Comparison, answer: Answer, policy: PolicyResult) -
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
-    writer = csv.DictWriter(file, CSV_FIELDS)
+    writer = csv.DictWriter(file, POLICY_FIELDS)
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
 
 
-def policy_cells(answer: Answer, policy: PolicyResult) -> dict[str, Cell]:
+def policy_cells(answer: ComparisonAnswer, policy: PolicyResult) -> dict[str, Cell]:
     """The cells of a policy by the titles of their columns."""
     interval, verdict = policy.test_interval, answer.verdicts.get(policy.name)
     ends = f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else ""
@@ -295,10 +282,14 @@ def policy_cells(answer: Answer, policy: PolicyResult) -> dict[str, Cell]:
 
 
 def format_p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def show_comparison(comparison: Comparison, answer: Answer) -> None:
+def say_p(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def show_comparison(comparison: Comparison, answer: ComparisonAnswer) -> None:
     """Print the table, the sentence, its notes and the command."""
     say()
     if comparison.finished:
@@ -314,22 +305,23 @@ def show_comparison(comparison: Comparison, answer: Answer) -> None:
         say(f"  {answer.command}", "cyan")
 
 
-def comparison_table(comparison: Comparison, answer: Answer, width: int) -> Table:
-    """A row for each finished policy in so many columns: intervals are broken first, then costs left to the page."""
+def comparison_table(comparison: Comparison, answer: ComparisonAnswer, width: int) -> Table:
+    """A row for each finished policy in so many columns: texts are broken first, then costs are left to the page."""
     rows = [(answer.mark(policy), policy_cells(answer, policy)) for policy in comparison.finished]
 
     def table(breaks: bool, without: Sequence[str]) -> Table:
         titles = [title for title in rows[0][1] if title not in without]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        table.add_column("")
-        table.add_column("policy", overflow="fold")
+        for title in (*([] if breaks else [""]), "policy"):
+            table.add_column(title, overflow="fold")
         for title in titles[1:]:
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title.replace(" ", "\n") if breaks else title, justify="right", no_wrap=True)
         for mark, cells in rows:
             texts = [cells[title][0] for title in titles]
-            texts = [text.replace(" [", "\n[").replace(" ±", "\n±") for text in texts] if breaks else texts
-            mark = mark.replace(", ", "\n") if breaks else mark
-            table.add_row(mark, *texts, style="bold green" if mark else None)
+            if breaks:
+                texts = [re.sub(r" (?=[\[\u00b1])", "\n", text) for text in texts]
+                texts[0] += f"\n{mark}" if mark else ""
+            table.add_row(*([] if breaks else [mark]), *texts, style="bold green" if mark else None)
         return table
 
     return first_that_fits((table(False, ()), table(True, ()), table(True, ("memory", "lr"))), width)

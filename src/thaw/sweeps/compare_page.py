@@ -10,7 +10,7 @@ from PIL import Image
 from thaw.pages.html import write_page
 from thaw.run.console import plural
 from thaw.sweeps.cells import ABSENT
-from thaw.sweeps.compare_answer import Answer, policy_cells
+from thaw.sweeps.compare_answer import ComparisonAnswer, policy_cells
 from thaw.sweeps.compare_pictures import save_agreements, save_class_accuracies, save_costs, save_tries
 from thaw.sweeps.compare_results import Comparison, PolicyResult
 from thaw.sweeps.runs import read_mapping
@@ -31,7 +31,7 @@ class DisputedImage:
     right: float  # share of the policies' models
 
 
-def write_comparison_page(comparison: Comparison, answer: Answer) -> None:
+def write_comparison_page(comparison: Comparison, answer: ComparisonAnswer) -> None:
     """Draw the pictures and write `report.html` into the comparison's folder."""
     folder, finished = comparison.folder, comparison.finished
     pictures = []

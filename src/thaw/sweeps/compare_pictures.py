@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from thaw.evaluation.pictures import shorten_name
 from thaw.pages.figures import (
@@ -16,7 +17,6 @@ from thaw.pages.figures import (
     INK,
     SMALL,
     accuracy_axis,
-    label_ends,
     new_figure,
     number_axis,
     plain_axes,
@@ -25,7 +25,7 @@ from thaw.pages.figures import (
 from thaw.sweeps.compare_results import Comparison, PolicyResult
 from thaw.sweeps.curves import MARKERS, Point, SweptCurve, save_swept
 
-COSTS = {"trained parameters": "params", "training time in seconds": "seconds", "peak memory in GB": "memory"}
+COST_AXES = {"trained parameters": "params", "training time in seconds": "seconds", "peak memory in GB": "memory"}
 MOST_ROWS = 30  # classes of a heat map
 
 
@@ -43,9 +43,9 @@ def save_costs(
         accuracies: accuracy and the ends of its interval.
         label: of the accuracy.
     """
-    columns = {title: [getattr(policy, name) for policy in policies] for title, name in COSTS.items()}
+    columns = {title: [getattr(policy, name) for policy in policies] for title, name in COST_AXES.items()}
     columns = {title: values for title, values in columns.items() if any(values)}
-    figure = new_figure(12, max(4.6, 1.7 + 0.19 * len(policies)))
+    figure = new_figure(10.4, max(4.6, 1.7 + 0.19 * len(policies)))
     panels: list[Axes] = [*figure.subplots(1, max(1, len(columns)), sharey=True, squeeze=False)[0]]
     accuracy_axis(panels[0].yaxis, min(low for _, low, _ in accuracies), max(high for *_, high in accuracies), label)
     for panel, (title, values) in zip(panels, columns.items(), strict=False):
@@ -58,21 +58,23 @@ def save_costs(
                 color, marker = style_of(place)
                 panel.vlines(x, low, high, color=color, alpha=0.4, linewidth=1.4)
                 panel.plot(x, accuracy, marker, color=color, markersize=7, markeredgecolor="white", markeredgewidth=0.6)
-    right, ends = panels[-1].get_xlim()[1], []
-    for place, (policy, mark, (accuracy, *_)) in enumerate(zip(policies, marks, accuracies, strict=True)):
+    handles = []
+    for place in np.argsort([-accuracy for accuracy, *_ in accuracies], kind="stable").tolist():
         color, marker = style_of(place)
-        panels[-1].plot(right, accuracy, marker, color=color, markersize=5, clip_on=False, zorder=4)
-        ends.append((right, accuracy, color, f"{policy.name} ({mark})" if mark else policy.name))
-    panels[-1].set_xlim(right=right)
-    label_ends(panels[-1], ends)
+        name, mark = policies[place].name, marks[place]
+        handles.append(
+            Line2D([], [], linestyle="", color=color, marker=marker, label=f"{name} ({mark})" if mark else name)
+        )
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=SMALL)
     for panel in panels[: len(columns)]:
         number_axis(panel.xaxis, log=panel.get_xscale() == "log")
     save_figure(figure, path)
 
 
 def style_of(place: int) -> tuple[str, str]:
-    """Color and marker of a policy; no two of 132 have both in common."""
-    return COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    """Color and marker of a policy; no two of 144 have both in common."""
+    color, marker = place % len(COLORS), place + place // len(COLORS)
+    return COLORS[color], MARKERS[marker % len(MARKERS)]
 
 
 def save_tries(policies: Sequence[PolicyResult], path: Path) -> bool:
@@ -138,7 +140,7 @@ def save_agreements(comparison: Comparison, path: Path) -> None:
 
 def save_heat_map(shares: np.ndarray, rows: Sequence[str], columns: Sequence[str], spec: str, path: Path) -> None:
     """Shares from 0 to 1 (rows, columns) in percent; NaN is an empty cell."""
-    figure = new_figure(0.095 * max(map(len, rows)) + 1 + 0.52 * len(columns), 1.5 + 0.27 * len(rows))
+    figure = new_figure(0.5 + 0.075 * max(map(len, rows)) + 0.45 * len(columns), 1.6 + 0.27 * len(rows))
     axes = figure.add_subplot()
     low, high = np.nanmin(shares), np.nanmax(shares)
     axes.imshow(shares, cmap="Blues", vmin=low - 0.1 * (high - low), vmax=high + 1e-9, aspect="auto")
