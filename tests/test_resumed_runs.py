@@ -81,7 +81,7 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
 
 
 # What trains by rules or additions, or optimizers, like those of another policy.
-LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "kron", "lion", "prompt", "ssf"]
+LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "kron", "lion", "muon", "prompt", "ssf", "surgical"]
 
 
 @pytest.mark.parametrize(
