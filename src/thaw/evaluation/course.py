@@ -54,7 +54,7 @@ def say_course(facts: Mapping[str, Any]) -> str:
     if (overfitted := facts.get("overfitted")) is not None:
         best, last = facts["best"], facts["last"]
         parts.append(overfitting(best, last) if overfitted else f"not overfitted{gap(best)}")
-    if (count := facts["gradient_spikes"]) is not None:
+    if (count := facts.get("gradient_spikes")) is not None:
         steps = "1 step" if count == 1 else f"{count:,} steps"
         parts.append(
             f"the gradient norm spiked in {steps}, first in step {facts['first_spike']:,}, to at most "

@@ -198,7 +198,7 @@ def check_command(cfg: DictConfig) -> None:
     loggers = cfg.get("logger") or ()
     for kind, packages in LOGGER_PACKAGES.items():
         if kind in loggers and not any(map(find_spec, packages)):
-            raise UserError(f"logger={kind} needs {kind}: pip install -e '.[{kind}]'.")
+            raise UserError(f"logger={kind} needs a package: pip install -e '.[{kind}]'.")
 
 
 def check_options(config_name: str) -> None:
