@@ -66,7 +66,7 @@ KINDS: dict[str, list[str]] = {
     "resnet9": ["backbone=resnet9", "backbone.widths=[4,4,4]", "freeze=full"],
 }
 COMMANDED = [kind for kind in KINDS if kind not in ("lenet5", "mlp", "resnet9")]  # convnet is a baseline like these
-ADDING = ["adapter", "attention_out", "dora", "ssf", "surgical"]  # as prompt, attention_only, lora, last_blocks: long
+ADDING = ["adapter", "attention_out", "dora", "prompt", "ssf", "surgical"]  # as attention_only, lora, last_blocks: long
 UNMERGED = ["adapter", "prompt"]  # which a plain model cannot hold
 OTHERS = ["bias_only", "first_blocks", "full", "gradual", "last_blocks", "lp_ft", "norm_only", "patterns", "convnet"]
 TRACED = ["first_blocks", "gradual", "last_blocks", "lora", "lp_ft", "patterns"]

@@ -47,7 +47,7 @@ CASES |= {  # before, at and after a thaw; the last epoch trains everything
             2,
             [1, 3],
         )
-        for name in ("adopt", "lion", "muon", "schedulefree")
+        for name in ("adopt", "kron", "lion", "muon", "schedulefree")
     },
     "lr_bank": (["head=lr_bank", "head.lrs=[1e-4,1e-2,1e-1]", "head.weight_decays=[0.0,1e-2]"], 2, [6]),
 }
@@ -81,13 +81,15 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
 
 
 # What trains by rules or additions, or optimizers, like those of another policy.
-LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "lion", "prompt", "ssf"]
+LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "kron", "lion", "muon", "prompt", "ssf", "surgical"]
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long) if name in LIKE_OTHERS else name for name in CASES]
 )
 def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: str) -> None:
+    if name == "kron":
+        pytest.importorskip("opt_einsum")
     settings, epochs, steps = CASES[name]
     run = [*tiny_run, *EVERY, *settings, f"trainer.max_epochs={epochs}", "test=false"]
     whole = train(*run, name="whole")

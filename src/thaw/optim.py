@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from lightning import Trainer
@@ -66,6 +67,11 @@ class OptimizerRecipe:
             raise UserError(
                 f"optim.final_lr_fraction={final_lr_fraction} ends optim.schedule=cosine or linear, not {schedule}; "
                 "set it to 0."
+            )
+        if "timm.optim.kron" in str(getattr(optimizer, "func", "")) and find_spec("opt_einsum") is None:
+            raise UserError(
+                "optim=kron needs the package opt_einsum, without which a step on a matrix of 192 x 768 asks for 87 "
+                "GB: pip install opt_einsum, or choose optim=muon."
             )
         if self.is_schedule_free and schedule != "constant":
             raise UserError(

@@ -125,7 +125,17 @@ def test_a_linear_probe_holds_its_head_and_a_reference(train: Train, tiny_run: l
     assert torch.equal(logits(checkpoint), logits(states(whole)))
 
 
-@pytest.mark.parametrize("name", ["ssf", "last_blocks", "norm_only", "gradual", "adapter"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora",
+        "last_blocks",
+        "norm_only",
+        "gradual",
+        pytest.param("ssf", marks=pytest.mark.long),
+        pytest.param("adapter", marks=pytest.mark.long),
+    ],
+)
 def test_a_checkpoint_lacks_what_never_trains(train: Train, tiny_run: list[str], name: str) -> None:
     run_dir = train(*tiny_run, f"freeze={name}", "trainer.max_epochs=1", "test=false")
     checkpoint = states(run_dir)
@@ -165,6 +175,7 @@ def test_start_from(train: Train, tiny_run: list[str]) -> None:
         )
 
 
+@pytest.mark.long
 def test_start_from_what_cannot_be_merged(train: Train, tiny_run: list[str]) -> None:
     source = train(*tiny_run, "test=false", "freeze=prompt", "trainer.max_epochs=1", "optim.lr=0.01", name="prompt")
     torch.testing.assert_close(start_from(train, tiny_run, source, "prompt"), logits(states(source)))

@@ -167,6 +167,7 @@ def test_nothing_starts_after_a_mistake(compare: Compare, trained: Trained, caps
     assert not trained
 
 
+@pytest.mark.long
 def test_policies_that_do_not_apply_are_left_out(tmp_path: Path) -> None:
     """By name and with the reason; the cheapest first; what trains the same as another one counts once."""
     configs = {}
