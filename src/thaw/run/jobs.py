@@ -160,6 +160,16 @@ def interruptible(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C, where jobs run in other processes, or Lightning's test would ignore it."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def claimed(run_dir: Path, key: str) -> Iterator[None]:
     """Keep other processes out of a run's folder; the first rank holds it for all ranks of its run."""
     if not is_first_rank():

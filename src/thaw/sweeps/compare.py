@@ -174,6 +174,10 @@ class CompareSweep(GridSweep):
         without = [policy.name for policy in self.policies if not is_finished(policy, self.settings.seeds)]
         if any(is_run(policy.first.folder) for policy in self.policies):
             report_comparison(self.folder)
+        for policy in self.policies:
+            for lr, run in policy.tried().items():
+                if run.failed:  # a rate that is too high may diverge, so that the comparison is done without it
+                    say(f"{policy.name} with optim.lr={lr:g} failed: {run.reason}", "yellow")
         if without or untested:
             say_how_to_resume(f"not done: {', '.join(without)}." if without else f"not tested: {untested} runs.")
         if status or without or untested:

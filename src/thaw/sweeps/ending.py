@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
-from thaw.run.console import UNBOUNDED, console, plural, progress, say, say_fitted
+from thaw.run.console import UNBOUNDED, brief, console, plural, progress, say, say_fitted
+from thaw.run.jobs import sigterm_interrupts
 from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
 from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table, write_run_table
@@ -34,11 +35,15 @@ def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
 
     todo = [run for run in runs if run.test_acc is None]
     failures = 0
-    with progress(f"testing {plural(len(todo), 'run')}", len(todo), "runs", hidden=not todo) as advance:
+    with (
+        sigterm_interrupts(),
+        progress(f"testing {plural(len(todo), 'run')}", len(todo), "runs", hidden=not todo) as advance,
+    ):
         for run in todo:
             say(f"testing {os.path.relpath(run.folder)}")
             try:
-                test_run(run.folder, allow)
+                with brief():
+                    test_run(run.folder, allow)
             except Exception as error:  # the table of the other runs is still to be written
                 say(f"error: {os.path.relpath(run.folder)} cannot be tested: {explain(error)}", "red", stderr=True)
                 failures += 1

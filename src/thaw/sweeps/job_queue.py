@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from thaw.run.config import plain
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
-from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure
+from thaw.run.jobs import FAILURE, SUMMARY, read_state, record_failure, sigterm_interrupts
 from thaw.run.ranks import CONFIG_NAME, PARENT, run_command
 from thaw.run.values import Count, Positive
 from thaw.sweeps import machine
@@ -203,13 +203,3 @@ def kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, so that the jobs end too."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
