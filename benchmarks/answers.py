@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from thaw.pages.figures import ACCENT, FILL, SMALL, new_figure, plain_axes, save_figure
-from thaw.run.console import plural
+from thaw.run.console import lenient, plural
 from thaw.run.files import read_json, write_text
 from thaw.sweeps.cells import format_score, format_seconds
 from thaw.sweeps.runs import read_run
@@ -101,4 +101,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with lenient():
+        main(sys.argv[1:])

@@ -120,9 +120,14 @@ def test_pretraining(train: Train, tiny_run: list[str], name: str) -> None:
     assert (whole / "backbone.safetensors").read_bytes() == (resumed / "backbone.safetensors").read_bytes()
 
 
+SPEED = ("train/images_per_second", "train/share_of_peak")
+
+
 def rows(run_dir: Path) -> list[dict[str, str]]:
+    """Of the metrics, without the speed."""
     with (run_dir / "csv" / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+        found = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name not in SPEED} for row in found]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +170,7 @@ def test_the_last_checkpoint_of_what_was_cut_off(
         import train as script
 
         script.main(compose_run(cut, f"cache.dir={tmp_path / 'cache'}", *run))
-        assert (cut / "csv" / "metrics.csv").read_text() == (whole / "csv" / "metrics.csv").read_text()
+        assert rows(cut) == rows(whole)
         resumed = cut
     for name in ("last", "best"):
         assert_same_training(checkpoint(whole, name), checkpoint(resumed, name), name)

@@ -27,7 +27,7 @@ def test_what_cannot_be_sharded(classifier: Callable[..., Classifier]) -> None:
     with pytest.raises(ValueError, match=r"cannot thaw on the way, .* thaws after 1 epochs; use trainer=ddp"):
         check(classifier("gradual"), trainer())
     check(classifier("gradual"), trainer(fn=TrainerFn.TESTING))
-    with pytest.raises(ValueError, match=r"cannot average weights; set average=none"):
+    with pytest.raises(ValueError, match=r"cannot average weights, as average=ema and optim=schedulefree do"):
         sharded = SimpleNamespace(strategy=FullyShard())
         EMA(0.9).setup(sharded, classifier("full"), "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shards a Classifier, not a Linear"):
