@@ -40,7 +40,7 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "prompt in shards": (FSDP, ["freeze=prompt"]),
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LIKE_OTHERS = [*POLICIES][7:]  # from "lora in shards": what is added is exchanged and sharded as all else
+LIKE_OTHERS = [*POLICIES][6:]  # after "full in shards": what is added is exchanged and sharded as all else
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]

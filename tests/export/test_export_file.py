@@ -55,7 +55,11 @@ def test_onnxruntime_gives_what_the_predictor_gives(kind: str, exported: Callabl
 @pytest.mark.parametrize(
     ("kinds", "settings"),
     [
-        (("vit", "convnet"), {"degrees": 20.0, "translate": 0.1, "elastic": 1.0, "thickness": 0.5, "erase": 0.5}),
+        pytest.param(
+            ("vit", "convnet"),
+            {"degrees": 20.0, "translate": 0.1, "elastic": 1.0, "thickness": 0.5, "erase": 0.5},
+            marks=pytest.mark.long,
+        ),
         pytest.param(("photo_in_grey",), {"flip": 0.5, "crop_area": 0.4, "contrast": 0.3}, marks=pytest.mark.long),
         pytest.param(("photo_in_grey",), {"flip": 0.5, "crop_padding": 4}, marks=pytest.mark.long),
     ],

@@ -181,6 +181,7 @@ def test_free_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         machine.free_gpus("auto")
 
 
+@pytest.mark.long
 def test_lines_on_a_terminal(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
