@@ -90,6 +90,7 @@ def test_files_that_are_gone_are_an_error(csv_run: Path, tmp_path: Path) -> None
     assert (tmp_path / "eval/report/report.html").is_file()
 
 
+@pytest.mark.long
 def test_a_plain_data_module(train: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = train(*own_data(tmp_path, _target_="own_digits.PlainDigits", batch_size=32), *SMALL)
     assert "own digits, digits of my own: 5 classes, 300 to train" in capsys.readouterr().out

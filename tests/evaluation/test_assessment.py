@@ -112,7 +112,7 @@ def test_two_models_are_compared(
     assert page.count('alt="Where it looks') == 1, "an MLP looks nowhere"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_report_goes_to_the_runs_wandb_run(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

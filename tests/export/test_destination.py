@@ -70,6 +70,7 @@ def test_a_warning_where_int8_costs_more_than_a_point(tmp_path: Path) -> None:
     assert "more than 1%" in summary(facts | {"fp32_test_accuracy": 0.985}, tmp_path, "32-true")
 
 
+@pytest.mark.long
 def test_command(
     train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -53,6 +53,7 @@ def test_ten_digits_with_a_mouse(opened, digits) -> None:
     assert sum(answer == str(label) for label, answer in enumerate(answers)) >= 9, answers
 
 
+@pytest.mark.long
 def test_small_and_off_centre(opened, digits) -> None:
     """MNIST's rule makes size and place irrelevant, and so does the pen that is scaled with the drawing."""
     page = opened(viewport={"width": 1000, "height": 700})

@@ -89,6 +89,7 @@ def test_the_last_end_of_a_job_counts(sweep: Sweep, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_jobs_at_once_have_cores_of_their_own(sweep: Sweep, tmp_path: Path) -> None:
     """Two cores, one thread each: two at a time; a job of two processes has both."""
     assert sweep(QUEUE, "seed=0,4,5", "trainer=cpu,ddp_cpu") == 0

@@ -452,7 +452,7 @@ def test_two_workers_share_a_study(storage: str, tmp_path: Path) -> None:
     assert len({program for program, _ in lines}) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker(tmp_path: Path) -> None:
     worker = start_worker(tmp_path, "killed", 60, "sweep.trials=2")
     end = time.monotonic() + 60

@@ -10,7 +10,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from thaw.run.console import UNBOUNDED, brief, console, plural, progress, say, say_fitted
-from thaw.run.jobs import sigterm_interrupts
 from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
 from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table, write_run_table
@@ -32,6 +31,7 @@ def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
     """Test finished runs that are not tested yet; returns how many cannot be tested."""
     from thaw.evaluation.evaluate import test_run
     from thaw.run.command import explain
+    from thaw.run.jobs import sigterm_interrupts
 
     todo = [run for run in runs if run.test_acc is None]
     failures = 0
