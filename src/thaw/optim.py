@@ -117,6 +117,10 @@ class OptimizerRecipe:
         """What an optimizer reads beside these; of a group of matrices below the head if `is_hidden`."""
         return {}
 
+    def remark(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        """A line to print about the groups, or nothing."""
+        return ""
+
     def build(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -139,6 +143,8 @@ class OptimizerRecipe:
             trainer.fit_loop.setup_data()
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         groups = self.groups(named_parameters, depths, thaw_epochs)
+        if trainer.is_global_zero and (remark := self.remark(groups)):
+            say(remark)
         scale = self.lr_scale(trainer)
         for group in groups:
             group["lr"] *= scale
@@ -188,17 +194,9 @@ class MuonRecipe(OptimizerRecipe):
     def own_settings(self, is_hidden: bool) -> dict[str, Any]:
         return {"use_fallback": not is_hidden}
 
-    def build(
-        self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        depths: Mapping[str, int],
-        thaw_epochs: Mapping[str, float],
-        trainer: Trainer,
-    ) -> OptimizerLRSchedulerConfig:
-        built: Any = super().build(named_parameters, depths, thaw_epochs, trainer)
-        if trainer.is_global_zero and all(group["use_fallback"] for group in built["optimizer"].param_groups):
-            say("optim=muon: no matrix below the head trains, so that AdamW updates all that does")
-        return built
+    def remark(self, groups: Sequence[Mapping[str, Any]]) -> str:
+        only_others = all(group["use_fallback"] for group in groups)
+        return "optim=muon: no matrix below the head trains, so that AdamW updates all that does" if only_others else ""
 
 
 class Schedule(LambdaLR):

@@ -71,7 +71,7 @@ def refuse(cfg: DictConfig, model: Any) -> None:
 
 
 def rising(recipe: OptimizerRecipe) -> OptimizerRecipe:
-    """The recipe with a learning rate that rises by a constant factor at each step."""
+    """The recipe, still of its own class, with a learning rate that rises by a constant factor at each step."""
     recipe = copy.copy(recipe)
     recipe.lr = LOWEST
     recipe.lr_fraction = lambda step, total_steps, thaw_step: (HIGHEST / LOWEST) ** (step / (STEPS - 1))  # type: ignore
