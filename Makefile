@@ -7,13 +7,14 @@ TORCH  ?=
 # TORCH=cpu: builds of torch and torchvision without CUDA; a local version such as 2.15.0+cpu counts as newer than 2.15.0
 INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: help install schemas rename train test test-long test-slurm docs lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas rename train test test-long test-slurm faults docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
 	@echo "make test                                    install the test extras, then lint, types and all tests but the next two"
 	@echo "make test-long                               run the longest tests, every command of the pages, and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
+	@echo "make faults                                  kill runs, fill disks, mutate files, flood the server: 30 minutes, then a table"
 	@echo "make docs                                    build the pages as a site, in site/"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
@@ -69,7 +70,11 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -m "not slurm and not long" $(ARGS)
 
 test-long: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=0 -m long $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=0 -m long --ignore=tests/faults $(ARGS)
+
+faults: $(VENV)/.installed-test
+	THAW_FAULTS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile --no-loadscope-reorder \
+	  -o timeout=1500 -o faulthandler_timeout=0 -m "" $(ARGS)
 
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }
