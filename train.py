@@ -68,10 +68,10 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         try:
             if cfg.test:
                 check_test_batches(trainer, datamodule)
-            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume, weights_only=True)
             val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False)
+                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)
