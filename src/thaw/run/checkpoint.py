@@ -8,7 +8,9 @@ import os
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +21,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from thaw.run.claims import check_torch_zip
 from thaw.run.command import cause_of, is_misfit
 from thaw.run.command_line import setting
 from thaw.run.config import build
@@ -85,7 +88,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     import torch  # takes a second, in which a wrong path is told
 
     try:
+        if is_zip := zipfile.is_zipfile(path):
+            check_torch_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_zip:  # an old format of torch, without checksums
+            raise zipfile.BadZipFile
     except Exception as error:  # torch raises many classes for files that are not its own
         raise UserError(f"{path} {what_is_wrong(path, error)}") from error
     parts = [checkpoint.get(key) for key in ("config", "state_dict")] if isinstance(checkpoint, dict) else [None]
@@ -181,11 +188,17 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
     damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
-    whole = [
-        name for name in ("best.ckpt", "last.ckpt") if name != path.name and zipfile.is_zipfile(path.with_name(name))
-    ]
+    whole = [name for name in ("best.ckpt", "last.ckpt") if name != path.name and is_whole(path.with_name(name))]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
     return f"{damage if start else 'is empty'}. {instead}."
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file's checksums hold."""
+    with suppress(OSError, UserError, zipfile.BadZipFile, zlib.error):
+        check_torch_zip(path)
+        return True
+    return False
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:

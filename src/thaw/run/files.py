@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
             raise UserError("no object")
-    except ValueError as error:  # bytes that are not UTF-8, too
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, too
         raise UserError(f"{path} is damaged ({error}); remove it to run that again.") from error
     return facts
 
