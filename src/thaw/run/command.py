@@ -27,7 +27,7 @@ from thaw.run.console import lenient
 from thaw.run.errors import UserError
 from thaw.run.files import FULL
 from thaw.run.migrations import CONFIGS
-from thaw.run.ranks import drop_stray_ranks
+from thaw.run.ranks import drop_stray_ranks, end_with_parent
 
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -80,6 +80,7 @@ def clear_errors() -> Iterator[None]:
     """Show an error as a message on standard error and exit with status 1; printing itself never fails."""
     sys.argv[1:] = map(quote_path, sys.argv[1:])
     drop_stray_ranks()
+    end_with_parent()
     before = hydra_program.run_and_report
     hydra_program.run_and_report = lambda func: func()  # hands exceptions on instead of printing them
     try:
