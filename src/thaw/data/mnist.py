@@ -50,7 +50,9 @@ UNPACKED_MD5 = {
 }
 
 OFFICIAL, SAMPLE = "the official files", "the bundled sample of 5,000 digits"  # origins
-MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
+MirrorURL: TypeAlias = Annotated[
+    str, Field(pattern="^https?://", description="a URL such as https://example.org/mnist")
+]
 FAILED: dict[str, str] = {}  # by URL: why this process could not download from there; it does not try again
 
 

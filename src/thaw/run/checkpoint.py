@@ -3,7 +3,6 @@
 A checkpoint is self-contained: it holds the composed configuration as plain values.
 """
 
-import logging
 import os
 import re
 import time
@@ -11,7 +10,6 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -25,11 +23,10 @@ from thaw.run.claims import check_torch_zip
 from thaw.run.command import cause_of, is_misfit
 from thaw.run.command_line import setting
 from thaw.run.config import build
+from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.migrations import migrate
 from thaw.run.targets import check_targets
-
-log = logging.getLogger(__name__)
 
 RUNS = Path("logs", "runs")
 UNITS = {"day": 86_400, "hour": 3_600, "minute": 60}
@@ -166,12 +163,6 @@ def ago(seconds: float) -> str:
 def run_folder(path: Path) -> Path:
     """The folder of the run that a checkpoint file lies in."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-@cache
-def warn_once(line: str) -> None:
-    """Log a line once, however often a file is read."""
-    log.warning(line)
 
 
 def what_is_wrong(path: Path, error: Exception) -> str:

@@ -23,6 +23,8 @@ from rich.progress import BarColumn, Progress
 
 from thaw.run.files import write_errors
 
+log = logging.getLogger(__name__)
+
 LINE_SECONDS = 10.0  # between two lines about the progress of a task, where there is no terminal
 FRAME_SECONDS = 0.1  # at least between two updates of a bar
 UNBOUNDED = 10_000  # columns of a file
@@ -255,6 +257,12 @@ def results() -> Iterator[TextIO]:
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once in this process, however often a file is read or a job of a sweep starts."""
+    log.warning(line)
 
 
 def quiet_libraries() -> None:
