@@ -163,6 +163,14 @@ def test_every_fact_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Monke
     assert not compute.digits
 
 
+def test_each_kind_of_device_has_features_of_its_own(tmp_path: Path) -> None:
+    get(new(tmp_path), Compute())
+    trainer, compute = trainer_of(), Compute()
+    trainer.strategy._root_device = torch.device("mps")  # no kernel runs there
+    new(tmp_path).features("train", COUNT, compute, 16, FACTS, trainer)
+    assert compute.digits and len([*tmp_path.glob("*.npy")]) == 2
+
+
 def test_larger_than_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = COUNT * 5 * 4 / 1e9 * 0.99
     assert get(new(tmp_path, "auto", small), compute := Compute()) is None and not compute.digits

@@ -18,7 +18,6 @@ from thaw.run.checkpoint import run_folder
 from thaw.run.console import as_text, say_fitted
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
-from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
@@ -72,9 +71,8 @@ class RunRecord(Callback):
             source, reader = datamodule.load(), getattr(datamodule, "reader", "photo")
             record = {"name": source.name, "origin": source.origin, "classes": list(source.classes)}
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
-        run = wandb_run(trainer.loggers)
-        checkpoint["wandb_id"] = run and str(run.id)
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
+        checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""

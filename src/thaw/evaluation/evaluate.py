@@ -33,7 +33,8 @@ def evaluate_checkpoint(
     from thaw.evaluation.final_test import FinalTest
 
     quiet_libraries()
-    settle(cfg)
+    with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
+        settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not is_overridden("test_step", model):
         raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
@@ -91,7 +92,8 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
-    keep_from_downloading(cfg.data)
+    with checkpoints.understood(run_dir, checkpoint["git_commit"]):
+        keep_from_downloading(cfg.data)
     loggers = loggers_of(checkpoint, cfg)
     try:
         results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
@@ -103,8 +105,9 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
 def loggers_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
     """Loggers for the runs in W&B, MLflow and trackio that trained a checkpoint, and `cfg` left with these alone."""
-    checkpoints.continue_logged(cfg, checkpoint)
-    if named := sends(cfg, ()):
-        say(f"adding to the logged run of {', '.join(named)}, as {checkpoint['path']} says")
-    cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
+    with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
+        checkpoints.continue_logged(cfg, checkpoint)
+        cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
+        if named := sends(cfg, ()):
+            say(f"adding to the logged run of {', '.join(named)}, as {checkpoint['path']} says")
     return build_list(cfg.logger, "logger")

@@ -22,7 +22,7 @@ from thaw.run.console import progress, say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
 
-FORMAT = 3  # part of every key
+FORMAT = 4  # part of every key
 TOKENS = {"cpu": 2048, "cuda": 131072, "mps": 16384}  # computed at once; more of them leave a CPU's caches
 VERIFIED: dict[str, Tensor] = {}  # by key: what this process has in memory for the next job of a sweep
 

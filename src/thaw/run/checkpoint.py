@@ -3,14 +3,13 @@
 A checkpoint is self-contained: it holds the composed configuration as plain values.
 """
 
-import logging
 import os
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
@@ -19,19 +18,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from thaw.run.claims import check_torch_zip
 from thaw.run.command import LIBRARIES, cause_of
 from thaw.run.command_line import setting
 from thaw.run.config import build
+from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.migrations import migrate
 from thaw.run.places import confine
 from thaw.run.targets import check_plain, check_targets
 
-log = logging.getLogger(__name__)
-
 RUNS = Path("logs", "runs")
 UNITS = {"day": 86_400, "hour": 3_600, "minute": 60}
-RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,256}")  # part of a path, of an address and of a configuration
+RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,1000}")  # part of a path, of an address and of a configuration
 SLACK = 2**30  # bytes of a model beyond its file
 
 
@@ -88,7 +87,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     import torch  # takes a second, in which a wrong path is told
 
     try:
+        if is_zip := zipfile.is_zipfile(path):
+            check_torch_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not is_zip:  # an old format of torch, without checksums
+            raise zipfile.BadZipFile
     except Exception as error:  # torch raises many classes for files that are not its own
         raise UserError(f"{path} {what_is_wrong(path, error)}") from error
     parts = [checkpoint.get(key) for key in ("config", "state_dict")] if isinstance(checkpoint, dict) else [None]
@@ -115,8 +118,11 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
         )
-    if not isinstance(tracker_ids, dict) or not all(map(is_run_id, tracker_ids.values())):
+    if not isinstance(tracker_ids, dict) or any(
+        not isinstance(each, str) or "${" in each for each in tracker_ids.values()
+    ):
         raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
+    checkpoint["tracker_ids"] = {kind: each for kind, each in tracker_ids.items() if is_run_id(each)}
     config, unfollowed = checked_config(checkpoint["config"], path, allow, commit)
     config["run_dir"] = str(run_folder(path))
     return checkpoint | {"config": config, "path": str(path), "unfollowed": unfollowed, "allow": list(allow)}
@@ -177,9 +183,10 @@ def origin(checkpoint: dict[str, Any]) -> str:
     path, config = Path(checkpoint["path"]), checkpoint["config"]
     overrides = shorten(str(config.get("overrides", "")), 60, placeholder=" ...")
     facts = [f"{config.get('name')} {overrides}".strip(), ago(time.time() - path.stat().st_mtime)]
-    states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
-    if states and states[0]["best_model_score"] is not None:
-        facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
+    with understood(path, checkpoint["git_commit"]):
+        states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
+        if states and states[0]["best_model_score"] is not None:
+            facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
     return f"checkpoint: {os.path.relpath(path)} ({', '.join(facts)})"
 
 
@@ -193,12 +200,6 @@ def ago(seconds: float) -> str:
 def run_folder(path: Path) -> Path:
     """The folder of the run that a checkpoint file lies in."""
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-@cache
-def warn_once(line: str) -> None:
-    """Log a line once, however often a file is read."""
-    log.warning(line)
 
 
 def what_is_wrong(path: Path, error: Exception) -> str:
@@ -215,9 +216,7 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
     damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
-    whole = [
-        name for name in ("best.ckpt", "last.ckpt") if name != path.name and zipfile.is_zipfile(path.with_name(name))
-    ]
+    whole = [name for name in ("best.ckpt", "last.ckpt") if name != path.name and is_whole(path.with_name(name))]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
     return f"{damage if start else 'is empty'}. {instead}."
 
@@ -255,6 +254,14 @@ def bounded(checkpoint: dict[str, Any], weights: str) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file's checksums hold."""
+    with suppress(OSError, UserError, zipfile.BadZipFile, zlib.error):
+        check_torch_zip(path)
+        return True
+    return False
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:

@@ -22,12 +22,12 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from thaw.run.command_line import quote_path
+from thaw.run.command_line import check_secrets, override_key, quote_path
 from thaw.run.console import harmless, lenient
 from thaw.run.errors import UserError
 from thaw.run.files import FULL
 from thaw.run.migrations import CONFIGS
-from thaw.run.ranks import drop_stray_ranks
+from thaw.run.ranks import drop_stray_ranks, end_with_parent
 
 SETTING_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -67,6 +67,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             with clear_errors():
                 if {"--help", "-h"} & set(sys.argv):
                     return print_help(compose_and_run, config_name)
+                check_secrets({override_key(argument): argument for argument in sys.argv[1:]})
                 check_options(config_name)
                 return compose_and_run()
 
@@ -80,6 +81,7 @@ def clear_errors() -> Iterator[None]:
     """Show an error as a message on standard error and exit with status 1; printing itself never fails."""
     sys.argv[1:] = map(quote_path, sys.argv[1:])
     drop_stray_ranks()
+    end_with_parent()
     before = hydra_program.run_and_report
     hydra_program.run_and_report = lambda func: func()  # hands exceptions on instead of printing them
     try:
@@ -180,6 +182,7 @@ def explain(error: BaseException) -> str:
 
 def check_command(cfg: DictConfig) -> None:
     """Refuse what is wrong at a glance, before anything heavy is imported."""
+    from thaw.run.targets import config_leaves
     from thaw.run.values import check_command_settings
 
     program = Path(sys.argv[0]).name
@@ -188,6 +191,7 @@ def check_command(cfg: DictConfig) -> None:
         step = f": the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n{TRAIN_FIRST}"
         raise UserError(f"{key} is missing" + (step if key == "ckpt" else f"; add {key}=<value>."))
     check_command_settings(cfg)
+    check_secrets({key: str(value) for key, value in config_leaves(OmegaConf.to_container(cfg), "")})
     for key in ("ckpt", "resume", "start_from"):
         given = cfg.get(key)
         for ckpt in given if OmegaConf.is_list(given) else [given]:

@@ -108,7 +108,7 @@ def say_places(cfg: DictConfig, file: Path, unfollowed: Sequence[str], typed: Se
     typed = [*typed, *(key for key in READ if key.partition(".")[0] in groups)]
     if named := [*reads(cfg, [*READ, "start_from"], typed), *sends(cfg, typed)]:
         say(f"{file} names {', '.join(named)}; type another value to change that")
-    if left := [each for each in unfollowed if each.partition("=")[0] not in typed]:
+    if left := [each for each in unfollowed if not {each.partition("=")[0], each.partition(".")[0]} & {*typed}]:
         say(f"{file} names {', '.join(left)}, which is not followed: a file does not decide where others are written")
 
 

@@ -112,6 +112,8 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
         say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
+    if hasattr(trainer.strategy, "_timeout"):  # of several processes
+        trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
         trainer.val_check_interval = None
     return trainer

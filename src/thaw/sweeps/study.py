@@ -5,10 +5,13 @@ next worker sees by the lock that a trial's worker has died, and resumes from th
 heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
+import io
 import json
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler
+from optuna.samplers import _cmaes as cmaes_pickle
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -37,6 +41,7 @@ STATES = {
     TrialState.RUNNING: "running or cut off",
     TrialState.WAITING: "to be retried",
 }
+STATE_OF_NUMPY = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 STORAGE_SECONDS = 100.0  # to wait for other workers to let go of the storage
 
 
@@ -130,11 +135,27 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
             f"CMA-ES searches two or more numbers at once, but sweep.space has {len(ranges)} with low and high; choose "
             "sweep/sampler=tpe or random, or add a range."
         )
+    if issubclass(kind, CmaEsSampler):
+        cmaes_pickle.pickle = SimpleNamespace(dumps=pickle.dumps, loads=loads_cmaes)  # type: ignore[assignment]
     try:
         return build(block, **settings)
     except (InstantiationException, ImportError) as error:
         reason = str(error.__cause__ or error).strip()
         raise UserError(f"sweep.sampler cannot be built: {reason}. Compare it with configs/sweep/sampler.") from error
+
+
+class StateUnpickler(pickle.Unpickler):
+    """Reads the state of CMA-ES, which Optuna pickles into a study's storage, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if (package == "cmaes" and name[:1].isupper()) or (package == "numpy" and name in STATE_OF_NUMPY):
+            return super().find_class(module, name)
+        raise UserError(f"A study's state of CMA-ES names {module}.{name}, which was not run; choose another study.")
+
+
+def loads_cmaes(content: bytes) -> Any:
+    return StateUnpickler(io.BytesIO(content)).load()
 
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
