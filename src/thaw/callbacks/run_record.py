@@ -81,6 +81,21 @@ class RunRecord(Callback):
             check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
+        for state in checkpoint["callbacks"].values():
+            forget_others(state, folder)
+
+
+def forget_others(state: Any, folder: Path) -> None:
+    """Drop files outside of a run's folder from the state of a ModelCheckpoint, which loads, copies or removes them."""
+
+    def is_own(path: Any) -> bool:
+        return Path(str(path)).is_file() and Path(str(path)).resolve().is_relative_to(folder)
+
+    if isinstance(state, dict) and "best_model_path" in state:
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key] if is_own(state.get(key)) else ""
+        known = state.get("best_k_models") or {}
+        state["best_k_models"] = {path: score for path, score in known.items() if is_own(path)}
 
 
 def check_same_config(config: dict[str, Any]) -> None:

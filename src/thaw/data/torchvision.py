@@ -52,6 +52,10 @@ class TorchvisionData(DecodedData):
         if not (isinstance(known, type) and issubclass(known, VisionDataset)):
             near = did_you_mean(nearest_word(self.name, torchvision.datasets.__all__))
             raise UserError(f"data.name={self.name} is not one of torchvision's datasets, such as CIFAR10{near}")
+        if wrong := sorted({"root", "download", "loader"} & self.options.keys()):
+            raise UserError(
+                f"data.options.{wrong[0]} is not set there; the folder is data.dir, and data.download fetches."
+            )
         datasets = self.open_splits(known)
         title = " ".join([self.name, *(value for value in self.options.values() if isinstance(value, str))])
         classes = class_names_of(datasets["train"])

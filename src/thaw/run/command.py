@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from thaw.run.command_line import check_secrets, override_key, quote_path
-from thaw.run.console import lenient
+from thaw.run.console import harmless, lenient
 from thaw.run.errors import UserError
 from thaw.run.files import FULL
 from thaw.run.migrations import CONFIGS
@@ -99,7 +99,7 @@ def shown_errors(known: tuple[type[Exception], ...] = SETTING_ERRORS) -> Iterato
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
-        print(f"\n{show(error, known)}", file=sys.stderr)
+        print(f"\n{harmless(show(error, known))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

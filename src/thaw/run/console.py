@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -62,13 +63,18 @@ def redraws(out: Console) -> bool:
     return out.is_terminal and not out.is_dumb_terminal
 
 
+def harmless(text: str) -> str:
+    """Text in which control characters, which a terminal would obey, are shown as `\\x1b`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
     if LogLines.brief and not stderr:
         for line in as_text(text).splitlines():
             logging.getLogger("thaw").info(line)
     else:
-        console(stderr).print(text, style=style)
+        console(stderr).print(harmless(text) if isinstance(text, str) else text, style=style)
 
 
 def say_fitted(content: RenderableType) -> None:
@@ -195,7 +201,7 @@ class LogLines(logging.Handler):
         if warns or not self.brief:
             style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
             level = f"{record.levelname.lower()}: " if warns else ""
-            console(self.stderr).print(level + self.format(record), style=style)
+            console(self.stderr).print(harmless(level + self.format(record)), style=style)
 
 
 class Stream(io.FileIO):

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from thaw.run.errors import UserError, UserFileError
 
 SUFFIX = ".thaw.part"
@@ -64,6 +66,14 @@ def write_text(text: str, path: Path) -> None:
 
 def write_json(facts: Mapping[str, Any], path: Path) -> None:
     write_text(json.dumps(facts, indent=2) + "\n", path)
+
+
+def without_aliases(text: str) -> str:
+    """YAML without aliases, which could let a short text stand for billions of values; else a UserError."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+        raise UserError("it has aliases (*name), which files of runs do not have")
+    return text
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ an earlier call.
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -80,7 +81,8 @@ def run_name(_root_: DictConfig) -> str:
         experiment = _root_.name if "experiment" in typed else ""
         with suppress(UserError):  # the program itself reports it
             saved = find_saved(_root_.resume, experiment, [*_root_.allow, *targets(_root_)])[0]
-            return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
+            name = Path(str(saved.name)).name  # from a file, leads to no other folder
+            return name if re.fullmatch(r"(?!\.)[^\x00-\x1f\x7f\\]+", name) else _root_.name
     return _root_.name
 
 
