@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thaw.run.config import BUNDLED_NAME
-from thaw.run.console import say
+from thaw.run.console import say, some
 from thaw.run.errors import UnreachableError, UserError
 
 BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
@@ -79,7 +79,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless a file's tensors have exactly the names and shapes of the model `name`."""
+    """Raise UserError unless a file's tensors have exactly the names and shapes of the model `name`, and are finite."""
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
         *(f"unexpected {key}" for key in state.keys() - wanted.keys()),
@@ -94,4 +94,9 @@ def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mappin
         raise UserError(
             f"backbone.weights={path} does not fit backbone.name={name} ({len(problems)} differences: {shown}). "
             "Choose the backbone that the weights were made for, or other weights."
+        )
+    if broken := [key for key in sorted(state) if not state[key].isfinite().all()]:
+        raise UserError(
+            f"backbone.weights={path} holds numbers that are not finite in {some(broken, most=3)}: their training has "
+            "diverged, or the file is damaged. Choose other weights."
         )
