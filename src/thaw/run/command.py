@@ -213,7 +213,10 @@ def check_command(cfg: DictConfig) -> None:
 
 
 def check_options(config_name: str) -> None:
-    """Refuse options that Hydra does not know, such as `--seed 3`."""
+    """Refuse options that Hydra does not know, such as `--seed 3`, and `null` for one of a group."""
+    for group in [each.removesuffix("=null") for each in sys.argv[1:] if each.endswith("=null")]:
+        if options := sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")):
+            raise UserError(f"{group}=null: leave {group} out, or choose one of its options: {', '.join(options)}.")
     parser = hydra_program.get_args_parser()
     parser.exit_on_error = False
     try:
