@@ -75,6 +75,9 @@ class Tracker(Logger):
         raise NotImplementedError
 
 
+WRONG_SETTING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of MLflow's errors
+
+
 class RunMLflow(MLFlowLogger, Tracker):
     """Lightning's MLflow logger, except that a run may be resumed, and has ended when the whole run has."""
 
@@ -86,9 +89,11 @@ class RunMLflow(MLFlowLogger, Tracker):
         from mlflow.exceptions import MlflowException
 
         try:
-            return super().experiment
+            return None if self.lost else super().experiment
         except MlflowException as error:
-            raise UserError(f"logger.mlflow: {shown_error(error)}. logger=csv runs without MLflow.") from error
+            if error.error_code in WRONG_SETTING:
+                raise UserError(f"logger.mlflow: {shown_error(error)}. logger=csv runs without MLflow.") from error
+            self.lose(error)
 
     @rank_zero_only
     @survives
