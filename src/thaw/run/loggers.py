@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from requests.utils import get_netrc_auth
 from wandb.errors import UsageError
 
+from thaw.run.command_line import shown_error
 from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.trackers import Tracker, survives
@@ -66,13 +67,12 @@ class RunWandb(WandbLogger, Tracker):
             raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
         except Exception as error:
             if self.must_be_online:
-                raise UserError(
-                    f"logger.wandb.mode=online but W&B fails ({error}). logger.wandb.mode=auto would run offline."
-                ) from error
+                step = "logger.wandb.mode=auto would run offline"
+                raise UserError(f"logger.wandb.mode=online but W&B fails ({shown_error(error)}). {step}.") from error
             if self._experiment is not None or self._wandb_init["mode"] == "offline":
                 self.lose(error)
                 return
-            warn_once(OFFLINE.format(error))
+            warn_once(OFFLINE.format(shown_error(error)))
             stop_service()
             self._wandb_init["mode"] = "offline"
             self.start()
@@ -181,8 +181,8 @@ def wandb_logger(
         raise UserError(f"W&B refuses the environment: {', '.join(wrong)}. Unset it, or set it as W&B says.") from error
     except Exception as error:
         if mode == "online":
-            raise UserError(f"logger.wandb.mode=online but W&B does not start ({error}).") from error
-        log.warning("W&B does not start (%s). The run goes on without it.", error)
+            raise UserError(f"logger.wandb.mode=online but W&B does not start ({shown_error(error)}).") from error
+        log.warning("W&B does not start (%s). The run goes on without it.", shown_error(error))
         return NoLogger()
     offline = wanted in ("offline", "dryrun")
     reason = None if offline else why_offline()
@@ -263,7 +263,7 @@ def why_offline() -> str | None:
     except wandb.Error as error:
         if "in time" in str(error):
             return f"{url.hostname}:{port} does not answer in time"
-        return f"{error}; `wandb login --relogin` stores another key"
+        return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
 
 
