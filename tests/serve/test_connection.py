@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 ROWS = [[207] + [0] * 27] + [[0] * 28] * 27
 BODY = json.dumps({"images": [ROWS]}).encode()
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
@@ -49,7 +49,7 @@ HALVES = {
     "no body": (HEAD + b"Content-Length: 100\r\n\r\n", 408, "only 0 bytes came in 0.6 s"),
     "half a body": (WHOLE[:-100], 408, f"only {len(BODY) - 100:,} bytes came in 0.6 s"),
     "half a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n50\r\nabc", 408, "only 3 bytes came"),
-    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "not an HTTP request"),
+    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "not a request of HTTP/1.1"),
     "endless header": (HEAD + b"X: " + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
     "endless line": (b"GET /" + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
 }
