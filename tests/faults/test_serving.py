@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import needs
 from fault_counts import FULL, sized
-from load import BODY, REQUEST, Load
+from load import BODY, Load
 from malformed_requests import malformed
 from served import CHECKPOINT, Served, started
 
