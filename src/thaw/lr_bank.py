@@ -89,6 +89,10 @@ class BankClassifier(Classifier):
         loss, correct, images = self.trainer.strategy.reduce(sums, reduce_op="sum")
         return loss / images, correct / images
 
+    def is_spare(self, parameter: str) -> bool:
+        """Whether a parameter is a head's that was not chosen: it may diverge."""
+        return parameter.startswith("head.heads.") and int(parameter.split(".")[2]) != int(self.head.chosen)
+
     def setup(self, stage: str) -> None:
         if not isinstance(self.head, LRBank):
             raise UserError(f"model=lr_bank needs head=lr_bank, not {type(self.head).__name__}; leave model= out.")

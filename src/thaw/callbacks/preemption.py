@@ -12,14 +12,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch.distributed
-import wandb
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from thaw.run.console import say
-from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ class Preemption(Checkpoint):
             signal.signal(each, signal.SIG_IGN)
         status = 128 + number  # as a shell says that a signal ended a program
         if trainer.is_global_zero:
-            closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
+            closing = threading.Thread(target=close_loggers, args=(trainer.loggers,), daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
         if number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -151,18 +149,10 @@ class Preemption(Checkpoint):
         os._exit(status if trainer.is_global_zero else 0)  # an error would have the others killed
 
 
-def close_loggers(loggers: list[Logger], status: int) -> None:
-    """Flush the loggers, and tell W&B that the run is preempted, not failed."""
-    run = wandb_run(loggers)
+def close_loggers(loggers: list[Logger]) -> None:
+    """Flush the loggers, and tell W&B, MLflow and trackio that the run is preempted, not failed."""
     for logger in loggers:
         logger.finalize("preempted")
-    if run is None:
-        return
-    try:
-        run.mark_preempting()
-        wandb.finish(exit_code=status)
-    except OSError as error:  # W&B's own process has got the signal too
-        log.warning("The W&B run was not closed (%s); it continues when this run does.", error)
 
 
 def requeue() -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import logging
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.run.checkpoint import load_checkpoint
 from thaw.run.files import write_errors, write_text
+
+log = logging.getLogger(__name__)
 
 
 class RunCSV(CSVLogger):
@@ -58,25 +62,48 @@ class RunCSV(CSVLogger):
 
 
 class MetricsWriter(ExperimentWriter):
-    """Lightning's, except that it adds to the file that is there, and loses no row when a new column comes."""
+    """Lightning's, except that it adds to the file that is there, and loses no row.
+
+    Rows that cannot be written wait in memory: a full disk may get room again, and the run goes on.
+    """
+
+    waiting = False
 
     def _check_log_dir_exists(self) -> None:  # Lightning's removes the file
         pass
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        path = Path(self.metrics_file_path)
-        write_rows(path, fieldnames, read_rows(path)[1])
-
     def save(self) -> None:
-        with write_errors(Path(self.metrics_file_path)):
-            super().save()
+        path, header = Path(self.metrics_file_path), sorted({*self.metrics_keys}.union(*self.metrics))
+        try:
+            if header == self.metrics_keys and path.is_file():
+                add_rows(path, header, self.metrics)
+            elif self.metrics:
+                write_rows(path, header, [*(read_rows(path)[1] if path.is_file() else []), *self.metrics])
+        except OSError as error:
+            if not self.waiting:
+                log.warning("%s The run goes on; the rows wait in memory for room on the disk.", error)
+            self.waiting = True
+        else:
+            self.metrics_keys, self.metrics, self.waiting = header, [], False
 
     def log_hparams(self, params: dict[str, Any]) -> None:
         with write_errors(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
             super().log_hparams(params)
 
 
-def write_rows(path: Path, header: list[str], rows: list[dict[str, str]]) -> None:
+def add_rows(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
+    """Add all rows to the file or, where that fails, none."""
+    with write_errors(path):
+        size = path.stat().st_size
+        try:
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, header).writerows(rows)
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def write_rows(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, header)
     writer.writeheader()

@@ -21,8 +21,8 @@ from thaw.run.command import explain, show
 from thaw.run.command_line import setting
 from thaw.run.config import plain
 from thaw.run.console import brief, lenient, say
-from thaw.run.errors import RunPrunedError, UserError
-from thaw.run.files import read_json, write_json, write_text
+from thaw.run.errors import LostRankError, RunPrunedError, UserError
+from thaw.run.files import read_json, write_errors, write_json, write_text
 from thaw.run.folders import LOCK, is_locked, job_key
 from thaw.run.targets import targets
 
@@ -154,9 +154,17 @@ def interruptible(run_dir: Path) -> Iterator[None]:
         if isinstance(leaving, SystemExit) and not by_lightning:
             raise
         signal.signal(signal.SIGINT, before)
-        if is_first_rank() and not is_sweep_job():
-            say(f"\nTo resume: python train.py {setting('resume', os.path.relpath(run_dir))}")
+        say_resume(run_dir)
         raise KeyboardInterrupt from None
+    except OSError:  # such as a full disk
+        if (run_dir / LAST_CHECKPOINT).is_file():
+            say_resume(run_dir)
+        raise
+
+
+def say_resume(run_dir: Path) -> None:
+    if is_first_rank() and not is_sweep_job():
+        say(f"\nTo resume: python train.py {setting('resume', os.path.relpath(run_dir))}")
 
 
 @contextmanager
@@ -178,7 +186,8 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / LOCK, timeout=1)  # second: others may just be asking
     try:
-        lock.acquire()
+        with write_errors(run_dir / LOCK):
+            lock.acquire()
     except Timeout as error:
         raise UserError(f"{run_dir} is being written by another process; wait until it ends.") from error
     try:
@@ -207,7 +216,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         if not has_summary(run_dir):
             pruned = type(error).__name__ in ("RunPrunedError", "TrialPruned")  # Optuna's is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
-            status = "pruned" if pruned else "killed" if isinstance(error, OSError) else "failed"
+            status = "pruned" if pruned else "killed" if isinstance(error, OSError | LostRankError) else "failed"
             reason = str(error) if pruned else explain(error)
             try:
                 record_failure(cfg, status, reason, trace, time.monotonic() - started)
