@@ -1,4 +1,4 @@
-"""A stand-in of W&B's server on 127.0.0.1, healthy or broken in one of many ways."""
+"""A stand-in of W&B's server, and MLflow's, on 127.0.0.1, healthy or broken in one of many ways."""
 
 import json
 import socket
@@ -60,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         asked = json.loads(content) if self.path == "/graphql" else {}
-        name = asked.get("operationName") or self.path.rpartition("/")[2]
+        name = asked.get("operationName") or self.path.partition("?")[0].rpartition("/")[2]
         self.server.seen[name] += 1
         self.meet(self.server.fault, asked.get("variables") or {}, name)
         if name == self.server.after:
@@ -86,7 +86,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "redirect":
             self.send(b"", 302, Location=self.server.url + self.path)
         else:
-            self.send(json.dumps({"data": self.data(name, variables)}).encode(), slow=fault == "slow")
+            data = self.data(name, variables)
+            self.send(json.dumps({"data": data} | data).encode(), slow=fault == "slow")
 
     def data(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         """What the healthy server answers."""
@@ -94,6 +95,8 @@ class Handler(BaseHTTPRequestHandler):
         known = {
             "Viewer": {"viewer": {"id": "1", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}},
             "UpsertBucket": {"upsertBucket": {"bucket": BUCKET | {"name": variables.get("name")}, "inserted": True}},
+            "get-by-name": {"experiment": {"experiment_id": "1"}},  # MLflow's
+            "create": {"run": {"info": {"run_id": "r", "run_uuid": "r", "experiment_id": "1", "status": "RUNNING"}}},
             "CreateRunFiles": {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}},
         }
         return known.get(name, {})

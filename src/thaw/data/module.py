@@ -28,6 +28,7 @@ from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.places import READ, keep_from_downloading, reads
 from thaw.run.targets import import_target
+from thaw.run.trainer_settings import check_interval
 from thaw.run.values import Count, CountOrZero, Seed, check_types
 
 NOT_RESUMED = {"epoch": -1, "batches_done": 0}
@@ -247,6 +248,8 @@ class ImageDataModule(LightningDataModule):
                 f"choose at most {size // ranks}."
             )
         self.train_loader = self.loader("train", self.batch_size, shuffle=True)
+        if self.trainer:
+            check_interval(self.trainer, len(self.train_loader))
         self.train_loader.load_state_dict(self.resume_at)
         self.resume_at = NOT_RESUMED  # a later fit starts afresh
         return self.train_loader

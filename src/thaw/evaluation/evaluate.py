@@ -1,6 +1,7 @@
 """Which weights of a run count, and the test of a checkpoint on its own configuration's test split."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ def evaluate_checkpoint(
     validated = {}
     if trainer.limit_val_batches != 0:
         (metrics,) = trainer.validate(model, datamodule, verbose=False)
+        if not math.isfinite(loss := metrics.get("val/loss", 0.0)):
+            raise UserError(
+                f"The validation loss is {loss}, so that its accuracy means nothing. Likely cause: weights that are "
+                "not finite, or too large for trainer.precision."
+            )
         validated["val/acc"] = round(metrics["val/acc"], 6)
     trainer.test(model, datamodule, verbose=False)
     return {**validated, **test.results, **datamodule.load().facts()}

@@ -156,11 +156,12 @@ class FeatureCache:
 
     def give_up_folder(self, error: OSError) -> None:
         """An error in mode `disk`, a line in mode `auto`."""
+        reason = error.strerror or error
         if self.mode == "disk":
             raise UserFileError(
-                f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
+                f"cache.dir={self.store.folder} cannot be used ({reason}). Set another cache.dir, or cache.mode=auto."
             ) from error
-        say(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})")
+        say(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({reason})")
 
 
 def compute_all(

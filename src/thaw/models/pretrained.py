@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thaw.run.claims import check_torch_zip
 from thaw.run.config import BUNDLED_NAME
-from thaw.run.console import say
+from thaw.run.console import say, some
 from thaw.run.errors import UnreachableError, UserError
 
 BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
@@ -95,11 +95,15 @@ def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mappin
             for key in fitting
             if state[key].is_floating_point() != wanted[key].is_floating_point()
         ),
-        *(f"{key} holds NaN or infinity" for key in fitting if not state[key].float().isfinite().all()),
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(
             f"backbone.weights={path} does not fit backbone.name={name} ({len(problems)} differences: {shown}). "
             "Choose the backbone that the weights were made for, or other weights."
+        )
+    if broken := [key for key in sorted(state) if not state[key].float().isfinite().all()]:
+        raise UserError(
+            f"backbone.weights={path} holds numbers that are not finite in {some(broken, most=3)}: their training has "
+            "diverged, or the file is damaged. Choose other weights."
         )

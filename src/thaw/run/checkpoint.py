@@ -26,6 +26,7 @@ from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.migrations import migrate
 from thaw.run.places import confine
+from thaw.run.record import replaced
 from thaw.run.targets import check_plain, check_targets
 
 RUNS = Path("logs", "runs")
@@ -124,6 +125,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
     checkpoint["tracker_ids"] = {kind: each for kind, each in tracker_ids.items() if is_run_id(each)}
     config, unfollowed = checked_config(checkpoint["config"], path, allow, commit)
+    config = replaced(config, {"~/": os.path.join(Path.home(), "")})  # noqa: PTH118  (with a slash at its end)
     config["run_dir"] = str(run_folder(path))
     return checkpoint | {"config": config, "path": str(path), "unfollowed": unfollowed, "allow": list(allow)}
 
@@ -221,6 +223,14 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     return f"{damage if start else 'is empty'}. {instead}."
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file's checksums hold."""
+    with suppress(OSError, UserError, zipfile.BadZipFile, zlib.error):
+        check_torch_zip(path)
+        return True
+    return False
+
+
 @contextmanager
 def bounded(checkpoint: dict[str, Any], weights: str) -> Iterator[None]:
     """Stop a model that is built from a configuration as soon as it is far larger than its files are.
@@ -254,14 +264,6 @@ def bounded(checkpoint: dict[str, Any], weights: str) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file's checksums hold."""
-    with suppress(OSError, UserError, zipfile.BadZipFile, zlib.error):
-        check_torch_zip(path)
-        return True
-    return False
 
 
 def load_model(checkpoint: dict[str, Any]) -> Any:

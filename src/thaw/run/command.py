@@ -25,7 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from thaw.run.command_line import check_secrets, override_key, quote_path
 from thaw.run.console import harmless, lenient
 from thaw.run.errors import UserError
-from thaw.run.files import FULL
+from thaw.run.files import DISK, unwritten
 from thaw.run.migrations import CONFIGS
 from thaw.run.ranks import drop_stray_ranks, end_with_parent
 
@@ -114,7 +114,7 @@ def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRO
     """
     cause = cause_of(error)
     is_slip = isinstance(cause, ConfigAttributeError | ConfigKeyError)  # in code that reads a configuration
-    if (isinstance(cause, known) and not is_slip) or is_misfit(error) or is_refused(error):
+    if (isinstance(cause, known) and not is_slip) or is_misfit(error) or is_refused(error) or is_of_disk(cause):
         return f"error: {explain(error)}"
     trace = traceback.TracebackException.from_exception(cause)
     lines = trace.format() if shorten(trace) else [f"error: {explain(error)}\n"]
@@ -122,10 +122,17 @@ def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRO
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The exception in a constructor that Hydra has wrapped into its own."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
+    """The exception in a constructor that Hydra has wrapped into its own, or in a log file that logging has."""
+    while (inner := error.__cause__) and (isinstance(error, InstantiationException) or is_of_disk(inner)):
+        if isinstance(error, UserError):  # which says what to do
+            break
+        error = inner
     return error
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether a disk is full, cannot be written by this user, or fails."""
+    return isinstance(error, OSError) and error.errno in DISK
 
 
 def is_misfit(error: BaseException) -> bool:
@@ -163,8 +170,8 @@ def shorten(trace: traceback.TracebackException) -> bool:
 def explain(error: BaseException) -> str:
     """The message of an error, with what was allowed where it is about a setting."""
     cause = cause_of(error)
-    if isinstance(cause, OSError) and cause.errno in FULL and cause.filename is None:  # Hydra's own first files
-        return f"hydra.run.dir cannot be written ({cause.strerror}). Free some space, or choose another hydra.run.dir."
+    if isinstance(cause, OSError) and is_of_disk(cause):
+        return str(unwritten(str(cause.filename or "a file in hydra.run.dir"), cause))
     if isinstance(cause, ConfigCompositionException | OverrideParseException):
         from thaw.run.suggestions import explain_composition
 
@@ -206,7 +213,10 @@ def check_command(cfg: DictConfig) -> None:
 
 
 def check_options(config_name: str) -> None:
-    """Refuse options that Hydra does not know, such as `--seed 3`."""
+    """Refuse options that Hydra does not know, such as `--seed 3`, and `null` for one of a group."""
+    for group in [each.removesuffix("=null") for each in sys.argv[1:] if each.endswith("=null")]:
+        if options := sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")):
+            raise UserError(f"{group}=null: leave {group} out, or choose one of its options: {', '.join(options)}.")
     parser = hydra_program.get_args_parser()
     parser.exit_on_error = False
     try:

@@ -11,6 +11,7 @@ from thaw.run.errors import UserError
 
 PLAIN = r"[A-Za-z0-9_.@%+-]*/[A-Za-z0-9_./@%+-]*"  # a path that Hydra takes as it stands
 
+LOGIN = r"://[^/@\s]*:[^/@\s]+@"  # of a URL, with its user
 CONFIDENTIAL = r"(API_KEY|ACCESS_KEY|TOKEN|PASSWORD|SECRET)$"  # of names of environment variables
 
 
@@ -51,12 +52,17 @@ def check_secrets(values: Mapping[str, str]) -> None:
     secret = {name: value for name, value in os.environ.items() if re.search(CONFIDENTIAL, name) and len(value) >= 8}
     for key, value in values.items():
         variable = next((name for name in secret if secret[name] in value or f"oc.env:{name}" in value), None)
-        if variable or re.search(r"://[^/@\s]*:[^/@\s]+@", value):
+        if variable or re.search(LOGIN, value):
             kind = f"the value of {variable}" if variable else "a URL with a password"
             raise UserError(
                 f"{key} holds {kind}, which the run's files and logs would keep. Leave it out: programs find passwords "
                 "and tokens in environment variables, such as MLFLOW_TRACKING_PASSWORD, or in ~/.netrc."
             )
+
+
+def shown_error(error: BaseException) -> str:
+    """An error of a library as one line without passwords: it may name the URL of a server that the environment has."""
+    return re.sub(LOGIN, "://", " ".join(str(error).split()))
 
 
 def override_key(override: str) -> str:

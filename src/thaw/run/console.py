@@ -216,6 +216,14 @@ class LogLines(logging.Handler):
             console(self.stderr).print(harmless(level + self.format(record)), style=style)
 
 
+class LogFile(logging.FileHandler):
+    """A log file whose failed writes are ignored, as `Stream` does: logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class Stream(io.FileIO):
     """A standard stream that ignores failed writes: the results of a run are files, not printed lines.
 

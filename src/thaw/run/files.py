@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -15,9 +16,12 @@ import yaml
 
 from thaw.run.errors import UserError, UserFileError
 
+log = logging.getLogger(__name__)
+
 SUFFIX = ".thaw.part"
 SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain values alone; libyaml's is ten times as fast
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)  # no fault of a program
 
 
 @contextmanager
@@ -97,10 +101,27 @@ def write_errors(path: Path) -> Iterator[None]:
         if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
         shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
-        step = "Free some space, or choose" if error.errno in FULL else "Choose"
-        raise UserFileError(
-            f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder."
-        ) from error
+        raise unwritten(str(shown), error) from error
+
+
+def unwritten(place: str, error: OSError) -> UserFileError:
+    """The error of a failed write as a user reads it; its `strerror` is the reason alone."""
+    reason = os.strerror(error.errno or 0)
+    if isinstance(error, FileExistsError | NotADirectoryError):  # of a file, or a link that leads nowhere
+        reason = f"{error.filename} is not a folder"
+    step = "Free some space, or choose" if error.errno in FULL else "Choose"
+    failure = UserFileError(f"{place} cannot be written ({reason}). {step} another folder.")
+    failure.strerror = reason
+    return failure
+
+
+@contextmanager
+def dispensable() -> Iterator[None]:
+    """What a run can do without, such as a picture: where it cannot be written, that is a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s The run goes on without it.", error)
 
 
 @contextmanager

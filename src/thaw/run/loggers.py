@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from requests.utils import get_netrc_auth
 from wandb.errors import UsageError
 
+from thaw.run.command_line import shown_error
 from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.trackers import Tracker, survives
@@ -66,13 +67,12 @@ class RunWandb(WandbLogger, Tracker):
             raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
         except Exception as error:
             if self.must_be_online:
-                raise UserError(
-                    f"logger.wandb.mode=online but W&B fails ({error}). logger.wandb.mode=auto would run offline."
-                ) from error
+                step = "logger.wandb.mode=auto would run offline"
+                raise UserError(f"logger.wandb.mode=online but W&B fails ({shown_error(error)}). {step}.") from error
             if self._experiment is not None or self._wandb_init["mode"] == "offline":
                 self.lose(error)
                 return
-            warn_once(OFFLINE.format(error))
+            warn_once(OFFLINE.format(shown_error(error)))
             stop_service()
             self._wandb_init["mode"] = "offline"
             self.start()
@@ -132,6 +132,34 @@ class RunWandb(WandbLogger, Tracker):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class RunTensorBoard(TensorBoardLogger, Tracker):
+    """Lightning's TensorBoard logger, except that the run goes on where its file cannot be written."""
+
+    kind = "tensorboard"
+    run_id = None
+
+    def __init__(self, save_dir: str, name: str, version: str, default_hp_metric: bool) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=default_hp_metric)
+
+    log_metrics = rank_zero_only(survives(TensorBoardLogger.log_metrics))
+    log_hyperparams = rank_zero_only(survives(TensorBoardLogger.log_hyperparams))
+    save = rank_zero_only(survives(TensorBoardLogger.save))
+    finalize = rank_zero_only(survives(TensorBoardLogger.finalize))
+
+    @rank_zero_only
+    @survives
+    def add_picture(self, key: str, path: Path) -> None:
+        from torchvision.io import decode_image
+
+        self.experiment.add_image(key, decode_image(str(path)))
+
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        pass
+
+
 class NoLogger(Logger):
     """Takes the place of a logger and drops what it is given: callbacks such as LearningRateMonitor need a logger."""
 
@@ -181,8 +209,8 @@ def wandb_logger(
         raise UserError(f"W&B refuses the environment: {', '.join(wrong)}. Unset it, or set it as W&B says.") from error
     except Exception as error:
         if mode == "online":
-            raise UserError(f"logger.wandb.mode=online but W&B does not start ({error}).") from error
-        log.warning("W&B does not start (%s). The run goes on without it.", error)
+            raise UserError(f"logger.wandb.mode=online but W&B does not start ({shown_error(error)}).") from error
+        log.warning("W&B does not start (%s). The run goes on without it.", shown_error(error))
         return NoLogger()
     offline = wanted in ("offline", "dryrun")
     reason = None if offline else why_offline()
@@ -263,7 +291,7 @@ def why_offline() -> str | None:
     except wandb.Error as error:
         if "in time" in str(error):
             return f"{url.hostname}:{port} does not answer in time"
-        return f"{error}; `wandb login --relogin` stores another key"
+        return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
 
 
@@ -272,10 +300,6 @@ def log_image(loggers: list[Logger], key: str, path: Path) -> None:
     for logger in loggers:
         if isinstance(logger, Tracker):
             logger.add_picture(key, path)
-        elif isinstance(logger, TensorBoardLogger):
-            from torchvision.io import decode_image
-
-            logger.experiment.add_image(key, decode_image(str(path)))
 
 
 def log_page(loggers: list[Logger], path: Path) -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from thaw.run.command_line import shown_error
 from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class Tracker(Logger):
     def lose(self, error: BaseException) -> None:
         """Say once that this logger has failed."""
         self.lost = True
-        reason = " ".join(f"{type(error).__name__} {error}".split())
+        reason = f"{type(error).__name__} {shown_error(error)}".strip()
         log.warning("logger.%s has failed (%s). The run goes on without it. %s", self.kind, reason, self.next_step())
 
     def next_step(self) -> str:
@@ -75,6 +76,9 @@ class Tracker(Logger):
         raise NotImplementedError
 
 
+WRONG_SETTING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of MLflow's errors
+
+
 class RunMLflow(MLFlowLogger, Tracker):
     """Lightning's MLflow logger, except that a run may be resumed, and has ended when the whole run has."""
 
@@ -86,9 +90,11 @@ class RunMLflow(MLFlowLogger, Tracker):
         from mlflow.exceptions import MlflowException
 
         try:
-            return super().experiment
+            return None if self.lost else super().experiment
         except MlflowException as error:
-            raise UserError(f"logger.mlflow: {error}. logger=csv runs without MLflow.") from error
+            if error.error_code in WRONG_SETTING:
+                raise UserError(f"logger.mlflow: {shown_error(error)}. logger=csv runs without MLflow.") from error
+            self.lose(error)
 
     @rank_zero_only
     @survives

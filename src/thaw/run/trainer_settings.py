@@ -119,6 +119,17 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
     return trainer
 
 
+def check_interval(trainer: "Trainer", batches: int) -> None:
+    """Refuse a validation after more batches than an epoch's; Lightning's error would come with a traceback."""
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch; lower it, or count "
+            "across epochs with trainer.check_val_every_n_epoch=null."
+        )
+
+
 def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") -> None:
     """Refuse to test on no image, or a share that holds no batch; Lightning would see it only after training."""
     if hasattr(datamodule, "load") and not len((source := datamodule.load()).test.labels):

@@ -16,6 +16,18 @@ MAX_HEAD = 32_768  # bytes of a request's line and headers
 LINGER = 3.0  # seconds for the rest of a refused body, so that its sender can read why
 
 
+class LiveTransport:
+    """A transport that drops what is written after its end, as asyncio's do; uvloop's raise an error instead."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("write", "write_eof", "pause_reading", "resume_reading") and self.transport.is_closing():
+            return lambda *arguments: None
+        return getattr(self.transport, name)
+
+
 class Connection(HttpToolsProtocol):
     """A timer runs from a request's first byte to its last, another one while an answer is not read.
 
@@ -33,7 +45,7 @@ class Connection(HttpToolsProtocol):
         self.limits = limits
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(LiveTransport(transport))  # type: ignore[arg-type]
         transport.set_write_buffer_limits(high=0)  # to hear of every answer that is not read at once
         most = self.limits.max_connections
         if len(self.connections) > most:
