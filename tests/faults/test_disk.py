@@ -49,7 +49,7 @@ KINDS = {  # how a disk fails: the error, and for how many operations
     "fails once": (errno.ESTALE, 1),
 }
 TOLD = re.compile(
-    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.M
+    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.MULTILINE
 )
 
 
