@@ -48,7 +48,9 @@ KINDS = {  # how a disk fails: the error, and for how many operations
     "read-only": (errno.EROFS, LASTS),
     "fails once": (errno.ESTALE, 1),
 }
-TOLD = re.compile(r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.M)
+TOLD = re.compile(
+    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.MULTILINE
+)
 
 
 class Started:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, needs
 from fault_counts import FULL, sized
-from load import BODY, Load
+from load import BODY, REQUEST, Load
 from malformed_requests import malformed
 from processes import Forked
 from served import CHECKPOINT, Served, started
