@@ -25,6 +25,7 @@ LOCK = "job.lock"  # held by the process that works in a run's folder
 # Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
 NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
+    *("data.mirrors", "data.download"),
     *("rank_timeout", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
     "callbacks.pruning",

@@ -84,7 +84,8 @@ def sends(cfg: DictConfig, typed: Collection[str]) -> list[str]:
     found = []
     for kind, block in (cfg.get("logger") or {}).items():
         for key in [key for key in SENT if block and key in block and f"logger.{kind}.{key}" not in typed]:
-            if block[key] not in [each.get(key) for each in blocks_of_today(str(block.get("_target_")))]:
+            today = [each.get(key) for each in blocks_of_today(str(block.get("_target_")))]
+            if block[key] not in (None, False, "offline", "disabled", *today):
                 found.append(f"logger.{kind}.{key}={block[key]}")
     return found
 
