@@ -486,6 +486,7 @@ def test_odd_values_are_refused(
 
 def test_what_a_folder_names(tries: Any, good: dict[str, Any], canary: Path) -> None:
     """The config.yaml of a run without a checkpoint does not decide what is allowed, nor the folder of the next run."""
+    from thaw.callbacks.run_record import forget_others
     from thaw.run.folders import run_name
     from thaw.run.resume import resumed_config
 
@@ -501,6 +502,14 @@ def test_what_a_folder_names(tries: Any, good: dict[str, Any], canary: Path) -> 
             (run / "config.yaml").write_text(yaml.safe_dump(given))
             cfg = resumed_config(composed.copy(), typed)
             assert cfg.allow == [] and "canary" not in sys.modules
+        with attempt("paths in a callback's state"):
+            own, other = str(run / "config.yaml"), str(canary / "start.ckpt")
+            (run / "link.ckpt").symlink_to(other)
+            for path in (other, f"{run}/../start.ckpt", str(run / "link.ckpt"), "http://127.0.0.1:1/x", "", None):
+                state = {"best_model_path": path, "best_k_models": {path: 1.0, own: 0.5}, "last_model_path": own}
+                forget_others(state, run)
+                left = {"best_model_path": "", "best_k_models": {own: 0.5}, "last_model_path": own}
+                assert state == left | {"kth_best_model_path": ""}, path
         with attempt("the name of the folder"):
             root = {"name": "own", "resume": str(run), "allow": [], "hydra": {"overrides": {"task": typed}}}
             for name in ("..", ".", "/", "a\x1b[2J", "..\\x"):
