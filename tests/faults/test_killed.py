@@ -187,7 +187,7 @@ def survive(killed: Tries, name: str, at: int, signals: list[tuple[int, float]],
         assert not list(run.parent.rglob("*.thaw.part"))
         after = wandb_ids(run)[len(before) :]
     else:
-        status = killed.run(name, f"resume={run}", "hydra.run.dir=<try>/resumed")
+        status = killed.run(name, f"resume={run}", "hydra.run.dir=<try>/resumed", "cache.dir=<try>/cache")
         if not had_config:
             assert status == 1 and "command" in killed.output(name), killed.output(name)
             return
@@ -196,3 +196,5 @@ def survive(killed: Tries, name: str, at: int, signals: list[tuple[int, float]],
         after = wandb_ids(resumed)
     if had_checkpoint:
         assert set(before) == set(after)
+    if had_checkpoint and not in_its_folder:
+        assert "offline-run-*-" in killed.output(name).split("wandb sync ")[-1], "the first folder is left out"
