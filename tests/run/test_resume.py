@@ -92,20 +92,10 @@ def test_early_stopping_stays_the_end(
     assert not [each for each in recwarn if "EarlyStopping" in str(each.message)], "to leave it out is deliberate"
 
 
-def test_a_run_without_a_checkpoint_starts_from_the_beginning(
-    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = train(*tiny_run, "test=false", "trainer.max_epochs=1", "optim.lr=0.01", name="whole")
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    shutil.copy(whole / "config.yaml", killed)
-    started = train(f"resume={killed}", name="started")
-    assert f"{killed} holds no checkpoint: its configuration starts from the beginning" in capsys.readouterr().out
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(started)[name]), name
-    (killed / "config.yaml").write_text("[")
+def test_a_broken_configuration_of_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration of a run"):
-        train(f"resume={killed}", name="broken")
+        find_saved(str(tmp_path), "", [])
 
 
 def test_a_resumed_run_lies_where_its_name_says(
