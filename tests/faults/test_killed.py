@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, needs
-from fault_counts import sized
+from fault_counts import FULL, sized
 from PIL import Image
 from processes import Forked
 from test_resumed_runs import SPEED, assert_same_training
@@ -28,11 +28,11 @@ from test_resumed_runs import SPEED, assert_same_training
 MARK = "THAW_TEST_OF_KILLS"  # in the environment of all processes of one try
 KILL: list[tuple[int, float]] = [(signal.SIGKILL, 0.0)]  # signals, and seconds before each
 TERM: list[tuple[int, float]] = [(signal.SIGTERM, 0.0)]
-BOTH = [*TERM, (signal.SIGKILL, 0.05)]
+BOTH = [(signal.SIGKILL, 0.05), *TERM]
 FAULTS = {  # how often each is tried
-    "SIGKILL at a random moment": (KILL, sized(2, 12)),
+    "SIGKILL at a random moment": (KILL, sized(1, 12)),
     "SIGTERM at a random moment": (TERM, sized(1, 9)),
-    "SIGTERM, and SIGKILL 50 ms later": (BOTH, sized(0, 4)),
+    **({"SIGTERM, and SIGKILL 50 ms later": (BOTH, 4)} if FULL else {}),
 }
 ENDED = {signal.SIGKILL: (-9,), signal.SIGTERM: (-15, 143)}  # a shell says 143 for both
 OWN_NUMBERS = ("seconds", "peak_memory_gb", "run_dir", "resumed_from", "overrides")  # of a run in summary.json
@@ -68,12 +68,13 @@ class Tries:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         plan = {"folder": str(folder), "at": at, "signals": signals, "log": str(folder / "moments.log")}
+        (folder / "logs" / "runs").mkdir(parents=True, exist_ok=True)
         killer = [str(ROOT / "tests" / "faults" / "self_kill.py"), json.dumps(plan)]
         program = [str(ROOT / self.program), *(arguments or self.arguments)]
         environment = {**os.environ, MARK: str(folder), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         with (folder / "output.log").open("ab") as output:
             command = [sys.executable, *killer, *(each.replace("<try>", str(folder)) for each in program)]
-            process = Forked(command, cwd=ROOT, env=environment, stdout=output)
+            process = Forked(command, cwd=folder, env=environment, stdout=output)
         status = process.wait(120)
         assert not orphans(folder), f"processes are left: {orphans(folder)}"
         return status
@@ -218,6 +219,39 @@ def survive(killed: Tries, name: str, at: int, signals: list[tuple[int, float]],
     assert not left, left
 
 
+EARLY = (
+    *("os.mkdir run", "open run/job.lock", "os.rename run/.job.json", "open run/.config.yaml", "open_picture"),
+    *("os.rename run/.config.yaml", "os.rename cache/images/", "frozen_features", "os.rename cache/.", "training_step"),
+    *("os.mkdir run/checkpoints", "os.rename run/checkpoints/.best", "os.rename run/checkpoints/.last"),
+)
+
+
+@pytest.mark.long
+def test_before_the_first_checkpoint(killed: Tries, tries: Callable[..., Any]) -> None:
+    """`resume=last` starts that run anew, or says what to type."""
+    runs = "logs/runs/train"
+    killed.arguments += ["trainer.max_epochs=1", "logger=csv", f"hydra.run.dir={runs}/killed"]
+    assert killed.run("whole") == 0, killed.output("whole")
+    whole, moments = killed.folder / "whole" / runs / "killed", killed.moments("whole")
+    with tries("SIGKILL before the first checkpoint", harm="lost") as attempt:
+        for number, what in enumerate(EARLY):
+            at = next(at for at, each in enumerate(moments) if each.startswith(what.replace("run/", f"{runs}/killed/")))
+            with attempt(f"moment {at}: {moments[at]}"):
+                name = str(number)
+                assert killed.run(name, at=at) == -signal.SIGKILL
+                run = killed.folder / name / runs / "killed"
+                status = killed.run(name, "resume=last", "cache.dir=<try>/cache", f"hydra.run.dir={runs}/resumed")
+                said = killed.output(name)
+                if (run / "config.yaml").exists():
+                    assert status == 0 and f"{runs}/killed holds no checkpoint: its configuration starts" in said, said
+                    assert_same_run(whole, run.with_name("resumed"))
+                else:
+                    wanted = (
+                        "Type the command of that run again" if (run / "job.json").exists() else "give a run's folder"
+                    )
+                    assert status == 1 and wanted in said, said
+
+
 # Programs that train several runs
 
 
@@ -266,18 +300,17 @@ PROGRAMS = {
 
 
 @needs("sweeps")
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "a sweep" else pytest.param(kind, marks=pytest.mark.long) for kind in PROGRAMS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", PROGRAMS)
 def test_several_runs(kind: str, tmp_path: Path, tiny: list[str], tries: Callable[..., Any]) -> None:
     """The same command again comes to the same numbers, however often it is killed."""
     program, arguments = PROGRAMS[kind]
     killed = Tries(tmp_path, program, [*arguments, *tiny, *SMALL])
     assert killed.run("whole") == 0, killed.output("whole")
-    moments, count = killed.moments("whole"), sized(1, 6)
-    for seed, signals in enumerate((KILL, TERM)[: sized(1, 2)]):
+    moments = killed.moments("whole")
+    for seed, signals in enumerate((KILL, TERM)):
         with tries(f"{signal.Signals(signals[0][0]).name} during {kind}", harm="lost") as attempt:
-            for number, at in enumerate(drawn(moments, count, seed)):
+            for number, at in enumerate(drawn(moments, 6, seed)):
                 with attempt(f"moment {at}: {moments[at]}"):
                     name = f"{seed}_{number}"
                     assert killed.run(name, at=at, signals=signals) != 1, killed.output(name)
