@@ -7,7 +7,8 @@ heartbeat does that in `Study.optimize` alone, for SQL storages, and after a gra
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.config import build
-from thaw.run.errors import UserError
+from thaw.run.errors import UserError, UserFileError
 from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
 CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or continues
@@ -65,6 +66,20 @@ def open_storage(path: Path) -> BaseStorage:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
+        ) from error
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Let the error of a storage on a full disk name its file; a trial that ran goes on with the next command."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what SQLAlchemy and Optuna have wrapped
+            cause = cause.__cause__
+        raise UserFileError(
+            f"{path} cannot be written ({cause}). Free some space, or choose another sweep.storage."
         ) from error
 
 
