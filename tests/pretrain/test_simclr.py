@@ -1,7 +1,9 @@
 """SimCLR: its loss against loops and lightly, and the file that every objective writes."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -10,6 +12,7 @@ from pretrain.tiny import backbone, digits, losses_of_training, recipe, refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from thaw.data.module import BatchSampler
 from thaw.pretrain.objective import save_backbone
 from thaw.pretrain.simclr import SimCLR, nt_xent
 
@@ -21,6 +24,11 @@ class Noise(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return (images + 20 * torch.rand(images.shape)).clamp(0, 255).to(torch.uint8)
+
+
+def trainer_of(ranks: int, loader: Any = None, steps: int = 0) -> Any:
+    train = {"train_dataloader": loader, "num_training_batches": steps}
+    return SimpleNamespace(world_size=ranks, **train, val_dataloaders=None, num_val_batches=[])
 
 
 def simclr(output: Path) -> SimCLR:
@@ -76,6 +84,12 @@ def test_the_projection_head_is_the_deepest_layer(tmp_path: Path) -> None:
 def test_what_it_cannot_learn_from_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 image has nothing to contrast it with: choose data\.batch_size"):
         nt_xent(torch.randn(2, 8), 0.2)
+    for images, batch, message in ((9, 4, "A step on 1 image"), (8, 4, None), (8, 1, "A step on 1 image")):
+        model = simclr(tmp_path / "w.safetensors")
+        sampler = BatchSampler(range(images), batch, True, 0, 1, 0)  # type: ignore[arg-type]
+        model._trainer = trainer_of(1, SimpleNamespace(sampler=sampler), len(sampler))
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            model.on_train_start()
     model, still = simclr(tmp_path / "w.safetensors"), Noise()
     still.is_random = False
     with pytest.raises(ValueError, match="augment=none makes them equal; choose augment=strong"):
@@ -108,9 +122,9 @@ def test_processes_with_different_numbers_of_digits(tmp_path: Path, monkeypatch:
 def test_batch_norm_of_one_process_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = simclr(tmp_path / "w.safetensors")
     model.projector.append(nn.BatchNorm1d(16))
-    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=1))
+    monkeypatch.setattr(model, "_trainer", trainer_of(1))
     model.on_train_start()
-    monkeypatch.setattr(model, "_trainer", SimpleNamespace(world_size=2))
+    monkeypatch.setattr(model, "_trainer", trainer_of(2))
     with pytest.raises(ValueError, match=r"projector\.3 would take its statistics .* trainer\.sync_batchnorm=true"):
         model.on_train_start()
     model.projector[3] = nn.SyncBatchNorm(16)

@@ -3,16 +3,24 @@
 Shapes: B batch, D feature width, P projection width, N images.
 """
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thaw.data.augment import Augment
+from thaw.data.module import BatchSampler
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
+
+SINGLE = (
+    "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
+    "data.eval_batch_size of 2 or more that leave no single image over."
+)
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:
@@ -29,10 +37,7 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         UserError: a single image, which leaves nothing to contrast.
     """
     if len(projections) < 4:
-        raise UserError(
-            "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
-            "data.eval_batch_size of 2 or more that leave no single image over."
-        )
+        raise UserError(SINGLE)
     z = F.normalize(projections.float(), dim=1)
     with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
         similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
@@ -75,6 +80,17 @@ class SimCLR(Objective):
         width = backbone.num_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
         self.temperature = temperature
+
+    def on_train_start(self) -> None:
+        """Refuse a batch of one image, which the end of an epoch may have, before the first step."""
+        super().on_train_start()
+        train = self.trainer.train_dataloader, self.trainer.num_training_batches
+        for loader, steps in (train, (self.trainer.val_dataloaders, sum(self.trainer.num_val_batches))):
+            sampler = getattr(loader, "sampler", None)
+            if not isinstance(sampler, BatchSampler) or sampler.num_replicas > 1:
+                continue  # several processes share a batch of no less images than they are
+            if 1 in map(len, islice(sampler, int(steps))):
+                raise UserError(SINGLE)
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images, and below each its nearest neighbours among the others by the cosine of the features."""
