@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
@@ -261,7 +261,7 @@ def why_offline() -> str | None:
     except OSError as error:
         return f"{url.hostname}:{port} does not answer ({error})"
     except wandb.Error as error:
-        if "in time" in str(error):
+        if any(words in str(error) for words in ("in time", "deadline", "Timeout")):
             return f"{url.hostname}:{port} does not answer in time"
         return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
@@ -272,10 +272,6 @@ def log_image(loggers: list[Logger], key: str, path: Path) -> None:
     for logger in loggers:
         if isinstance(logger, Tracker):
             logger.add_picture(key, path)
-        elif isinstance(logger, TensorBoardLogger):
-            from torchvision.io import decode_image
-
-            logger.experiment.add_image(key, decode_image(str(path)))
 
 
 def log_page(loggers: list[Logger], path: Path) -> None:

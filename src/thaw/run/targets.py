@@ -25,6 +25,7 @@ NAMED = {  # block -> classes and functions that no base class tells from others
         "thaw.run.csv_log.RunCSV",
         "thaw.run.loggers.wandb_logger",
         "thaw.run.trackers.mlflow_logger",
+        "thaw.run.trackers.tensorboard_logger",
         "thaw.run.trackers.trackio_logger",
     },
     "": {  # any block
