@@ -3,22 +3,29 @@
 import asyncio
 import os
 import re
+import shutil
 import signal
 import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-from conftest import needs
+from conftest import ROOT, needs
 from fault_counts import FULL, sized
 from load import BODY, REQUEST, Load
 from malformed_requests import malformed
+from processes import Forked
 from served import CHECKPOINT, Served, started
+
+from thaw.serve.connection import LINGER
+from thaw.serve.server import open_port
 
 pytestmark = needs("serve")
 SECONDS = 1.0  # request_seconds of the server of most tests
@@ -37,6 +44,13 @@ def ask(address: str) -> bytes:
     response = httpx.post(f"{address}/predict", content=BODY, headers=JSON, timeout=20)
     assert response.status_code == 200, response.text
     return response.content
+
+
+def connect(address: str, sent: bytes) -> socket.socket:
+    parts = urlsplit(address)
+    client = socket.create_connection((parts.hostname, parts.port), timeout=10)
+    client.sendall(sent)
+    return client
 
 
 def everything(client: socket.socket) -> bytes:
@@ -98,7 +112,7 @@ def test_malformed_requests(server: Served, tries) -> None:
 
 
 def test_overload_and_stop(tmp_path: Path, tries) -> None:
-    """At twice the sustainable rate: 200 or 503, in bounded time and memory. After SIGTERM what has come is answered."""
+    """At twice the sustainable rate: 200 or 503 in bounded time and memory. After SIGTERM all that came is answered."""
     minutes, minute, limit = sized(1, 15), sized(3, 60), 10.0
     samples = []  # seconds, MB, open files
 
@@ -148,3 +162,126 @@ def test_overload_and_stop(tmp_path: Path, tries) -> None:
             assert set(answers.between(start, stopped - 0.5).status) <= {200, 503}
             late = answers.between(stopped + 0.3, np.inf)
             assert len(late.status) and not late.status.any(), "new requests find no server"
+            assert [*tmp_path.iterdir()] == [served.log]
+
+
+SLOW = {  # what comes at once, and what then comes every second
+    "headers": (REQUEST[:30], b"x"),
+    "a body": (REQUEST[:-100], b" "),
+    "a chunk": (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Type: image/png\r\n\r\n50\r\n", b"x"),
+    "nothing": (b"", b""),
+    "no reading": (b"GET /docs-files/swagger-ui-bundle.js HTTP/1.1\r\n\r\n" * 20, b""),  # 1.5 MB each
+}
+
+
+def test_slow_clients(server: Served, tries) -> None:
+    """Clients that send a byte a second, or do not read, are disconnected in time; others are served meanwhile."""
+    files, expected = server.descriptors(), ask(server.address)
+    slow = [(name, connect(server.address, SLOW[name][0])) for _ in range(sized(8, 40)) for name in SLOW]
+    started = time.monotonic()
+    with tries("a client that sends a byte a second, or does not read", harm="lost") as attempt:
+        while server.descriptors() > files and time.monotonic() - started < 20:
+            with attempt("another client"):
+                asked = time.monotonic()
+                assert ask(server.address) == expected
+                assert time.monotonic() - asked < 2
+            for name, client in slow:
+                with suppress(OSError):
+                    client.send(SLOW[name][1])
+            time.sleep(sized(0, 1) or 0.2)
+        assert time.monotonic() - started < SECONDS + LINGER + 4
+        for n, (name, client) in enumerate(slow):
+            with attempt(f"client {n}, {name}"), client:
+                said = everything(client)
+                assert re.findall(rb"HTTP/1\.1 (\d+)", said)[:1] in (
+                    [b"200"] if name == "no reading" else [],
+                    [b"408"],
+                ), said
+
+
+LOCAL = "127.0.0.1:8000"
+ASKED = {  # Host, Origin -> status
+    (LOCAL, None): 200,
+    ("localhost", None): 200,
+    ("[::1]:8000", "http://[::1]:8000"): 200,
+    ("192.168.7.7:8000", "http://192.168.7.7:8000"): 200,
+    (LOCAL, f"http://{LOCAL}"): 200,
+    (LOCAL, "http://evil.example"): 403,  # a page elsewhere
+    (LOCAL, "http://localhost:3000"): 403,  # another program of this machine
+    (LOCAL, "null"): 403,  # a file, or a frame without rights
+    ("evil.example", "http://evil.example"): 421,  # a name that is made to resolve to this machine
+    ("evil.example:8000", None): 421,
+    ("localhost.evil.example", None): 421,
+    ("127.0.0.1.evil.example", None): 421,
+    ("[", None): 421,
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_other_origins(method: str, server: Served, tries) -> None:
+    """A page of another origin can neither read an answer nor have one computed, also under a name of its own."""
+    path = "/info" if method == "GET" else "/predict"
+    with tries("a web page of another origin asks the server", harm="let in") as attempt:
+        for (host, origin), status in ASKED.items():
+            with attempt(f"{method} {host} {origin}"):
+                headers = JSON | {"Host": host} | ({"Origin": origin} if origin else {})
+                if method == "OPTIONS":
+                    status = 405 if status == 200 else status
+                    headers["Access-Control-Request-Method"] = "POST"
+                content = BODY if method == "POST" else None
+                response = httpx.request(method, server.address + path, headers=headers, content=content)
+                assert response.status_code == status, response.text
+                assert not [name for name in response.headers if name.startswith("access-control")]
+                assert response.headers["x-content-type-options"] == "nosniff"
+                assert response.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_checkpoint_changed_while_served(tmp_path: Path, tries) -> None:
+    """The server answers with what it has loaded, and a second signal ends it at once."""
+    copied = tmp_path / "best.ckpt"
+    shutil.copy(CHECKPOINT, copied)
+    changes: dict[str, Callable[[], object]] = {
+        "overwritten": lambda: copied.write_bytes(bytes(copied.stat().st_size)),
+        "cut off": lambda: os.truncate(copied, 0),
+        "replaced": lambda: shutil.copy(ROOT / "tests" / "checkpoints" / "lora.ckpt", copied),
+        "deleted": copied.unlink,
+    }
+    with started(tmp_path, f"ckpt={copied}") as served:
+        about = httpx.get(f"{served.address}/info").content
+        expected = ask(served.address)
+        with tries("a checkpoint changed while it is served", harm="lost") as attempt:
+            for name, change in changes.items():
+                with attempt(name):
+                    change()
+                    assert ask(served.address) == expected
+                    assert httpx.get(f"{served.address}/info").content == about
+        with (
+            tries("a second signal to a server that waits for a client", harm="lost") as attempt,
+            attempt("SIGTERM"),
+            connect(served.address, REQUEST[:-1]),
+        ):
+            time.sleep(0.2)
+            os.kill(served.process.pid, signal.SIGTERM)
+            time.sleep(0.3)
+            assert served.process.poll() is None, "it waits for the rest of the request"
+            os.kill(served.process.pid, signal.SIGTERM)
+            assert served.process.wait(1) == -signal.SIGTERM
+
+
+def test_port_in_use_and_a_kill(server: Served, tmp_path: Path, tries) -> None:
+    """A second server does not start; the first one serves on. Killed, it leaves no process, and its port is free."""
+    port = urlsplit(server.address).port
+    with tries("a second server on the same port", harm="lost") as attempt, attempt("port"):
+        with (tmp_path / "printed").open("w") as output:
+            command = [sys.executable, str(ROOT / "serve.py"), f"ckpt={CHECKPOINT}", f"port={port}"]
+            assert Forked(command, cwd=tmp_path, stdout=output).wait(60) == 1
+        message = f"error: port={port} on host=127.0.0.1 is taken; choose another, or port=0 for any free one.\n"
+        assert (tmp_path / "printed").read_text().endswith(message)
+        ask(server.address)
+    with tries("SIGKILL to a server", harm="lost") as attempt, attempt("kill"):
+        assert not (server.proc / "task" / str(server.process.pid) / "children").read_text(), (
+            "it has started no process"
+        )
+        server.process.kill()
+        server.process.wait()
+        open_port("127.0.0.1", port).close()

@@ -1,6 +1,5 @@
 """serve.py as a user starts it."""
 
-import concurrent.futures
 import os
 import re
 import signal
@@ -9,15 +8,12 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
-import torch
 from conftest import compose_config
 from omegaconf import OmegaConf
 from served import started
 
 import serve
-from thaw.data.idx import write_idx
 from thaw.serve.limits import limits_of
 from thaw.serve.server import open_port
 
@@ -29,27 +25,6 @@ def is_open(address: str) -> bool:
     except ConnectionRefusedError:
         return False
     return True
-
-
-@pytest.mark.slow
-def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
-    """A running request gets its whole answer; then the process ends with status 0 and leaves nothing."""
-    images = write_idx(torch.randint(0, 64, (100, 28, 28), dtype=torch.uint8))
-    with started(tmp_path, f"ckpt={linear_probe}", "max_batch=1", "request_seconds=60.0") as (process, address, _):
-        assert httpx.get(f"{address}/healthz").status_code == 200
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            headers = {"Content-Type": "application/octet-stream"}
-            asked = pool.submit(httpx.post, f"{address}/predict", content=images, headers=headers, timeout=60)
-            while "thaw_batch_size_count 0.0" in httpx.get(f"{address}/metrics").text:
-                time.sleep(0.01)
-            assert not asked.done()
-            os.kill(process.pid, signal.SIGTERM)
-            response = asked.result()
-        assert response.status_code == 200
-        assert len(response.json()["predictions"]) == 100
-        assert process.wait(20) == 0
-        assert not is_open(address)
-    assert list(tmp_path.iterdir()) == [tmp_path / "printed"]
 
 
 @pytest.mark.long

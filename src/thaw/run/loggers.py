@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
@@ -130,6 +130,34 @@ class RunWandb(WandbLogger, Tracker):
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         if checkpoint_callback.monitor is not None:  # last.ckpt was not chosen by a metric
             super().after_save_checkpoint(checkpoint_callback)
+
+
+class RunTensorBoard(TensorBoardLogger, Tracker):
+    """Lightning's TensorBoard logger, except that the run goes on where its file cannot be written."""
+
+    kind = "tensorboard"
+    run_id = None
+
+    def __init__(self, save_dir: str, name: str, version: str, default_hp_metric: bool) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=default_hp_metric)
+
+    log_metrics = rank_zero_only(survives(TensorBoardLogger.log_metrics))
+    log_hyperparams = rank_zero_only(survives(TensorBoardLogger.log_hyperparams))
+    save = rank_zero_only(survives(TensorBoardLogger.save))
+    finalize = rank_zero_only(survives(TensorBoardLogger.finalize))
+
+    @rank_zero_only
+    @survives
+    def add_picture(self, key: str, path: Path) -> None:
+        from torchvision.io import decode_image
+
+        self.experiment.add_image(key, decode_image(str(path)))
+
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        pass
 
 
 class NoLogger(Logger):

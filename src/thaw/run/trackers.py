@@ -1,4 +1,4 @@
-"""MLflow, trackio and TensorBoard: runs in a store on this machine, or on a server that is named, may fail."""
+"""MLflow and trackio: runs in a store on this machine, or on a server that the settings or the environment name."""
 
 import getpass
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -251,35 +251,6 @@ def trackio_logger(project: str, name: str, group: str | None, dir: str, run_dir
     os.environ.setdefault("TRACKIO_DIR", str(Path(dir).absolute()))  # read when trackio is imported
     folder = Path(run_dir)
     return RunTrackio(project, f"{name.strip()} ({folder.name})", group or folder.parent.name, id)
-
-
-class RunTensorBoard(TensorBoardLogger, Tracker):
-    """Lightning's TensorBoard logger, except that a failure, as of a full disk, does not end the run."""
-
-    kind = "tensorboard"
-    run_id = None
-    log_hyperparams = survives(TensorBoardLogger.log_hyperparams)
-    log_metrics = survives(TensorBoardLogger.log_metrics)
-    save = survives(TensorBoardLogger.save)
-    finalize = survives(TensorBoardLogger.finalize)
-
-    @rank_zero_only
-    @survives
-    def add_picture(self, key: str, path: Path) -> None:
-        from torchvision.io import decode_image
-
-        self.experiment.add_image(key, decode_image(str(path)))
-
-    def add_facts(self, facts: Mapping[str, Any]) -> None:
-        """It has no place for facts but its metrics."""
-
-    def close(self, failed: bool) -> None:
-        """`finalize` has written all, and runs have no state in TensorBoard."""
-
-
-def tensorboard_logger(save_dir: str, name: str, version: str, default_hp_metric: bool) -> Logger:
-    """A logger for TensorBoard; its arguments are those of `lightning.pytorch.loggers.TensorBoardLogger`."""
-    return RunTensorBoard(save_dir, name, version, default_hp_metric=default_hp_metric)
 
 
 def tracker_ids(loggers: Sequence[Logger]) -> dict[str, str]:

@@ -66,7 +66,7 @@ def create_app(
         static_url=DOCS_FILES,
         title="thaw",
         version=str(facts.get("git_commit", ""))[:12] or "unknown",
-        description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')}.",
+        description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')!a}.",
         lifespan=lifespan,
     )
     app.state.stopping, app.state.limits = False, limits
