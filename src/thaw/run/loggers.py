@@ -289,7 +289,7 @@ def why_offline() -> str | None:
     except OSError as error:
         return f"{url.hostname}:{port} does not answer ({error})"
     except wandb.Error as error:
-        if "in time" in str(error):
+        if any(words in str(error) for words in ("in time", "deadline", "Timeout")):
             return f"{url.hostname}:{port} does not answer in time"
         return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
