@@ -103,6 +103,7 @@ def test_too_many_connections(stand_in, serving) -> None:
     assert response.headers["Retry-After"]
     assert "more than 3 connections" in response.json()["detail"]
     time.sleep(SECONDS * 2)  # those who said nothing are gone
+    assert "\nthaw_rejected_total 1.0\n" in httpx.get(f"{address}/metrics").text
     assert httpx.get(f"{address}/healthz").status_code == 200
     for client in held:
         client.close()

@@ -8,6 +8,7 @@ import asyncio
 import json
 from typing import Any
 
+from prometheus_client import Counter
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from thaw.serve.limits import Limits
@@ -40,15 +41,16 @@ class Connection(HttpToolsProtocol):
     receiving = False  # the headers are complete, the body is not
     refused = False  # what comes now is not read
 
-    def __init__(self, *arguments: Any, limits: Limits, **named: Any) -> None:
+    def __init__(self, *arguments: Any, limits: Limits, rejected: Counter, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.limits = limits
+        self.limits, self.rejected = limits, rejected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(LiveTransport(transport))  # type: ignore[arg-type]
         transport.set_write_buffer_limits(high=0)  # to hear of every answer that is not read at once
         most = self.limits.max_connections
         if len(self.connections) > most:
+            self.rejected.inc()
             self.refuse(503, f"more than {most} connections; try again later.", b"retry-after: 1\r\n")
             if len(self.connections) > 2 * most:  # not even the refused ones have room
                 transport.close()
