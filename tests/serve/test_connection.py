@@ -1,6 +1,7 @@
 """Slow and silent clients: each connection ends in bounded time, and others are served meanwhile."""
 
 import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -92,6 +93,28 @@ def test_keep_alive_and_pipelining(address: str) -> None:
                 assert part
                 received += part
             time.sleep(SECONDS * 1.5)
+
+
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+CLOSING = {
+    "garbage after a request": (WHOLE + b"\0garbage\r\n\r\n", [b"200"]),
+    "garbage after two": (WHOLE * 2 + b"\0garbage\r\n\r\n", [b"200", b"200"]),
+    "garbage in a body": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello?", [b"400"]),
+    "garbage after an answer": (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", [b"200"]),
+    "an upgrade": (b"GET /healthz HTTP/1.1\r\n" + UPGRADE + b"\r\n" + WHOLE, [b"200"]),
+    "an upgrade with a body": (WHOLE.replace(b"\r\n\r\n", b"\r\n" + UPGRADE + b"\r\n", 1) + WHOLE, [b"400"]),
+}
+
+
+def test_answers_before_the_end(address: str) -> None:
+    """Whole requests are answered before the connection ends on what follows them; nothing is answered twice."""
+    for name, (sent, statuses) in CLOSING.items():
+        with connect(address) as client:
+            client.sendall(sent)
+            if name == "garbage after an answer":
+                time.sleep(0.1)
+                client.sendall(b"?")
+            assert re.findall(rb"HTTP/1.1 (\d+) ", everything(client)) == statuses, name
 
 
 def test_too_many_connections(stand_in, serving) -> None:
