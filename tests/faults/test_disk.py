@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import failing_disk
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,9 @@ KINDS = {  # how a disk fails: the error, and for how many operations
     "read-only": (errno.EROFS, LASTS),
     "fails once": (errno.ESTALE, 1),
 }
-TOLD = re.compile(r"^error: \S.* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.M)
+TOLD = re.compile(
+    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.MULTILINE
+)
 
 
 class Started:
@@ -228,3 +232,166 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_full_disk_that_hydra_meets_names_the_setting() -> None:
     """It writes a run's first files, and says nothing of their place."""
     assert explain(OSError(errno.ENOSPC, "full")).startswith("a file in hydra.run.dir cannot be written (No space")
+
+
+# Real disks and folders
+
+
+@contextmanager
+def small_disk(folder: Path, size: str, files: int = 0) -> Iterator[Path]:
+    """A disk of its own with so much room, mounted at a folder."""
+    folder.mkdir(exist_ok=True)
+    options = f"size={size}" + (f",nr_inodes={files}" if files else "")
+    mount = ["mount", "-t", "tmpfs", "-o", options, "thaw-test", str(folder)]
+    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a disk is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+DISKS = {  # size, number of files
+    "no room for the first files": ("4k", 0),
+    "no room for the features": ("48k", 0),
+    "no room for the first checkpoint": ("160k", 0),
+    "no room for the second checkpoint": ("190k", 0),
+    "no room for the pictures": ("230k", 0),
+    "too many files": ("64m", 14),
+}
+
+
+@pytest.mark.long
+def test_a_disk_that_gets_room_again(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
+    """Everything that a run writes lies on it, temporary files and those of libraries, too."""
+
+    def run(folder: Path) -> tuple[int, str]:
+        home = {"TMPDIR": str(folder), "HOME": str(folder), "MPLCONFIGDIR": str(folder)}
+        places = [f"hydra.run.dir={folder / 'run'}", f"cache.dir={folder / 'cache'}"]
+        return Started(tmp_path, "train.py", *tiny_run, *SAVED, *places, **home).wait()
+
+    (tmp_path / "whole").mkdir()
+    status, printed = run(tmp_path / "whole")
+    assert status == 0, printed
+    with tries("a small disk that gets room again", harm="lost") as attempt:
+        for name, (size, files) in DISKS.items():
+            with attempt(name), small_disk(tmp_path / "disk", size, files) as disk:
+                assert_told(*run(disk))
+                assert_whole(disk)
+                remount(disk, "size=64m,nr_inodes=1000")
+                status, printed = run(disk)
+                assert status == 0, printed
+                assert_same_training(checkpoint(tmp_path / "whole" / "run"), checkpoint(disk / "run"), name)
+        with attempt("read-only"), small_disk(tmp_path / "disk", "64m") as disk:
+            remount(disk, "ro")
+            assert_told(*run(disk))
+            remount(disk, "rw")
+            assert run(disk)[0] == 0
+
+
+@pytest.mark.long
+def test_commands_on_a_full_disk(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
+    """Each has room for a part of what it writes: an error that names the file, and no part of it."""
+    status, printed = Started(tmp_path, "train.py", *tiny_run, *SAVED, f"hydra.run.dir={tmp_path / 'run'}").wait()
+    assert status == 0, printed
+    Image.new("L", (28, 28)).save(tmp_path / "picture.png")
+    disk, of = tmp_path / "disk", f"ckpt={tmp_path / 'run'}"
+    run, own = f"hydra.run.dir={disk / 'run'}", f"hydra.run.dir={tmp_path / 'log'}"
+    cache = f"cache.dir={tmp_path / 'cache'}"
+    commands = {
+        "eval.py": [of, "robustness.images=20", run],
+        "predict.py": [of, *[str(tmp_path / "picture.png")] * 100, f"output={disk / 'a.csv'}", own],
+        "probe.py": [of, "probe=knn", "probe.k=[1]", cache, run],
+        "sweep.py": [*tiny_run, "sweep.trials=2", cache, run],
+        "train.py -m": [*tiny_run, *SAVED, "seed=0,1", cache, f"hydra.sweep.dir={disk / 'sweep'}"],
+        "train.py experiment=pretrain_mae": [*tiny_run, "trainer.max_epochs=1", "backbone.weights=none", run],
+        **{
+            f"export.py format={kind}": [of, f"output={disk / name}", own]
+            for kind, name in (("onnx", "a.onnx"), ("torch_export", "a.pt2"), ("hub_folder", "hub"))
+        },
+    }
+    with tries("a command on a full disk", harm="lost") as attempt:
+        for name, words in commands.items():
+            with small_disk(disk, "64m"):
+                command = [*name.split(), *words]
+                status, printed = Started(tmp_path, *command).wait()
+                used = shutil.disk_usage(disk).used
+            with attempt(f"{name} with all room"):
+                assert status == 0, printed
+            for share in (0.0, 0.4, 0.8):
+                size = f"{max(4, int(share * used / 1024))}k"
+                with attempt(f"{name} with {size} of {used:,} bytes"), small_disk(disk, size):
+                    assert_told(*Started(tmp_path, *command).wait())
+                    assert_whole(disk)
+
+
+class Going(L.Callback):
+    """In the second epoch, a folder is removed, or a link that leads nowhere takes its place."""
+
+    def __init__(self, folder: str, link: bool) -> None:
+        self.folder, self.link = Path(folder), link
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1 and not self.folder.is_symlink():
+            shutil.rmtree(self.folder)
+            if self.link:
+                self.folder.symlink_to("nowhere")
+
+
+def test_folders_that_go_during_a_run(
+    tries: Tries, tiny_run: list[str], tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run does without, and writes its own folder anew; a link that leads nowhere is an error that says so."""
+    pictures = tmp_path / "pictures"
+    for number, label in enumerate("ab" * 20):
+        (pictures / label).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), number * 6).save(pictures / label / f"{number}.png")
+    data = ["data=folder", f"data.dir={pictures}", "data.image_size=28", "data.channels=1", "data.batch_size=8"]
+    words = [*(word for word in tiny_run if not word.startswith("data.")), *SAVED, *data]
+
+    def run(name: str, goes: str, link: bool = False) -> tuple[int, str]:
+        folder = tmp_path / name
+        fault = f"+callbacks.going={{_target_:{__name__}.Going,folder:'{folder / goes}',link:{link}}}"
+        places = [
+            f"hydra.run.dir={folder / 'run'}",
+            f"cache.dir={folder / 'cache'}",
+            f"data.cache_dir={folder / 'images'}",
+        ]
+        status = command("train.py", *words, *places, *[fault] * bool(goes))
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    assert run("whole", "")[0] == 0
+    whole = checkpoint(tmp_path / "whole" / "run")
+    with tries("a folder that goes during a run", harm="lost") as attempt:
+        for goes in ("run", "cache", "images", "../pictures"):
+            with attempt(goes):
+                status, printed = run(f"without {goes.strip('./')}", goes)
+                assert status == 0, printed
+                assert_same_training(whole, checkpoint(tmp_path / f"without {goes.strip('./')}" / "run"), goes)
+        with attempt("a link that leads nowhere"):
+            status, printed = run("link", "run", link=True)
+            assert status == 1 and f"{tmp_path}/link/run is not a folder" in printed and "Traceback" not in printed
+
+
+def test_two_at_once(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
+    """Of two runs in one folder, one is refused; two that share a cache both train as one alone does."""
+
+    def begin(name: str) -> Started:
+        places = [f"hydra.run.dir={tmp_path / name}", f"cache.dir={tmp_path / 'cache'}"]
+        return Started(tmp_path, "train.py", *tiny_run, *SAVED, *places)
+
+    with tries("two runs that write one folder", harm="lost") as attempt:
+        first, second, other = begin("run"), begin("run"), begin("other")
+        ends = sorted([first.wait(), second.wait()])
+        with attempt("the same run folder"):
+            assert [status for status, _ in ends] == [0, 1], ends
+            assert "is being written by another process; wait until it ends" in ends[1][1]
+            assert_whole(tmp_path)
+        with attempt("the same cache"):
+            assert other.wait()[0] == 0
+            assert_same_training(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "other"), "cache")

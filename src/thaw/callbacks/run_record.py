@@ -16,6 +16,7 @@ from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
 from thaw.run.console import as_text, say_fitted
+from thaw.run.csv_log import RunCSV
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.ranks import from_all_ranks
@@ -73,6 +74,7 @@ class RunRecord(Callback):
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
         checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
+        checkpoint["csv_rows"] = next((each.write_all() for each in trainer.loggers if isinstance(each, RunCSV)), None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""

@@ -26,6 +26,7 @@ from thaw.run.console import warn_once
 from thaw.run.errors import UserError
 from thaw.run.migrations import migrate
 from thaw.run.places import confine
+from thaw.run.record import replaced
 from thaw.run.targets import check_plain, check_targets
 
 RUNS = Path("logs", "runs")
@@ -121,6 +122,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(tracker_ids, dict) or not all(map(is_run_id, tracker_ids.values())):
         raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
     config, unfollowed = checked_config(checkpoint["config"], path, allow, commit)
+    config = replaced(config, {"~/": os.path.join(Path.home(), "")})  # noqa: PTH118  (with a slash at its end)
     config["run_dir"] = str(run_folder(path))
     return checkpoint | {"config": config, "path": str(path), "unfollowed": unfollowed, "allow": list(allow)}
 

@@ -4,12 +4,14 @@ import logging
 import os
 import platform
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
@@ -142,9 +144,9 @@ def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
 def interruptible(run_dir: Path) -> Iterator[None]:
     """Raise KeyboardInterrupt at Ctrl-C, and say how to resume the run unless the sweep around it does.
 
-    Lightning would exit with status 1 and ignore Ctrl-C from then on.
+    Lightning would exit with status 1 and ignore Ctrl-C from then on. Afterwards signals have the handlers of before.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2)}
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as leaving:
@@ -153,13 +155,21 @@ def interruptible(run_dir: Path) -> Iterator[None]:
         )
         if isinstance(leaving, SystemExit) and not by_lightning:
             raise
-        signal.signal(signal.SIGINT, before)
+        restore_handlers(before)
         say_resume(run_dir)
         raise KeyboardInterrupt from None
     except OSError:  # such as a full disk
         if (run_dir / LAST_CHECKPOINT).is_file():
             say_resume(run_dir)
         raise
+    finally:
+        restore_handlers(before)
+
+
+def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # only that one may set handlers
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def say_resume(run_dir: Path) -> None:
@@ -170,11 +180,11 @@ def say_resume(run_dir: Path) -> None:
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, where jobs run in other processes, or Lightning's test would ignore it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(SIGTERM, before)
 
 
 @contextmanager

@@ -132,6 +132,34 @@ class RunWandb(WandbLogger, Tracker):
             super().after_save_checkpoint(checkpoint_callback)
 
 
+class RunTensorBoard(TensorBoardLogger, Tracker):
+    """Lightning's TensorBoard logger, except that the run goes on where its file cannot be written."""
+
+    kind = "tensorboard"
+    run_id = None
+
+    def __init__(self, save_dir: str, name: str, version: str, default_hp_metric: bool) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=default_hp_metric)
+
+    log_metrics = rank_zero_only(survives(TensorBoardLogger.log_metrics))
+    log_hyperparams = rank_zero_only(survives(TensorBoardLogger.log_hyperparams))
+    save = rank_zero_only(survives(TensorBoardLogger.save))
+    finalize = rank_zero_only(survives(TensorBoardLogger.finalize))
+
+    @rank_zero_only
+    @survives
+    def add_picture(self, key: str, path: Path) -> None:
+        from torchvision.io import decode_image
+
+        self.experiment.add_image(key, decode_image(str(path)))
+
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        pass
+
+
 class NoLogger(Logger):
     """Takes the place of a logger and drops what it is given: callbacks such as LearningRateMonitor need a logger."""
 
@@ -272,10 +300,6 @@ def log_image(loggers: list[Logger], key: str, path: Path) -> None:
     for logger in loggers:
         if isinstance(logger, Tracker):
             logger.add_picture(key, path)
-        elif isinstance(logger, TensorBoardLogger):
-            from torchvision.io import decode_image
-
-            logger.experiment.add_image(key, decode_image(str(path)))
 
 
 def log_page(loggers: list[Logger], path: Path) -> None:

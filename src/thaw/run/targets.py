@@ -21,8 +21,8 @@ NAMED = {  # block -> classes and functions that no base class tells from others
     "trainer": {"lightning.Trainer", "lightning.pytorch.profilers.SimpleProfiler"},
     "callbacks": {f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")},
     "logger": {
-        "lightning.pytorch.loggers.TensorBoardLogger",
         "thaw.run.csv_log.RunCSV",
+        "thaw.run.loggers.RunTensorBoard",
         "thaw.run.loggers.wandb_logger",
         "thaw.run.trackers.mlflow_logger",
         "thaw.run.trackers.trackio_logger",
