@@ -88,7 +88,7 @@ def test_malformed_requests(server: Served, tries) -> None:
     async def run() -> None:
         seeds = iter(range(count))
         async with httpx.AsyncClient(headers=JSON, timeout=20) as client:
-            await asyncio.gather(*(clients(seeds, client) for _ in range(16)))
+            await asyncio.gather(*(clients(seeds, client) for _ in range(32)))
 
     async def clients(seeds: Iterator[int], client: httpx.AsyncClient) -> None:
         for seed in seeds:
