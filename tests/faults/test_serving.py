@@ -118,6 +118,7 @@ ENDLESS = {  # what comes first, and what then comes again and again
     "the extension of a chunk": (CHUNKED + b"5;", b"b" * 60_000),
     "chunks of a byte": (CHUNKED, b"1\r\na\r\n" * 10_000),
     "a body": (CHUNKED, b"ea60\r\n" + b"a" * 60_000 + b"\r\n"),
+    "requests whose answers are not read": (b"", b"GET / HTTP/1.1\r\n\r\n" * 10_000),
 }
 
 

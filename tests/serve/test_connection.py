@@ -101,6 +101,7 @@ CLOSING = {
     "garbage after two": (WHOLE * 2 + b"\0garbage\r\n\r\n", [b"200", b"200"]),
     "garbage in a body": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello?", [b"400"]),
     "garbage after an answer": (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", [b"200"]),
+    "150 requests at once": (b"GET /healthz HTTP/1.1\r\n\r\n" * 150, [b"200"] * 101),
     "an upgrade": (b"GET /healthz HTTP/1.1\r\n" + UPGRADE + b"\r\n" + WHOLE, [b"200"]),
     "an upgrade with a body": (WHOLE.replace(b"\r\n\r\n", b"\r\n" + UPGRADE + b"\r\n", 1) + WHOLE, [b"400"]),
 }
