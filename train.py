@@ -47,7 +47,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
 
     datamodule = build(cfg.data)
     settle_chosen(cfg, datamodule)  # of freeze=surgical
-    with ranks(cfg, plain(cfg)):
+    with ranks(cfg, plain(cfg)) as wait_for_ranks:
         L.seed_everything(cfg.seed, verbose=False)
         if "num_classes" in cfg.model:
             cfg.model.num_classes = count_classes(cfg.model.num_classes, datamodule)
@@ -68,10 +68,11 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
         try:
             if cfg.test:
                 check_test_batches(trainer, datamodule)
-            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            wait_for_ranks()
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume, weights_only=True)
             val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False)
+                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)

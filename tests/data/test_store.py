@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thaw.data.store import TensorStore
+from thaw.data.store import TensorStore, json_sha256
 
 KEY, OTHER, THIRD = ("0123456789abcdef", "1" * 16, "2" * 16)
 FACTS = {"weights": "abc", "size": [28, 28]}
@@ -90,11 +90,13 @@ def test_no_changed_byte_gives_another_number(store: TensorStore, suffix: str, d
 
 
 def edited(**changes: object) -> Callable[[Path], object]:
-    """Change fields of the JSON."""
+    """Change fields of the JSON, whose own hash fits."""
 
     def edit(path: Path) -> None:
         record = path.with_suffix(".json")
-        record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+        content = json.loads(record.read_text()) | changes
+        del content["record_sha256"]
+        record.write_text(json.dumps(content | {"record_sha256": json_sha256(content)}))
 
     return edit
 
@@ -148,19 +150,29 @@ def test_damage_is_told(store: TensorStore, caplog: pytest.LogCaptureFixture) ->
     assert f"{KEY}.npy is damaged and will be computed again" in caplog.text
 
 
-def test_images_are_compared_by_type_shape_and_size_alone(store: TensorStore) -> None:
+def test_large_decoded_images_are_compared_by_type_shape_and_size_alone(
+    store: TensorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Hundreds of GB are not read to find a changed byte; a file that is cut short is found."""
-    values = put(store, dtype=torch.uint8)
-    path = store.path(KEY)
-    changed = path.read_bytes()[:-1] + b"\xee"
-    path.write_bytes(changed)
-    got = store.read(KEY, FACTS, whole=False)
-    assert got is not None and torch.equal(got.flatten()[:-1], values.flatten()[:-1]) and got.flatten()[-1] == 0xEE
-    reshaped(path)
-    assert store.read(KEY, FACTS, whole=False) is None
-    put(store, dtype=torch.uint8)
-    os.truncate(path, path.stat().st_size - 1)
-    assert store.read(KEY, FACTS, whole=False) is None
+
+    def changed(place: int) -> Tensor | None:
+        with store.lock(KEY):
+            images = store.create(KEY, (2, 5, 4), torch.uint8).zero_()
+            store.commit(KEY, FACTS, images, known={"order": []})
+        content = store.path(KEY).read_bytes()
+        store.path(KEY).write_bytes(content[:place] + b"\xee" * (len(content) > place) + content[place + 1 :])
+        return store.read(KEY, FACTS)
+
+    whole = changed(999)
+    assert whole is not None and changed(-1) is None
+    monkeypatch.setattr("thaw.data.store.HASHED", 39)
+    got = changed(-1)
+    assert got is not None and got.flatten().tolist() == [0] * 39 + [0xEE]
+    reshaped(store.path(KEY))
+    assert store.read(KEY, FACTS) is None
+    assert changed(999) is not None
+    os.truncate(store.path(KEY), store.path(KEY).stat().st_size - 1)
+    assert store.read(KEY, FACTS) is None
 
 
 def test_other_facts_under_the_same_key_are_no_entry(store: TensorStore) -> None:

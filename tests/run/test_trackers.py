@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.wandb_server import WandbServer
 
 from thaw.run import loggers, trackers
 from thaw.run.errors import UserError
@@ -58,6 +59,29 @@ def test_mlflow(failed: bool, tmp_path: Path) -> None:
     assert [each.path for each in later.experiment.list_artifacts(run, "test")] == ["test/letter.png"]
     with pytest.raises(UserError, match=r"logger\.mlflow: Run .* not found"):
         _ = trackers.mlflow_logger(**given | {"id": "0" * 32}).experiment
+
+
+@pytest.mark.parametrize("fault", [500, "refused", "silent", "garbage"])
+@pytest.mark.parametrize("after", [None, "log-batch"])
+def test_mlflow_without_its_server(
+    fault: str | int,
+    after: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is told once, and nothing else happens."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with WandbServer(fault, after) as server:
+        logger = trackers.mlflow_logger(**settings(tmp_path, tags=[], tracking_uri=server.url))
+        assert logger.version is None or after
+        for step in range(9):
+            logger.log_metrics(METRICS, step=step)
+        loggers.finish([logger])
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "thaw.run.trackers"]
+    assert told.startswith("logger.mlflow has failed")
 
 
 @pytest.mark.usefixtures("no_network")

@@ -336,6 +336,8 @@ def test_metrics_info_and_docs(stand_in, serving) -> None:
     assert "image/png" in body and "413" in described["responses"]
     assert "Retry-After" in described["responses"]["503"]["description"]
     assert set(schema["components"]["schemas"]["Prediction"]["properties"]) >= {"class", "warning", "attention"}
+    stand_in.classes = ["\udcff", "caf\xe9"]  # the name of a folder may be any bytes
+    assert httpx.get(f"{serving(stand_in)}/info").json()["classes"] == stand_in.classes
     for path in ("/", "/docs"):
         page = httpx.get(address + path)
         assert not re.search(r"(src|href)=.?https?:", page.text), "nothing from the net"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from thaw.serve.batcher import Answer, Batcher, ModelFailedError
-from thaw.serve.limits import RefusedError
+from thaw.serve.refusals import RefusedError
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 ROWS = [[207] + [0] * 27] + [[0] * 28] * 27
 BODY = json.dumps({"images": [ROWS]}).encode()
 WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
@@ -49,7 +49,7 @@ HALVES = {
     "no body": (HEAD + b"Content-Length: 100\r\n\r\n", 408, "only 0 bytes came in 0.6 s"),
     "half a body": (WHOLE[:-100], 408, f"only {len(BODY) - 100:,} bytes came in 0.6 s"),
     "half a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n50\r\nabc", 408, "only 3 bytes came"),
-    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "not an HTTP request"),
+    "no http": (b"\x16\x03\x01\x02\x00 hello\r\n\r\n", 400, "not a request of HTTP/1.1"),
     "endless header": (HEAD + b"X: " + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
     "endless line": (b"GET /" + b"x" * 100_000, 431, "headers of more than 32,768 bytes"),
 }
@@ -67,36 +67,6 @@ def test_half_a_request(address: str) -> None:
     assert httpx.post(f"{address}/predict", json={"images": [ROWS]}).status_code == 200
 
 
-def test_half_a_request_and_an_end(address: str) -> None:
-    """A client that hangs up half way leaves nothing behind."""
-    for sent in (HEAD, WHOLE[:-100]):
-        with connect(address) as client:
-            client.sendall(sent)
-    assert httpx.post(f"{address}/predict", json={"images": [ROWS]}).status_code == 200
-
-
-@pytest.mark.parametrize("part", ["headers", "body"])
-def test_a_client_that_dribbles(address: str, part: str) -> None:
-    """A byte at a time does not renew the time limit."""
-    started = time.monotonic()
-    with connect(address) as client:
-        client.sendall(HEAD + (b"Content-Length: 1000\r\n\r\n" if part == "body" else b"X: "))
-        try:
-            while time.monotonic() - started < 10:
-                client.sendall(b"x")
-                time.sleep(0.05)
-        except OSError:  # the server has closed
-            pass
-    assert SECONDS * 0.9 < time.monotonic() - started < SECONDS + 5
-
-
-def test_a_client_that_says_nothing(address: str) -> None:
-    with connect(address) as client:
-        started = time.monotonic()
-        assert everything(client) == b""
-        assert SECONDS * 0.9 < time.monotonic() - started < SECONDS + 3
-
-
 def test_a_refused_body_is_not_read_for_ever(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The 413 comes at once; a client that dribbles on afterwards is disconnected."""
     monkeypatch.setattr("thaw.serve.connection.LINGER", 1.0)
@@ -109,20 +79,6 @@ def test_a_refused_body_is_not_read_for_ever(address: str, monkeypatch: pytest.M
                 client.sendall(b"x")
                 time.sleep(0.05)
         assert time.monotonic() - started < 4
-
-
-def test_a_client_that_does_not_read(stand_in, serving) -> None:
-    """A client that does not read its answers is disconnected."""
-    address = serving(stand_in, request_seconds=SECONDS, max_images=1000, max_queue=1000, max_body_mb=10.0)
-    body = json.dumps({"images": [ROWS] * 500, "explain": True}).encode()
-    request = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
-    with connect(address) as client:
-        started = time.monotonic()
-        with pytest.raises((ConnectionResetError, BrokenPipeError)):  # by the server, before the client's own timeout
-            for _ in range(20):  # answers of a megabyte each: more than the system holds back for them
-                client.sendall(request)
-        assert time.monotonic() - started < 10
-    assert httpx.get(f"{address}/healthz").status_code == 200
 
 
 def test_keep_alive_and_pipelining(address: str) -> None:

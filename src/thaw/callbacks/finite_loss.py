@@ -1,4 +1,4 @@
-"""Stops a run whose loss is not finite, before it can spoil the weights."""
+"""Stops a run whose loss is not finite, before it can spoil the weights or be reported."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class FiniteLoss(Callback):
     checked together every `EVERY` steps, and before weights are validated or saved.
 
     A gradient may not be finite although its loss is. Weights are therefore checked before they are saved, so that no
-    good checkpoint is overwritten.
+    good checkpoint is overwritten. A validation whose loss is not finite chooses no weights.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,14 @@ class FiniteLoss(Callback):
 
     on_validation_start = on_train_epoch_end = check_losses
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and not loss.isfinite():
+            raise UserError(
+                f"The validation loss is {loss.item()} after step {trainer.global_step}, so that its accuracy means "
+                f"nothing. Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
+            )
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise before the file is written, whoever saves it."""
         if not_finite(pl_module):
@@ -64,12 +72,13 @@ class FiniteLoss(Callback):
 
 
 def not_finite(pl_module: LightningModule) -> list[str]:
-    """Names of the parameters with values that are not finite."""
+    """Names of the parameters with values that are not finite, but for those that the model can do without."""
     from torch.distributed.tensor import DTensor  # takes a while
 
     own = {  # this process's part of a sharded parameter: the other processes may not be here
         name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for name, parameter in pl_module.named_parameters()
+        if not getattr(pl_module, "is_spare", lambda _: False)(name)
     }
     finite = torch.stack([parameter.isfinite().all() for parameter in own.values()]).tolist()  # waits once
     return [name for name, ok in zip(own, finite, strict=True) if not ok]
@@ -82,21 +91,25 @@ def way_back(trainer: Trainer) -> str:
     for callback in sorted(callbacks, key=lambda each: each.monitor is not None):  # that of the last epoch first
         for path in (callback.last_model_path, callback.best_model_path):
             if path and (path in held or Path(path).is_file()):
-                rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-                typed = setting("resume", path)
-                return f"The last good weights are in {path}; continue with {typed} optim.lr=<below {rate:.1e}>."
-    return "The weights before this step are in the run's checkpoints folder, if an epoch was completed."
+                return f"The last good weights are in {path}; continue with {setting('resume', path)} optim.lr=<less>."
+    return "No checkpoint was saved before."
 
 
 def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
     """The likely cause, from the state of the model."""
+    groups = trainer.optimizers[0].param_groups if trainer.optimizers else [{"lr": 0.0}]
+    rate = max(group["lr"] for group in groups)
+    shrinks = max(group["lr"] * group.get("weight_decay", 0.0) for group in groups)  # weights by this share
+    if shrinks > 1:
+        return f"optim.lr times optim.weight_decay is {shrinks:.2g}, and above 1 weights grow at each step; lower them."
     broken = not_finite(pl_module)
     if broken:
         loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]
         if loaded:
             return f"the weights that were loaded are not finite, e.g. {loaded[0]}."
-        rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         return f"training diverged ({broken[0]} is not finite); lower optim.lr (now {rate:.1e}) or lengthen the warmup."
     if str(trainer.precision).startswith("16"):
         return f"fp16 overflow; use trainer.precision=bf16-mixed instead of {trainer.precision}."
-    return "activations overflow although all weights are finite; lower optim.lr or check the preprocessing."
+    return (
+        f"activations overflow; lower optim.lr (now {rate:.1e}) or check backbone.mean, backbone.std and the weights."
+    )

@@ -16,9 +16,9 @@ from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
 from thaw.run.console import as_text, say_fitted
+from thaw.run.csv_log import RunCSV
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
-from thaw.run.loggers import wandb_run
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
@@ -72,9 +72,9 @@ class RunRecord(Callback):
             source, reader = datamodule.load(), getattr(datamodule, "reader", "photo")
             record = {"name": source.name, "origin": source.origin, "classes": list(source.classes)}
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
-        run = wandb_run(trainer.loggers)
-        checkpoint["wandb_id"] = run and str(run.id)
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
+        checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
+        checkpoint["csv_rows"] = next((each.write_all() for each in trainer.loggers if isinstance(each, RunCSV)), None)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""
@@ -83,6 +83,21 @@ class RunRecord(Callback):
             check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
+        for state in checkpoint["callbacks"].values():
+            forget_others(state, folder)
+
+
+def forget_others(state: Any, folder: Path) -> None:
+    """Drop files outside of a run's folder from the state of a ModelCheckpoint, which loads, copies or removes them."""
+
+    def is_own(path: Any) -> bool:
+        return Path(str(path)).is_file() and Path(str(path)).resolve().is_relative_to(folder)
+
+    if isinstance(state, dict) and "best_model_path" in state:
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key] if is_own(state.get(key)) else ""
+        known = state.get("best_k_models") or {}
+        state["best_k_models"] = {path: score for path, score in known.items() if is_own(path)}
 
 
 def check_same_config(config: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Which weights of a run count, and the test of a checkpoint on its own configuration's test split."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from thaw.run.config import build, build_list, settle
 from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json
+from thaw.run.places import keep_from_downloading, sends
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,11 @@ def evaluate_checkpoint(
     validated = {}
     if trainer.limit_val_batches != 0:
         (metrics,) = trainer.validate(model, datamodule, verbose=False)
+        if not math.isfinite(loss := metrics.get("val/loss", 0.0)):
+            raise UserError(
+                f"The validation loss is {loss}, so that its accuracy means nothing. Likely cause: weights that are "
+                "not finite, or too large for trainer.precision."
+            )
         validated["val/acc"] = round(metrics["val/acc"], 6)
     trainer.test(model, datamodule, verbose=False)
     return {**validated, **test.results, **datamodule.load().facts()}
@@ -72,7 +79,7 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
             say(f"validation has chosen no weights: those of step {trainer.global_step}, the last, are the result")
     if trainer.limit_val_batches == 0 or not is_overridden("test_step", model):
         return None, path or None
-    (metrics,) = trainer.validate(model, datamodule, ckpt_path=path or None, verbose=False)
+    (metrics,) = trainer.validate(model, datamodule, ckpt_path=path or None, verbose=False, weights_only=True)
     now = metrics["val/acc"]
     if best and best.monitor == "val/acc" and best.best_model_score is not None:
         before = float(best.best_model_score)
@@ -90,6 +97,7 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
+    keep_from_downloading(cfg.data)
     loggers = loggers_of(checkpoint, cfg)
     try:
         results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
@@ -102,5 +110,7 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 def loggers_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
     """Loggers for the runs in W&B, MLflow and trackio that trained a checkpoint, and `cfg` left with these alone."""
     checkpoints.continue_logged(cfg, checkpoint)
+    if named := sends(cfg, ()):
+        say(f"adding to the logged run of {', '.join(named)}, as {checkpoint['path']} says")
     cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
     return build_list(cfg.logger, "logger")

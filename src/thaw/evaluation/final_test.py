@@ -9,6 +9,8 @@ from torch import Tensor
 
 from thaw.data.module import Batch
 from thaw.evaluation.metrics import accuracy_facts
+from thaw.run.errors import UserError
+from thaw.run.files import dispensable
 from thaw.run.loggers import log_image
 from thaw.run.ranks import from_all_ranks
 from thaw.task import is_single_label
@@ -39,6 +41,11 @@ class FinalTest(Callback):
         own = tuple(torch.cat(part) for part in zip(*self.parts, strict=True))
         parts = from_all_ranks(own) if trainer.world_size > 1 else [own]
         logits, labels, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+        if broken := int(pl_module.task.probabilities(logits).isnan().any(dim=1).sum()):
+            raise UserError(
+                f"The model's outputs for {broken:,} of {len(labels):,} test images are not finite, so that no "
+                f"accuracy is reported. Likely cause: weights too large for trainer.precision={trainer.precision}."
+            )
         if not is_single_label(pl_module.task):
             self.results = {"test/acc": float(pl_module.test_acc.compute()), "n_test": len(labels)}
             return
@@ -48,6 +55,7 @@ class FinalTest(Callback):
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
         source, reader = trainer.datamodule.load(), getattr(trainer.datamodule, "reader", "photo")
-        draw_errors(source, logits, indices, reader, self.folder)
-        for picture in ("confusion_matrix", "worst_images"):
-            log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")
+        with dispensable():
+            draw_errors(source, logits, indices, reader, self.folder)
+            for picture in ("confusion_matrix", "worst_images"):
+                log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

@@ -15,6 +15,7 @@ from thaw.run import checkpoint as checkpoints
 from thaw.run.command_line import override_key
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.places import READ, keep_from_downloading, reads
 from thaw.run.targets import targets
 
 
@@ -47,6 +48,10 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         cfg.data = saved.data
         keys = [key.removeprefix("data.") for key in typed if key.startswith("data.")]
         change_settings(cfg.data, {key: OmegaConf.select(data, key) for key in keys})
+        if "dir" not in keys:
+            keep_from_downloading(cfg.data)
+        if named := reads(saved, READ if refers else READ[1:], typed):
+            say(f"reading {', '.join(named)}, as {path} says")
     cfg.backbone, cfg.ckpt = saved.backbone, str(path)
     return model.backbone
 

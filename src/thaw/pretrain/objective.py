@@ -109,9 +109,8 @@ class Objective(LightningModule):
 
 
 def save_backbone(backbone: Backbone, path: Path) -> None:
-    """Write the timm model's state dict as safetensors; fp16, except for integers (counters)."""
-    state = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in backbone.model.state_dict().items()
-    }
-    write_bytes(save(state), path)
+    """Write the timm model's state dict as safetensors; fp16, but for integers (counters) and what it cannot hold."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    halves = {name: tensor.half() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    fitting = {name: half for name, half in halves.items() if half.isfinite().all()}
+    write_bytes(save(tensors | fitting), path)

@@ -3,6 +3,8 @@
 Shapes: B batch, D feature width, P projection width, N images.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,11 @@ from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Positive
+
+ALONE = (
+    "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
+    "data.eval_batch_size of 2 or more that leave no single image over."
+)
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:
@@ -29,10 +36,7 @@ def nt_xent(projections: Tensor, temperature: float) -> Tensor:
         UserError: a single image, which leaves nothing to contrast.
     """
     if len(projections) < 4:
-        raise UserError(
-            "A step on 1 image has nothing to contrast it with: choose data.batch_size (256 is common) and "
-            "data.eval_batch_size of 2 or more that leave no single image over."
-        )
+        raise UserError(ALONE)
     z = F.normalize(projections.float(), dim=1)
     with torch.autocast(z.device.type, enabled=False):  # a product in bf16 would be off by 0.004 / temperature
         similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)  # (2B, 2B)
@@ -75,6 +79,14 @@ class SimCLR(Objective):
         width = backbone.num_features
         self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
         self.temperature = temperature
+
+    def on_fit_start(self) -> None:
+        """Refuse a last batch of one image; several processes get it with the batch before."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
+        sizes = {"train": getattr(data, "batch_size", 2), "val": getattr(data, "eval_batch_size", 2)}
+        for split, size in sizes.items() if self.trainer.world_size == 1 and hasattr(data, "split_dataset") else ():
+            if (count := len(data.split_dataset(split))) and 1 in (size, count % size):
+                raise UserError(f"{count:,} {split} images in batches of {size}: {ALONE}")
 
     def contact_sheet(self, images: Tensor) -> tuple[list[Tensor], list[str]]:
         """Images, and below each its nearest neighbours among the others by the cosine of the features."""

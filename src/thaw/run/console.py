@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -22,6 +23,8 @@ from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
 
 from thaw.run.files import write_errors
+
+log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0  # between two lines about the progress of a task, where there is no terminal
 FRAME_SECONDS = 0.1  # at least between two updates of a bar
@@ -60,13 +63,18 @@ def redraws(out: Console) -> bool:
     return out.is_terminal and not out.is_dumb_terminal
 
 
+def harmless(text: str) -> str:
+    """Text in which control characters, which a terminal would obey, are shown as `\\x1b`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
     if LogLines.brief and not stderr:
         for line in as_text(text).splitlines():
             logging.getLogger("thaw").info(line)
     else:
-        console(stderr).print(text, style=style)
+        console(stderr).print(harmless(text) if isinstance(text, str) else text, style=style)
 
 
 def say_fitted(content: RenderableType) -> None:
@@ -193,7 +201,15 @@ class LogLines(logging.Handler):
         if warns or not self.brief:
             style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
             level = f"{record.levelname.lower()}: " if warns else ""
-            console(self.stderr).print(level + self.format(record), style=style)
+            console(self.stderr).print(harmless(level + self.format(record)), style=style)
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose failed writes are ignored, as `Stream` does: logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class Stream(io.FileIO):
@@ -255,6 +271,12 @@ def results() -> Iterator[TextIO]:
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once in this process, however often a file is read or a job of a sweep starts."""
+    log.warning(line)
 
 
 def quiet_libraries() -> None:

@@ -21,5 +21,9 @@ class UnreachableError(UserFileError, ConnectionError):
         self.reason = reason
 
 
+class LostRankError(UserError):
+    """Another process of the run was killed or hangs, which is no fault of the run's state."""
+
+
 class RunPrunedError(Exception):
     """Ends a run that another one has left behind; its record says so and counts as no failure."""

@@ -7,6 +7,7 @@ an earlier call.
 import hashlib
 import json
 import os
+import re
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ LOCK = "job.lock"  # held by the process that works in a run's folder
 # Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
 NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
-    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
+    *("rank_timeout", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
     "callbacks.pruning",
 )
@@ -80,7 +81,8 @@ def run_name(_root_: DictConfig) -> str:
         experiment = _root_.name if "experiment" in typed else ""
         with suppress(UserError):  # the program itself reports it
             saved = find_saved(_root_.resume, experiment, [*_root_.allow, *targets(_root_)])[0]
-            return Path(saved.name).name or _root_.name  # a name from a file leads to no other folder
+            name = Path(str(saved.name)).name  # from a file, leads to no other folder
+            return name if re.fullmatch(r"(?!\.)[^\x00-\x1f\x7f\\]+", name) else _root_.name
     return _root_.name
 
 

@@ -3,24 +3,34 @@
 Lightning's own launcher repeats the command line instead, and under `-m` each child would then run the whole sweep.
 """
 
+import ctypes
+import faulthandler
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGKILL
+from types import FrameType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from thaw.run.command_line import quoted
-from thaw.run.errors import UserError
+from thaw.run.command_line import quoted, setting
+from thaw.run.errors import LostRankError, UserError
 from thaw.run.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
 RANK_GRACE = 20.0  # seconds that ranks get to end by themselves once one has failed
+NOTICE_SECONDS = 5.0  # in which other ranks end that have noticed the same
+STACK_SECONDS = 1.0  # in which a rank that hangs prints its stack
+INTERRUPT = signal.SIGVTALRM  # shows where a rank hangs, and ends rank 0
+PR_SET_PDEATHSIG = 1  # of prctl
 PARENT = "THAW_PARENT"  # in the environment of a rank or of a queued job: id of the process that started it
 # What a run of several processes changes in the environment; SLURM_NTASKS would tell Lightning that srun started it.
 RANK_VARIABLES = (
@@ -75,47 +85,180 @@ def num_processes(trainer: DictConfig) -> int:
 
 
 @contextmanager
-def ranks(cfg: DictConfig, config: dict) -> Iterator[None]:
+def ranks(cfg: DictConfig, config: dict) -> Iterator[Callable[[], None]]:
     """Run the body as rank 0 of as many processes as `cfg.trainer` asks for; the others run `config`, its plain values.
 
     One process needs nothing, and ranks that torchrun or srun started are left alone. Afterwards the environment, the
     number of threads and the process group are as before, so that the next job of a sweep starts clean.
+
+    Yields a function that every process calls when it is ready to train: rank 0 waits there for the others. (If it
+    waited inside torch, it could not end when one of them has failed.)
+
+    Raises:
+        UserError: another process has failed, or hangs; it names the rank.
     """
-    count = num_processes(cfg.trainer)
-    if PARENT in os.environ:
-        threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+    count, others = num_processes(cfg.trainer), OtherRanks(Path(cfg.run_dir), cfg.rank_timeout, [])
     check_world(count, cfg.trainer.get("num_nodes", 1))
     if is_launched() or (count == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1):
-        yield
+        with others.noticed():
+            yield others.ready_file(os.environ["LOCAL_RANK"]).touch if is_child() else lambda: None
         return
     import torch
     import torch.distributed
 
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     threads = torch.get_num_threads()
-    ended = threading.Event()
-    children: list[subprocess.Popen] = []
     try:
         os.environ.pop("SLURM_NTASKS", None)
         if count > 1:
-            children += start_ranks(count, Path(cfg.run_dir), config)
-            threading.Thread(target=watch, args=(children, ended), daemon=True).start()
-        yield
-        for rank, child in enumerate(children, start=1):
-            try:
-                child.wait(RANK_GRACE)
-            except subprocess.TimeoutExpired:
-                print(f"warning: rank {rank} did not end with rank 0; ending it.", file=sys.stderr)
+            others.children += start_ranks(count, others.run_dir, config)
+        with others.watched(), others.noticed():
+            yield others.wait_until_ready
+        others.wait_for_end()
     finally:
-        ended.set()
-        for child in children:
-            child.kill()  # at once, so that it prints no error about its end
+        others.kill()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         torch.set_num_threads(threads)
         for name in RANK_VARIABLES:
             os.environ.pop(name, None)
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@dataclass
+class OtherRanks:
+    """The other processes of a run, and how this one notices that one of them has failed or hangs.
+
+    Args:
+        seconds: for which one rank waits for another.
+        children: of rank 0, which has started them; otherwise empty.
+    """
+
+    run_dir: Path
+    seconds: float
+    children: list[subprocess.Popen]
+
+    def numbered(self) -> Iterable[tuple[int, subprocess.Popen]]:
+        return enumerate(self.children, start=1)
+
+    def ready_file(self, rank: int | str) -> Path:
+        """What a child writes when it is ready to train."""
+        return self.run_dir / f".rank{rank}.ready"
+
+    def wait_until_ready(self) -> None:
+        until = time.monotonic() + self.seconds
+        while not all(self.ready_file(rank).exists() for rank, _ in self.numbered()):
+            if self.failed() or time.monotonic() > until:
+                raise self.lost(late=True)
+            time.sleep(0.05)
+
+    def wait_for_end(self) -> None:
+        for rank, child in self.numbered():
+            try:
+                if status := child.wait(RANK_GRACE):
+                    print(f"warning: rank {rank} {how_ended(status)} after the last step.", file=sys.stderr)
+            except subprocess.TimeoutExpired:
+                print(f"warning: rank {rank} did not end with rank 0; ending it.", file=sys.stderr)
+
+    def kill(self) -> None:
+        """End the children at once, so that they print no error about the end of rank 0."""
+        for rank, child in self.numbered():
+            child.kill()
+            child.wait()
+            self.ready_file(rank).unlink(missing_ok=True)
+
+    def failed(self) -> tuple[int, int] | None:
+        """Rank and exit status of a failed child; by a signal rather than by an error, which may follow from that."""
+        failed = [(rank, status) for rank, child in self.numbered() if (status := child.poll())]
+        return min(failed, key=lambda each: each[1]) if failed else None
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Replace an error in the connection to other ranks by one that names the rank."""
+        import torch.distributed
+
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+                raise
+            raise self.lost(late="timed out" in str(error).lower()) from error
+
+    def lost(self, late: bool) -> UserError:
+        """The error about a rank that has failed, or that hangs if this one has waited too long."""
+        if not self.children:
+            rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+            if not late:
+                return LostRankError(f"Rank {rank} has lost the connection to another rank, whose own error says why.")
+            other = "rank 0" if (os.environ.get("WORLD_SIZE"), rank) == ("2", "1") else "another rank"
+            return LostRankError(
+                f"Rank {rank} has waited {self.seconds:g} s for {other}, which hangs. If it is slow instead, raise "
+                "rank_timeout."
+            )
+        until = time.monotonic() + NOTICE_SECONDS  # of ranks that have waited, too, or are just ending
+        while not (failed := self.failed()) and time.monotonic() < until:
+            time.sleep(0.05)
+        hanging = [(rank, child.pid) for rank, child in self.numbered() if child.poll() is None]
+        if failed and not (late and hanging):
+            return self.explain(*failed)
+        for _, pid in hanging:
+            with suppress(ProcessLookupError):
+                os.kill(pid, INTERRUPT)  # prints its stack
+        time.sleep(STACK_SECONDS)
+        ranks = ", ".join(str(rank) for rank, _ in hanging)
+        return LostRankError(
+            f"Rank {ranks} hangs: rank 0 has waited {self.seconds:g} s. The stack "
+            f"above shows where, unless it was stopped. If it is slow instead, raise rank_timeout. {self.way_on()}"
+        )
+
+    def explain(self, rank: int, status: int, effect: str = "") -> UserError:
+        """The error of a run that has lost a rank by the rank's own error, or by a signal."""
+        if status > 0:
+            return UserError(f"Rank {rank} {how_ended(status)}{effect}; its own error is above.")
+        memory = " Perhaps memory ran out: lower data.batch_size or data.num_workers." if status == -SIGKILL else ""
+        return LostRankError(f"Rank {rank} {how_ended(status)}{effect}.{memory} {self.way_on()}")
+
+    def way_on(self) -> str:
+        folder = setting("resume", os.path.relpath(self.run_dir))
+        return f"To continue from the last checkpoint: python train.py {folder}"
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """End the body with an error, or else the program, if a rank has failed and rank 0 does not notice it."""
+
+        def end(number: int, frame: FrameType | None) -> None:
+            if failed := self.failed():
+                faulthandler.dump_traceback(all_threads=False)
+                raise self.explain(*failed, ", and rank 0 hangs where its stack above says")
+
+        is_main, ended = threading.current_thread() is threading.main_thread(), threading.Event()
+        before = signal.signal(INTERRUPT, end) if is_main else None
+        threading.Thread(target=self.watch, args=(ended,), daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if is_main:
+                signal.signal(INTERRUPT, before)
+
+    def watch(self, ended: threading.Event) -> None:
+        while not ended.wait(0.5):
+            if not (failed := self.failed()) or ended.wait(RANK_GRACE):
+                continue
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, INTERRUPT)
+            if not ended.wait(RANK_GRACE):
+                print(f"error: {self.explain(*failed, ', and rank 0 hangs')}", file=sys.stderr)
+                self.kill()
+                os._exit(1)
+
+
+def how_ended(status: int) -> str:
+    """`ended with exit status 1`, or `was ended by SIGKILL`."""
+    if -status in set(signal.Signals):
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with exit status {status}"
 
 
 def from_all_ranks(value: Any) -> list[Any]:
@@ -178,20 +321,18 @@ def run_command(run_dir: Path, job_name: str) -> list[str]:
     ]
 
 
+def end_with_parent() -> None:
+    """Let a rank or a queued job end when the process that started it has: it may be killed, and could end nothing."""
+    if PARENT not in os.environ:
+        return
+    faulthandler.register(INTERRUPT, all_threads=False)  # prints where this process hangs
+    if sys.platform == "linux":  # also while this process is stopped, or hangs outside Python
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
+
+
 def end_with(parent: int) -> None:
-    """End this process when its parent has ended, which may have been killed and could end nothing itself."""
+    """End this process when its parent has ended."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-def watch(children: list[subprocess.Popen], ended: threading.Event) -> None:
-    """End the program if a rank has failed and rank 0 keeps waiting for it."""
-    while not ended.wait(1.0):
-        failed = [rank for rank, child in enumerate(children, start=1) if child.poll()]
-        if failed and not ended.wait(RANK_GRACE):
-            print(f"error: rank {failed[0]} ended with an error (see above); ending the run.", file=sys.stderr)
-            for child in children:
-                child.terminate()
-            time.sleep(1)
-            os._exit(1)

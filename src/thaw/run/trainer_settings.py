@@ -112,9 +112,22 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
         say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
+    if hasattr(trainer.strategy, "_timeout"):  # of several processes
+        trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
         trainer.val_check_interval = None
     return trainer
+
+
+def check_interval(trainer: "Trainer", batches: int) -> None:
+    """Refuse a validation after more batches than an epoch's; Lightning's error would come with a traceback."""
+    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of an epoch; lower it, or count "
+            "across epochs with trainer.check_val_every_n_epoch=null."
+        )
 
 
 def check_test_batches(trainer: "Trainer", datamodule: "LightningDataModule") -> None:

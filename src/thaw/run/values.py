@@ -26,9 +26,11 @@ Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
 Strengths: TypeAlias = list[NonNegative]
 COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "seed": Seed,
+    "rank_timeout": Positive,
     **dict.fromkeys(("validate", "wandb", "private", "lr_find"), bool),
     "test": bool | Literal["always"],
     "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
+    "hosts": Annotated[list[str], Field(description="hosts=[digits.example.org]")],
     "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
     "robustness.images": Count | None,
     **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},

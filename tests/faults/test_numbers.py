@@ -67,7 +67,7 @@ def test_the_run_stops_before_the_weights_change(bad: float) -> None:
     message = str(caught.value)
     assert f"The loss is {bad} at step 6 (epoch 1, batch 2, " in message
     assert "training images [20, 21, 22, 23, 24, 25, 26, 27] ...)" in message
-    assert "activations overflow although all weights are finite" in message
+    assert "activations overflow; lower optim.lr" in message
     assert len(model.weights) == 7 and not torch.equal(model.weights[5], model.weights[6])  # it was training
     assert torch.equal(model.head.weight, model.weights[6])
     assert model.head.weight.grad is None
@@ -144,12 +144,12 @@ def test_the_message_names_the_last_good_checkpoint(tmp_path: Path, seconds: flo
     with pytest.raises(ValueError) as caught:
         fit(Model([1.0] * 6 + [float("nan"), 1.0]), plugins=plugins, **saving(tmp_path))
     path = tmp_path / "last.ckpt"
-    assert f"weights are in {path}; continue with resume={path} optim.lr=<below 1.2e-01>." in str(caught.value)
+    assert f"weights are in {path}; continue with resume={path} optim.lr=<less>." in str(caught.value)
     assert torch.load(path, weights_only=True)["global_step"] == 4  # there once the run has ended
 
 
 def test_without_a_checkpoint_the_message_names_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="checkpoints folder, if an epoch was completed"):
+    with pytest.raises(ValueError, match="No checkpoint was saved before"):
         fit(Model([1.0, 1.0, float("nan"), 1.0]), **saving(tmp_path))
     assert not list(tmp_path.iterdir())
 
