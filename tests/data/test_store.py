@@ -50,6 +50,14 @@ def test_read_gives_what_was_written(store: TensorStore, dtype: torch.dtype) -> 
     assert np.array_equal(bits, values.view(torch.uint8).numpy())
 
 
+def test_an_unfinished_entry_has_the_name_of_its_own(store: TensorStore) -> None:
+    with store.lock(KEY):
+        store.create(KEY, (2, 5, 4), torch.float32)
+        (name,) = files(store)
+        assert name.startswith(f".{KEY}.npy.")
+    assert not files(store)
+
+
 def test_what_is_read_is_mapped_and_cannot_change_the_file(store: TensorStore) -> None:
     values = put(store)
     got = store.read(KEY, FACTS)

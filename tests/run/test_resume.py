@@ -14,9 +14,10 @@ from conftest import ROOT, needs
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from thaw.run.resume import ended_early, find_saved
+from thaw.run.resume import ended_early, find_saved, why_ended
 
 
 def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
@@ -90,6 +91,30 @@ def test_early_stopping_stays_the_end(
     assert epochs_of(train(f"resume={first}", "callbacks.early_stopping.patience=2", name="patient")) == 3
     assert epochs_of(train(f"resume={first}", "callbacks.early_stopping=null", name="whole")) == 6
     assert not [each for each in recwarn if "EarlyStopping" in str(each.message)], "to leave it out is deliberate"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "patience", "ended"),
+    [
+        ({"max_epochs": 2}, None, ("training has ended, after all of trainer.max_epochs=2", "trainer.max_epochs=4")),
+        ({"max_epochs": 3}, None, None),
+        (
+            {"max_epochs": -1, "max_steps": 8},
+            None,
+            ("training has ended, after all of trainer.max_steps=8", "+trainer.max_steps=16"),
+        ),
+        ({"max_epochs": None, "max_steps": 9}, None, None),
+        ({"max_steps": -1}, 1, ("early stopping has ended training, after 2 epochs", "callbacks.early_stopping=null")),
+        ({"max_epochs": 3}, 0, ("early stopping has ended training, after 2 epochs", "callbacks.early_stopping=null")),
+        ({"max_epochs": 3}, 2, None),
+    ],
+)
+def test_why_training_has_ended(trainer: dict, patience: int | None, ended: tuple[str, str] | None) -> None:
+    """After two epochs of four steps, the last of which was no better."""
+    loops = {"fit_loop": {"epoch_progress": {"current": {"processed": 2}}}}
+    checkpoint = {"loops": loops, "global_step": 8, "callbacks": {"EarlyStopping{}": {"wait_count": 1}}}
+    cfg = {"trainer": trainer, "callbacks": {"early_stopping": None if patience is None else {"patience": patience}}}
+    assert why_ended(checkpoint, OmegaConf.create(cfg)) == ended
 
 
 def test_a_broken_configuration_of_a_run_without_a_checkpoint(tmp_path: Path) -> None:
