@@ -7,7 +7,7 @@ TORCH  ?=
 # TORCH=cpu: builds of torch and torchvision without CUDA; a local version such as 2.15.0+cpu counts as newer than 2.15.0
 INDEX  := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
-.PHONY: help install schemas rename train test test-long test-slurm faults docs lint format bench compare compare-pretraining clean clean-cache
+.PHONY: help install schemas rename train test test-long test-slurm faults mutants docs lint format bench compare compare-pretraining clean clean-cache
 
 help:
 	@echo "make train [ARGS='data.source=sample ...']   install if need be and run the linear probe"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long                               run the longest tests, every command of the pages, and the notebooks"
 	@echo "make test-slurm                              sweeps, several tasks and preemption on a SLURM of this machine (Debian, root)"
 	@echo "make faults                                  kill runs, fill disks, mutate files, flood the server: 30 minutes, then a table"
+	@echo "make mutants                                 change the code at random: would the tests notice? 30 minutes"
 	@echo "make docs                                    build the pages as a site, in site/"
 	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
@@ -79,6 +80,10 @@ faults: $(VENV)/.installed-test
 test-slurm: $(VENV)/.installed-test
 	command -v slurmctld munged >/dev/null || { apt-get update && apt-get install -y slurm-wlm munge; }
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+mutants: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mutants]'
+	$(BIN)/python -m tools.mutants $(ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench $(ARGS)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from thaw.run.console import lenient
+from thaw.run.console import harmless, lenient
 from thaw.run.errors import UserError
 from thaw.sweeps.ending import report_runs
 
@@ -37,7 +37,7 @@ def main() -> None:
         out = arguments.out or (folders[0] if len(folders) == 1 else Path("logs/report"))
         report_runs(folders, out)
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(harmless(f"error: {error}"))
 
 
 if __name__ == "__main__":

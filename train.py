@@ -69,10 +69,10 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             if cfg.test:
                 check_test_batches(trainer, datamodule)
             wait_for_ranks()
-            trainer.fit(model, datamodule, ckpt_path=cfg.resume)
+            trainer.fit(model, datamodule, ckpt_path=cfg.resume, weights_only=True)
             val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
             if cfg.test:
-                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False)
+                trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)

@@ -8,7 +8,6 @@ machine and one version of torch.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from thaw.data.store import tensors_sha256
 from thaw.run.console import lenient
 
 ROOT = Path(__file__).parents[1]
@@ -86,11 +86,8 @@ def typed(checkpoint: Path) -> list[str]:
 def result(checkpoint: Path) -> dict[str, Any]:
     """Hash of the weights in a checkpoint, and the metrics that its run logged."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    total = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return {"weights": total.hexdigest(), "metrics": dict(metrics(checkpoint.parents[1]))}
+    hashed = tensors_sha256(dict(sorted(state.items())))
+    return {"weights": hashed, "metrics": dict(metrics(checkpoint.parents[1]))}
 
 
 def metrics(folder: Path) -> Iterator[tuple[str, float]]:

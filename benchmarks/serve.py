@@ -137,8 +137,8 @@ class Client(asyncio.Protocol):
 async def pace(address: str, load: Load, rate: float, seconds: float) -> list[float]:
     """Latencies in ms of requests that are due at random times, `rate` a second (a Poisson process)."""
     parts, loop = urlsplit(address), asyncio.get_running_loop()
-    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: {load.kind}\r\nContent-Length: {len(load.body)}\r\n\r\n"
-    request, latencies, free = head.encode() + load.body, list[float](), list[Client]()
+    head = f"Host: localhost\r\nContent-Type: {load.kind}\r\nContent-Length: {len(load.body)}\r\n\r\n"
+    request, latencies, free = b"POST /predict HTTP/1.1\r\n" + head.encode() + load.body, list[float](), list[Client]()
 
     async def ask(due: float) -> None:
         while free and free[-1].transport.is_closing():  # idle for long: the server has closed it

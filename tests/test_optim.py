@@ -20,7 +20,7 @@ from thaw.classifier import Classifier
 from thaw.data.module import Batch
 from thaw.freezing.table import layer_table
 from thaw.lr_bank import BankRecipe, LRBank
-from thaw.optim import OptimizerRecipe
+from thaw.optim import OptimizerRecipe, Schedule
 from thaw.run.config import build
 from thaw.run.console import as_text
 from thaw.run.values import check_types
@@ -153,6 +153,27 @@ def test_lightning_steps_the_schedule_per_batch(
     optim = {"lr": 0.01, "warmup_fraction": 0.5, "final_lr_fraction": 0.0}
     fit(classifier(optim=optim), [batch, batch], epochs=2, callbacks=[rates])
     assert rates.seen == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.005])
+
+
+def test_a_resumed_schedule_keeps_its_own_rates_and_decays() -> None:
+    """Also in the steps that follow: 1 / (1 + step) of its own rate, not of the rate in the checkpoint."""
+
+    def stepped(lr: float, decay: float, steps: int) -> tuple[dict[str, Any], Schedule]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr, weight_decay=decay)
+        schedule = Schedule(optimizer, [lambda step: 1 / (1 + step)])
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step()
+        return optimizer.param_groups[0], schedule
+
+    _, saved = stepped(1.0, 0.3, 3)
+    group, resumed = stepped(0.1, 0.2, 0)
+    for _ in range(2):  # runs may be resumed in one process
+        resumed.load_state_dict(saved.state_dict())
+        assert (group["lr"], group["initial_lr"], group["weight_decay"]) == (pytest.approx(0.1 / 4), 0.1, 0.2)
+    resumed.optimizer.step()
+    resumed.step()
+    assert group["lr"] == pytest.approx(0.1 / 5)
 
 
 def test_a_schedule_without_end_is_an_error() -> None:

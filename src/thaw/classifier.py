@@ -144,8 +144,11 @@ class Classifier(LightningModule):
         if getattr(datamodule, "class_weights", None):
             self.task.class_weights = datamodule.shares().to(self.device, self.dtype)
 
+    def on_train_epoch_start(self) -> None:  # not where a run resumes within an epoch, or at its end
+        self.train_acc.reset()
+
     def on_train_epoch_end(self) -> None:
-        if self.train_acc.update_called:  # a run that resumes from the end of an epoch ends it once more
+        if self.train_acc.update_called:
             self.log("train/acc", self.train_acc)
 
     def on_validation_epoch_end(self) -> None:
@@ -155,6 +158,7 @@ class Classifier(LightningModule):
         self.log("test/acc", self.test_acc)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["epoch_so_far"] = self.epoch_so_far()
         rounded = self.dtype in (torch.float64, torch.bfloat16)  # trainer.precision=64-true: not the file's own bits
         if self.self_contained or rounded or self.backbone.weights == "none":
             return
@@ -164,3 +168,18 @@ class Classifier(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         fill_frozen(checkpoint, self.state_dict())
+        if self._trainer is not None and "epoch_so_far" in checkpoint:
+            self.continue_epoch(checkpoint["epoch_so_far"])
+
+    def epoch_so_far(self) -> dict[str, Any]:
+        """The training metric of the epoch that is not over, of all processes together."""
+        with self.train_acc.sync_context():
+            return {"updates": self.train_acc.update_count, "state": dict(self.train_acc.metric_state)}
+
+    def continue_epoch(self, so_far: dict[str, Any]) -> None:
+        """Let the first process continue with `epoch_so_far`: at the end of the epoch all are taken together again."""
+        self.train_acc._update_count = so_far["updates"]
+        for name, value in so_far["state"].items() if self.trainer.is_global_zero else ():
+            is_list = isinstance(self.train_acc._defaults[name], list)
+            setattr(self.train_acc, name, [value] if is_list and isinstance(value, Tensor) else value)
+        self.train_acc.to(self.device)

@@ -68,7 +68,6 @@ class BankClassifier(Classifier):
 
     def on_train_epoch_end(self) -> None:
         losses, accuracies = self.means(self.train_sums)
-        self.train_sums.zero_()
         self.log("train/acc", accuracies.take(self.head.chosen), sync_dist=True)
         for name, loss in zip(self.head.names, losses, strict=True):
             self.log(f"train/loss_{name}", loss, sync_dist=True)
@@ -100,6 +99,7 @@ class BankClassifier(Classifier):
         check_single_label(self.task, "head=lr_bank")
         if not hasattr(self, "best_acc"):
             self.best_acc = torch.zeros(len(self.head.names))
+        self.train_sums = torch.zeros(3, len(self.head.names))  # in this epoch; no buffer, as ranks have their own
         if stage != "fit":
             return
         others = [name for name, epoch in self.thaw.epochs.items() if epoch < NEVER and not name.startswith("head.")]
@@ -120,7 +120,10 @@ class BankClassifier(Classifier):
             )
 
     def on_train_start(self) -> None:
-        self.train_sums = torch.zeros(3, len(self.head.names), device=self.device)  # since the epoch, or a resume
+        self.train_sums = self.train_sums.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        self.train_sums.zero_()
 
     def on_validation_epoch_start(self) -> None:
         self.val_sums = torch.zeros(3, len(self.head.names), device=self.device)
@@ -158,6 +161,13 @@ class BankClassifier(Classifier):
                 f"{', '.join(self.head.names)}; a resumed run keeps its own, so leave these settings out."
             )
         self.best_acc = torch.tensor(list(heads.values()))
+
+    def epoch_so_far(self) -> dict[str, Any]:
+        return {"sums": self.trainer.strategy.reduce(self.train_sums.clone(), reduce_op="sum")}
+
+    def continue_epoch(self, so_far: dict[str, Any]) -> None:
+        if self.trainer.is_global_zero:
+            self.train_sums = so_far["sums"]
 
 
 class LRBank(nn.Module):

@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor
 
-from thaw.data.digit_image import BOX, find_digit
-from thaw.data.idx import write_idx
+from thaw.data.digit_image import BOX, find_digit, fit_box
+from thaw.data.idx import MAX_BYTES, write_idx
 from thaw.data.mnist import load_mnist
 from thaw.data.pictures import PICTURE_FORMATS
-from thaw.data.readers import MAX_BYTES, ImageReader, Reading
+from thaw.data.readers import ImageReader, Reading
 
 read_digits = ImageReader("digit", (1, 28, 28)).file
 
@@ -310,7 +310,7 @@ def truncated() -> bytes:
         (lambda: encoded(Image.new("L", (50, 50), 200), "PNG"), "shows no digit"),
         (lambda: encoded(Image.new("L", (1, 1)), "PNG"), "shows no digit"),
         (lambda: gzip.compress(bytes(MAX_BYTES + 1)), "holds more than"),
-        (lambda: gzip.compress(b"x" * 100)[:-9], "damaged gzip"),
+        (lambda: gzip.compress(b"x" * 100)[:-9], "is truncated at"),
         (lambda: write_idx(torch.zeros(4, dtype=torch.uint8)), "shape"),
         (lambda: write_idx(torch.zeros(2, 28, 28, dtype=torch.uint8))[:-1], "bytes"),
         (lambda: write_idx(torch.zeros(0, 28, 28, dtype=torch.uint8)), "shape"),
@@ -325,3 +325,8 @@ def test_what_is_no_digit_is_refused(content: Callable[[], bytes], reason: str) 
     assert digit.image is None
     assert re.search(reason, digit.error)
     assert "it.png" in digit.error
+
+
+def test_the_shape_of_a_digit_is_kept() -> None:
+    for given, fitted in (((60, 1), (20, 1)), ((1, 60), (1, 20)), ((10, 5), (20, 10)), ((30, 40), (15, 20))):
+        assert fit_box(np.ones(given, dtype=np.float32)).shape == fitted

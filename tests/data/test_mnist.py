@@ -213,7 +213,7 @@ def flip(content: bytes) -> bytes:
     ("make", "message"),
     [
         (lambda right: right[TRAIN_IMAGES][:5000], r"truncated at 5,000 bytes"),
-        (lambda right: flip(right[TRAIN_IMAGES]), "corrupt"),
+        (lambda right: flip(right[TRAIN_IMAGES]), "damaged gzip file"),
         (lambda right: right[TEST_IMAGES], f"it holds {TEST_IMAGES} of MNIST; data.dataset=MNIST reads that"),
         (lambda right: b"\n " + HTML, "HTML page"),
         (lambda right: gzip.compress(b"other"), r"it is not an IDX file: it starts with b'other'"),

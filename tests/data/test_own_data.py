@@ -46,6 +46,13 @@ def csv_run(train: Callable[..., Path], tmp_path: Path) -> Path:
     return train(*own_data(tmp_path, _target_="own_digits.CSVDigits", **settings), *SMALL)
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints hold paths below the home folder as `~/...`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("home")
 def test_every_command_takes_the_data_of_the_run(csv_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On the bundled sample, whose labels are others, this model is right less often than by chance."""
     trained = json.loads((csv_run / "summary.json").read_text())

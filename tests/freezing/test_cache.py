@@ -163,6 +163,14 @@ def test_every_fact_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Monke
     assert not compute.digits
 
 
+def test_each_kind_of_device_has_features_of_its_own(tmp_path: Path) -> None:
+    get(new(tmp_path), Compute())
+    trainer, compute = trainer_of(), Compute()
+    trainer.strategy._root_device = torch.device("mps")  # no kernel runs there
+    new(tmp_path).features("train", COUNT, compute, 16, FACTS, trainer)
+    assert compute.digits and len([*tmp_path.glob("*.npy")]) == 2
+
+
 def test_larger_than_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = COUNT * 5 * 4 / 1e9 * 0.99
     assert get(new(tmp_path, "auto", small), compute := Compute()) is None and not compute.digits
@@ -238,7 +246,7 @@ def test_a_folder_that_cannot_be_used(
     features = get(new(folder, "auto"), Compute())
     assert features is not None and torch.equal(features, naive())
     assert f"cache: in memory, as cache.dir={folder} cannot be used (" in capsys.readouterr().out
-    with pytest.raises(OSError, match=rf"cache\.dir={folder} cannot be used: .*\. Set another cache\.dir"):
+    with pytest.raises(OSError, match=rf"cache\.dir={folder} cannot be used \(.*\)\. Set another cache\.dir"):
         get(new(folder, "disk"), Compute())
     assert not list(tmp_path.glob("cache/*.npy")) and not list(tmp_path.glob("cache/.*.part"))
 
@@ -258,7 +266,7 @@ def test_a_folder_that_fails_when_all_is_computed(
     features = get(new(tmp_path / "cache", "auto"), Removing())
     assert features is not None and torch.equal(features, naive())
     assert f"cache: in memory, as cache.dir={tmp_path / 'cache'} cannot be used (" in capsys.readouterr().out
-    with pytest.raises(OSError, match=r"cache\.dir=.* cannot be used: .*\. Set another cache\.dir"):
+    with pytest.raises(OSError, match=r"cache\.dir=.* cannot be used \(.*\)\. Set another cache\.dir"):
         get(new(tmp_path / "cache", "disk"), Removing())
 
 

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def checkpoint(folder: Path, steps: int) -> str:
-    loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": steps}}}
-    torch.save({"config": {}, "state_dict": {}, "loops": loops}, folder / "last.ckpt")
+def checkpoint(folder: Path, **facts: Any) -> str:
+    torch.save({"config": {}, "state_dict": {}, **facts}, folder / "last.ckpt")
     return str(folder / "last.ckpt")
 
 
@@ -33,19 +33,32 @@ def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_goes_on_where_the_checkpoint_was_written(tmp_path: Path) -> None:
-    """Steps made again replace those made before; what a last write left unfinished goes too."""
+    """In its own folder or another one. Steps made again replace those made before, as does an unfinished line."""
     before = logger(tmp_path, None)
-    for step in range(6):
+    for step in range(4):
+        before.log_metrics({"val/acc": step / 10}, step=step)
+    saved = checkpoint(tmp_path, csv_rows=before.write_all())
+    for step in range(3, 6):
         before.log_metrics({"val/acc": step / 10}, step=step)
     with (tmp_path / "csv" / "metrics.csv").open("a") as file:
         file.write("0.6")
-    after = logger(tmp_path, checkpoint(tmp_path, 4))
-    after.log_metrics({"val/acc": 0.0}, step=3)  # the end of the epoch that the checkpoint was written in, once more
-    for step in range(4, 7):
-        after.log_metrics({"val/acc": step / 10, "new": 1.0}, step=step)
-    after.finalize("success")
-    assert [(row["step"], row["val/acc"]) for row in rows(tmp_path)] == [(str(s), str(s / 10)) for s in range(7)]
-    assert [row["new"] for row in rows(tmp_path)] == [""] * 4 + ["1.0"] * 3
+    for folder in (tmp_path / "other", tmp_path):
+        after = logger(folder, saved)
+        for step in range(4, 7):
+            after.log_metrics({"val/acc": step / 10, "new": 1.0}, step=step)
+        after.finalize("success")
+        assert [(row["step"], row["val/acc"]) for row in rows(folder)] == [(str(s), str(s / 10)) for s in range(7)]
+        assert [row["new"] for row in rows(folder)] == [""] * 4 + ["1.0"] * 3
+        assert after.write_all() == 7
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_its_steps(tmp_path: Path) -> None:
+    before = logger(tmp_path, None)
+    for step in range(6):
+        before.log_metrics({"val/acc": step / 10}, step=step)
+    loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": 3}}}
+    logger(tmp_path, checkpoint(tmp_path, loops=loops)).log_metrics({"val/acc": 0.3}, step=3)
+    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
 
 
 def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:

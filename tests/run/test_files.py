@@ -1,96 +1,19 @@
 """Files are whole or as they were before, whatever ends the process or fills the disk."""
 
-import errno
 import os
-import resource
-import signal
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import needs
-from matplotlib.figure import Figure
-from torch import nn
 
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
-from thaw.pages import figures
-from thaw.predict.prediction import open_output
-from thaw.run.command import explain
-from thaw.run.csv_log import RunCSV
 from thaw.run.files import atomic, atomic_folder, write_bytes, write_json, write_text
-
-LARGE = 300_000  # bytes; more than `disk_of` lets be written
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """Let no file grow beyond `size` bytes: the write that would fails in the middle, as on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def csv_rows(path: Path) -> None:
-    logger = RunCSV(str(path.parent), "", "", 1, None)
-    for step in range(9999):
-        logger.log_metrics({"x" * 1000: 0.0}, step)
-
-
-def prediction(path: Path) -> None:
-    with open_output(str(path), "csv") as (file, _):
-        file.write("x" * LARGE)
-
-
-def program(path: Path) -> None:
-    save_program = pytest.importorskip("thaw.export.torch_program").save_program
-    exported = torch.export.export(nn.Linear(300, 300), (torch.zeros(2, 300),))
-    with atomic(path) as part:
-        save_program(exported, {}, part)
-
-
-def picture(path: Path) -> None:
-    figure = Figure()
-    figure.add_subplot().imshow(np.random.default_rng(0).random((400, 400)))
-    figures.save_figure(figure, path)
-
-
-WRITERS: dict[str, Callable[[Path], Any]] = {
-    "text.html": lambda path: write_text("x" * LARGE, path),
-    "facts.json": lambda path: write_json({"x": "x" * LARGE}, path),
-    "picture.png": picture,
-    "last.ckpt": lambda path: PacedCheckpointIO(0).save_checkpoint({"w": torch.zeros(LARGE)}, path),
-    "model.pt2": program,
-    "rows.csv": prediction,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_keeps_what_was_there_and_names_the_file(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(b"before")
-    with disk_of(100_000), pytest.raises(OSError, match=rf"{name} cannot be written \(.*\)\. Free some space"):
-        WRITERS[name](path)
-    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(name, b"before")]
-    WRITERS[name](path)
-    assert [each.name for each in tmp_path.iterdir()] == [name] and path.stat().st_size > 100_000
-
-
-def test_a_full_disk_names_the_log(tmp_path: Path) -> None:
-    with disk_of(20_000), pytest.raises(OSError, match=r"metrics\.csv cannot be written"):
-        csv_rows(tmp_path / "csv")
 
 
 def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
@@ -104,38 +27,6 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
         write_text("third", part / "README.md")
         raise KeyboardInterrupt
     assert (path / "README.md").read_text() == "second" and [each.name for each in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_full_disk_names_the_file_in_a_folder_by_its_later_place(tmp_path: Path) -> None:
-    with (
-        disk_of(100_000),
-        pytest.raises(OSError, match=rf"^{tmp_path}/model/weights cannot"),
-        atomic_folder(tmp_path / "model") as part,
-    ):
-        write_bytes(bytes(LARGE), part / "weights")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
-def test_other_reasons_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def refuse(descriptor: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError, match=rf"facts\.json cannot be written \({os.strerror(code)}\)\. Choose"):
-        write_json({}, tmp_path / "facts.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/a\.json cannot be written"):
-        write_json({}, tmp_path / "file" / "a.json")
-
-
-def test_a_full_disk_that_hydra_meets_names_the_setting() -> None:
-    """It writes a run's first files, and says nothing of their place."""
-    assert explain(OSError(errno.ENOSPC, "full")).startswith("hydra.run.dir cannot be written (full). Free some space")
 
 
 def test_the_error_of_another_file_keeps_its_name(tmp_path: Path) -> None:

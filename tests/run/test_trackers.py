@@ -1,10 +1,12 @@
 """MLflow and trackio keep a run in a local store, which is read back with their own clients."""
 
+import errno
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.wandb_server import WandbServer
 
 from thaw.run import loggers, trackers
 from thaw.run.errors import UserError
@@ -60,6 +62,29 @@ def test_mlflow(failed: bool, tmp_path: Path) -> None:
         _ = trackers.mlflow_logger(**given | {"id": "0" * 32}).experiment
 
 
+@pytest.mark.parametrize("fault", [500, "refused", "silent", "garbage"])
+@pytest.mark.parametrize("after", [None, "log-batch"])
+def test_mlflow_without_its_server(
+    fault: str | int,
+    after: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is told once, and nothing else happens."""
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    with WandbServer(fault, after) as server:
+        logger = trackers.mlflow_logger(**settings(tmp_path, tags=[], tracking_uri=server.url))
+        assert logger.version is None or after
+        for step in range(9):
+            logger.log_metrics(METRICS, step=step)
+        loggers.finish([logger])
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "thaw.run.trackers"]
+    assert told.startswith("logger.mlflow has failed")
+
+
 @pytest.mark.usefixtures("no_network")
 def test_trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
@@ -79,3 +104,32 @@ def test_trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [each.name for each in runs] == [run]
     assert runs[0].config["optim/lr"] == 1.0 and runs[0].config["_Group"] == "sweep"
     assert list((tmp_path / "store").rglob("*.png"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fails", [False, True])
+def test_tensorboard(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = loggers.RunTensorBoard(str(tmp_path), "tensorboard", "", False)
+    logger.log_metrics({"x": 1.0}, step=0)
+    logger.save()
+    if fails:
+        monkeypatch.setattr(RecordWriter, "write", no_space)
+    for step in range(1, 100):
+        logger.log_metrics({"x": 2.0}, step=step)
+    loggers.log_image([logger], "picture", PICTURE)
+    loggers.add_to_summary([logger], {"seconds": 1.0})
+    loggers.finish([logger])
+    assert caplog.text.count("logger.tensorboard has failed (OSError [Errno 28] No space left on device)") == fails
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("x")) == (1 if fails else 100)
+    assert events.Tags()["images"] == ([] if fails else ["picture"])

@@ -233,7 +233,7 @@ def test_bad_input_gets_a_reason(stand_in, serving) -> None:
 
 def test_many_errors_are_one(stand_in, serving) -> None:
     """From a body full of wrong values only the first error is kept: all would need far more memory than the body."""
-    address = serving(stand_in, max_body_mb=10.0)
+    address = serving(stand_in, max_body_mb=10.0, request_seconds=10.0)
     response = post(address, b'{"images":[' + b"[[1]]," * 1_000_000 + b"[[1]]]}")
     assert response.status_code == 422
     assert len(response.text) < 400
@@ -336,6 +336,8 @@ def test_metrics_info_and_docs(stand_in, serving) -> None:
     assert "image/png" in body and "413" in described["responses"]
     assert "Retry-After" in described["responses"]["503"]["description"]
     assert set(schema["components"]["schemas"]["Prediction"]["properties"]) >= {"class", "warning", "attention"}
+    stand_in.classes = ["\udcff", "caf\xe9"]  # the name of a folder may be any bytes
+    assert httpx.get(f"{serving(stand_in)}/info").json()["classes"] == stand_in.classes
     for path in ("/", "/docs"):
         page = httpx.get(address + path)
         assert not re.search(r"(src|href)=.?https?:", page.text), "nothing from the net"

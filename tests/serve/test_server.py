@@ -1,47 +1,21 @@
 """serve.py as a user starts it."""
 
-import concurrent.futures
 import os
 import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx
 import pytest
-import torch
-from conftest import ROOT, compose_config
+from conftest import compose_config
 from omegaconf import OmegaConf
-from processes import Forked
+from served import started
 
 import serve
-from thaw.data.idx import write_idx
 from thaw.serve.limits import limits_of
 from thaw.serve.server import open_port
-
-
-@contextmanager
-def started(folder: Path, *overrides: str) -> Iterator[tuple[Forked, str]]:
-    """serve.py in a process of its own, run in `folder`; yields it and its address."""
-    command = [sys.executable, str(ROOT / "serve.py"), "port=0", *overrides]
-    with (folder / "printed").open("w") as output:
-        process = Forked(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output)
-    try:
-        while "is ready; Ctrl-C stops it\n" not in (printed := (folder / "printed").read_text()):
-            assert process.poll() is None, printed
-            time.sleep(0.05)
-        found = re.search(r"^page    (http://\S+)\nAPI     \1/docs$", printed, re.MULTILINE)
-        assert found and f"loading {overrides[0].removeprefix('ckpt=')}\n" in printed, printed
-        yield process, found[1]
-        assert (folder / "printed").read_text() == printed, "it says nothing when it stops"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def is_open(address: str) -> bool:
@@ -53,34 +27,13 @@ def is_open(address: str) -> bool:
     return True
 
 
-@pytest.mark.slow
-def test_sigterm_answers_what_was_asked(linear_probe, tmp_path) -> None:
-    """A running request gets its whole answer; then the process ends with status 0 and leaves nothing."""
-    images = write_idx(torch.randint(0, 64, (100, 28, 28), dtype=torch.uint8))
-    with started(tmp_path, f"ckpt={linear_probe}", "max_batch=1", "request_seconds=60.0") as (process, address):
-        assert httpx.get(f"{address}/healthz").status_code == 200
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            headers = {"Content-Type": "application/octet-stream"}
-            asked = pool.submit(httpx.post, f"{address}/predict", content=images, headers=headers, timeout=60)
-            while "thaw_batch_size_count 0.0" in httpx.get(f"{address}/metrics").text:
-                time.sleep(0.01)
-            assert not asked.done()
-            os.kill(process.pid, signal.SIGTERM)
-            response = asked.result()
-        assert response.status_code == 200
-        assert len(response.json()["predictions"]) == 100
-        assert process.wait(20) == 0
-        assert not is_open(address)
-    assert list(tmp_path.iterdir()) == [tmp_path / "printed"]
-
-
 @pytest.mark.long
 def test_half_requests_do_not_hold_up_the_stop(linear_probe, tmp_path) -> None:
     """Ctrl-C with connections that are idle, half way through headers and half way through a body.
 
     Unless told otherwise, the server answers on this machine's own address alone.
     """
-    with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=1.0") as (process, address):
+    with started(tmp_path, f"ckpt={linear_probe}", "request_seconds=1.0") as (process, address, _):
         parts = urlsplit(address)
         assert parts.hostname == "127.0.0.1"
         assert not is_open(address.replace("127.0.0.1", "127.0.0.2"))

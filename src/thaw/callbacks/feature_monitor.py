@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thaw.data.batches import EVAL_BATCH, by_batches
+from thaw.run.files import dispensable
 from thaw.run.loggers import log_image
 from thaw.run.values import Count
 
@@ -57,8 +58,9 @@ class FeatureMonitor(Callback):
             torch.manual_seed(0)  # the same masks each time, and a run that pictures do not change
             rows, titles = pl_module.contact_sheet(images)
         reader = getattr(trainer.datamodule, "reader", "photo")  # type: ignore[attr-defined]
-        save_contact_sheet([on_paper(row.cpu(), reader) for row in rows], titles, path)
-        log_image(trainer.loggers, "val/pretraining", path)
+        with dispensable():
+            save_contact_sheet([on_paper(row.cpu(), reader) for row in rows], titles, path)
+            log_image(trainer.loggers, "val/pretraining", path)
 
     def check_collapse(self, trainer: Trainer, pl_module: LightningModule, split: str, features: Tensor) -> None:
         """Log the two indicators, and warn once if the features have become constant."""

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from thaw.lr_bank import BankClassifier
+from thaw.run.files import dispensable
 from thaw.run.loggers import log_image
 
 
@@ -25,7 +26,8 @@ class LRCurve(Callback):
         number, bank = int(state["head.chosen"]), pl_module.head
         lr, weight_decay = bank.settings[number]
         pl_module.winner = {"best_lr": lr, "best_weight_decay": weight_decay, "heads": len(bank.names)}
-        save_lr_curve(bank.settings, pl_module.best_acc.tolist(), number, self.path)
-        log_image(trainer.loggers, "val/lr_bank", self.path)
+        with dispensable():
+            save_lr_curve(bank.settings, pl_module.best_acc.tolist(), number, self.path)
+            log_image(trainer.loggers, "val/lr_bank", self.path)
         for logger in trainer.loggers:
             logger.log_metrics({"best/lr": lr, "best/weight_decay": weight_decay}, step=trainer.global_step)

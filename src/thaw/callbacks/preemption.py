@@ -12,14 +12,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch.distributed
-import wandb
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from thaw.run.console import say
-from thaw.run.loggers import wandb_run
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +45,13 @@ class Preemption(Checkpoint):
         self.step = 0
         self.whole = True  # no accumulated gradients that a checkpoint would lose
         self.submitit: Callable[[int, FrameType | None], Any] | None = None
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+            handler = signal.getsignal(signal.Signals[f"SIG{name}"])
+            self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.listen(trainer)  # the first pass over the frozen layers may be long
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.training, self.step, self.whole = True, trainer.global_step, True
@@ -60,13 +65,9 @@ class Preemption(Checkpoint):
         self.listen(trainer)
 
     def listen(self, trainer: Trainer) -> None:
-        """Handle the signals from here on; Lightning restores the handlers before when the loop ends."""
+        """Handle the signals from here on; `thaw.run.jobs.interruptible` restores the handlers before."""
         if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
             return
-        if "SUBMITIT_EXECUTOR" in os.environ and self.submitit is None:
-            name = os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")
-            handler = signal.getsignal(signal.Signals[f"SIG{name}"])
-            self.submitit = handler if callable(handler) else None  # in a process that submitit did not start
 
         def remember(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGINT and self.received:
@@ -92,28 +93,31 @@ class Preemption(Checkpoint):
         loop = trainer.fit_loop
         assert loop._data_fetcher is not None
         validates_next = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-        if not trainer.is_last_batch and not validates_next:
+        if self.ends_now(trainer) and not trainer.is_last_batch and not validates_next:
+            trainer._logger_connector.update_train_step_metrics()  # else they come after this hook
             self.save(trainer)
 
     # Lightning can resume only from a checkpoint that is saved after the validation of a step or the end of an epoch,
     # where one of these follows. As a Checkpoint, this callback runs after those which use the metrics there.
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
+        if self.ends_now(trainer) and trainer.state.fn == TrainerFn.FITTING and not trainer.is_last_batch:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer)
+        if self.ends_now(trainer):
+            self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.training = False
         if self.received:  # since the last step; its checkpoint is written
             self.end(trainer, self.received)
 
-    def save(self, trainer: Trainer) -> None:
-        """Save and end, if a signal has come, the step is complete and training would continue."""
-        if not self.agreed or not self.whole or trainer.should_stop:  # no checkpoint knows that it should stop
-            return
+    def ends_now(self, trainer: Trainer) -> bool:
+        """Whether a signal has come, the step is complete and training would continue."""
+        return self.agreed > 0 and self.whole and not trainer.should_stop  # no checkpoint knows that it should stop
+
+    def save(self, trainer: Trainer) -> NoReturn:
         trainer.save_checkpoint(self.last)
         trainer.strategy.checkpoint_io.teardown()  # writes what PacedCheckpointIO holds back
         trainer.strategy.barrier()
@@ -128,14 +132,15 @@ class Preemption(Checkpoint):
         number = SIGNALS[place - 1]
         name = "Ctrl-C" if number == signal.SIGINT else number.name
         if trainer.is_global_zero:
-            say(f"{name}: step {trainer.global_step} is in {os.path.relpath(self.last)}")
+            saved = f"step {trainer.global_step} is in {os.path.relpath(self.last)}"
+            say(f"{name}: {saved if self.last.is_file() else 'the run has no checkpoint yet'}")
         if number == signal.SIGINT and trainer.is_global_zero:
             raise KeyboardInterrupt
         for each in SIGNALS:  # from now on they are the cluster's answer
             signal.signal(each, signal.SIG_IGN)
         status = 128 + number  # as a shell says that a signal ended a program
         if trainer.is_global_zero:
-            closing = threading.Thread(target=close_loggers, args=(trainer.loggers, status), daemon=True)
+            closing = threading.Thread(target=close_loggers, args=(trainer.loggers,), daemon=True)
             closing.start()
             closing.join(CLOSING_SECONDS)
         if number in (signal.SIGUSR1, signal.SIGUSR2):
@@ -151,18 +156,10 @@ class Preemption(Checkpoint):
         os._exit(status if trainer.is_global_zero else 0)  # an error would have the others killed
 
 
-def close_loggers(loggers: list[Logger], status: int) -> None:
-    """Flush the loggers, and tell W&B that the run is preempted, not failed."""
-    run = wandb_run(loggers)
+def close_loggers(loggers: list[Logger]) -> None:
+    """Flush the loggers, and tell W&B, MLflow and trackio that the run is preempted, not failed."""
     for logger in loggers:
         logger.finalize("preempted")
-    if run is None:
-        return
-    try:
-        run.mark_preempting()
-        wandb.finish(exit_code=status)
-    except OSError as error:  # W&B's own process has got the signal too
-        log.warning("The W&B run was not closed (%s); it continues when this run does.", error)
 
 
 def requeue() -> None:

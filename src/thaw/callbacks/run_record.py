@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from omegaconf import OmegaConf
 
 from thaw.data.images import check_same_classes
@@ -16,9 +17,10 @@ from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
 from thaw.run.console import as_text, say_fitted
+from thaw.run.csv_log import RunCSV
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
-from thaw.run.loggers import wandb_run
+from thaw.run.loggers import link_earlier_folders
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
@@ -72,9 +74,11 @@ class RunRecord(Callback):
             source, reader = datamodule.load(), getattr(datamodule, "reader", "photo")
             record = {"name": source.name, "origin": source.origin, "classes": list(source.classes)}
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
-        run = wandb_run(trainer.loggers)
-        checkpoint["wandb_id"] = run and str(run.id)
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
+        checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
+        checkpoint["csv_rows"] = next(
+            (csv_rows(trainer, each) for each in trainer.loggers if isinstance(each, RunCSV)), None
+        )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""
@@ -83,6 +87,35 @@ class RunRecord(Callback):
             check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
+        for state in checkpoint["callbacks"].values():
+            forget_others(state, folder)
+        link_earlier_folders(trainer.loggers, folder)
+
+
+def csv_rows(trainer: Any, logger: RunCSV) -> int:
+    """How many rows of metrics belong to a checkpoint that is saved now.
+
+    At the end of an epoch Lightning logs the epoch's metrics after it has saved, and a run that resumes from there does
+    not log them: they are logged here.
+    """
+    epochs, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
+    if trainer.training and epochs.processed == epochs.ready and (metrics := connector.metrics["log"]):
+        row = convert_tensors_to_scalars(metrics) | {"epoch": trainer.current_epoch}
+        logger.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+    return logger.write_all()
+
+
+def forget_others(state: Any, folder: Path) -> None:
+    """Drop files outside of a run's folder from the state of a ModelCheckpoint, which loads, copies or removes them."""
+
+    def is_own(path: Any) -> bool:
+        return Path(str(path)).is_file() and Path(str(path)).resolve().is_relative_to(folder)
+
+    if isinstance(state, dict) and "best_model_path" in state:
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key] if is_own(state.get(key)) else ""
+        known = state.get("best_k_models") or {}
+        state["best_k_models"] = {path: score for path, score in known.items() if is_own(path)}
 
 
 def check_same_config(config: dict[str, Any]) -> None:

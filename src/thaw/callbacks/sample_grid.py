@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning import Callback
 
+from thaw.run.files import dispensable
 from thaw.run.loggers import log_image
 from thaw.run.values import Count
 
@@ -31,5 +32,6 @@ class SampleGrid(Callback):
         with torch.random.fork_rng():  # a picture must not change the run
             rows = [images, *(pl_module.augment(images) for _ in range(self.draws))]
         shown = [on_paper(row, getattr(trainer.datamodule, "reader", "photo")) for row in rows]
-        save_contact_sheet(shown, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
-        log_image(trainer.loggers, "train/augmented_images", self.path)
+        with dispensable():
+            save_contact_sheet(shown, ["as it is", *(f"draw {n + 1}" for n in range(self.draws))], self.path)
+            log_image(trainer.loggers, "train/augmented_images", self.path)

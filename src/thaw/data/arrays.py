@@ -3,22 +3,24 @@
 import math
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thaw.data.idx import read_idx, unpacked
+from thaw.data.idx import read_packed_idx
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
 from thaw.data.splits import SplitShare, split_images
+from thaw.run.claims import zip_members
 from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
+COPIED = 2**20  # bytes at once
 WORDS = {  # in the names of files and arrays, and what they say
     **dict.fromkeys(("train", "training"), ("split", "train")),
     **dict.fromkeys(("val", "valid", "validation"), ("split", "val")),
@@ -88,8 +90,8 @@ def find_arrays(path: Path) -> Iterator[tuple[str, dict[str, str], np.ndarray]]:
                     yield f"{file}{f' ({key})' if key else ''}", said, array
     except UserError:
         raise
-    except (OSError, ValueError, IndexError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+    except Exception as error:  # damaged files fail in any way
+        reason = str(getattr(error, "strerror", None) or error or type(error).__name__).rstrip(".")
         raise UserFileError(
             f"{file} cannot be read ({reason}); data.path must be an .npz, .npy, .csv or IDX file of plain numbers, or "
             "a folder of them."
@@ -102,16 +104,47 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     A row of a CSV file is a label and the pixels of an image; its first line may be a header.
     """
     if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        arrays = {}
+        with zipfile.ZipFile(file) as archive:
+            for member in zip_members(archive):
+                if member.filename.endswith(".npy"):
+                    with archive.open(member) as opened:
+                        arrays[member.filename.removesuffix(".npy")] = read_npy(opened, member.file_size)
+        return arrays
     if file.suffix == ".npy":
-        return {"": np.load(file, allow_pickle=False)}
+        with file.open("rb") as whole:
+            return {"": read_npy(whole, file.stat().st_size)}
     if file.suffix == ".csv":
         with file.open(encoding="utf-8-sig") as lines:
             header = int(not lines.read(1).isdigit())
         table = np.loadtxt(file, np.float32, delimiter=",", skiprows=header, ndmin=2, encoding="utf-8-sig")
         return {"images": table[:, 1:], "labels": table[:, 0]}
-    return {"": read_idx(unpacked(file.read_bytes()), str(file)).numpy()}
+    return {"": read_packed_idx(file.read_bytes(), str(file)).numpy()}
+
+
+def read_npy(file: IO[bytes], size: int) -> np.ndarray:
+    """The array in a .npy file of `size` bytes, which may be a member of an .npz. It is all that the file holds.
+
+    Raises:
+        ValueError: it is of Python objects, or other bytes follow the header than that states.
+    """
+    version, _ = np.lib.format.read_magic(file)
+    if version > 3:
+        raise ValueError(f"version {version} of the format is unknown")
+    read_header = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(file)  # the third version differs in names of fields alone
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be read without running code")
+    stated, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if stated != rest:
+        raise ValueError(f"the header states {stated:,} bytes of {dtype} {shape}, but {rest:,} follow it")
+    array, place = np.empty(rest, np.uint8), 0
+    view = memoryview(array.data)
+    while count := file.readinto(view[place : place + COPIED]):  # type: ignore[attr-defined]
+        place += count
+    if place < rest:
+        raise ValueError(f"the file ends after {place:,} of {rest:,} bytes")
+    return array.view(dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def to_images(array: np.ndarray, name: str) -> Tensor:

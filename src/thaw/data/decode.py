@@ -29,11 +29,10 @@ from thaw.data.splits import SPLITS, ListedFile, SplitShare, plan_splits, split_
 from thaw.data.store import KNOWN, TensorStore
 from thaw.run.console import plural, progress, say, some
 from thaw.run.errors import UserError, UserFileError
-from thaw.run.files import read_json
 from thaw.run.values import Count, Positive
 
 log = logging.getLogger(__name__)
-DECODE_FORMAT = 2  # part of every key
+DECODE_FORMAT = 3  # part of every key
 CHUNK = 64  # pictures that a thread takes at once
 Content: TypeAlias = Callable[[int], bytes]  # gets the number of a file, returns what is in it
 Answer = TypeVar("Answer")
@@ -109,15 +108,15 @@ class DecodedData(ImageDataModule):
             folder, started, how = Path(self.cache_dir).expanduser() / "images", time.monotonic(), "reused"
             store = TensorStore(folder, self.max_gb * 1e9)
             try:
-                images = store.read(key, facts, whole=False)
+                images = store.read(key, facts)
                 if images is None:
                     with store.lock(key):
-                        images = store.read(key, facts, whole=False)  # another run may just have written it
+                        images = store.read(key, facts)  # another run may just have written it
                         if images is None:
                             images = store.create(key, shape, torch.uint8)
                             store.commit(key, facts, images, self.decode_all(files, content, shares, images))
                             how = f"{time.monotonic() - started:.1f} s"
-                KNOWN[key] = images, read_json(store.path(key).with_suffix(".json"))
+                KNOWN[key] = images, store.record(key)
             except OSError as error:
                 raise UserFileError(
                     f"data.cache_dir={folder} cannot hold {gigabytes:.3g} GB of decoded images "

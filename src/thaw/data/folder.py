@@ -10,10 +10,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.data.decode import DecodedData
 from thaw.data.images import Source
-from thaw.data.pictures import PICTURE_SUFFIXES
+from thaw.data.pictures import PICTURE_SUFFIXES, picture_content
 from thaw.data.splits import SPLIT_WORDS, ListedFile
 from thaw.run.console import plural, say, some
 from thaw.run.errors import UserError, UserFileError
+
+ROWS_PER_BYTE = 10  # in a byte of a parquet file; each row names another file
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,7 +43,7 @@ class FolderData(DecodedData):
             )
 
         def content(number: int) -> bytes:
-            return (folder / files[number].name).read_bytes()
+            return picture_content(folder / files[number].name)
 
         source = self.decode(files, content, classes, folder.resolve().name, dir=str(folder.resolve()))
         return source._replace(origin=f"the folder {self.dir}")
@@ -80,7 +82,29 @@ def list_folder(folder: Path) -> list[ListedFile]:
     if strays:
         which = f"{plural(len(strays), 'file')} in {folder}, not a picture in a class: {some(sorted(strays))}"
         rank_zero_only(say)(f"passed over {which}")
+    check_depth(files, folder)
     return files
+
+
+def check_depth(files: list[ListedFile], folder: Path) -> None:
+    """Print that all pictures lie in folders within those of the classes, which may be a folder too high.
+
+    Raises:
+        UserError: these folders are splits.
+    """
+    within = {Path(file.name).parts[1 + bool(file.split) : -1][:1] for file in files}
+    inner = sorted(part for parts in within for part in parts)
+    if not files or () in within:
+        return
+    if "train" in inner and {*inner} <= {*SPLIT_WORDS}:
+        raise UserError(
+            f"data.dir={folder} holds no folder train, but {folder / files[0].label} does: set data.dir to that one."
+        )
+    labels = sorted({file.label for file in files})
+    rank_zero_only(say)(
+        f"the classes are the folders {some(labels)} of {folder}, though all pictures lie deeper, in folders "
+        f"{some(inner)}; if those are the classes, set data.dir one folder deeper"
+    )
 
 
 def list_file(folder: Path, name: str, label: str, split: str) -> ListedFile:
@@ -96,23 +120,36 @@ def list_table(table: Path, folder: Path) -> list[ListedFile]:
     rows: list[dict[str, Any]]
     try:
         if table.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(table).to_pylist()
+            rows = parquet_rows(table)
         else:
             rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
-    except (ImportError, OSError, ValueError, csv.Error) as error:  # UnicodeDecodeError and pyarrow's are ValueErrors
+    except UserError:
+        raise
+    except Exception as error:  # damaged files fail in any way
         reason = getattr(error, "strerror", None) or error
         raise UserFileError(
             f"data.table={table} cannot be read ({reason}); give CSV in UTF-8, or parquet and pip install pyarrow."
         ) from error
     files = []
     for number, row in enumerate(rows, start=1):
-        lacks = any(row.get(column) in (None, "") for column in ("file", "label"))
-        if lacks or row.get("split", "train") not in SPLIT_WORDS:
+        file, label = row.get("file"), row.get("label")
+        usable = isinstance(file, str) and file and "\0" not in file and isinstance(label, str | int) and label != ""
+        if not usable or str(row.get("split", "train")) not in SPLIT_WORDS:
             raise UserError(
-                f"data.table={table}: row {number} is {row}; it must have a file, a label and, if there is a column "
-                "split, train, val or test there."
+                f"data.table={table}: row {number} is {str(row)[:300]}; it must have a file, a label and, if "
+                "there is a column split, train, val or test there."
             )
-        files.append(list_file(folder, str(row["file"]), str(row["label"]), SPLIT_WORDS.get(row.get("split", ""), "")))
+        files.append(list_file(folder, str(file), str(label), SPLIT_WORDS.get(row.get("split", ""), "")))
     return files
+
+
+def parquet_rows(table: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file, of the columns that a table of pictures may have."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(table) as opened:
+        count, size = opened.metadata.num_rows, table.stat().st_size
+        if count > ROWS_PER_BYTE * size:
+            raise ValueError(f"{count:,} rows in {size:,} bytes")
+        columns = [name for name in ("file", "label", "split") if name in opened.schema_arrow.names]
+        return opened.read(columns).to_pylist()

@@ -1,8 +1,10 @@
 """Datasets of the Hugging Face hub, or a folder of parquet files in their form, decoded once to one size."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.data.decode import DecodedData
 from thaw.data.images import Source
+from thaw.data.pictures import picture_content
 from thaw.data.splits import SPLIT_WORDS, ListedFile
 from thaw.run.console import say
 from thaw.run.errors import UnreachableError, UserError
@@ -47,17 +50,22 @@ class HuggingFaceData(DecodedData):
                 raise UserError(
                     f"data.name={self.name} has no column {name}; set data.{key} to one of {', '.join(columns)}."
                 )
-        if hidden := [split for split, rows in splits.items() if {*rows.unique(label)} <= {-1, None}]:
+        labels = {split: rows[label][:] for split, rows in splits.items()}
+        if hidden := [split for split, values in labels.items() if all(value in (-1, None) for value in values)]:
             rank_zero_only(say)(f"{self.name}: passed over {', '.join(hidden)}, whose labels are not published")
-        labels = {split: rows[label][:] for split, rows in splits.items() if split not in hidden}
-        found = {value for values in labels.values() for value in values}
-        if {*map(type, found)} not in ({int}, {str}) or -1 in found:
+        labels = {split: values for split, values in labels.items() if split not in hidden}
+        values = [*chain(*labels.values())]
+        names = getattr(splits["train"].features[label], "names", None)
+        end = len(names) if names else math.inf
+        wrong = [value for value in values if type(value) is not str and not (type(value) is int and 0 <= value < end)]
+        if wrong or len({*map(type, values)}) > 1:
             raise UserError(
-                f"data.name={self.name}: the column {label} holds {next(iter(found))!r}; labels must be names, or "
-                "whole numbers from 0. Choose another by data.label_column."
+                f"data.name={self.name}: the column {label} holds {repr((wrong or values)[0])[:60]}; labels "
+                f"must be names, or whole numbers from 0{f' to {end - 1}' if names else ''}. Choose another by "
+                "data.label_column."
             )
-        names = getattr(splits["train"].features[label], "names", None) or {value: str(value) for value in found}
-        classes = names if isinstance(names, list) else [names[value] for value in sorted(found)]
+        names = names or {value: str(value) for value in {*values}}
+        classes = names if isinstance(names, list) else [names[value] for value in sorted(names)]
         from datasets import Image, concatenate_datasets
 
         parts = [splits[split].select_columns(image).cast_column(image, Image(decode=False)) for split in labels]
@@ -70,7 +78,7 @@ class HuggingFaceData(DecodedData):
 
         def content(number: int) -> bytes:
             cell = rows[number][image]
-            return cell["bytes"] or Path(cell["path"]).read_bytes()
+            return cell["bytes"] or picture_content(Path(cell["path"]))
 
         path = Path(self.name).expanduser()
         title = path.resolve().name if path.is_dir() else self.name
@@ -101,8 +109,9 @@ class HuggingFaceData(DecodedData):
                 f"data.name={name} was not downloaded to this machine before, and the hub cannot be reached ({error}). "
                 "Download it where there is a network, and set data.name to the folder of its parquet files."
             ) from error
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # damaged files fail in any way
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"data.name={name} cannot be loaded: {str(error).strip().splitlines()[0]} Set data.name to a dataset "
+                f"data.name={name} cannot be loaded: {reason} Set data.name to a dataset "
                 "of the hub or to a folder of parquet files, and data.subset to a configuration if it has several."
             ) from error

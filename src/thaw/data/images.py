@@ -1,5 +1,6 @@
 """The two types that all other code speaks: labelled images, and a dataset in its splits."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,11 +61,15 @@ class Source(NamedTuple):
 
 
 def check_source(source: Source) -> None:
-    """Refuse images of other shapes and types than all code expects, and labels without a class.
+    """Refuse images of other shapes and types than all code expects, labels without a class, and odd class names.
 
     Raises:
-        UserError: names the split, and the shape or the label.
+        UserError: names the split, and the shape or the label, or the class.
     """
+    for name, count in Counter(source.classes).items():
+        if count > 1 or (not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)):
+            wrong = "is there twice" if count > 1 else "is not valid UTF-8"
+            raise UserError(f"{source.title}: the class name {name!r} {wrong}; rename its folder or label.")
     for split in ("train", "val", "test"):
         images, labels = getattr(source, split)
         fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3)

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import logging
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from filelock import FileLock
 from pydantic import Field
 from torch import Tensor
 
-from thaw.data.idx import read_idx, unpacked
+from thaw.data.idx import MAX_BYTES, read_idx, unpacked
 from thaw.data.images import Images, Source
 from thaw.data.module import ImageDataModule
 from thaw.run.console import say, some
@@ -51,7 +50,9 @@ UNPACKED_MD5 = {
 }
 
 OFFICIAL, SAMPLE = "the official files", "the bundled sample of 5,000 digits"  # origins
-MirrorURL: TypeAlias = Annotated[str, Field(pattern="://", description="a URL such as https://example.org/mnist")]
+MirrorURL: TypeAlias = Annotated[
+    str, Field(pattern="^https?://", description="a URL such as https://example.org/mnist")
+]
 FAILED: dict[str, str] = {}  # by URL: why this process could not download from there; it does not try again
 
 
@@ -190,15 +191,18 @@ def read_official(dataset: str, name: str, path: Path, modified: int) -> Tensor 
 
     Cached for all jobs of a sweep, until the time at which the file was `modified` changes.
     """
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)  # an official file has less
     if official_name(content) == (dataset, name):
-        return read_idx(unpacked(content), str(path))
+        return read_idx(unpacked(content, str(path)), str(path))
     wanted = dict(getattr(torchvision.datasets, dataset).resources)[name]
     verified = (
         "packed, or the same content" if dataset in UNPACKED_MD5 else "as published; no other copy can be verified"
     )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
     return (
-        f"{path} is not the official file ({describe_wrong_file(content)}): MD5 {hashlib.md5(content).hexdigest()}, "
+        f"{path} is not the official file ({describe_wrong_file(content)}): MD5 {found}, "
         f"expected {wanted} {verified}. Move it away and run again to download {name}, point data.dir at intact files, "
         f"or take the files as they are: data=arrays data.path={path.parent}."
     )
@@ -211,8 +215,8 @@ def official_name(content: bytes) -> tuple[str, str] | None:
         resources = getattr(torchvision.datasets, dataset).resources
         hashes = [*(md5 for _, md5 in resources), *UNPACKED_MD5.get(dataset, ())]
         known |= {md5: (dataset, resources[number % 4][0]) for number, md5 in enumerate(hashes)}
-    with suppress(OSError, EOFError, zlib.error):
-        for form in (lambda: content, lambda: unpacked(content)):
+    with suppress(UserError):
+        for form in (lambda: content, lambda: unpacked(content, "it")):
             if found := known.get(hashlib.md5(form()).hexdigest()):
                 return found
     return None
@@ -225,11 +229,7 @@ def describe_wrong_file(content: bytes) -> str:
     if content[:256].lstrip()[:1] == b"<":
         return "it is an HTML page, not data"
     try:
-        shape = tuple(read_idx(unpacked(content), "it").shape)
-    except EOFError:
-        return f"it is truncated at {len(content):,} bytes"
-    except (OSError, zlib.error):
-        return "its content is corrupt"
+        shape = tuple(read_idx(unpacked(content, "it"), "it").shape)
     except UserError as error:
         return str(error).rstrip(".")
     return f"it holds other data, of shape {shape}"

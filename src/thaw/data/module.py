@@ -26,6 +26,7 @@ from thaw.data.store import decoded_key
 from thaw.run.config import build
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.places import READ, keep_from_downloading, reads
 from thaw.run.targets import import_target
 from thaw.run.trainer_settings import check_interval
 from thaw.run.values import Count, CountOrZero, Seed, check_types
@@ -332,6 +333,17 @@ def load_source(data: DictConfig, changes: Mapping[str, Any]) -> Source:
         OSError: its files are gone or cannot be read.
     """
     change_settings(data, changes)
+    if "dir" not in changes:
+        keep_from_downloading(data)
+    places = [key for key in READ if key.startswith("data.")]
+    root: Any = data._get_root()
+    if named := reads(root, places, [f"data.{key}" for key in changes]):
+        say(f"reading {', '.join(named)}, as the checkpoint says")
+    return read_splits(data)
+
+
+def read_splits(data: DictConfig) -> Source:
+    """The splits of the data module that a block describes; raises as `load_source`."""
     datamodule = build(data)
     if not hasattr(datamodule, "load"):
         raise UserError(
@@ -358,7 +370,7 @@ def second_source(block: Mapping[str, Any], cfg: DictConfig) -> Source:
     known = inspect.signature(import_target(block["_target_"])).parameters
     cfg = cfg.copy()
     cfg.data = {key: value for key, value in block.items() if value is not None or key in known or key == "_target_"}
-    return load_source(cfg.data, {})
+    return read_splits(cfg.data)
 
 
 def change_settings(data: DictConfig, changes: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import re
+import stat
 import warnings
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,10 +14,29 @@ from thaw.run.errors import UserError
 
 PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")  # the only decoders that an untrusted file may reach
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+LARGEST = 100_000_000  # bytes of a file
 MAX_PIXELS = 50_000_000  # of a picture; a small file may claim more
+MAX_SCANS = 100  # of a JPEG, each of which goes over all pixels; cameras and programs write about ten
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # but for those within the data of a scan
+START_OF_SCAN, END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 LEAST_SIDE = 8  # pixels; a smaller picture is doubtful
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # Pillow's warnings of damage lack the file's name; ours have it
+
+
+def picture_content(path: Path) -> bytes:
+    """The bytes of a picture file, which may be of any origin.
+
+    Raises:
+        UserError: it is a pipe or a device, which may never end, or is too large.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file of bytes on a disk; give PNG or JPEG files.")
+    if status.st_size > LARGEST:
+        raise UserError(f"{path} has {status.st_size:,} bytes; at most {LARGEST:,} are read: reduce it.")
+    return path.read_bytes()
 
 
 def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, list[str]]:
@@ -33,6 +54,8 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
         picture.draft("RGB", (side, side))  # reduces a JPEG, of which a phone makes more than MAX_PIXELS
         if picture.width * picture.height > MAX_PIXELS:
             raise Image.DecompressionBombError(picture.width * picture.height)
+        if picture.format in ("JPEG", "MPO") and has_many_scans(content):
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
         picture.load()
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not a {', '.join(PICTURE_FORMATS)} file; convert it to PNG or JPEG.") from error
@@ -48,6 +71,15 @@ def open_picture(content: bytes, name: str, side: int) -> tuple[Image.Image, lis
         if all(value == value for value in picture.getexif().values()):  # a fraction with the denominator 0 is NaN
             return ImageOps.exif_transpose(picture), doubts
     return picture, [*doubts, "its EXIF data are damaged, so it is not turned"]
+
+
+def has_many_scans(content: bytes) -> bool:
+    """Whether a JPEG goes over its pixels more than `MAX_SCANS` times: a few bytes each can take hours."""
+    place, scans = 2, 0
+    while scans <= MAX_SCANS and (marker := JPEG_MARKER.search(content, place)) and marker[0] != END_OF_IMAGE:
+        scans += marker[0] == START_OF_SCAN
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2], "big")
+    return scans > MAX_SCANS
 
 
 def fit_photo(picture: Image.Image, channels: int, size: int) -> np.ndarray:
@@ -74,10 +106,12 @@ def eight_bits(picture: Image.Image) -> Image.Image:
     """
     if picture.mode[0] not in "IF":
         return picture
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64), posinf=0, neginf=0).clip(min=0)
+    values = np.array(picture, dtype=np.float64)  # 0.4 GB of MAX_PIXELS, changed in its place
+    np.nan_to_num(values, copy=False, posinf=0, neginf=0).clip(min=0, out=values)
+    most = values.max()
     ends = (1, 255, 65_535) if picture.mode == "F" else (65_535,)
-    end = next((end for end in ends if values.max() <= end), values.max())
-    return Image.fromarray((values * (255 / end)).round().astype(np.uint8))
+    values *= 255 / next((end for end in ends if most <= end), most)
+    return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
 def shape_doubts(picture: Image.Image) -> list[str]:

@@ -1,8 +1,5 @@
 """Reads a user's files into images of a model's shape."""
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,11 +7,10 @@ import numpy as np
 from PIL import Image
 
 from thaw.data.digit_image import SIDE, WORKING_SIDE, are_like_mnist, find_digit
-from thaw.data.idx import read_idx
+from thaw.data.idx import read_idx, unpacked
 from thaw.data.pictures import PICTURE_FORMATS, fit_photo, open_picture, shape_doubts
 from thaw.run.errors import UserError
 
-MAX_BYTES = 64_000_000  # of an IDX file once decompressed: MNIST's 70,000 digits take 55 MB
 READABLE = f"{', '.join(PICTURE_FORMATS)} or IDX file"
 
 
@@ -107,15 +103,8 @@ class ImageReader:
 
 
 def unpack(content: bytes, name: str) -> bytes:
-    """Decompress gzip content, to at most `MAX_BYTES`; return other content unchanged."""
-    if content[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(io.BytesIO(content)) as file:
-                content = file.read(MAX_BYTES + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{name} is a damaged gzip file ({error}).") from error
-        if len(content) > MAX_BYTES:
-            raise UserError(f"{name} holds more than {MAX_BYTES:,} bytes; split it.")
+    """The content of a file that gzip may have packed; a UserError if that is damaged, too large or empty."""
+    content = unpacked(content, name)
     if not content:
         raise UserError(f"{name} is empty; give a {READABLE}.")
     return content

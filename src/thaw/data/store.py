@@ -1,10 +1,11 @@
 """A folder of tensors that several processes share, decoded images or cached features: memory-mapped.
 
-An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the facts that the key is a hash of and the
-SHA-256 of the tensor; an entry that does not match its JSON is ignored.
+An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the facts that the key is a hash of, the
+SHA-256 of the tensor and its own; an entry that does not match its JSON is ignored.
 """
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from thaw.run.console import say
+from thaw.run.errors import UserError
 from thaw.run.files import move, read_json, temporary, write_json
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ NUMPY = {  # numpy has no bf16: its bits
     **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
     **{torch.uint8: np.uint8, torch.bfloat16: np.int16},
 }
+HASHED = 2e9  # bytes of decoded images that are hashed
 KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: the decoded images that this process has, and their JSON
 
 
@@ -43,20 +46,19 @@ class TensorStore:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
-    def read(self, key: str, facts: Mapping[str, Any], whole: bool = True) -> Tensor | None:
+    def read(self, key: str, facts: Mapping[str, Any]) -> Tensor | None:
         """The tensor of an entry, mapped copy-on-write; None where it is missing or damaged, which is logged.
 
-        `whole` compares its numbers with their SHA-256, at 1 GB/s or more. Without it only facts, type, shape and size
-        are compared: decoded images may fill hundreds of GB, and a damaged pixel does less harm than waiting for that.
+        Its numbers are compared with their SHA-256, at 1 GB/s or more, if `commit` has stored that.
         """
         path = self.path(key)
         record = path.with_suffix(".json")
         try:
-            saved = read_json(record)
+            saved = self.record(key)
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             tensor = torch.from_numpy(array).view(getattr(torch, saved["dtype"]))
             damage = saved["facts"] != facts or saved["shape"] != list(tensor.shape)
-            damage = damage or (whole and saved["sha256"] != tensors_sha256({key: tensor}))
+            damage = damage or ("sha256" in saved and saved["sha256"] != tensors_sha256({key: tensor}))
         except FileNotFoundError:
             return None
         except Exception:  # damaged files fail in any way
@@ -104,16 +106,26 @@ class TensorStore:
     def commit(
         self, key: str, facts: Mapping[str, Any], tensor: Tensor, known: Mapping[str, Any] | None = None
     ) -> None:
-        """Make the filled tensor of `create` the entry; what is `known` of it stands in its JSON, e.g. its SHA-256."""
+        """Make the filled tensor of `create` the entry.
+
+        Decoded images, of which something is `known` that then stands in the JSON, get a SHA-256 up to `HASHED` bytes:
+        they may fill hundreds of GB, and a damaged pixel does less harm than waiting for that.
+        """
         path = self.path(key)
-        record = {
-            "facts": facts,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
-            **(known or {"sha256": tensors_sha256({key: tensor})}),
-        }
+        record = {"facts": facts, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        if known is None or tensor.nbytes <= HASHED:
+            record["sha256"] = tensors_sha256({key: tensor})
+        record |= known or {}
         move(self.part, path)
-        write_json(record, path.with_suffix(".json"))
+        write_json({**record, "record_sha256": json_sha256(record)}, path.with_suffix(".json"))
+
+    def record(self, key: str) -> dict[str, Any]:
+        """The JSON of an entry; UserError if it is damaged."""
+        path = self.path(key).with_suffix(".json")
+        saved = read_json(path)
+        if saved.pop("record_sha256", None) != json_sha256(saved):
+            raise UserError(f"{path} is damaged; remove it to compute {key} again.")
+        return saved
 
     def make_room(self, size: int, key: str) -> None:
         """Remove the least recently used entries until a new one of `size` bytes fits the limit."""
@@ -135,6 +147,10 @@ def size_and_time(path: Path) -> tuple[int, float]:
         return path.stat().st_size, path.stat().st_mtime
     except FileNotFoundError:
         return 0, 0.0
+
+
+def json_sha256(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def decoded_key(tensor: Tensor) -> str | None:

@@ -17,6 +17,7 @@ from thaw.data.arrays import to_images, to_labels
 from thaw.data.decode import DecodedData
 from thaw.data.images import Images, Source
 from thaw.data.mnist import OFFICIAL
+from thaw.data.pictures import picture_content
 from thaw.data.splits import SPLIT_WORDS, ListedFile, split_images
 from thaw.run.errors import UnreachableError, UserError, UserFileError
 from thaw.run.suggestions import did_you_mean, nearest_word
@@ -51,6 +52,10 @@ class TorchvisionData(DecodedData):
         if not (isinstance(known, type) and issubclass(known, VisionDataset)):
             near = did_you_mean(nearest_word(self.name, torchvision.datasets.__all__))
             raise UserError(f"data.name={self.name} is not one of torchvision's datasets, such as CIFAR10{near}")
+        if wrong := sorted({"root", "download", "loader"} & self.options.keys()):
+            raise UserError(
+                f"data.options.{wrong[0]} is not set there; the folder is data.dir, and data.download fetches."
+            )
         datasets = self.open_splits(known)
         title = " ".join([self.name, *(value for value in self.options.values() if isinstance(value, str))])
         classes = class_names_of(datasets["train"])
@@ -68,7 +73,7 @@ class TorchvisionData(DecodedData):
         def content(number: int) -> bytes:
             picture = whole[number][0]
             if isinstance(picture, Path):
-                return picture.read_bytes()
+                return picture_content(picture)
             picture.save(buffer := io.BytesIO(), "TIFF")
             return buffer.getvalue()
 
@@ -111,8 +116,10 @@ class TorchvisionData(DecodedData):
                 return known(**settings | {"download": True})
         except TypeError as error:
             raise UserError(f"data.name={self.name}: {error}; data.options gives its arguments.") from error
-        except (OSError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0].partition(" You can use")[0].rstrip(".")
+        except Exception as error:  # damaged files fail in any way
+            if isinstance(error, ValueError) and "Unknown value" in str(error):
+                raise  # of a split
+            reason = str(error).partition("\n")[0].partition(" You can use")[0].rstrip(".") or type(error).__name__
             place = getattr(known, "url", "its files")
             again = "run this again" if missing is UnreachableError else "set data.download=true"
             raise missing(

@@ -18,7 +18,7 @@ from thaw.evaluation.predictions import WRONG_IMAGES
 from thaw.pages.html import write_page
 from thaw.run.errors import UserError
 from thaw.run.files import write_json
-from thaw.run.loggers import add_to_summary, finish, log_image, wandb_run
+from thaw.run.loggers import add_to_summary, finish, log_image, log_page
 from thaw.run.record import time_now, typed_command
 
 
@@ -100,7 +100,6 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
     if not (Path(cfg.run_dir) / "config.yaml").is_file():  # the checkpoint was taken out of its run
         cfg.run_dir = str(page.parent)
     loggers = loggers_of(checkpoint, cfg)
-    run = wandb_run(loggers)
     if not loggers:
         return
 
@@ -113,9 +112,6 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
         add_to_summary(loggers, numbers)
         for path in [*(path for _, path in assessment.pictures), page.parent / "robustness.png"]:
             log_image(loggers, f"report/{path.stem}", path)
-        if run is not None:
-            import wandb
-
-            run.log({"report/page": wandb.Html(str(page), inject=False)})
+        log_page(loggers, page)
     finally:
         finish(loggers)

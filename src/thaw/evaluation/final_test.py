@@ -10,6 +10,7 @@ from torch import Tensor
 from thaw.data.module import Batch
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.run.errors import UserError
+from thaw.run.files import dispensable
 from thaw.run.loggers import log_image
 from thaw.run.ranks import from_all_ranks
 from thaw.task import is_single_label
@@ -54,6 +55,7 @@ class FinalTest(Callback):
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures
 
         source, reader = trainer.datamodule.load(), getattr(trainer.datamodule, "reader", "photo")
-        draw_errors(source, logits, indices, reader, self.folder)
-        for picture in ("confusion_matrix", "worst_images"):
-            log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")
+        with dispensable():
+            draw_errors(source, logits, indices, reader, self.folder)
+            for picture in ("confusion_matrix", "worst_images"):
+                log_image(trainer.loggers, f"test/{picture}", self.folder / f"{picture}.png")

@@ -39,16 +39,16 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 
 
 def draw_errors(source: Source, logits: Tensor, indices: Tensor, reader: str, folder: Path) -> None:
-    """Write `confusion_matrix.png`, `worst_images.png`, `predictions.csv` and `wrong_images.csv` into a folder.
+    """Write `predictions.csv`, `wrong_images.csv`, `confusion_matrix.png` and `worst_images.png` into a folder.
 
     `indices` (N,) are the images' places in the test split, `reader` is as in `on_paper`.
     """
     classes, labels = source.classes, source.test.labels[indices]
+    write_predictions(indices, logits, labels, classes, source.files, folder)
     save_confusion_matrix(labels, logits.argmax(dim=1), classes, folder / "confusion_matrix.png")
     worst = highest_losses(logits, labels, MOST_EXAMPLES)
     shown = (on_paper(source.test.images[indices[worst]], reader), logits[worst], labels[worst], indices[worst])
     save_images(*shown, classes, "Highest loss first", folder / "worst_images.png")
-    write_predictions(indices, logits, labels, classes, source.files, folder)
 
 
 def save_confusion_matrix(labels: Tensor, predictions: Tensor, classes: Sequence[str], path: Path) -> None:

@@ -15,6 +15,7 @@ from thaw.run import checkpoint as checkpoints
 from thaw.run.command_line import override_key
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.places import READ, keep_from_downloading, reads
 from thaw.run.targets import targets
 
 
@@ -31,6 +32,12 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     pretrained = (Path(cfg.ckpt).expanduser() / "backbone.safetensors").is_file()  # whose validation chooses nothing
     path = checkpoints.find_checkpoint(cfg.ckpt, "last.ckpt" if pretrained else "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
+    with checkpoints.understood(path, checkpoint["git_commit"]):
+        return take_backbone(cfg, path, checkpoint, typed)
+
+
+def take_backbone(cfg: DictConfig, path: Path, checkpoint: dict[str, Any], typed: Sequence[str]) -> Any:
+    """What `checkpoint_backbone` returns, of a checkpoint that is read."""
     say(checkpoints.origin(checkpoint))
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]
@@ -47,6 +54,10 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
         cfg.data = saved.data
         keys = [key.removeprefix("data.") for key in typed if key.startswith("data.")]
         change_settings(cfg.data, {key: OmegaConf.select(data, key) for key in keys})
+        if "dir" not in keys:
+            keep_from_downloading(cfg.data)
+        if named := reads(saved, READ if refers else READ[1:], typed):
+            say(f"reading {', '.join(named)}, as {path} says")
     cfg.backbone, cfg.ckpt = saved.backbone, str(path)
     return model.backbone
 

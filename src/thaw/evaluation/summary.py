@@ -99,8 +99,8 @@ def write_summary(cfg: DictConfig, trainer: Any, results: Mapping[str, Any], sec
         "run_dir": cfg.run_dir,
     }
     add_to_summary(trainer.loggers, {key: facts[key] for key in LOGGED if key in facts})
-    write_json(facts, Path(cfg.run_dir) / "summary.json")
     say_summary(facts, where_to_look(trainer.loggers))
+    write_json(facts, Path(cfg.run_dir) / "summary.json")  # on a full disk the numbers have been told
 
 
 def count_parameters(module: nn.Module, epochs: int | None = None) -> dict[str, int]:

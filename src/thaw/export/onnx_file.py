@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from thaw.predict.onnx_model import MISSING
+from thaw.predict.onnx_model import MISSING, SEAL, seal_onnx
 from thaw.run.errors import UserError
 
 OPSET = 20  # onnxruntime reads it since 1.17
@@ -66,11 +66,11 @@ def to_onnx(program: ExportedProgram, name: str) -> Any:
 
 
 def save_onnx(model: Any, facts: Mapping[str, Any], path: Path) -> None:
-    """Write one file, with the facts as its metadata, each value in JSON."""
+    """Write one file, with the facts and a checksum as its metadata, each value in JSON."""
     import onnx
 
-    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
-    onnx.save(model, path)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in {**facts, SEAL: "0" * 64}.items()})
+    path.write_bytes(seal_onnx(model.SerializeToString()))
 
 
 def to_int8(model: Any) -> tuple[Any, dict[str, int]]:

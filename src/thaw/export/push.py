@@ -5,7 +5,7 @@ from pathlib import Path
 
 from thaw.run.errors import UnreachableError, UserError
 
-MAKE_TOKEN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface.co/settings/tokens"
+HOW_TO_LOG_IN = "run `hf auth login`, or set HF_TOKEN to one of https://huggingface.co/settings/tokens"
 
 
 def check_push(repository: str) -> None:
@@ -15,7 +15,7 @@ def check_push(repository: str) -> None:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"push={repository!r} must be <user>/<name>, e.g. push=ada/mnist-vit.")
     if get_token() is None:
-        raise UserError(f"push={repository} needs a token of the Hugging Face hub, and there is none: {MAKE_TOKEN}.")
+        raise UserError(f"push={repository} needs a token of the Hugging Face hub, and there is none: {HOW_TO_LOG_IN}.")
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -38,7 +38,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"push={repository}: the hub refuses ({reason}). {later}, with a token that may write there: {MAKE_TOKEN}."
+            f"push={repository}: the hub refuses ({reason}). {later}, with a token that may write: {HOW_TO_LOG_IN}."
         ) from error
     except Exception as error:  # the client raises a dozen unrelated classes for a failed connection
         reason = next(iter(str(error).strip().splitlines()), "no message")

@@ -22,7 +22,7 @@ from thaw.run.console import progress, say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
 
-FORMAT = 3  # part of every key
+FORMAT = 4  # part of every key
 TOKENS = {"cpu": 2048, "cuda": 131072, "mps": 16384}  # computed at once; more of them leave a CPU's caches
 VERIFIED: dict[str, Tensor] = {}  # by key: what this process has in memory for the next job of a sweep
 
@@ -156,11 +156,12 @@ class FeatureCache:
 
     def give_up_folder(self, error: OSError) -> None:
         """An error in mode `disk`, a line in mode `auto`."""
+        reason = error.strerror or error
         if self.mode == "disk":
             raise UserFileError(
-                f"cache.dir={self.store.folder} cannot be used: {error}. Set another cache.dir."
+                f"cache.dir={self.store.folder} cannot be used ({reason}). Set another cache.dir, or cache.mode=auto."
             ) from error
-        say(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({error})")
+        say(f"cache: in memory, as cache.dir={self.store.folder} cannot be used ({reason})")
 
 
 def compute_all(

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from thaw.freezing.added import added_names, merge_added, plain_name
 from thaw.run.checkpoint import load_model, origin, read_checkpoint
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.jobs import is_first_rank
+from thaw.run.places import reads
 
 
 def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
@@ -23,6 +26,10 @@ def start_from(model: Any, path: Path, allow: Sequence[str]) -> str:
     checkpoint = read_checkpoint(path, allow)
     if is_first_rank():
         say(origin(checkpoint))
+        if "frozen" in checkpoint and (
+            named := reads(OmegaConf.create(checkpoint["config"]), ["backbone.weights"], [])
+        ):
+            say(f"reading {named[0]}, as {path} says")
     source = load_model(checkpoint)
     merge_added(source)
     theirs, own, added = source.state_dict(), model.state_dict(), set(added_names(model))

@@ -1,6 +1,7 @@
 """Vision backbones from timm, images (B, C, S, S) -> features (B, D). The only file that imports timm."""
 
 import difflib
+import inspect
 import math
 import os
 import shutil
@@ -190,6 +191,12 @@ def create(name: str, image_size: int, channels: int, arguments: dict[str, Any],
     """Build a timm model with random weights; without classifier for 0 classes."""
     if not timm.is_model(name):
         raise UserError(f"backbone.name={name!r} is not a timm model; similar names: {similar_names(name)}.")
+    own = inspect.signature(timm.create_model).parameters.keys() - {"kwargs"}  # files of weights, and tricks of export
+    if wrong := sorted(own & arguments.keys()):
+        raise UserError(
+            f"backbone.arguments.{wrong[0]} is not an argument of the model {name} itself; weights are set by "
+            "backbone.weights alone."
+        )
     architecture, _, tag = name.partition(".")
     try:
         stated = timm.get_pretrained_cfg(name)

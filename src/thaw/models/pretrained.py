@@ -1,5 +1,6 @@
 """Files of pretrained weights: finding, reading and checking them. Nothing here knows timm."""
 
+import zipfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thaw.run.claims import check_torch_zip
 from thaw.run.config import BUNDLED_NAME
 from thaw.run.console import say, some
 from thaw.run.errors import UnreachableError, UserError
 
 BUNDLED = Path(str(files("thaw.models"))) / "weights" / f"{BUNDLED_NAME}.safetensors"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HUB_TIMEOUT = 5.0  # seconds without an answer from the hub
 
 
@@ -64,6 +67,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if zipfile.is_zipfile(path):  # older versions of torch wrote a pickle
+            check_torch_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has its own exceptions for other files
         raise UserError(
@@ -79,14 +84,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless a file's tensors have exactly the names and shapes of the model `name`, and are finite."""
+    """Raise UserError unless a file's tensors are finite and have exactly the names and shapes of the model `name`."""
+    common = wanted.keys() & state.keys()
+    fitting = {key for key in common if state[key].shape == wanted[key].shape}
     problems = [
         *(f"missing {key}" for key in wanted.keys() - state.keys()),
         *(f"unexpected {key}" for key in state.keys() - wanted.keys()),
+        *(f"{key} is {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}" for key in common - fitting),
         *(
-            f"{key} is {tuple(state[key].shape)}, the model has {tuple(wanted[key].shape)}"
-            for key in wanted.keys() & state.keys()
-            if state[key].shape != wanted[key].shape
+            f"{key} is {state[key].dtype}, the model has {wanted[key].dtype}"
+            for key in fitting
+            if state[key].dtype not in (FLOATS if wanted[key].is_floating_point() else [wanted[key].dtype])
+        ),
+        *(
+            f"{key} holds NaN or infinity"
+            for key in fitting
+            if state[key].dtype in FLOATS and not state[key].isfinite().all()
         ),
     ]
     if problems:
@@ -95,7 +108,7 @@ def check_fit(path: Path, name: str, state: Mapping[str, Tensor], wanted: Mappin
             f"backbone.weights={path} does not fit backbone.name={name} ({len(problems)} differences: {shown}). "
             "Choose the backbone that the weights were made for, or other weights."
         )
-    if broken := [key for key in sorted(state) if not state[key].isfinite().all()]:
+    if broken := [key for key in sorted(state) if not state[key].float().isfinite().all()]:
         raise UserError(
             f"backbone.weights={path} holds numbers that are not finite in {some(broken, most=3)}: their training has "
             "diverged, or the file is damaged. Choose other weights."

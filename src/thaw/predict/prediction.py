@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from thaw.data.pictures import PICTURE_FORMATS
+from thaw.data.pictures import LARGEST, PICTURE_FORMATS
 from thaw.data.readers import ImageReader, Reading
 from thaw.predict.predictor import ImageModel
 from thaw.run.console import ESCAPES, results
@@ -27,7 +27,6 @@ SUFFIXES = (
     *(".pbm", ".pgm", ".ppm", ".pnm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".xcf"),
     *(".idx", "-ubyte", ".gz"),
 )
-LARGEST = 100_000_000  # bytes of a file
 COLUMNS, LAST_COLUMNS = ("file", "index", "class", "confidence"), ("error", "warning")  # the probabilities lie between
 NOT_FINITE = "The model's probabilities are not finite: its weights are damaged; use another checkpoint."
 
@@ -60,7 +59,8 @@ def find_files(inputs: Iterable[str]) -> tuple[list[Path], list[str]]:
         if os.path.isdir(path):  # noqa: PTH112, Path.is_dir raises an error for a text longer than a name can be
             below = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
             seen = [file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts)]
-            inside = [file for file in seen if file.name.lower().endswith(SUFFIXES) or begins_as_picture(file)]
+            plain = [file for file in seen if file.is_file() or not file.exists()]  # a pipe may never end
+            inside = [file for file in plain if file.name.lower().endswith(SUFFIXES) or begins_as_picture(file)]
             others = sorted({*seen} - {*inside})
             counts = [f"{len(below) - len(seen):,} hidden"] if len(below) > len(seen) else []
             counts += [f"{len(others):,} that are not pictures ({first_names(others)})"] if others else []
@@ -106,9 +106,11 @@ def read_file(path: Path, reader: ImageReader) -> Iterator[Read]:
     """The images of one file, or an error in their place where it cannot be read."""
     name = printable(path)
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(f"{name} has {path.stat().st_size:,} bytes; at most {LARGEST:,} are read: split it.")
-        for index, reading in enumerate(reader.file(path.read_bytes(), name)):
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UserError(f"{name} has more than {LARGEST:,} bytes; split it.")
+        for index, reading in enumerate(reader.file(content, name)):
             yield Read(name, index, reading)
     except (ValueError, OSError) as error:
         yield Read(name, 0, Reading(None, printable(error)))

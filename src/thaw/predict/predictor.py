@@ -23,16 +23,18 @@ from thaw.run import checkpoint as checkpoints
 from thaw.run.config import backbone_name, check_devices, settle
 from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
+from thaw.run.places import reads
 
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]  # which a terminal may show
 Side = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 
 
 class ImageRecord(BaseModel):
     """What a file says of the images that its model was trained on."""
 
-    name: str  # of the data set
+    name: Label  # of the data set
     origin: str
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[Label], Field(min_length=1)]
     shape: tuple[Literal[1, 3], Side, Side]  # (C, H, W)
     reader: Literal["digit", "photo"]  # see thaw.data.readers.ImageReader
 
@@ -195,28 +197,34 @@ def load_predictor(
     quiet_libraries()
     path = checkpoints.find_checkpoint(ckpt, "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, allow)
-    say(checkpoints.origin(checkpoint), stderr=stderr)
-    if weights:
-        checkpoint["config"]["backbone"]["weights"] = weights
-    cfg = OmegaConf.create(checkpoint["config"])
-    if accelerator:
-        check_devices(OmegaConf.create({"accelerator": accelerator, "devices": 1}))
-    device = Fabric(accelerator=accelerator or "auto", devices=1).device.type
-    trained_on = {"gpu": "cuda", "auto": device}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
-    cfg.trainer.accelerator = {"cuda": "gpu"}.get(device, device)
-    cfg.trainer.devices = 1
-    cfg.trainer.precision = precision or (cfg.trainer.precision if device == trained_on else "auto")
-    settle(cfg)
-    model = checkpoints.load_model(checkpoint)
-    if not isinstance(model, Classifier):
-        raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
-    data = checked_record(data_record(checkpoint, model.num_classes), path)
+    with checkpoints.understood(path, checkpoint["git_commit"]):
+        say(checkpoints.origin(checkpoint), stderr=stderr)
+        if weights:
+            checkpoint["config"]["backbone"]["weights"] = weights
+        cfg = OmegaConf.create(checkpoint["config"])
+        named = reads(cfg, ["backbone.weights"], []) if "frozen" in checkpoint and not weights else []
+        if named:
+            say(f"reading {named[0]}, as the checkpoint says", stderr=stderr)
+        if accelerator:
+            check_devices(OmegaConf.create({"accelerator": accelerator, "devices": 1}))
+        device = Fabric(accelerator=accelerator or "auto", devices=1).device.type
+        trained_on = {"gpu": "cuda", "auto": device}.get(cfg.trainer.accelerator, cfg.trainer.accelerator)
+        cfg.trainer.accelerator = {"cuda": "gpu"}.get(device, device)
+        cfg.trainer.devices = 1
+        cfg.trainer.precision = precision or (cfg.trainer.precision if device == trained_on else "auto")
+        settle(cfg)
+        model = checkpoints.load_model(checkpoint)
+        if not isinstance(model, Classifier):
+            raise UserError(checkpoints.pretraining_hint(checkpoints.run_folder(path)))
+        record = data_record(checkpoint, model.num_classes)
+    data = checked_record(record, path)
     if len(data["classes"]) != model.num_classes:
         raise UserError(
             f"{path} names {len(data['classes'])} classes, but its model has {model.num_classes}; "
             "give a checkpoint that train.py wrote."
         )
-    return Predictor(model, cfg, path, checkpoint["git_commit"], data)
+    with checkpoints.understood(path, checkpoint["git_commit"]):
+        return Predictor(model, cfg, path, checkpoint["git_commit"], data)
 
 
 def data_record(checkpoint: Mapping[str, Any], num_classes: int) -> dict[str, Any]:

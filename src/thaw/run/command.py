@@ -22,10 +22,10 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from thaw.run.command_line import quote_path
-from thaw.run.console import lenient
+from thaw.run.command_line import check_secrets, override_key, quote_path
+from thaw.run.console import harmless, lenient
 from thaw.run.errors import UserError
-from thaw.run.files import FULL
+from thaw.run.files import DISK, unwritten
 from thaw.run.migrations import CONFIGS
 from thaw.run.ranks import drop_stray_ranks, end_with_parent
 
@@ -67,6 +67,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             with clear_errors():
                 if {"--help", "-h"} & set(sys.argv):
                     return print_help(compose_and_run, config_name)
+                check_secrets({override_key(argument): argument for argument in sys.argv[1:]})
                 check_options(config_name)
                 return compose_and_run()
 
@@ -98,7 +99,7 @@ def shown_errors(known: tuple[type[Exception], ...] = SETTING_ERRORS) -> Iterato
     except Exception as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
-        print(f"\n{show(error, known)}", file=sys.stderr)
+        print(f"\n{harmless(show(error, known))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -113,7 +114,7 @@ def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRO
     """
     cause = cause_of(error)
     is_slip = isinstance(cause, ConfigAttributeError | ConfigKeyError)  # in code that reads a configuration
-    if (isinstance(cause, known) and not is_slip) or is_misfit(error) or is_refused(error):
+    if (isinstance(cause, known) and not is_slip) or is_misfit(error) or is_refused(error) or is_of_disk(cause):
         return f"error: {explain(error)}"
     trace = traceback.TracebackException.from_exception(cause)
     lines = trace.format() if shorten(trace) else [f"error: {explain(error)}\n"]
@@ -121,10 +122,17 @@ def show(error: BaseException, known: tuple[type[Exception], ...] = SETTING_ERRO
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The exception in a constructor that Hydra has wrapped into its own."""
-    while isinstance(error, InstantiationException) and error.__cause__ is not None:
-        error = error.__cause__
+    """The exception in a constructor that Hydra has wrapped into its own, or in a log file that logging has."""
+    while (inner := error.__cause__) and (isinstance(error, InstantiationException) or is_of_disk(inner)):
+        if isinstance(error, UserError):  # which says what to do
+            break
+        error = inner
     return error
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether a disk is full, cannot be written by this user, or fails."""
+    return isinstance(error, OSError) and error.errno in DISK
 
 
 def is_misfit(error: BaseException) -> bool:
@@ -162,8 +170,8 @@ def shorten(trace: traceback.TracebackException) -> bool:
 def explain(error: BaseException) -> str:
     """The message of an error, with what was allowed where it is about a setting."""
     cause = cause_of(error)
-    if isinstance(cause, OSError) and cause.errno in FULL and cause.filename is None:  # Hydra's own first files
-        return f"hydra.run.dir cannot be written ({cause.strerror}). Free some space, or choose another hydra.run.dir."
+    if isinstance(cause, OSError) and is_of_disk(cause):
+        return str(unwritten(str(cause.filename or "a file in hydra.run.dir"), cause))
     if isinstance(cause, ConfigCompositionException | OverrideParseException):
         from thaw.run.suggestions import explain_composition
 
@@ -181,6 +189,7 @@ def explain(error: BaseException) -> str:
 
 def check_command(cfg: DictConfig) -> None:
     """Refuse what is wrong at a glance, before anything heavy is imported."""
+    from thaw.run.targets import config_leaves
     from thaw.run.values import check_command_settings
 
     program = Path(sys.argv[0]).name
@@ -189,6 +198,7 @@ def check_command(cfg: DictConfig) -> None:
         step = f": the checkpoint of a model. Give {allowed}: python {program} ckpt=last\n{TRAIN_FIRST}"
         raise UserError(f"{key} is missing" + (step if key == "ckpt" else f"; add {key}=<value>."))
     check_command_settings(cfg)
+    check_secrets({key: str(value) for key, value in config_leaves(OmegaConf.to_container(cfg), "")})
     for key in ("ckpt", "resume", "start_from"):
         given = cfg.get(key)
         for ckpt in given if OmegaConf.is_list(given) else [given]:

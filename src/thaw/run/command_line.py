@@ -1,11 +1,18 @@
 """Settings between the shell and Hydra: paths as they are typed, and settings that can be pasted."""
 
+import os
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from thaw.run.errors import UserError
+
 PLAIN = r"[A-Za-z0-9_.@%+-]*/[A-Za-z0-9_./@%+-]*"  # a path that Hydra takes as it stands
+
+LOGIN = r"://[^/@\s]*:[^/@\s]+@"  # of a URL, with its user
+CONFIDENTIAL = r"(API_KEY|ACCESS_KEY|TOKEN|PASSWORD|SECRET)$"  # of names of environment variables
 
 
 def quoted(value: Any) -> str:
@@ -34,6 +41,28 @@ def quote_path(argument: str) -> str:
     if not exists or re.fullmatch(r"[\w./%+@:-]*", value, re.ASCII):  # a number stays one
         return argument
     return f"{key}={quoted(value)}"
+
+
+def check_secrets(values: Mapping[str, str]) -> None:
+    """Refuse passwords and tokens among settings, by their keys: a run's files, checkpoints and logs keep its settings.
+
+    Raises:
+        UserError: a URL has a password, or a value holds that of an environment variable such as HF_TOKEN.
+    """
+    secret = {name: value for name, value in os.environ.items() if re.search(CONFIDENTIAL, name) and len(value) >= 8}
+    for key, value in values.items():
+        variable = next((name for name in secret if secret[name] in value or f"oc.env:{name}" in value), None)
+        if variable or re.search(LOGIN, value):
+            kind = f"the value of {variable}" if variable else "a URL with a password"
+            raise UserError(
+                f"{key} holds {kind}, which the run's files and logs would keep. Leave it out: programs find passwords "
+                "and tokens in environment variables, such as MLFLOW_TRACKING_PASSWORD, or in ~/.netrc."
+            )
+
+
+def shown_error(error: BaseException) -> str:
+    """An error of a library as one line without passwords: it may name the URL of a server that the environment has."""
+    return re.sub(LOGIN, "://", " ".join(str(error).split()))
 
 
 def override_key(override: str) -> str:

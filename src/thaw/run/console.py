@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -17,11 +18,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
+from rich.segment import Segment
 
 from thaw.run.files import write_errors
+
+log = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0  # between two lines about the progress of a task, where there is no terminal
 FRAME_SECONDS = 0.1  # at least between two updates of a bar
@@ -60,13 +64,29 @@ def redraws(out: Console) -> bool:
     return out.is_terminal and not out.is_dumb_terminal
 
 
+def harmless(text: str) -> str:
+    """Text in which control characters, which a terminal would obey, are shown as `\\x1b`."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: RenderableType = "", style: str | None = None, stderr: bool = False) -> None:
     """Print a line, above any open bar. The terminal wraps long ones, so that a path can be copied."""
     if LogLines.brief and not stderr:
         for line in as_text(text).splitlines():
             logging.getLogger("thaw").info(line)
     else:
-        console(stderr).print(text, style=style)
+        console(stderr).print(harmless(text) if isinstance(text, str) else text, style=style)
+
+
+class Shown:
+    """A table or a panel without control characters in its cells."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for part in console.render(self.content, options):
+            yield part if part.control else Segment(harmless(part.text), part.style)
 
 
 def say_fitted(content: RenderableType) -> None:
@@ -74,13 +94,13 @@ def say_fitted(content: RenderableType) -> None:
     if LogLines.brief or not console().is_terminal:
         say(as_text(content))
     else:
-        console().print(content, soft_wrap=False)
+        console().print(Shown(content), soft_wrap=False)
 
 
 def as_text(content: RenderableType) -> str:
     """What `say_fitted` prints in a file."""
     file = io.StringIO()
-    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(content)
+    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(Shown(content))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
@@ -149,7 +169,7 @@ class Bar:
 
     def show(self, title: str, share: float, facts: str) -> None:
         """Draw a frame or print a line, if that is due; `share` of the task is done, from 0 to 1."""
-        now, out = time.monotonic(), console(self.stderr)
+        now, out, title = time.monotonic(), console(self.stderr), harmless(title)
         if self.began is None:
             self.began, self.drawn = (now, share), 0.0 if redraws(out) else now
         if now - self.drawn <= (FRAME_SECONDS if redraws(out) else self.seconds):
@@ -193,7 +213,15 @@ class LogLines(logging.Handler):
         if warns or not self.brief:
             style = {logging.WARNING: "yellow", logging.ERROR: "red"}.get(record.levelno)
             level = f"{record.levelname.lower()}: " if warns else ""
-            console(self.stderr).print(level + self.format(record), style=style)
+            console(self.stderr).print(harmless(level + self.format(record)), style=style)
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose failed writes are ignored, as `Stream` does: logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class Stream(io.FileIO):
@@ -255,6 +283,12 @@ def results() -> Iterator[TextIO]:
             yield exact
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+@cache
+def warn_once(line: str) -> None:
+    """Log a warning once in this process, however often a file is read or a job of a sweep starts."""
+    log.warning(line)
 
 
 def quiet_libraries() -> None:

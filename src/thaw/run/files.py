@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -11,10 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from thaw.run.errors import UserError, UserFileError
 
+log = logging.getLogger(__name__)
+
 SUFFIX = ".thaw.part"
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain values alone; libyaml's is ten times as fast
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)  # no fault of a program
 
 
 @contextmanager
@@ -66,13 +73,20 @@ def write_json(facts: Mapping[str, Any], path: Path) -> None:
     write_text(json.dumps(facts, indent=2) + "\n", path)
 
 
+def without_aliases(text: str) -> str:
+    """YAML without aliases, which could let a short text stand for billions of values; else a UserError."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, SafeLoader)):
+        raise UserError("it has aliases (*name), which files of runs do not have")
+    return text
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote; UserError if it is not a JSON object."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict):
             raise UserError("no object")
-    except ValueError as error:  # bytes that are not UTF-8, too
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, too
         raise UserError(f"{path} is damaged ({error}); remove it to run that again.") from error
     return facts
 
@@ -86,11 +100,30 @@ def write_errors(path: Path) -> Iterator[None]:
         place = str(error.filename or path)
         if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
+        if path.name.endswith(SUFFIX):
+            raise  # the `atomic` around this one names the finished file
         shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
-        step = "Free some space, or choose" if error.errno in FULL else "Choose"
-        raise UserFileError(
-            f"{shown} cannot be written ({os.strerror(error.errno)}). {step} another folder."
-        ) from error
+        raise unwritten(str(shown), error) from error
+
+
+def unwritten(place: str, error: OSError) -> UserFileError:
+    """The error of a failed write as a user reads it; its `strerror` is the reason alone."""
+    reason = os.strerror(error.errno or 0)
+    if isinstance(error, FileExistsError | NotADirectoryError):  # of a file, or a link that leads nowhere
+        reason = f"{error.filename} is not a folder"
+    step = "Free some space, or choose" if error.errno in FULL else "Choose"
+    failure = UserFileError(f"{place} cannot be written ({reason}). {step} another folder.")
+    failure.strerror = reason
+    return failure
+
+
+@contextmanager
+def dispensable() -> Iterator[None]:
+    """What a run can do without, such as a picture: where it cannot be written, that is a warning."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s The run goes on without it.", error)
 
 
 @contextmanager

@@ -4,12 +4,14 @@ import logging
 import os
 import platform
 import signal
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
@@ -21,8 +23,8 @@ from thaw.run.command import explain, show
 from thaw.run.command_line import setting
 from thaw.run.config import plain
 from thaw.run.console import brief, lenient, say
-from thaw.run.errors import LostProcessError, RunPrunedError, UserError
-from thaw.run.files import read_json, write_json, write_text
+from thaw.run.errors import LostProcessError, RunPrunedError, UserError, is_interruption
+from thaw.run.files import read_json, write_errors, write_json, write_text
 from thaw.run.folders import LOCK, is_locked, job_key
 from thaw.run.targets import targets
 
@@ -142,31 +144,44 @@ def refuse_chdir(hydra: DictConfig | HydraConf) -> None:
 def interruptible(run_dir: Path) -> Iterator[None]:
     """Raise KeyboardInterrupt at Ctrl-C, and say how to resume the run unless the sweep around it does.
 
-    Lightning would exit with status 1 and ignore Ctrl-C from then on.
+    Lightning would exit with status 1 and ignore Ctrl-C from then on. Afterwards signals have the handlers of before.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1, SIGUSR2)}
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as leaving:
-        by_lightning = (
-            isinstance(leaving.__context__, KeyboardInterrupt) or type(leaving).__name__ == "SIGTERMException"
-        )
-        if isinstance(leaving, SystemExit) and not by_lightning:
+        if not is_interruption(leaving):
             raise
-        signal.signal(signal.SIGINT, before)
-        if is_first_rank() and not is_sweep_job():
-            say(f"\nTo resume: python train.py {setting('resume', os.path.relpath(run_dir))}")
+        restore_handlers(before)
+        say_resume(run_dir)
         raise KeyboardInterrupt from None
+    except OSError:  # such as a full disk
+        if (run_dir / LAST_CHECKPOINT).is_file():
+            say_resume(run_dir)
+        raise
+    finally:
+        restore_handlers(before)
+
+
+def restore_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # only that one may set handlers
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def say_resume(run_dir: Path) -> None:
+    if is_first_rank() and not is_sweep_job():
+        say(f"\nTo resume: python train.py {setting('resume', os.path.relpath(run_dir))}")
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C, where jobs run in other processes, or Lightning's test would ignore it."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(SIGTERM, before)
 
 
 @contextmanager
@@ -178,7 +193,8 @@ def claimed(run_dir: Path, key: str) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / LOCK, timeout=1)  # second: others may just be asking
     try:
-        lock.acquire()
+        with write_errors(run_dir / LOCK):
+            lock.acquire()
     except Timeout as error:
         raise UserError(f"{run_dir} is being written by another process; wait until it ends.") from error
     try:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,49 +19,145 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 from requests.utils import get_netrc_auth
+from wandb.errors import UsageError
 
-from thaw.run.errors import UserError
-from thaw.run.trackers import Tracker
+from thaw.run.command_line import shown_error
+from thaw.run.console import warn_once
+from thaw.run.errors import UserError, is_interruption
+from thaw.run.trackers import Tracker, survives
 
 log = logging.getLogger(__name__)
+wandb_log = log.getChild("wandb")
+wandb_log.setLevel(logging.WARNING)
+wandb_log.addFilter(lambda record: "Timed out finishing" not in record.getMessage())  # `RunWandb.lose` says it
 
-WANDB_TIMEOUT = 3.0  # seconds to connect
-NO_KEY = "no W&B key is configured"
+CONNECT_TIMEOUT = 3.0  # seconds
+START_TIMEOUT = 30.0
+OFFLINE = "W&B runs offline: {}."
+NO_KEY = "no W&B key is configured; `wandb login` stores one"
 LOGIN_HOSTS = ("https://api.wandb.ai",)  # `wandb login` may have stored the key under W&B's older address
 BETTER: dict[str, Callable[..., float]] = {"val/acc": max, "val/loss": min}
 
 
-class RunWandb(WandbLogger):
+class RunWandb(WandbLogger, Tracker):
     """Lightning's W&B logger, except that a run's summary holds the best of each metric in `BETTER`, not the last.
 
     W&B's own way to do that puts `val/acc.max` into the summary, where a table or a W&B sweep looks for `val/acc`.
+    Where W&B fails at the start, the run is logged offline, unless `must_be_online`; later, it goes on without W&B.
     """
+
+    kind = "wandb"
+    must_be_online = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None:
-            try:
-                run = super().experiment
-            except wandb.Error as error:
-                raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
+        if self._experiment is None and not self.lost:
+            self.start()
+        return self._experiment
+
+    def start(self) -> None:
+        try:
+            run = super().experiment
             for name in BETTER:
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
             self.best = {name: run.summary.get(name) for name in BETTER}  # a run that is resumed online has some
             show_in_sweep(Path(run.dir).parent)
-        return self._experiment
+        except UsageError as error:
+            raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
+        except Exception as error:
+            if self.must_be_online:
+                step = "logger.wandb.mode=auto would run offline"
+                raise UserError(f"logger.wandb.mode=online but W&B fails ({shown_error(error)}). {step}.") from error
+            if self._experiment is not None or self._wandb_init["mode"] == "offline":
+                self.lose(error)
+                return
+            warn_once(OFFLINE.format(shown_error(error)))
+            stop_service()
+            self._wandb_init["mode"] = "offline"
+            self.start()
+
+    @property
+    def run_id(self) -> str | None:
+        return str(self._experiment.id) if self._experiment is not None else None
+
+    def next_step(self) -> str:
+        if self._experiment is None:
+            return super().next_step()
+        return f"Upload what it has: wandb sync {shlex.quote(os.path.relpath(Path(self._experiment.dir).parent))}"
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    @survives
+    def log_hyperparams(self, params: Any) -> None:
+        super().log_hyperparams(params)
+
+    @rank_zero_only
+    @survives
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         super().log_metrics(metrics, step)
         for name in BETTER.keys() & metrics.keys():
             before = self.best[name]
             self.best[name] = metrics[name] if before is None else BETTER[name](metrics[name], before)
             self.experiment.summary[name] = self.best[name]
 
+    def add_picture(self, key: str, path: Path) -> None:
+        self.log_metrics({key: [wandb.Image(str(path))]})
+
+    @rank_zero_only
+    @survives
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        self.experiment.summary.update({key: value for key, value in facts.items() if value is not None})
+
+    @rank_zero_only
+    @survives
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if status == "preempted" and self._experiment is not None:
+            self._experiment.mark_preempting()
+            self.end(128 + signal.SIGTERM)
+
+    @rank_zero_only
+    def close(self, failed: bool) -> None:
+        self.end(int(failed))
+        if self.lost:
+            stop_service()
+
+    @survives
+    def end(self, status: int) -> None:
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=status)
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         if checkpoint_callback.monitor is not None:  # last.ckpt was not chosen by a metric
             super().after_save_checkpoint(checkpoint_callback)
+
+
+class RunTensorBoard(TensorBoardLogger, Tracker):
+    """Lightning's TensorBoard logger, except that the run goes on where its file cannot be written."""
+
+    kind = "tensorboard"
+    run_id = None
+
+    def __init__(self, save_dir: str, name: str, version: str, default_hp_metric: bool) -> None:
+        super().__init__(save_dir, name, version, default_hp_metric=default_hp_metric)
+
+    log_metrics = rank_zero_only(survives(TensorBoardLogger.log_metrics))
+    log_hyperparams = rank_zero_only(survives(TensorBoardLogger.log_hyperparams))
+    save = rank_zero_only(survives(TensorBoardLogger.save))
+    finalize = rank_zero_only(survives(TensorBoardLogger.finalize))
+
+    @rank_zero_only
+    @survives
+    def add_picture(self, key: str, path: Path) -> None:
+        from torchvision.io import decode_image
+
+        self.experiment.add_image(key, decode_image(str(path)))
+
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        pass
 
 
 class NoLogger(Logger):
@@ -86,33 +183,43 @@ def wandb_logger(
     save_code: bool,
     run_dir: str,
     id: str | None,
+    finish_timeout: float,
 ) -> Logger:
     """A W&B logger in a mode that is decided before W&B starts; where W&B is disabled, one that does nothing.
 
     Args:
         project, entity, name, tags, job_type: as in `wandb.init`.
         group: None means the folder above the run's: the experiment, or the sweep that the run is a job of.
-        mode: `auto` is WANDB_MODE, or without it online if a key is configured and the server answers.
+        mode: `auto` is WANDB_MODE, or without it online if a key is configured and the server accepts it.
         log_model: keep the best checkpoint as an artifact. Offline only its path is noted, for `wandb sync` to upload.
         save_code: keep the program and a patch with the uncommitted changes of thaw's own checkout.
         run_dir: the run's folder; W&B writes to `<run_dir>/wandb`.
         id: of the W&B run to continue, or None for a new one.
+        finish_timeout: seconds for the last uploads at the end of the run; `wandb sync` uploads what is missing then.
     """
-    if "disabled" in (mode, os.environ.get("WANDB_MODE") if mode == "auto" else None):
+    wanted = os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode
+    if wanted == "disabled":
         return NoLogger()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own crash telemetry
     os.environ.setdefault("WANDB_SILENT", "true")  # the summary says where the run lies
     try:
-        wandb.setup()  # reads both before it prints anything
+        wandb.termsetup(wandb.setup().settings, wandb_log)  # setup() reads both before it prints anything
     except ValidationError as error:
         wrong = [f"WANDB_{str(each['loc'][0]).upper()}={each['input']!r} ({each['msg']})" for each in error.errors()]
         raise UserError(f"W&B refuses the environment: {', '.join(wrong)}. Unset it, or set it as W&B says.") from error
-    reason = None if mode == "offline" else why_offline()
-    if mode == "online" and reason == NO_KEY:
-        raise UserError(f"logger.wandb.mode=online but {reason}; run `wandb login` first, or choose auto or offline.")
-    if mode == "auto" and reason not in (None, NO_KEY):
-        log.warning("W&B runs offline: %s.", reason)
-    return RunWandb(
+    except Exception as error:
+        if mode == "online":
+            raise UserError(f"logger.wandb.mode=online but W&B does not start ({shown_error(error)}).") from error
+        log.warning("W&B does not start (%s). The run goes on without it.", shown_error(error))
+        return NoLogger()
+    offline = wanted in ("offline", "dryrun")
+    reason = None if offline else why_offline()
+    if reason is not None:
+        if mode == "online":
+            raise UserError(f"logger.wandb.mode=online but {reason}; choose auto or offline, which need no server.")
+        if reason != NO_KEY:
+            warn_once(OFFLINE.format(reason))  # not for each job of a sweep
+    logger = RunWandb(
         project=project,
         entity=entity,
         group=group or Path(run_dir).parent.name,
@@ -120,7 +227,7 @@ def wandb_logger(
         tags=[tag[:64] for tag in tags],  # W&B takes no longer ones
         job_type=job_type,
         save_dir=run_dir,
-        mode="offline" if mode == "offline" or (mode == "auto" and reason is not None) else "online",
+        mode="offline" if offline or reason else "online",
         id=id,
         resume="allow",
         log_model=log_model,
@@ -128,11 +235,25 @@ def wandb_logger(
         settings=wandb.Settings(
             silent=True,
             console="off",
+            init_timeout=START_TIMEOUT,
+            finish_timeout=finish_timeout,
+            finish_timeout_raises=True,  # W&B would only print it
             x_save_requirements=False,  # versions are logged
             save_code=save_code,
             git_root=str(Path(__file__).parent),  # W&B would look where the program was started
         ),
     )
+    del logger._wandb_init["anonymous"]  # W&B warns that it means nothing, even if it is None
+    logger.must_be_online = mode == "online"
+    return logger
+
+
+def stop_service() -> None:
+    """End W&B's own process, which may be gone already, and its run; the next run starts a new one."""
+    for end in (wandb.finish, wandb.teardown):
+        with suppress(Exception, SystemExit):
+            end(exit_code=1)
+    wandb.run = None  # which wandb.finish leaves if the process is gone; Lightning would log the next run there
 
 
 def show_in_sweep(folder: Path) -> None:
@@ -152,12 +273,10 @@ def show_in_sweep(folder: Path) -> None:
 
 
 def why_offline() -> str | None:
-    """Why W&B cannot run online, or None if it can; answers within `WANDB_TIMEOUT`.
+    """Why W&B cannot run online, or None if it can.
 
-    W&B's own check of a key talks to the server and waits for it, so the key is only looked up here.
+    Answers within `CONNECT_TIMEOUT` and the time that W&B gives one request, which is WANDB_HTTP_TIMEOUT or 10 s.
     """
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-        return f"WANDB_MODE is {os.environ['WANDB_MODE']}"
     server = wandb.setup().settings.base_url
     in_environment = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
     if not in_environment and not any(get_netrc_auth(host) for host in (server, *LOGIN_HOSTS)):
@@ -165,28 +284,49 @@ def why_offline() -> str | None:
     url = urlsplit(server)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
-        socket.create_connection((url.hostname or "", port), timeout=WANDB_TIMEOUT).close()
+        socket.create_connection((url.hostname or "", port), timeout=CONNECT_TIMEOUT).close()
+        wandb.login(verify=True)
     except OSError as error:
         return f"{url.hostname}:{port} does not answer ({error})"
+    except wandb.Error as error:
+        if any(words in str(error) for words in ("in time", "deadline", "Timeout")):
+            return f"{url.hostname}:{port} does not answer in time"
+        return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
 
 
 def log_image(loggers: list[Logger], key: str, path: Path) -> None:
     """Add a PNG to every logger that takes pictures."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [str(path)])
-        elif isinstance(logger, TensorBoardLogger):
-            from torchvision.io import decode_image
-
-            logger.experiment.add_image(key, decode_image(str(path)))
-        elif isinstance(logger, Tracker):
+        if isinstance(logger, Tracker):
             logger.add_picture(key, path)
+
+
+def log_page(loggers: list[Logger], path: Path) -> None:
+    """Add an HTML page to W&B's run."""
+    for logger in loggers:
+        if isinstance(logger, RunWandb):
+            logger.log_metrics({"report/page": wandb.Html(str(path), inject=False)})
 
 
 def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
     """The W&B run that is logged to, if there is one."""
-    return next((logger.experiment for logger in loggers if isinstance(logger, WandbLogger)), None)
+    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+    return next((run for run in runs if isinstance(run, wandb.Run)), None)
+
+
+def link_earlier_folders(loggers: list[Logger], run_dir: Path) -> None:
+    """Link the folders that an offline W&B run has in the run that is resumed, beside its new one.
+
+    There `where_to_look` and whoever uploads the run find all of them.
+    """
+    run = wandb_run(loggers)
+    if run is None:
+        return
+    here = Path(run.dir).parents[1]
+    for folder in (run_dir / "wandb").glob(f"offline-run-*-{run.id}"):
+        with suppress(OSError):  # it is there already, or this file system has no links
+            (here / folder.name).symlink_to(os.path.relpath(folder.resolve(), here), target_is_directory=True)
 
 
 def where_to_look(loggers: list[Logger]) -> list[str]:
@@ -205,24 +345,23 @@ def where_to_look(loggers: list[Logger]) -> list[str]:
 
 def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:
     """Put facts of a finished run, such as its time and size, into its summary in W&B, MLflow and trackio."""
-    run = wandb_run(loggers)
     for logger in loggers:
         if isinstance(logger, Tracker):
-            logger.log_metrics({key: value for key, value in facts.items() if isinstance(value, int | float)})
-    if run is not None:
-        run.summary.update({key: value for key, value in facts.items() if value is not None})
+            logger.add_facts(facts)
 
 
 def finish(loggers: list[Logger]) -> None:
     """Close every logger, W&B's run too: the next job of a sweep would otherwise write into it.
 
-    Called while an exception passes, it marks the run as failed.
+    Called while an exception passes, it marks the run as failed; after Ctrl-C as preempted, as it can be resumed.
     """
-    error = sys.exc_info()[0]
-    failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's
+    error = sys.exc_info()[1]
+    if error is not None and is_interruption(error):
+        for logger in loggers:
+            logger.finalize("preempted")
+        return
+    failed = error is not None and type(error).__name__ != "TrialPruned"  # Optuna's
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
         if isinstance(logger, Tracker):
             logger.close(failed)
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        wandb.finish(exit_code=int(failed))

@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[3] / "configs"
 FORMER_NAMES: tuple[str, ...] = ()  # of this package: `make rename` adds them
 RENAMED = {  # class -> its name today
     "lightning.pytorch.callbacks.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
+    "lightning.pytorch.loggers.TensorBoardLogger": "thaw.run.loggers.RunTensorBoard",
     "thaw.callbacks.early_stopping.EarlyStopping": "thaw.callbacks.monitored_metric.EarlyStopping",
     "thaw.callbacks.log_interval.LogInterval": "thaw.callbacks.progress.LogInterval",
     "thaw.callbacks.progress.progress": "thaw.callbacks.progress.RunProgress",

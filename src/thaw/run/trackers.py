@@ -3,8 +3,10 @@
 import getpass
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import wraps
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,27 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
+from thaw.run.command_line import shown_error
 from thaw.run.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def survives(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a failure in a method of a logger end the logging to it, not the run."""
+
+    @wraps(method)
+    def call(self: "Tracker", *args: Any, **kwargs: Any) -> None:
+        if self.lost:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            self.lose(error)
+
+    return call
 
 
 class Tracker(Logger):
@@ -23,9 +45,22 @@ class Tracker(Logger):
 
     Attributes:
         kind: its name in `logger=`.
+        lost: it has failed, and is left alone from then on.
     """
 
     kind: str
+    lost = False
+
+    def lose(self, error: BaseException) -> None:
+        """Say once that this logger has failed."""
+        self.lost = True
+        if isinstance(error.__cause__, OSError):  # of which Lightning makes another one for TensorBoard
+            error = error.__cause__
+        reason = f"{type(error).__name__} {shown_error(error)}".strip()
+        log.warning("logger.%s has failed (%s). The run goes on without it. %s", self.kind, reason, self.next_step())
+
+    def next_step(self) -> str:
+        return "Its other loggers have everything."
 
     @property
     def run_id(self) -> str | None:
@@ -35,9 +70,15 @@ class Tracker(Logger):
     def add_picture(self, key: str, path: Path) -> None:
         raise NotImplementedError
 
+    def add_facts(self, facts: Mapping[str, Any]) -> None:
+        self.log_metrics({key: value for key, value in facts.items() if isinstance(value, int | float)})
+
     def close(self, failed: bool) -> None:
         """The run has ended; Lightning's `finalize` comes after training, before the test."""
         raise NotImplementedError
+
+
+WRONG_SETTING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # codes of MLflow's errors
 
 
 class RunMLflow(MLFlowLogger, Tracker):
@@ -51,11 +92,14 @@ class RunMLflow(MLFlowLogger, Tracker):
         from mlflow.exceptions import MlflowException
 
         try:
-            return super().experiment
+            return None if self.lost else super().experiment
         except MlflowException as error:
-            raise UserError(f"logger.mlflow: {error}. logger=csv runs without MLflow.") from error
+            if error.error_code in WRONG_SETTING:
+                raise UserError(f"logger.mlflow: {shown_error(error)}. logger=csv runs without MLflow.") from error
+            self.lose(error)
 
     @rank_zero_only
+    @survives
     def log_hyperparams(self, params: Any) -> None:
         """MLflow refuses to change a parameter: a resumed run adds what is new."""
         self.experiment.update_run(self.run_id, status="RUNNING")
@@ -64,11 +108,13 @@ class RunMLflow(MLFlowLogger, Tracker):
         super().log_hyperparams({key: value for key, value in flat.items() if key not in known})
 
     @rank_zero_only
+    @survives
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """MLflow takes no `=` in names, as in `val/acc_lr=0.01_wd=0`."""
         super().log_metrics({name.replace("=", "_"): value for name, value in metrics.items()}, step)
 
     @rank_zero_only
+    @survives
     def add_picture(self, key: str, path: Path) -> None:
         self.experiment.log_artifact(self.run_id, str(path), os.path.dirname(key))  # noqa: PTH120  (no path)
 
@@ -80,6 +126,7 @@ class RunMLflow(MLFlowLogger, Tracker):
         self.end("FAILED" if failed else "FINISHED")
 
     @rank_zero_only
+    @survives
     def end(self, status: str) -> None:
         if self._initialized:
             self.experiment.set_terminated(self.run_id, status)
@@ -106,6 +153,8 @@ def mlflow_logger(
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; a server that has gone would hold up the run
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     for chatty in ("alembic.runtime.migration", "lightning.pytorch.loggers.mlflow"):  # as a new store is made
         logging.getLogger(chatty).setLevel(logging.ERROR)
     uri, folder = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"), Path(dir).absolute()
@@ -156,16 +205,19 @@ class RunTrackio(Tracker):
         return self._run
 
     @rank_zero_only
+    @survives
     def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
         from trackio.utils import to_json_safe
 
         self.experiment.config.update(to_json_safe(_flatten_dict(_convert_params(params))))  # kept by the first log
 
     @rank_zero_only
+    @survives
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.experiment.log(dict(metrics), step=step)
 
     @rank_zero_only
+    @survives
     def add_picture(self, key: str, path: Path) -> None:
         import trackio
 
@@ -176,6 +228,7 @@ class RunTrackio(Tracker):
             self.close(False)
 
     @rank_zero_only
+    @survives
     def close(self, failed: bool) -> None:
         if self._run is None:
             return
@@ -198,7 +251,8 @@ def trackio_logger(project: str, name: str, group: str | None, dir: str, run_dir
     """
     os.environ.setdefault("TRACKIO_DIR", str(Path(dir).absolute()))  # read when trackio is imported
     folder = Path(run_dir)
-    return RunTrackio(project, f"{name.strip()} ({folder.name})", group or folder.parent.name, id)
+    name = re.sub(r"[/\\$]", "_", f"{name.strip()} ({folder.name})")  # part of a path, and of a checkpoint
+    return RunTrackio(project, name, group or folder.parent.name, id)
 
 
 def tracker_ids(loggers: Sequence[Logger]) -> dict[str, str]:

@@ -30,6 +30,7 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     **dict.fromkeys(("validate", "wandb", "private", "lr_find"), bool),
     "test": bool | Literal["always"],
     "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
+    "hosts": Annotated[list[str], Field(description="hosts=[digits.example.org]")],
     "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
     "robustness.images": Count | None,
     **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from thaw.predict.predictor import ImageModel
 from thaw.serve.answers import to_json
 from thaw.serve.batcher import Batcher, ModelFailedError
 from thaw.serve.docs import predict_docs
-from thaw.serve.limits import Limits, RefusedError
+from thaw.serve.limits import Limits
 from thaw.serve.metrics import CountedRequests, Metrics
+from thaw.serve.refusals import OwnPagesOnly, RefusedError, error_response, refused
 from thaw.serve.request_reader import FILE_TYPES, RequestReader
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,12 @@ DOCS_FILES = "/docs-files"  # the address of the files of /docs
 DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
-def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: int) -> FastAPI:
+def create_app(
+    model: ImageModel, reader: ImageReader, limits: Limits, workers: int, host: str, hosts: Sequence[str]
+) -> FastAPI:
     """The application that uvicorn serves; `reader` makes the model's images, `workers` threads run the model.
+
+    `host` and `hosts` are names of the server, see `OwnPagesOnly`.
 
     The server sets `app.state.stopping` before it ends.
     """
@@ -57,13 +62,15 @@ def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: 
     app = FastAPIOffline(  # its /docs loads nothing from the network
         docs_url=None,  # below, with security headers
         redoc_url=None,
+        redirect_slashes=False,  # it would redirect to any Host that a client names
         static_url=DOCS_FILES,
         title="thaw",
         version=str(facts.get("git_commit", ""))[:12] or "unknown",
-        description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')}.",
+        description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')!a}.",
         lifespan=lifespan,
     )
-    app.state.stopping, app.state.limits = False, limits
+    app.state.stopping, app.state.limits, app.state.rejected = False, limits, metrics.rejected
+    app.add_middleware(OwnPagesOnly, host=host, hosts=hosts)
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, not_here)
@@ -77,7 +84,7 @@ def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: 
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON and kind not in FILE_TYPES:
             allowed = f"send {JSON} as in /docs, or a file as {', '.join(FILE_TYPES)}"
-            raise RefusedError(415, f"Content-Type {kind!r} is not read; {allowed}.")
+            raise RefusedError(415, f"Content-Type {kind[:60]!r} is not read; {allowed}.")
         try:
             received = await requests.read(request, kind, deadline)
             async with asyncio.timeout_at(deadline):
@@ -101,13 +108,14 @@ def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: 
         return Response('{"status":"ok"}', media_type=JSON)
 
     @app.get("/info", summary="Facts about the model, and the limits")
-    async def info() -> dict[str, Any]:
-        return {**facts, "has_attention": model.has_attention, "limits": dataclasses.asdict(limits)}
+    async def info() -> Response:
+        return Response(about, media_type=JSON)
 
     @app.get("/metrics", summary="For Prometheus", response_class=Response)
     async def text_of_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    about = json.dumps({**facts, "has_attention": model.has_attention, "limits": dataclasses.asdict(limits)})
     page = html(render("draw.html"), "")
     files: Any = {f"swagger_{kind}_url": f"{DOCS_FILES[1:]}/{name}" for kind, name in DOCS_PARTS.items()}
     shown = get_swagger_ui_html(openapi_url="openapi.json", title="thaw API", **files)
@@ -141,7 +149,6 @@ def html(page: str, files: str) -> Response:
     )
     headers = {
         "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
@@ -151,13 +158,6 @@ def html(page: str, files: str) -> Response:
 def public(facts: dict[str, Any]) -> dict[str, Any]:
     """A model's facts for clients: only the end of the checkpoint's path, which names the run."""
     return {key: "/".join(Path(value).parts[-3:]) if key == "checkpoint" else value for key, value in facts.items()}
-
-
-def refused(request: Request, error: Any) -> Response:
-    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    if error.status in (400, 408):  # so that the server does not wait for the rest of the body
-        headers["Connection"] = "close"
-    return error_response(error.status, error.detail, headers)
 
 
 def not_here(request: Request, error: Any) -> Response:
@@ -170,7 +170,3 @@ def not_here(request: Request, error: Any) -> Response:
 
 def failed(request: Request, error: Exception) -> Response:
     return error_response(500, "the server failed on this request; its log says why.", {})
-
-
-def error_response(status: int, detail: str, headers: dict[str, str]) -> Response:
-    return Response(json.dumps({"detail": detail}), status, headers, media_type=JSON)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from thaw.predict.predictor import ImageModel
-from thaw.serve.limits import RefusedError
+from thaw.serve.refusals import RefusedError
 
 log = logging.getLogger(__name__)
 

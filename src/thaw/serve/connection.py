@@ -8,12 +8,26 @@ import asyncio
 import json
 from typing import Any
 
+from prometheus_client import Counter
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from thaw.serve.limits import Limits
 
 MAX_HEAD = 32_768  # bytes of a request's line and headers
+MAX_PIPELINED = 100  # requests that one client sends before it has an answer: each takes 3 kB and 30 us
 LINGER = 3.0  # seconds for the rest of a refused body, so that its sender can read why
+
+
+class LiveTransport:
+    """A transport that drops what is written after its end, as asyncio's do; uvloop's raise an error instead."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("write", "write_eof", "pause_reading", "resume_reading") and self.transport.is_closing():
+            return lambda *arguments: None
+        return getattr(self.transport, name)
 
 
 class Connection(HttpToolsProtocol):
@@ -22,23 +36,25 @@ class Connection(HttpToolsProtocol):
     The application answers a late body itself (408).
     """
 
-    timer: asyncio.TimerHandle | None = None  # until the request has come
+    timer: asyncio.TimerHandle | None = None  # until the request has come, or its sender has read why it is refused
     stalled: asyncio.TimerHandle | None = None  # until the client reads on
-    head = 0  # bytes of the request before its headers are complete
+    head = 0  # bytes of the request that are not its body: headers, frames of chunks, trailers
     receiving = False  # the headers are complete, the body is not
+    refused = False  # what comes now is not read
 
-    def __init__(self, *arguments: Any, limits: Limits, **named: Any) -> None:
+    def __init__(self, *arguments: Any, limits: Limits, rejected: Counter, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.limits = limits
+        self.limits, self.rejected = limits, rejected
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(LiveTransport(transport))  # type: ignore[arg-type]
         transport.set_write_buffer_limits(high=0)  # to hear of every answer that is not read at once
         most = self.limits.max_connections
-        if len(self.connections) > 2 * most:
-            transport.abort()
-        elif len(self.connections) > most:
+        if len(self.connections) > most:
+            self.rejected.inc()
             self.refuse(503, f"more than {most} connections; try again later.", b"retry-after: 1\r\n")
+            if len(self.connections) > 2 * most:  # not even the refused ones have room
+                transport.close()
         else:
             self.start_timer(self.limits.request_seconds)
 
@@ -48,23 +64,34 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.refused or self.transport.is_closing():
             return
-        if not self.receiving:
-            if self.timer is None and not self.is_answering:
-                self.start_timer(self.limits.request_seconds)
-            self.head += len(data)
+        if not self.receiving and self.timer is None and not self.is_answering:
+            self.start_timer(self.limits.request_seconds)
+        self.head += len(data)
         super().data_received(data)
-        if not self.receiving and self.head > MAX_HEAD and not self.transport.is_closing():
+        if self.head > MAX_HEAD and not self.refused:
             self.refuse(431, f"headers of more than {MAX_HEAD:,} bytes; send fewer.")
 
     @property
     def is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self.receiving:  # trailers are dropped
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        self.head, self.receiving = 0, True
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("the first of them are answered, then the connection is closed")
+        if self.parser.should_upgrade() and {b"content-length", b"transfer-encoding"} & dict(self.headers).keys():
+            raise ValueError("the parser would take the body for the next request")
         super().on_headers_complete()
+        self.head, self.receiving = 0, True
+
+    def on_body(self, body: bytes) -> None:
+        self.head -= 2 * len(body)  # each byte may have one of a chunk's frame
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self.head, self.receiving = 0, False
@@ -87,9 +114,9 @@ class Connection(HttpToolsProtocol):
 
     def end_late_request(self) -> None:
         self.timer = None
-        if self.receiving and self.is_answering:
+        if self.receiving and self.is_answering and not self.refused:
             self.start_timer(LINGER)  # the application says why
-        elif self.receiving or not self.head:
+        elif self.receiving or self.refused or not self.head:
             self.transport.abort()
         else:
             self.refuse(408, f"no whole request in {self.limits.request_seconds:g} s; send it faster.")
@@ -105,11 +132,29 @@ class Connection(HttpToolsProtocol):
         self.stalled = None
 
     def send_400_response(self, msg: str) -> None:
-        self.refuse(400, f"this is not an HTTP request ({msg.rstrip('.').lower()}); see /docs.")
+        self.refuse(400, "this is not a request of HTTP/1.1, or it has both a body and an Upgrade; see /docs.")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Answer in HTTP/1.1, which a client's Upgrade allows, and close: the parser has dropped what follows."""
+        self.cycle.keep_alive, self.refused = False, True
 
     def refuse(self, status: int, detail: str, header: bytes = b"") -> None:
-        """Answer without the application, and close."""
+        """Answer what has come without the application, and close, once its sender has had time to read why.
+
+        Whole requests before it are answered first; then the connection is closed without a word.
+        """
+        self.refused = True
+        if self.receiving and (self.pipeline or self.cycle.response_started):
+            self.transport.abort()
+            return
+        if self.receiving:  # the application need not wait for the rest
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        elif self.is_answering:
+            self.cycle.keep_alive = False
+            return
         body = json.dumps({"detail": detail}).encode()
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + header + b"\r\n" + body)
-        self.transport.close()
+        self.transport.write_eof()
+        self.start_timer(LINGER)

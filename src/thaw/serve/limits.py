@@ -1,4 +1,4 @@
-"""Limits on the requests of clients, and the error of a refused request."""
+"""Limits on the requests of clients."""
 
 import dataclasses
 
@@ -51,17 +51,3 @@ def limits_of(cfg: DictConfig) -> Limits:
     values = {field.name: cfg[field.name] for field in dataclasses.fields(Limits)}
     check_types(OmegaConf.create({"_target_": f"{__name__}.Limits", **values}))
     return Limits(**values)
-
-
-class RefusedError(Exception):
-    """A request that gets an error for an answer.
-
-    Args:
-        status: of HTTP.
-        detail: for the client: the value, the allowed ones and the next step.
-        retry_after: seconds after which it may work, for a 503.
-    """
-
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.retry_after = status, detail, retry_after

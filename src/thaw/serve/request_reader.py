@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from starlette.requests import ClientDisconnect, Request
 from thaw.data.pictures import PICTURE_FORMATS
 from thaw.data.readers import ImageReader, Reading, is_idx, read_images, unpack
 from thaw.run.errors import UserError
-from thaw.serve.limits import Limits, RefusedError
+from thaw.serve.limits import Limits
+from thaw.serve.refusals import RefusedError
 
 FILE_TYPES = (*(f"image/{kind.lower()}" for kind in PICTURE_FORMATS), "image/jpg", "application/octet-stream")
 QUICK = 50_000  # bytes of JSON that are parsed on the event loop, in less than a millisecond
+MAX_COLONS = 1_000  # in JSON, beside one in each picture's data URL
 
 Picture = Annotated[
     str,
@@ -184,13 +187,15 @@ class RequestReader:
         """
         channels, height, width = self.reader.shape
         shape = (height, width) if channels == 1 else (height, width, channels)
+        if body.count(b":") > MAX_COLONS + self.limits.max_images:  # of wrong names each would be an error of 1 kB
+            raise RefusedError(422, "the body has too many names; allowed are images and explain, see /docs.")
         try:
             parsed: Any = self.form.model_validate_json(body)
         except ValidationError as error:
             wrong = error.errors(include_url=False)
             parts = [part for part in wrong[0]["loc"] if part not in ("picture", "pixels")]  # without our union's tags
             place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-            given = repr(wrong[0]["input"])
+            given = reprlib.repr(wrong[0]["input"])  # looks at the first values of a long list only
             given = given if len(given) <= 60 else f"{given[:57]}..."
             value = "" if wrong[0]["type"] in ("json_invalid", "missing") else f", got {given}"
             raise RefusedError(

@@ -42,17 +42,22 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which also tells the application at once that it will stop."""
+    """uvicorn's, which also tells the application at once that it will stop; a second signal ends the process."""
 
     def __init__(self, app: FastAPI) -> None:
         self.fastapi = app
         limits = app.state.limits
         options: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "proxy_headers": False}
-        options["http"] = functools.partial(Connection, limits=limits)
+        options["http"] = functools.partial(Connection, limits=limits, rejected=app.state.rejected)
         options["timeout_graceful_shutdown"] = math.ceil(limits.request_seconds) + 1
+        options["headers"] = [("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin")]
+        options["log_level"] = "error"  # or each malformed request would be a line of the log
         super().__init__(uvicorn.Config(app, server_header=False, **options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
         self.fastapi.state.stopping = True
         super().handle_exit(sig, frame)
 

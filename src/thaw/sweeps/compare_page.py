@@ -13,7 +13,6 @@ from thaw.sweeps.cells import ABSENT
 from thaw.sweeps.compare_answer import ComparisonAnswer, policy_cells
 from thaw.sweeps.compare_pictures import save_agreements, save_class_accuracies, save_costs, save_tries
 from thaw.sweeps.compare_results import Comparison, PolicyResult
-from thaw.sweeps.runs import read_mapping
 
 MOST_DISPUTED = 24  # images
 THUMBNAIL = 112  # pixels, the longest side of one
@@ -129,19 +128,15 @@ def who_answers(comparison: Comparison, place: int) -> list[tuple[str, list[str]
 
 def thumbnails(comparison: Comparison, indices: Sequence[int]) -> list[bytes | None]:
     """Test images as small PNG files, None for all if the data cannot be read any more, which becomes a warning."""
-    from omegaconf import OmegaConf
-
     from thaw.data.module import load_source
     from thaw.evaluation.pictures import on_paper
-    from thaw.run.migrations import migrate
-    from thaw.run.targets import check_targets
+    from thaw.run.resume import read_config
 
     path = comparison.tested[0].group.done[0].folder / "config.yaml"
     try:
-        config, _ = migrate(read_mapping(path, comparison.warnings), path, "unknown")
-        check_targets({"data": config["data"]}, path, [])
-        source = load_source(OmegaConf.create(config).data, {})
-        images = on_paper(source.test.images[list(indices)], config["data"].get("reader", "photo"))
+        config, _ = read_config(path, [])
+        source = load_source(config.data, {})
+        images = on_paper(source.test.images[list(indices)], config.data.get("reader", "photo"))
     except Exception as error:  # a page without thumbnails is better than none
         comparison.warnings.append(f"The images are not shown, as the data cannot be read: {error}")
         return [None] * len(indices)

@@ -14,6 +14,7 @@ import yaml
 
 from thaw.run.command_line import override_key
 from thaw.run.errors import UserError
+from thaw.run.files import SafeLoader, without_aliases
 from thaw.run.folders import NOT_THE_RUN, is_locked
 from thaw.run.values import AUTO
 
@@ -162,8 +163,7 @@ def read_mapping(path: Path, warnings: list[str]) -> dict[str, Any]:
         return {}
     try:
         text = path.read_text(encoding="utf-8")
-        fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=fast)
+        content = json.loads(text) if path.suffix == ".json" else SafeLoader(without_aliases(text)).get_single_data()
         if not isinstance(content, dict):
             raise UserError(f"holds a {type(content).__name__} where keys and values were expected")
     except (ValueError, OSError, yaml.YAMLError) as error:
