@@ -156,13 +156,13 @@ def test_the_next_job_of_a_sweep_runs(tries: Tries, tmp_path: Path, tiny_run: li
 @pytest.mark.long
 def test_ctrl_c_ends_both_ranks(tries: Tries, tmp_path: Path, tiny_run: list[str], environment: dict[str, str]):
     """Once, at the end of a step, which is saved; twice at once."""
-    run = two_ranks(tmp_path / "run", tiny_run, "trainer.max_epochs=10000")
     with tries("Ctrl-C on several processes", harm="lost") as attempt:
         for times in (1, 2):
             with attempt(f"{times} times"):
-                process = start(tmp_path, environment, *run)
+                run_dir = tmp_path / f"run{times}"
+                process = start(tmp_path, environment, *two_ranks(run_dir, tiny_run, "trainer.max_epochs=10000"))
                 assert process.pid is not None
-                wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file)
+                wait_for((run_dir / "checkpoints" / "last.ckpt").is_file)
                 for _ in range(times):
                     os.killpg(process.pid, signal.SIGINT)
                     time.sleep(0.05)
@@ -178,7 +178,7 @@ def test_nothing_outlives_the_first_process(
 ) -> None:
     """Killed by SIGKILL, it can end nothing itself: neither a rank that is stopped, nor workers that fetch data."""
     faults = ["trainer.max_epochs=10000", f"data.num_workers={workers}", "cache.mode=off"]
-    faults += [] if workers else [strikes(1, "step", "stop"), "rank_timeout=100"]
+    faults += ["trainer.devices=1"] if workers else [strikes(1, "step", "stop"), "rank_timeout=100"]
     with tries("nothing outlives a killed process", harm="lost") as attempt, attempt(f"{workers} workers"):
         process = start(tmp_path, environment, *two_ranks(tmp_path / "run", tiny_run, *faults))
         wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file)
