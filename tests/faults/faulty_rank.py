@@ -99,6 +99,7 @@ if __name__ == "__main__":
     Figure.savefig = lambda self, path, **_: Path(str(path)).touch()  # type: ignore[method-assign,assignment]
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
     processes.FORKING = multiprocessing.get_context("fork")  # type: ignore[assignment]
+    multiprocessing.set_start_method("fork", force=True)  # of workers that fetch data, as in a new process
     ranks.subprocess, ranks.RANK_GRACE = processes.FORKED, GRACE  # type: ignore[attr-defined]
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
