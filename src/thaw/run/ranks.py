@@ -113,6 +113,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[Callable[[], None]]:
     try:
         os.environ.pop("SLURM_NTASKS", None)
         if count > 1:
+            others.forget_ready()  # of a run that was killed in this folder
             others.children += start_ranks(count, others.run_dir, config)
         with others.watched(), others.noticed():
             yield others.wait_until_ready
@@ -153,8 +154,13 @@ class OtherRanks:
         until = time.monotonic() + self.seconds
         while not all(self.ready_file(rank).exists() for rank, _ in self.numbered()):
             if self.failed() or time.monotonic() > until:
-                raise self.lost(late=True)
+                raise self.lost(late=not self.failed())
             time.sleep(0.05)
+        self.forget_ready()
+
+    def forget_ready(self) -> None:
+        for rank in range(1, self.count):
+            self.ready_file(rank).unlink(missing_ok=True)
 
     def wait_for_end(self) -> None:
         for rank, child in self.numbered():
@@ -166,10 +172,12 @@ class OtherRanks:
 
     def kill(self) -> None:
         """End the children at once, so that they print no error about the end of rank 0."""
-        for rank, child in self.numbered():
+        for child in self.children:
             child.kill()
-            child.wait()
-            self.ready_file(rank).unlink(missing_ok=True)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(RANK_GRACE)
+        if self.children:
+            self.forget_ready()
 
     def failed(self) -> tuple[int, int] | None:
         """Rank and exit status of a failed child; by a signal rather than by an error, which may follow from that."""
@@ -189,18 +197,20 @@ class OtherRanks:
                     f"One of the processes of data.num_workers was lost ({worker[1]}). Perhaps memory ran out: lower "
                     f"data.num_workers. {self.way_on()}"
                 ) from error
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise UserError(f"MASTER_PORT={port} is taken by another program; start the run again.") from error
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            raise self.lost(late="timed out" in str(error).lower()) from error
+            raise self.lost("timed out" in str(error).lower()) from error
 
     def lost(self, late: bool) -> UserError:
         """The error about a rank that has failed, or that hangs if this one has waited too long."""
+        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+        unknown = LostProcessError(f"Rank {rank} has lost the connection to another rank, whose own error says why.")
         if not self.children:
-            rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
             if not late:
-                return LostProcessError(
-                    f"Rank {rank} has lost the connection to another rank, whose own error says why."
-                )
+                return unknown
             other = "rank 0" if (self.count, rank) == (2, "1") else "another rank"
             return LostProcessError(
                 f"Rank {rank} has waited {self.seconds:g} s for {other}, which hangs. If it is slow instead, raise "
@@ -209,14 +219,15 @@ class OtherRanks:
         until = time.monotonic() + NOTICE_SECONDS  # of ranks that have waited, too, or are just ending
         while not (failed := self.failed()) and time.monotonic() < until:
             time.sleep(0.05)
-        hanging = [(rank, child.pid) for rank, child in self.numbered() if child.poll() is None]
-        if failed and not (late and hanging):
-            return self.explain(*failed)
+        hanging = [(number, child.pid) for number, child in self.numbered() if child.poll() is None]
+        if not (late and hanging):
+            gone = failed or next(((number, 0) for number, child in self.numbered() if child.poll() == 0), None)
+            return self.explain(*gone) if gone else unknown
         for _, pid in hanging:
             with suppress(ProcessLookupError):
                 os.kill(pid, INTERRUPT)  # prints its stack
         time.sleep(STACK_SECONDS)
-        ranks = ", ".join(str(rank) for rank, _ in hanging)
+        ranks = ", ".join(str(number) for number, _ in hanging)
         return LostProcessError(
             f"Rank {ranks} hangs: rank 0 has waited {self.seconds:g} s. The stack "
             f"above shows where, unless it was stopped. If it is slow instead, raise rank_timeout. {self.way_on()}"
