@@ -21,8 +21,8 @@ class UnreachableError(UserFileError, ConnectionError):
         self.reason = reason
 
 
-class LostRankError(UserError):
-    """Another process of the run was killed or hangs, which is no fault of the run's state."""
+class LostProcessError(UserError):
+    """Another process of the run was killed or hangs; the run's last checkpoint can be trusted."""
 
 
 class RunPrunedError(Exception):
