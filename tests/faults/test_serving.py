@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
-from conftest import ROOT, needs
+from conftest import ROOT
 from fault_counts import FULL, sized
 from load import BODY, REQUEST, Load
 from malformed_requests import malformed
@@ -27,7 +27,6 @@ from served import CHECKPOINT, Served, started
 from thaw.serve.connection import LINGER
 from thaw.serve.server import open_port
 
-pytestmark = needs("serve")
 SECONDS = 1.0  # request_seconds of the server of most tests
 JSON = {"Content-Type": "application/json"}
 
@@ -89,7 +88,7 @@ def test_malformed_requests(server: Served, tries) -> None:
     async def run() -> None:
         seeds = iter(range(count))
         async with httpx.AsyncClient(headers=JSON, timeout=20) as client:
-            await asyncio.gather(*(clients(seeds, client) for _ in range(16)))
+            await asyncio.gather(*(clients(seeds, client) for _ in range(32)))
 
     async def clients(seeds: Iterator[int], client: httpx.AsyncClient) -> None:
         for seed in seeds:
@@ -109,6 +108,32 @@ def test_malformed_requests(server: Served, tries) -> None:
             with attempt("memory is flat"):
                 print(memory[:: count // 20])
                 assert memory[-1] < max(memory[: count // 2]) + 50
+
+
+CHUNKED = b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {  # what comes first, and what then comes again and again
+    "lines of headers": (b"GET / HTTP/1.1\r\n", b"A: b\r\n" * 10_000),
+    "trailers": (CHUNKED + b"0\r\n", b"A: b\r\n" * 10_000),
+    "one trailer": (CHUNKED + b"0\r\nA: ", b"b" * 60_000),
+    "the extension of a chunk": (CHUNKED + b"5;", b"b" * 60_000),
+    "chunks of a byte": (CHUNKED, b"1\r\na\r\n" * 10_000),
+    "a body": (CHUNKED, b"ea60\r\n" + b"a" * 60_000 + b"\r\n"),
+    "requests whose answers are not read": (b"", b"GET / HTTP/1.1\r\n\r\n" * 10_000),
+}
+
+
+def test_endless_requests(server: Served, tries) -> None:
+    """What never ends takes no more memory than the largest body that is allowed."""
+    ask(server.address)
+    with tries("a request that never ends", harm="lost") as attempt:
+        for name, (first, again) in ENDLESS.items():
+            with attempt(name), connect(server.address, first) as client:
+                before = server.megabytes()
+                with suppress(OSError):
+                    for _ in range(1_000):
+                        client.sendall(again)
+                assert server.megabytes() < before + 30
+                ask(server.address)
 
 
 def test_overload_and_stop(tmp_path: Path, tries) -> None:
@@ -168,7 +193,7 @@ def test_overload_and_stop(tmp_path: Path, tries) -> None:
 SLOW = {  # what comes at once, and what then comes every second
     "headers": (REQUEST[:30], b"x"),
     "a body": (REQUEST[:-100], b" "),
-    "a chunk": (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Type: image/png\r\n\r\n50\r\n", b"x"),
+    "a chunk": (CHUNKED + b"50\r\n", b"x"),
     "nothing": (b"", b""),
     "no reading": (b"GET /docs-files/swagger-ui-bundle.js HTTP/1.1\r\n\r\n" * 20, b""),  # 1.5 MB each
 }

@@ -69,7 +69,7 @@ def create_app(
         description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')!a}.",
         lifespan=lifespan,
     )
-    app.state.stopping, app.state.limits = False, limits
+    app.state.stopping, app.state.limits, app.state.rejected = False, limits, metrics.rejected
     app.add_middleware(OwnPagesOnly, host=host, hosts=hosts)
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
     app.add_exception_handler(RefusedError, refused)

@@ -27,9 +27,11 @@ def predict_docs(reader: RequestReader, limits: Limits) -> dict[str, Any]:
     """Arguments of `FastAPI.post` that describe the body, the answer and the errors."""
     errors = {
         400: "the connection ended before the body did, or the request is not HTTP",
+        403: "a web page of another origin has asked",
         408: f"the request took longer than {limits.request_seconds:g} s to come",
         413: f"more than {limits.max_images:,} images or {limits.max_body:,} bytes",
         415: "another Content-Type",
+        421: "the Host is not a name of this server",
         422: "not an image, no digit for a model of digits, or JSON of another form; `detail` names the value",
         503: "too many images are waiting; Retry-After says for how many seconds",
     }
