@@ -54,7 +54,7 @@ def run(train: Train, tiny_run: list[str], caplog: pytest.LogCaptureFixture) -> 
     return run
 
 
-WITH_WANDB = ["logger=[csv,wandb]", "logger.wandb.finish_timeout=3"]
+WITH_WANDB = ["logger=[csv,wandb]", f"logger.wandb.finish_timeout={sized(1, 3)}"]
 
 
 def metrics(run_dir: Path) -> list[list[tuple[int, float]]]:
