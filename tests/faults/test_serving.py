@@ -27,7 +27,7 @@ from served import CHECKPOINT, Served, started
 from thaw.serve.connection import LINGER
 from thaw.serve.server import open_port
 
-SECONDS = 1.0  # request_seconds of the server of most tests
+SECONDS = float(sized(2, 5))  # request_seconds of the server of most tests
 JSON = {"Content-Type": "application/json"}
 
 
@@ -107,7 +107,7 @@ def test_malformed_requests(server: Served, tries) -> None:
         if FULL:
             with attempt("memory is flat"):
                 print(memory[:: count // 20])
-                assert memory[-1] < max(memory[: count // 2]) + 50
+                assert memory[-1] < max(memory[: count // 2]) + 100
 
 
 CHUNKED = b"POST /predict HTTP/1.1\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -224,41 +224,35 @@ def test_slow_clients(server: Served, tries) -> None:
                 ), said
 
 
-LOCAL = "127.0.0.1:8000"
-ASKED = {  # Host, Origin -> status
-    (LOCAL, None): 200,
-    ("localhost", None): 200,
-    ("[::1]:8000", "http://[::1]:8000"): 200,
-    ("192.168.7.7:8000", "http://192.168.7.7:8000"): 200,
-    (LOCAL, f"http://{LOCAL}"): 200,
-    (LOCAL, "http://evil.example"): 403,  # a page elsewhere
-    (LOCAL, "http://localhost:3000"): 403,  # another program of this machine
-    (LOCAL, "null"): 403,  # a file, or a frame without rights
-    ("evil.example", "http://evil.example"): 421,  # a name that is made to resolve to this machine
-    ("evil.example:8000", None): 421,
-    ("localhost.evil.example", None): 421,
-    ("127.0.0.1.evil.example", None): 421,
-    ("[", None): 421,
-}
+HOSTS = {"127.0.0.1": 200, "localhost:8000": 200, "LOCALHOST.": 200, "[::1]:8000": 200, "192.168.7.7:80": 200}
+HOSTS |= dict.fromkeys(("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"), 421)
+HOSTS |= dict.fromkeys(("evil.example@localhost.evil.example", "[", "[::1].evil.example", "0x7f.evil"), 421)
+SIMPLE = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", "")  # need no preflight
 
 
-@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_other_origins(method: str, server: Served, tries) -> None:
+def test_other_origins(server: Served, tries) -> None:
     """A page of another origin can neither read an answer nor have one computed, also under a name of its own."""
-    path = "/info" if method == "GET" else "/predict"
+
+    def images() -> bytes:
+        return re.findall(rb"thaw_images_total (\S+)", httpx.get(f"{server.address}/metrics").content)
+
+    before, evil = images(), {"Origin": "http://evil.example"}
+    preflight = evil | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    asked = [("GET", path, {"Host": host}, status) for host, status in HOSTS.items() for path in ("/", "/info")]
+    asked += [("POST", "/predict", JSON | {"Host": host}, status) for host, status in HOSTS.items() if status == 421]
+    asked += [("POST", "/predict", evil | {"Content-Type": name}, 415) for name in SIMPLE]
+    asked += [("OPTIONS", path, preflight, 405) for path in ("/predict", "/info")] + [("GET", "/info", evil, 200)]
     with tries("a web page of another origin asks the server", harm="let in") as attempt:
-        for (host, origin), status in ASKED.items():
-            with attempt(f"{method} {host} {origin}"):
-                headers = JSON | {"Host": host} | ({"Origin": origin} if origin else {})
-                if method == "OPTIONS":
-                    status = 405 if status == 200 else status
-                    headers["Access-Control-Request-Method"] = "POST"
+        for method, path, headers, status in asked:
+            with attempt(f"{method} {path} {headers}"):
                 content = BODY if method == "POST" else None
                 response = httpx.request(method, server.address + path, headers=headers, content=content)
                 assert response.status_code == status, response.text
                 assert not [name for name in response.headers if name.startswith("access-control")]
                 assert response.headers["x-content-type-options"] == "nosniff"
                 assert response.headers["cross-origin-resource-policy"] == "same-origin"
+        with attempt("no image was classified"):
+            assert images() == before
 
 
 def test_checkpoint_changed_while_served(tmp_path: Path, tries) -> None:

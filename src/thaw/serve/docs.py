@@ -27,7 +27,6 @@ def predict_docs(reader: RequestReader, limits: Limits) -> dict[str, Any]:
     """Arguments of `FastAPI.post` that describe the body, the answer and the errors."""
     errors = {
         400: "the connection ended before the body did, or the request is not HTTP",
-        403: "a web page of another origin has asked",
         408: f"the request took longer than {limits.request_seconds:g} s to come",
         413: f"more than {limits.max_images:,} images or {limits.max_body:,} bytes",
         415: "another Content-Type",
