@@ -743,7 +743,7 @@ def outcomes(folder: Path, count: int) -> Iterator[tuple[str, int | str, str, bo
 def test_mutated_files(tmp_path: Path, tries: Callable[..., Any]) -> None:
     taken: dict[str, list[bool]] = {}
     with tries("a mutated file", harm="let in") as attempt:
-        for name, which, wrong, was_taken in outcomes(tmp_path, sized(12, 450)):
+        for name, which, wrong, was_taken in outcomes(tmp_path, sized(12, 400)):
             taken.setdefault(name, []).append(was_taken)
             with attempt(f"{name} {which}"):
                 assert not wrong, wrong
