@@ -126,6 +126,8 @@ def repacked(rng: Random, content: bytes) -> bytes:
 
 def read_array_files(path: Path) -> Values:
     found = [(said["kind"], array, name) for name, said, array in find_arrays(path.parent)]
+    if path.suffix == ".npz" and len(found) < 2:
+        raise UserError("it has no images, or no labels")  # as ArrayData says
     for kind, array, name in found:
         with suppress(UserError):  # of another shape or type; nothing else
             to_images(array, name) if kind == "images" else to_labels(array, name)
@@ -385,7 +387,7 @@ def change_leaf(rng: Random, content: bytes) -> bytes:
         node = node[key]
         key = rng.choice([*node] if isinstance(node, dict) else range(len(node)))
     node[key] = rng.choice((*ODD_VALUES, nested := []))
-    for _ in range(5000 if node[key] is nested else 0):
+    for _ in range(150 if node[key] is nested else 0):
         nested.append(nested := [])
     return torch_file(checkpoint)
 
@@ -424,7 +426,7 @@ def resealed(rng: Random, content: bytes) -> bytes:
 
 
 def read_onnx(path: Path) -> Values:
-    return [load_onnx(path)(torch.from_numpy(PIXELS[:, None])).tolist()]
+    return flat(load_onnx(path)(torch.from_numpy(PIXELS[:, None])).numpy())
 
 
 def onnxruntime_computes(content: bytes) -> Values:
@@ -433,7 +435,7 @@ def onnxruntime_computes(content: bytes) -> Values:
     found = SEALED.search(content)
     assert found is None or seal_onnx(unsealed(content, found)) == content
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return [session.run(["probabilities"], {"images": PIXELS[:, None]})[0].tolist()]
+    return flat(session.run(["probabilities"], {"images": PIXELS[:, None]})[0])
 
 
 # Data sets whose files have names of their own
@@ -733,7 +735,7 @@ def outcomes(folder: Path, count: int) -> Iterator[tuple[str, int | str, str, bo
         except EOFError:  # the process has ended
             child.join()
             assert first, "the originals cannot be made"
-            yield name, which, f"ended the process: {signal.Signals(-(child.exitcode or 0)).name}", False
+            yield name, which, f"ended the process with the status {child.exitcode}", False
         child.join()
 
 
@@ -741,7 +743,7 @@ def outcomes(folder: Path, count: int) -> Iterator[tuple[str, int | str, str, bo
 def test_mutated_files(tmp_path: Path, tries: Callable[..., Any]) -> None:
     taken: dict[str, list[bool]] = {}
     with tries("a mutated file", harm="let in") as attempt:
-        for name, which, wrong, was_taken in outcomes(tmp_path, sized(12, 450)):
+        for name, which, wrong, was_taken in outcomes(tmp_path, sized(12, 400)):
             taken.setdefault(name, []).append(was_taken)
             with attempt(f"{name} {which}"):
                 assert not wrong, wrong
