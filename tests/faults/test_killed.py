@@ -182,11 +182,11 @@ def test_a_run(killed: Tries, tries: Callable[..., Any], fault: str, interval: f
     """Pictures are decoded, features cached, checkpoints written in the middle and at the end of an epoch, or there."""
     killed.arguments.append(f"trainer.val_check_interval={interval}")
     assert killed.run("whole") == 0, killed.output("whole")
-    moments, (signals, count) = killed.moments("whole"), FAULTS[fault]
+    moments, (signals, count), seed = killed.moments("whole"), FAULTS[fault], [*FAULTS].index(fault)
     with tries(fault, harm="lost") as attempt:
-        for number, at in enumerate(drawn(moments, count, seed=[*FAULTS].index(fault))):
+        for number, at in enumerate(drawn(moments, count, seed)):
             with attempt(f"moment {at} with val_check_interval={interval}: {moments[at]}"):
-                survive(killed, str(number), at, signals, in_its_folder=(number + len(signals)) % 2 == 0)
+                survive(killed, str(number), at, signals, in_its_folder=(number + seed) % 2 == 0)
 
 
 def survive(killed: Tries, name: str, at: int, signals: list[tuple[int, float]], in_its_folder: bool) -> None:
