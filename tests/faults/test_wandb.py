@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,24 @@ def test_a_healthy_server_gets_everything(run: Callable[..., SimpleNamespace], m
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         found = run("healthy", *WITH_WANDB)
         assert server.seen["file_stream"] and server.seen["file"] and not found.told
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [None, "error 500", "silent", "slow", "refused"])
+def test_logging_waits_for_no_server(fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median of a call with 13 metrics was 0.2 to 0.7 ms for each of them, on two busy cores."""
+    metrics = {"train/loss": 1.0} | {f"grad_norm/layer{number}": 1.0 for number in range(12)}
+    with WandbServer(FAULTS[fault] if fault else None, after="file_stream") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        logger = loggers.wandb_logger(**settings(run_dir=str(tmp_path), finish_timeout=1))
+        seconds = []
+        for step in range(600):
+            started = time.monotonic()
+            logger.log_metrics(metrics, step=step)
+            seconds.append(time.monotonic() - started)
+            time.sleep(0.003)
+        loggers.finish([logger])
+    assert statistics.median(seconds) < 0.01
 
 
 def core() -> int:
