@@ -31,7 +31,7 @@ from thaw.run.targets import check_plain, check_targets
 
 RUNS = Path("logs", "runs")
 UNITS = {"day": 86_400, "hour": 3_600, "minute": 60}
-RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,256}")  # part of a path, of an address and of a configuration
+RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,1000}")  # part of a path, of an address and of a configuration
 SLACK = 2**30  # bytes of a model beyond its file
 
 
@@ -119,8 +119,11 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
         )
-    if not isinstance(tracker_ids, dict) or not all(map(is_run_id, tracker_ids.values())):
+    if not isinstance(tracker_ids, dict) or any(
+        not isinstance(each, str) or "${" in each for each in tracker_ids.values()
+    ):
         raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
+    checkpoint["tracker_ids"] = {kind: each for kind, each in tracker_ids.items() if is_run_id(each)}
     config, unfollowed = checked_config(checkpoint["config"], path, allow, commit)
     config = replaced(config, {"~/": os.path.join(Path.home(), "")})  # noqa: PTH118  (with a slash at its end)
     config["run_dir"] = str(run_folder(path))
@@ -182,9 +185,10 @@ def origin(checkpoint: dict[str, Any]) -> str:
     path, config = Path(checkpoint["path"]), checkpoint["config"]
     overrides = shorten(str(config.get("overrides", "")), 60, placeholder=" ...")
     facts = [f"{config.get('name')} {overrides}".strip(), ago(time.time() - path.stat().st_mtime)]
-    states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
-    if states and states[0]["best_model_score"] is not None:
-        facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
+    with understood(path, checkpoint["git_commit"]):
+        states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
+        if states and states[0]["best_model_score"] is not None:
+            facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
     return f"checkpoint: {os.path.relpath(path)} ({', '.join(facts)})"
 
 
