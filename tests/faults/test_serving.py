@@ -27,7 +27,7 @@ from served import CHECKPOINT, Served, started
 from thaw.serve.connection import LINGER
 from thaw.serve.server import open_port
 
-SECONDS = float(sized(2, 5))  # request_seconds of the server of most tests
+SECONDS = 5.0 if FULL else 1.5  # request_seconds of the server of most tests
 JSON = {"Content-Type": "application/json"}
 
 
@@ -138,7 +138,7 @@ def test_endless_requests(server: Served, tries) -> None:
 
 def test_overload_and_stop(tmp_path: Path, tries) -> None:
     """At twice the sustainable rate: 200 or 503 in bounded time and memory. After SIGTERM all that came is answered."""
-    minutes, minute, limit = sized(1, 15), sized(3, 60), 10.0
+    minutes, minute, limit = sized(1, 15), sized(2, 60), 10.0
     samples = []  # seconds, MB, open files
 
     async def sample(served: Served) -> None:
