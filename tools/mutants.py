@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "logs" / "mutants.md"
-COPIED = ("src", "configs", "tests", "tools", "train.py", "pyproject.toml")
+COPIED = ("src", "configs", "tests", "tools", "pyproject.toml", *(path.name for path in ROOT.glob("*.py")))
 WANTED = 0.9  # of the mutants must be killed
 UNNOTICED = {0: "survived", 5: "no test", 33: "no test"}  # mutmut's codes; others are a failed test or a time-out
 
@@ -38,7 +38,10 @@ ROOMS = {
     "data": Room(["data/*"], ["data"], 170),
     "checkpoints": Room(
         ["run/checkpoint.py", "run/resume.py", "callbacks/run_checkpoint.py"],
-        ["run/test_checkpoint.py", "run/test_resume.py", "callbacks/test_run_checkpoint.py"],
+        [
+            *(f"run/test_{name}.py" for name in ("checkpoint", "resume", "targets", "migrations")),
+            "callbacks/test_run_checkpoint.py",
+        ],
         60,
     ),
     "batcher": Room(["serve/batcher.py"], ["serve/test_batcher.py"], 40),
@@ -50,8 +53,8 @@ only_mutate=
 also_copy=
     configs
     tools
-    train.py
     src
+    {scripts}
 do_not_mutate_patterns=
     ^\s*[rf]*"
     raise
@@ -63,6 +66,7 @@ pytest_add_cli_args_test_selection=
 pytest_add_cli_args=
     -m
     not long and not slow
+    --deselect=tests/data/test_own_data.py::test_every_command_takes_the_data_of_the_run
 timeout_constant=3.0
 timeout_multiplier=4.0
 use_git_change_detection=false
@@ -78,7 +82,9 @@ def try_room(name: str, size: int | None, seed: int) -> tuple[int, list[str]]:
             copy(part, Path(folder) / part.name)  # type: ignore[operator]
         sources = "\n    ".join(f"src/thaw/{source}" for source in room.sources)
         tests = "\n    ".join(f"tests/{test}" for test in room.tests)
-        (Path(folder) / "setup.cfg").write_text(SETTINGS.format(sources=sources, tests=tests), encoding="utf-8")
+        scripts = "\n    ".join(name for name in COPIED if name.endswith(".py"))
+        settings = SETTINGS.format(sources=sources, tests=tests, scripts=scripts)
+        (Path(folder) / "setup.cfg").write_text(settings, encoding="utf-8")
         mutmut(folder, "run", "none")  # makes all mutants, and learns which test calls which function
         names = sorted(results(folder))
         chosen = random.Random(seed).sample(names, min(size or room.sample, len(names)))

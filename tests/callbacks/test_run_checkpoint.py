@@ -104,6 +104,8 @@ def test_what_is_removed_does_not_come_back(tmp_path: Path) -> None:
     for name in ("old.ckpt", "new.ckpt"):
         writer.save_checkpoint(holding(1.0), tmp_path / name)
     writer.remove_checkpoint(tmp_path / "old.ckpt")
+    PacedCheckpointIO(0).save_checkpoint(holding(1.0), tmp_path / "older.ckpt")
+    writer.remove_checkpoint(tmp_path / "older.ckpt")
     writer.teardown()
     assert [path.name for path in tmp_path.iterdir()] == ["new.ckpt"]
 

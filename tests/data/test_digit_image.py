@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from scipy import ndimage
 from torch import Tensor
 
-from thaw.data.digit_image import BOX, find_digit
+from thaw.data.digit_image import BOX, find_digit, fit_box
 from thaw.data.idx import MAX_BYTES, write_idx
 from thaw.data.mnist import load_mnist
 from thaw.data.pictures import PICTURE_FORMATS
@@ -325,3 +325,8 @@ def test_what_is_no_digit_is_refused(content: Callable[[], bytes], reason: str) 
     assert digit.image is None
     assert re.search(reason, digit.error)
     assert "it.png" in digit.error
+
+
+def test_the_shape_of_a_digit_is_kept() -> None:
+    for given, fitted in (((60, 1), (20, 1)), ((1, 60), (1, 20)), ((10, 5), (20, 10)), ((30, 40), (15, 20))):
+        assert fit_box(np.ones(given, dtype=np.float32)).shape == fitted

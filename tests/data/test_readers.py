@@ -9,7 +9,7 @@ from PIL import Image
 
 from thaw.data.idx import write_idx
 from thaw.data.pictures import fit_photo
-from thaw.data.readers import ImageReader
+from thaw.data.readers import ImageReader, is_idx
 
 
 def encoded(image: Image.Image, format: str, **settings: object) -> bytes:
@@ -60,8 +60,14 @@ def test_what_cannot_be_read_is_an_error_in_its_place() -> None:
 
 
 def test_readers_that_a_model_cannot_have() -> None:
-    assert ImageReader("photo", [3, 8, 8]).shape == (3, 8, 8)
+    assert ImageReader("photo", [3, 8, 8]).shape == (3, 8, 8) and ImageReader("digit", (1, 28, 28)).is_digit
     with pytest.raises(ValueError, match=r"reader=pdf makes no images .* choose photo"):
         ImageReader("pdf", (1, 28, 28))
     with pytest.raises(ValueError, match=r"reader=digit makes no images of the shape \(3, 32, 32\).* choose photo"):
         ImageReader("digit", (3, 32, 32))
+
+
+def test_what_is_idx() -> None:
+    """The element types of the format: unsigned and signed bytes, short and long integers, floats and doubles."""
+    assert [kind for kind in range(256) if is_idx(bytes([0, 0, kind, 3]))] == [8, 9, 11, 12, 13, 14]
+    assert not is_idx(b"\0\1\x08\3") and not is_idx(b"\1\0\x08\3")

@@ -195,9 +195,10 @@ def test_files_that_are_not_there(read: Read, tmp_path: Path, monkeypatch: pytes
         raise URLError("Name or service not known")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
+    folder = tmp_path / "new" / "folder"
     for name in ("CIFAR10", "Flowers102"):
-        with pytest.raises(ConnectionError, match=rf"{tmp_path} does not hold {name} .*Name or service.*run this"):
-            read(name, download=True)
+        with pytest.raises(ConnectionError, match=rf"{folder} does not hold {name} .*Name or service.*run this"):
+            read(name, download=True, dir=str(folder))
 
 
 def test_every_source_of_pictures_has_their_settings() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import time
 import zipfile
 from collections.abc import Callable
@@ -121,6 +122,19 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
         load_predictor(str(tmp_path / "nan.ckpt"))
 
 
+@pytest.mark.parametrize("misfit", ["missing", "unknown", "another shape"])
+def test_weights_that_do_not_fit_the_model(tmp_path: Path, misfit: str) -> None:
+    checkpoint = torch.load(PROBE, weights_only=True) | {"git_commit": "abc"}
+    state = checkpoint["state_dict"]
+    bias = state.pop("head.linear.bias")
+    state |= {"missing": {}, "unknown": {"head.linear.bias": bias, "head.new": bias}}.get(
+        misfit, {"head.linear.bias": bias[:3]}
+    )
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"cannot be rebuilt: .*head\.(linear\.bias|new).* Commit abc wrote it; check"):
+        load_predictor(str(tmp_path / "other.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("trained", "precision"),
     [
@@ -156,7 +170,10 @@ def test_frozen_weights_that_have_moved(tmp_path: Path) -> None:
 def test_a_pretraining_run_points_to_its_backbone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "backbone.safetensors").touch()
-    with pytest.raises(ValueError, match=r"is a pretraining run.*backbone\.weights=.*backbone\.safetensors"):
+    command = re.escape(
+        f"python train.py experiment=vit_finetune backbone.weights={os.path.relpath(tmp_path)}/backbone.safetensors"
+    )
+    with pytest.raises(ValueError, match=rf"is a pretraining run.*: {command}$"):
         load_predictor(str(tmp_path))
 
 
@@ -227,7 +244,9 @@ def test_ages(seconds: float, said: str) -> None:
     assert said in ago(seconds)
 
 
-def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tmp_path: Path) -> None:
+def test_resumed_config_is_the_saved_one_plus_the_command_line(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     typed = [f"resume={run_dir}", "trainer.max_epochs=7", "optim=sgd"]
     cfg = resumed_config(compose_run(tmp_path / "next", *typed), typed)
     assert cfg.name == "vit_linear_probe"
@@ -236,6 +255,13 @@ def test_resumed_config_is_the_saved_one_plus_the_command_line(run_dir: Path, tm
     assert cfg.model.optim.optimizer._target_ == "torch.optim.SGD"  # a typed group reaches what refers to it
     assert cfg.run_dir == str(tmp_path / "next")
     assert Path(cfg.resume).name == "last.ckpt"
+    runs = tmp_path / "logs" / "runs"
+    shutil.copytree(run_dir / "checkpoints", runs / cfg.name / "1" / "checkpoints")
+    (runs / "other" / "2" / "checkpoints").mkdir(parents=True)
+    (runs / "other" / "2" / "checkpoints" / "last.ckpt").touch()  # the newest
+    typed = ["resume=last", f"experiment={cfg.name}"]
+    monkeypatch.chdir(tmp_path)
+    assert resumed_config(compose_run(tmp_path / "next", *typed), typed).resume.startswith(f"{runs / cfg.name}/")
     typed = [f"resume={run_dir}", "experiment=vit_finetune"]
     with pytest.raises(ValueError, match="is a run of experiment vit_linear_probe"):
         resumed_config(compose_run(tmp_path / "next", *typed), typed)

@@ -117,6 +117,33 @@ def test_a_full_queue_refuses(stand_in) -> None:
     asyncio.run(run())
 
 
+def test_requests_one_after_another(stand_in) -> None:
+    """An idle batcher goes on, and knows its speed: the first batch's, to which each later one adds a fifth."""
+    told: list[float] = []  # seconds an image
+
+    async def run() -> float:
+        batcher = Batcher(stand_in, 8, 100, 1, lambda size, seconds: told.append(seconds / size))
+        assert all(worker.daemon for worker in batcher.workers)  # a model that hangs does not keep the process
+        for count in (1, 4, 8):
+            assert classes(await batcher.predict(digits(*range(count)), False)) == [*range(count)]
+            await until(lambda: batcher.idle)
+        batcher.close(10)
+        return batcher.seconds_per_image
+
+    seconds = asyncio.run(run())
+    assert seconds == pytest.approx(0.8 * (0.8 * told[0] + 0.2 * told[1]) + 0.2 * told[2])
+
+
+def test_when_to_try_again(stand_in) -> None:
+    """After the waiting images, at the recent speed of all workers; at least a second."""
+    batcher = Batcher(stand_in, 8, 100, 2, lambda size, seconds: None)
+    batcher.waiting = 30
+    assert batcher.retry_after() == 1, "no batch has told the speed yet"
+    batcher.seconds_per_image = 0.5
+    assert batcher.retry_after() == 8  # 30 x 0.5 s / 2
+    batcher.close(10)
+
+
 @pytest.mark.parametrize("fault", ["exception", "nan"])
 def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monkeypatch) -> None:
     async def run() -> None:
@@ -132,12 +159,25 @@ def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monke
             await until(lambda: batcher.waiting == 30)
             stand_in.open.set()
             for task in (first, big):
-                with pytest.raises(ModelFailedError):
+                with pytest.raises(ModelFailedError, match="out of order" if fault == "exception" else "not finite"):
                     await task
             await until(lambda: batcher.waiting == 0)
             stand_in.broken = False
             monkeypatch.undo()
             assert classes(await batcher.predict(digits(3), False)) == [3]
+
+    asyncio.run(run())
+
+
+def test_the_rest_of_a_failed_request_leaves_the_queue(stand_in) -> None:
+    async def run() -> None:
+        batcher = Batcher(stand_in, 8, 100, 0, lambda size, seconds: None)  # this test is the worker
+        task = asyncio.create_task(batcher.predict(digits(*[5] * 30), False))
+        await until(lambda: batcher.waiting == 30)
+        batcher.deliver(batcher.take(), RuntimeError("out of order"))
+        with pytest.raises(ModelFailedError, match="out of order"):
+            await task
+        assert batcher.waiting == 0 and not batcher.queue
 
     asyncio.run(run())
 

@@ -68,6 +68,9 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
 
     best: Any = next((each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)), None)
     path = best.best_model_path if best else ""
+    if path and not trainer.strategy.broadcast(Path(path).is_file()):
+        log.warning("%s is gone: another program has removed it during the run.", path)
+        path, best.best_model_score = "", None
     if path and best.monitor is None:  # nothing is to be chosen by validation
         return None, path
     if path and best.monitor == "val/acc" and not again:

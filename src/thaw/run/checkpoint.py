@@ -209,7 +209,7 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     is_zip = start == b"PK\3\4"
-    if isinstance(error, UnpicklingError) and (start[:1] == b"\x80" or (is_zip and zipfile.is_zipfile(path))):
+    if isinstance(error, UnpicklingError) and (start[:1] == b"\x80" or (is_zip and ends_as_zip(path))):
         code = re.search(r"GLOBAL (\S+)", str(error))
         return (
             f"holds pickled code{f' ({code[1]})' if code else ''}, which was not run; a checkpoint holds tensors and "
@@ -217,10 +217,18 @@ def what_is_wrong(path: Path, error: Exception) -> str:
         )
     if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
-    damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
+    damage = "is damaged" if ends_as_zip(path) else f"is cut off after {path.stat().st_size:,} bytes"
     whole = [name for name in ("best.ckpt", "last.ckpt") if name != path.name and is_whole(path.with_name(name))]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
     return f"{damage if start else 'is empty'}. {instead}."
+
+
+def ends_as_zip(path: Path) -> bool:
+    """Whether the end of a file is that of a zip file, so that it is not cut off."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end
+        return True
 
 
 def is_whole(path: Path) -> bool:

@@ -100,6 +100,8 @@ def write_errors(path: Path) -> Iterator[None]:
         place = str(error.filename or path)
         if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
+        if path.name.endswith(SUFFIX):
+            raise  # the `atomic` around this one names the finished file
         shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
         raise unwritten(str(shown), error) from error
 

@@ -54,6 +54,8 @@ class Tracker(Logger):
     def lose(self, error: BaseException) -> None:
         """Say once that this logger has failed."""
         self.lost = True
+        if isinstance(error.__cause__, OSError):  # of which Lightning makes another one for TensorBoard
+            error = error.__cause__
         reason = f"{type(error).__name__} {shown_error(error)}".strip()
         log.warning("logger.%s has failed (%s). The run goes on without it. %s", self.kind, reason, self.next_step())
 

@@ -5,11 +5,13 @@ next worker sees by the lock that a trial's worker has died, and resumes from th
 heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
+import errno
 import io
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.config import build
-from thaw.run.errors import UserError
+from thaw.run.errors import UserError, UserFileError
+from thaw.run.files import unwritten
 from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
 CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or continues
@@ -68,9 +71,23 @@ def open_storage(path: Path) -> BaseStorage:
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": STORAGE_SECONDS}})
     except Exception as error:  # of SQLAlchemy, alembic or json: a strange file may raise any
         reason = str(error).strip().partition("\n")[0]
+        if "disk is full" in reason:
+            raise unwritten(str(path), OSError(errno.ENOSPC, reason)) from error
         raise UserError(
             f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
         ) from error
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Let the error of a storage on a full disk name its file; a trial that ran goes on with the next command."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what SQLAlchemy and Optuna have wrapped
+            cause = cause.__cause__
+        raise UserFileError(f"{path} cannot be written ({cause}). Free some space, or choose another one.") from error
 
 
 def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: Mapping[str, str]) -> optuna.Study:
