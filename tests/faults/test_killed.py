@@ -230,6 +230,7 @@ EARLY = (
 def test_before_the_first_checkpoint(killed: Tries, tries: Callable[..., Any]) -> None:
     """`resume=last` starts that run anew, or says what to type."""
     runs = "logs/runs/train"
+    killed.arguments = [each for each in killed.arguments if not each.startswith("logger")]
     killed.arguments += ["trainer.max_epochs=1", "logger=csv", f"hydra.run.dir={runs}/killed"]
     assert killed.run("whole") == 0, killed.output("whole")
     whole, moments = killed.folder / "whole" / runs / "killed", killed.moments("whole")
