@@ -47,6 +47,12 @@ class RunCheckpoint(ModelCheckpoint):
         )
 
 
+def ends_epoch(trainer: Any) -> bool:
+    """Whether a checkpoint is saved at the end of an epoch, which a run that resumes from it does not end again."""
+    epochs = trainer.fit_loop.epoch_progress.current
+    return trainer.training and epochs.processed == epochs.ready
+
+
 class PacedCheckpointIO(TorchCheckpointIO):
     """Writes each checkpoint file at most once in so many seconds, and delayed checkpoints when the loop ends.
 

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from omegaconf import OmegaConf
 
+from thaw.callbacks.run_checkpoint import ends_epoch
 from thaw.data.images import check_same_classes
 from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
@@ -98,8 +99,7 @@ def csv_rows(trainer: Any, logger: RunCSV) -> int:
     At the end of an epoch Lightning logs the epoch's metrics after it has saved, and a run that resumes from there does
     not log them: they are logged here.
     """
-    epochs, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
-    if trainer.training and epochs.processed == epochs.ready and (metrics := connector.metrics["log"]):
+    if ends_epoch(trainer) and (metrics := trainer._logger_connector.metrics["log"]):
         row = convert_tensors_to_scalars(metrics) | {"epoch": trainer.current_epoch}
         logger.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
     return logger.write_all()

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from thaw.callbacks.run_checkpoint import ends_epoch
 from thaw.callbacks.spikes import Spikes
 from thaw.data.module import Batch
 from thaw.lr_bank import BankClassifier
@@ -169,6 +170,10 @@ class StepMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.pause()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if ends_epoch(trainer):
+            self.note_training(trainer)  # in the list that the checkpoint has too
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pending:
