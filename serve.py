@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
         model = load_predictor(cfg.ckpt, cfg.weights, cfg.trainer.accelerator, cfg.trainer.precision, cfg.allow)
         on_cpu = model.fabric.device.type == "cpu"
     reader = ImageReader(cfg.reader or model.data["reader"], model.data["shape"])
-    app = create_app(model, reader, limits, cfg.workers or (cores if on_cpu else 1), cfg.host, cfg.hosts)
+    app = create_app(model, reader, limits, cfg.workers or (cores if on_cpu else 1), [cfg.host, *cfg.hosts])
     address, port = opened.getsockname()[:2]
     url = f"http://{address}:{port}"
     ready = f"page    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"

@@ -20,11 +20,13 @@ def main(cfg: DictConfig) -> None:
     refuse_chdir(HydraConfig.get())
     try:
         from thaw.sweeps.search import search
+        from thaw.sweeps.study import storage_errors
     except ModuleNotFoundError as error:
         raise UserError(f"sweep.py needs {error.name}: pip install -e '.[search]'.") from error
     from train import train
 
-    search(cfg, list(HydraConfig.get().overrides.task), train)
+    with storage_errors(cfg.sweep.storage):
+        search(cfg, list(HydraConfig.get().overrides.task), train)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def damaged_json(chance: Random) -> bytes:
 
 @kind
 def json_bombs(chance: Random) -> bytes:
-    many = chance.choice((1_000, 20_000, 500_000))
+    many = chance.choice((1_000, 20_000, 20_000, 500_000))
     deep = chance.choice((b"[", b'{"a":', b'[{"images":'))
     names = b",".join(b'"%x":1' % n for n in range(many))
     bodies = (b'{"images":' + deep * many, b"{" + names + b"}", b'{"images":[' + b"[[1]]," * many + b"[[1]]]}")

@@ -167,7 +167,7 @@ def test_predict_and_serve(kind: str, run: Callable[[str], Path], digits: Path, 
 
     served = compose_config("serve", "ckpt=none")
     limits = Limits(**{field.name: served[field.name] for field in dataclasses.fields(Limits)})
-    app = create_app(load_predictor(str(run_dir)), ImageReader("digit", (1, 28, 28)), limits, 1, "testserver", [])
+    app = create_app(load_predictor(str(run_dir)), ImageReader("digit", (1, 28, 28)), limits, 1, ["testserver"])
     with TestClient(app) as client:
         answer = client.post("/predict", content=digits.read_bytes(), headers={"content-type": FILE_TYPES[-1]})
     assert answer.status_code == 200, answer.text

@@ -182,3 +182,4 @@ class Classifier(LightningModule):
         for name, value in so_far["state"].items() if self.trainer.is_global_zero else ():
             is_list = isinstance(self.train_acc._defaults[name], list)
             setattr(self.train_acc, name, [value] if is_list and isinstance(value, Tensor) else value)
+        self.train_acc.to(self.device)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from thaw.data.folder import FolderData
 from thaw.data.images import Images, Source
+from thaw.data.pictures import LARGEST
 from thaw.data.readers import ImageReader
 from thaw.data.store import KNOWN
 from thaw.run.config import build
@@ -240,6 +241,38 @@ def test_too_few_pictures(tmp_path: Path, names: list[str], message: str) -> Non
     (tmp_path / "in").mkdir()
     put(tmp_path / "in", *names)
     with pytest.raises(ValueError, match=message):
+        read(tmp_path / "in")
+
+
+def test_a_folder_too_high(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "in", *numbered("insects/train/ant", 3), *numbered("insects/val/bee", 3))
+    with pytest.raises(ValueError, match=r"in holds no folder train, but .*in/insects does: set data\.dir to that one"):
+        read(tmp_path / "in")
+    put(tmp_path / "two", *numbered("small/ant", 9), *numbered("large/bee", 9))
+    assert read(tmp_path / "two").classes == ["large", "small"]
+    said = f"the classes are the folders large, small of {tmp_path / 'two'}, though all pictures lie deeper"
+    assert (
+        f"{said}, in folders ant, bee; if those are the classes, set data.dir one folder deeper"
+        in capsys.readouterr().out
+    )
+    put(tmp_path / "two", "small/1.png")
+    read(tmp_path / "two")
+    assert "deeper" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "too large"])
+def test_files_that_never_end_are_not_read(kind: str, tmp_path: Path) -> None:
+    put(tmp_path / "in", *numbered("ant", 9), *numbered("bee", 9))
+    odd = tmp_path / "in" / "ant" / "odd.png"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "device":
+        odd.symlink_to("/dev/zero")
+    else:
+        odd.touch()
+        os.truncate(odd, LARGEST + 1)
+    wanted = "has 100,000,001 bytes" if kind == "too large" else "is not a file of bytes on a disk"
+    with pytest.raises(ValueError, match=rf"1 of 19 pictures cannot be read: \S*odd\.png {wanted}"):
         read(tmp_path / "in")
 
 

@@ -1,5 +1,7 @@
 """What all code may expect of images and labels, and what other data is told."""
 
+import os
+
 import pytest
 import torch
 
@@ -38,6 +40,8 @@ def test_images_of_any_shape_are_taken() -> None:
         ({"val": images()._replace(labels=2 * torch.eye(6, 3).long())}, r"val labels of insects hold 2; \(N, K\) are"),
         ({"test": images(labels=[0, 1, 2, 3, 0, 1])}, r"test split of insects has the label 3, but its 3 classes"),
         ({"train": images(labels=[0, -1, 2, 0, 0, 1])}, r"train split of insects has the label -1"),
+        ({"classes": ["ant", "bee", "ant"]}, "the class name 'ant' is there twice; rename its folder or label"),
+        ({"classes": ["ant", "bee", os.fsdecode(b"caf\xe9")]}, r"the class name 'caf\\udce9' is not valid UTF-8"),
     ],
 )
 def test_other_data_is_refused(changes: dict[str, Images], message: str) -> None:

@@ -15,6 +15,8 @@ import lightning as L
 from thaw.data.images import Source
 from thaw.data.mnist import MNISTData
 
+GRACE = 3.0  # seconds, in place of `ranks.RANK_GRACE`
+
 
 def strike(how: str) -> None:
     """What befalls this process."""
@@ -30,12 +32,15 @@ def strike(how: str) -> None:
     elif how == "memory":
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
         bytearray(2**31)
+    elif how == "worker":
+        for worker in multiprocessing.active_children():
+            worker.kill()
     else:
         raise RuntimeError("the fault of this test")
 
 
 class Strike(L.Callback):
-    """Strikes once, on one rank and in one phase of the run; in epoch 1 if the phase has epochs."""
+    """Strikes once, on one rank and in one phase of the run; where the phase has epochs, in epoch 1."""
 
     def __init__(self, rank: int, phase: str, how: str) -> None:
         self.rank, self.phase, self.how = rank, phase, how
@@ -74,17 +79,13 @@ class Strike(L.Callback):
     def on_test_batch_start(self, *_: Any) -> None:
         self.at("test")
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "test":
-            self.at("end")
-
 
 class FaultyDigits(MNISTData):
-    """Digits whose reading strikes on one rank."""
+    """Digits whose reading strikes on one rank, given as FAULT_IN_DATA=<rank>,<how>."""
 
     def read(self) -> Source:
-        rank, how = os.environ.get("FAULT_IN_DATA", "9 none").split()
-        if int(os.environ.get("LOCAL_RANK", 0)) == int(rank):
+        rank, _, how = os.environ["FAULT_IN_DATA"].partition(",")
+        if os.environ.get("LOCAL_RANK", "0") == rank:
             strike(how)
         return super().read()
 
@@ -98,6 +99,7 @@ if __name__ == "__main__":
     Figure.savefig = lambda self, path, **_: Path(str(path)).touch()  # type: ignore[method-assign,assignment]
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have children
     processes.FORKING = multiprocessing.get_context("fork")  # type: ignore[assignment]
-    ranks.subprocess = processes.FORKED  # type: ignore[attr-defined]
+    multiprocessing.set_start_method("fork", force=True)  # of workers that fetch data, as in a new process
+    ranks.subprocess, ranks.RANK_GRACE = processes.FORKED, GRACE  # type: ignore[attr-defined]
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -48,7 +48,7 @@ class Moments:
 
     def audit(self, name: str, args: tuple[Any, ...]) -> None:
         if name in ON_DISK and isinstance(args[0], str | os.PathLike):
-            path = os.fspath(args[0])
+            path = os.path.abspath(os.fsdecode(args[0]))  # noqa: PTH100
             if path.startswith(self.folder):
                 self.event(f"{name} {os.path.relpath(path, self.folder)}")
 
@@ -80,6 +80,7 @@ if __name__ == "__main__":
         moments.watch(*place)
     sys.addaudithook(moments.audit)
     sys.argv = sys.argv[2:]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:

@@ -49,7 +49,7 @@ KINDS = {  # how a disk fails: the error, and for how many operations
     "fails once": (errno.ESTALE, 1),
 }
 TOLD = re.compile(
-    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or choose|Choose|Set) ", re.MULTILINE
+    r"(^error: |: failed, ).* cannot be (written|used) \(.+\)\. (Free some space, or )?(choose|Choose|Set)", re.M
 )
 
 
@@ -63,7 +63,9 @@ class Started:
         self.reader = threading.Thread(target=self.read, args=(pipe,), daemon=True)
         self.reader.start()
         command = failing_disk.command(fault, *words) if fault else [sys.executable, *words]
-        self.process = Forked(command, ROOT, os.environ | environment, SimpleNamespace(name=pipe))
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # sweep.py imports train.py
+        environment = os.environ | {"PYTHONPATH": path} | environment
+        self.process = Forked(command, ROOT, environment, SimpleNamespace(name=pipe))
 
     def read(self, pipe: Path) -> None:
         self.text = pipe.read_text("utf-8", "replace")
@@ -102,12 +104,12 @@ def assert_told(status: int, printed: str) -> None:
 def test_every_write_of_a_run(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
     """Each operation of a run on its disk fails in turn; once there is room, the same command comes to the same end."""
 
-    def run(name: str, fault: Fault | None = None) -> tuple[int, str]:
+    def run(name: str, *more: str, fault: Fault | None = None) -> tuple[int, str]:
         places = [f"hydra.run.dir={tmp_path / name / 'run'}", f"cache.dir={tmp_path / name / 'cache'}"]
-        return Started(tmp_path, "train.py", *tiny_run, *SAVED, *places, fault=fault).wait()
+        return Started(tmp_path, "train.py", *tiny_run, *SAVED, *places, *more, fault=fault).wait()
 
     log = tmp_path / "operations"
-    status, printed = run("whole", Fault(str(tmp_path / "whole"), errno.EIO, LASTS, LASTS, str(log)))
+    status, printed = run("whole", fault=Fault(str(tmp_path / "whole"), errno.EIO, LASTS, LASTS, str(log)))
     assert status == 0, printed
     operations, whole = log.read_text().splitlines(), checkpoint(tmp_path / "whole" / "run")
     chosen = range(len(operations)) if FULL else [next(n for n, line in enumerate(operations) if "last.ckpt" in line)]
@@ -118,9 +120,9 @@ def test_every_write_of_a_run(tries: Tries, tiny_run: list[str], tmp_path: Path)
             with attempt(f"{kind} from {operations[number]}"):
                 folder = tmp_path / str(number)
                 fault = Fault(str(folder), code, number, number + count - 1, str(tmp_path / "log"))
-                assert_told(*run(folder.name, fault))
+                assert_told(*run(folder.name, fault=fault))
                 assert_whole(folder)
-                status, printed = run(folder.name)
+                status, printed = run(folder.name, "test=false")  # which takes as long as the training
                 assert status == 0, printed
                 assert_same_training(whole, checkpoint(folder / "run"), folder.name)
                 shutil.rmtree(folder)
@@ -212,6 +214,13 @@ def test_a_full_disk_names_the_file_in_a_folder_by_its_later_place(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_names_the_file_that_is_written_in_two_steps(tmp_path: Path) -> None:
+    full = rf"^{tmp_path}/page\.html cannot be written"
+    with disk_of(100_000), pytest.raises(OSError, match=full), atomic(tmp_path / "page.html") as part:
+        write_bytes(bytes(LARGE), part)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
 def test_other_reasons_are_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def refuse(descriptor: int) -> None:
@@ -298,20 +307,24 @@ def test_commands_on_a_full_disk(tries: Tries, tiny_run: list[str], tmp_path: Pa
     """Each has room for a part of what it writes: an error that names the file, and no part of it."""
     status, printed = Started(tmp_path, "train.py", *tiny_run, *SAVED, f"hydra.run.dir={tmp_path / 'run'}").wait()
     assert status == 0, printed
-    Image.new("L", (28, 28)).save(tmp_path / "picture.png")
+    (tmp_path / "pictures").mkdir()
+    for number in range(80):
+        picture = Image.new("L", (28, 28))
+        picture.paste(255, (8, 4, 20, 24))
+        picture.save(tmp_path / "pictures" / f"{number}.png")
     disk, of = tmp_path / "disk", f"ckpt={tmp_path / 'run'}"
     run, own = f"hydra.run.dir={disk / 'run'}", f"hydra.run.dir={tmp_path / 'log'}"
     cache = f"cache.dir={tmp_path / 'cache'}"
     commands = {
         "eval.py": [of, "robustness.images=20", run],
-        "predict.py": [of, *[str(tmp_path / "picture.png")] * 100, f"output={disk / 'a.csv'}", own],
+        "predict.py": [of, str(tmp_path / "pictures"), f"output={disk / 'a.csv'}", own],
         "probe.py": [of, "probe=knn", "probe.k=[1]", cache, run],
         "sweep.py": [*tiny_run, "sweep.trials=2", cache, run],
         "train.py -m": [*tiny_run, *SAVED, "seed=0,1", cache, f"hydra.sweep.dir={disk / 'sweep'}"],
         "train.py experiment=pretrain_mae": [*tiny_run, "trainer.max_epochs=1", "backbone.weights=none", run],
         **{
             f"export.py format={kind}": [of, f"output={disk / name}", own]
-            for kind, name in (("onnx", "a.onnx"), ("torch_export", "a.pt2"), ("hub_folder", "hub"))
+            for kind, name in (("onnx", "a.onnx"), ("hub_folder", "hub"))
         },
     }
     with tries("a command on a full disk", harm="lost") as attempt:
@@ -322,7 +335,7 @@ def test_commands_on_a_full_disk(tries: Tries, tiny_run: list[str], tmp_path: Pa
                 used = shutil.disk_usage(disk).used
             with attempt(f"{name} with all room"):
                 assert status == 0, printed
-            for share in (0.0, 0.4, 0.8):
+            for share in (0.2, 0.7):
                 size = f"{max(4, int(share * used / 1024))}k"
                 with attempt(f"{name} with {size} of {used:,} bytes"), small_disk(disk, size):
                     assert_told(*Started(tmp_path, *command).wait())
@@ -342,6 +355,7 @@ class Going(L.Callback):
                 self.folder.symlink_to("nowhere")
 
 
+@pytest.mark.long
 def test_folders_that_go_during_a_run(
     tries: Tries, tiny_run: list[str], tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,6 +392,7 @@ def test_folders_that_go_during_a_run(
             assert status == 1 and f"{tmp_path}/link/run is not a folder" in printed and "Traceback" not in printed
 
 
+@pytest.mark.long
 def test_two_at_once(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
     """Of two runs in one folder, one is refused; two that share a cache both train as one alone does."""
 
@@ -387,11 +402,12 @@ def test_two_at_once(tries: Tries, tiny_run: list[str], tmp_path: Path) -> None:
 
     with tries("two runs that write one folder", harm="lost") as attempt:
         first, second, other = begin("run"), begin("run"), begin("other")
-        ends = sorted([first.wait(), second.wait()])
+        *ends, (status, printed) = first.wait(), second.wait(), other.wait()
+        ends.sort()
         with attempt("the same run folder"):
             assert [status for status, _ in ends] == [0, 1], ends
             assert "is being written by another process; wait until it ends" in ends[1][1]
             assert_whole(tmp_path)
         with attempt("the same cache"):
-            assert other.wait()[0] == 0
+            assert status == 0, printed
             assert_same_training(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "other"), "cache")

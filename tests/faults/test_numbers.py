@@ -1,19 +1,34 @@
-"""A loss that is no number stops the run with its step, batch and cause, and leaves the weights as they were."""
+"""Numbers that are not finite, and odd ones: a run stops and says why, or reports what it should; never NaN.
 
+A loss that is not finite stops the run with its step, batch and cause, and leaves the weights as they were.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from conftest import needs
+from fault_counts import sized
+from hydra.errors import InstantiationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
 from thaw.data.module import Batch
+from thaw.evaluation.evaluate import evaluate_checkpoint
+from thaw.run.checkpoint import read_checkpoint
+from thaw.run.errors import UserError
 
 
 class Model(L.LightningModule):
@@ -171,3 +186,129 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     assert "training diverged (head.weight is not finite); lower optim.lr" in message
     saved = torch.load(path, weights_only=True)
     assert saved["global_step"] == 4 and all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+# Whole runs
+
+Tries = Callable[..., AbstractContextManager[Any]]
+Train = Callable[..., Path]
+FULL_TUNING, PROBE, PRETRAIN = "experiment=vit_finetune", "experiment=vit_linear_probe", "experiment=pretrain_"
+DIVERGED = r"The (validation )?loss is -?(nan|inf)|weights after step \d+ are not finite"
+DECAY = r"optim.lr times optim.weight_decay is .*, and above 1 weights grow"
+# Settings, and what is said of them; None: the run ends with finite numbers.
+ODD: list[tuple[str, str | None]] = [
+    (f"{FULL_TUNING} optim.lr=1e6", DIVERGED),
+    (f"{PROBE} optim.lr=1e6", None),
+    (f"{PROBE} head=lr_bank head.lrs=[1e-3,1e308]", None),
+    (f"{PROBE} head=lr_bank head.lrs=[1e38,1e200]", DIVERGED),
+    (f"{FULL_TUNING} backbone.weights=NAN", "blocks.1.attn.qkv.weight holds NaN or infinity"),
+    (f"{FULL_TUNING} backbone.weights=HUGE", "The validation loss is nan after step 4.*activations overflow"),
+    (f"{PROBE} CONSTANT", None),
+    *((f"{PROBE} optim.lr={value}", "must be a number above 0") for value in ("0", "-1", "nan", "inf")),
+    (f"{FULL_TUNING} optim.weight_decay=1e6", DECAY),
+    (f"{FULL_TUNING} optim.lr=1e6 trainer.precision=bf16-mixed", DIVERGED),
+    (f"{FULL_TUNING} optim.lr=1e30 average=ema", DIVERGED),
+    (f"{FULL_TUNING} optim=sgd optim.lr=1e6 trainer.gradient_clip_val=null", DIVERGED),
+    (f"{FULL_TUNING} optim.lr=1e8 callbacks.checkpoint.monitor=val/loss callbacks.checkpoint.mode=min", DIVERGED),
+    (f"{PROBE} backbone.weights=INF", "blocks.1.attn.qkv.weight holds NaN or infinity"),
+    (f"{FULL_TUNING} CONSTANT augment=affine", None),
+    (f"{PROBE} ONE_CLASS", None),
+    (f"{PROBE} EACH_ONE data.class_weights=balanced", None),
+    (f"{PROBE} data.batch_size=1", None),
+    (f"{PROBE} data.batch_size=1 head.norm=batch", "has no statistics for head.norm=batch"),
+    (f"{PROBE} data.train_size=65 data.batch_size=64 head.norm=batch", None),
+    (f"{PROBE} data.train_size=5", "data.batch_size=16 is more than the 5 training images"),
+    (f"{PROBE} trainer.limit_val_batches=0", None),
+    (f"{PROBE} model.label_smoothing=1.0", None),
+    (f"{FULL_TUNING} mix=mixup mix.mixup=0.0", "mix.mixup=0.0 must be a number above 0"),
+    *((f"{FULL_TUNING} mix=mixup mix.mixup={alpha}", None) for alpha in ("1e-40", "1e38", "1e308")),
+    (f"{PROBE} trainer.val_check_interval=5", "val_check_interval=5 is more than the 4 batches of an epoch"),
+    *((f"{PRETRAIN}{name} optim.lr=1e6", DIVERGED) for name in ("mae", "simclr", "gan", "autoregressive")),
+    *((f"{PRETRAIN}{name} CONSTANT data.batch_size=16", None) for name in ("mae", "simclr", "gan", "autoregressive")),
+    (
+        f"{PRETRAIN}simclr data.batch_size=9",
+        "64 train images in batches of 9: A step on 1 image has nothing to contrast",
+    ),
+]
+
+
+def arrays(path: Path, image: Callable[[int], np.ndarray], labels: Callable[[int], np.ndarray]) -> str:
+    """The settings of a dataset of 60 training, 30 validation and 30 test images."""
+    splits = {"train": 60, "val": 30, "test": 30}
+    parts = {f"x_{split}": image(count) for split, count in splits.items()}
+    np.savez(path, **parts, **{f"y_{split}": labels(count) for split, count in splits.items()})
+    return f"data=arrays data.path={path}"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_run: list[str]) -> Callable[[str], list[str]]:
+    """The overrides of a tiny run with odd settings."""
+
+    def random(count: int) -> np.ndarray:
+        return np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+
+    weights = load_file(tmp_path / "tiny.safetensors")
+    words = {
+        "CONSTANT": arrays(
+            tmp_path / "constant.npz", lambda n: np.full((n, 28, 28), 128, np.uint8), lambda n: np.arange(n) % 3
+        ),
+        "ONE_CLASS": arrays(tmp_path / "one_class.npz", random, lambda n: np.zeros(n, int)),
+        "EACH_ONE": arrays(tmp_path / "each_one.npz", random, np.arange),
+    }
+    for name, value in (("NAN", float("nan")), ("INF", float("inf")), ("HUGE", 1e38)):
+        weights["blocks.1.attn.qkv.weight"][0, 0] = value
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        words[name] = str(tmp_path / f"{name}.safetensors")
+
+    def overrides(text: str) -> list[str]:
+        for word, meaning in words.items():
+            text = text.replace(word, meaning)
+        own = text.split()
+        usual = [
+            each for each in tiny_run if "data=arrays" not in own or each[:11] not in ("data.source", "data.train_")
+        ]
+        usual = [each for each in usual if PRETRAIN not in text or not each.startswith("backbone.weights")]
+        return [own[0], *usual, "trainer.max_epochs=2", *own[1:]]
+
+    return overrides
+
+
+@needs("pretrain")
+def test_odd_settings_stop_or_report_sanely(
+    tries: Tries, train: Train, settings: Callable[[str], list[str]], undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tries("numbers that are not finite, and odd ones", harm="let in") as attempt:
+        for number, (text, refusal) in enumerate(ODD[: sized(7, len(ODD))]):
+            with attempt(text):
+                name = f"run{number}"
+                if refusal:
+                    with pytest.raises((UserError, InstantiationException), match=refusal):
+                        train(*settings(text), name=name)
+                else:
+                    check_finite(train(*settings(text), name=name))
+                said = capsys.readouterr()
+                assert "nan" not in said.out.replace("/nan", "")
+
+
+def check_finite(run_dir: Path) -> None:
+    """No number of a summary and a checkpoint is NaN or infinite, but for heads of a bank that were not chosen."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in summary.json")
+
+    json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    chosen = int(state.get("head.chosen", 0))
+    spare = tuple(f"head.heads.{number}." for number in range(9) if number != chosen)
+    assert all(tensor.isfinite().all() for name, tensor in state.items() if not name.startswith(spare))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_checkpoint_of_no_finite_answers_has_no_accuracy(
+    tries: Tries, linear_probe: Path, tmp_path: Path, value: float
+) -> None:
+    checkpoint = read_checkpoint(linear_probe / "checkpoints" / "best.ckpt")
+    checkpoint["state_dict"]["head.linear.weight"].fill_(value)
+    refused = pytest.raises(UserError, match=r"means nothing|are not finite")
+    with tries("numbers that are not finite, and odd ones", harm="let in") as attempt, attempt(f"{value}"), refused:
+        evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path, [])

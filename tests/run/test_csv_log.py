@@ -57,10 +57,8 @@ def test_a_checkpoint_of_an_earlier_version_knows_its_steps(tmp_path: Path) -> N
     for step in range(6):
         before.log_metrics({"val/acc": step / 10}, step=step)
     loops = {"fit_loop": {"epoch_loop.state_dict": {"_batches_that_stepped": 3}}}
-    after = logger(tmp_path, checkpoint(tmp_path, loops=loops))
-    for step in range(4, 6):
-        after.log_metrics({"val/acc": step / 10}, step=step)
-    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "4", "5"] or True
+    logger(tmp_path, checkpoint(tmp_path, loops=loops)).log_metrics({"val/acc": 0.3}, step=3)
+    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "3"]
 
 
 def test_a_new_run_in_an_old_folder_starts_anew(tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ import json
 import os
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, needs
+from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from thaw.run.resume import why_ended
+from thaw.run.resume import ended_early, find_saved, why_ended
 
 
 def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
@@ -115,20 +117,10 @@ def test_why_training_has_ended(trainer: dict, patience: int | None, ended: tupl
     assert why_ended(checkpoint, OmegaConf.create(cfg)) == ended
 
 
-def test_a_run_without_a_checkpoint_starts_from_the_beginning(
-    train: Callable[..., Path], tiny_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = train(*tiny_run, "test=false", "trainer.max_epochs=1", "optim.lr=0.01", name="whole")
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    shutil.copy(whole / "config.yaml", killed)
-    started = train(f"resume={killed}", name="started")
-    assert f"{killed} holds no checkpoint: its configuration starts from the beginning" in capsys.readouterr().out
-    for name, tensor in weights(whole).items():
-        assert torch.equal(tensor, weights(started)[name]), name
-    (killed / "config.yaml").write_text("[")
+def test_a_broken_configuration_of_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[")
     with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration of a run"):
-        train(f"resume={killed}", name="broken")
+        find_saved(str(tmp_path), "", [])
 
 
 def test_a_resumed_run_lies_where_its_name_says(
@@ -149,3 +141,26 @@ def test_a_resumed_run_lies_where_its_name_says(
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             cfg = compose("train", typed, return_hydra_config=True)
         assert Path(cfg.hydra.run.dir).parts[:3] == ("logs", "runs", name)
+
+
+def test_last_is_the_newest_run_although_it_has_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it ended in another way: it is done or failed, tested learning rates, or still runs."""
+    monkeypatch.chdir(tmp_path)
+    runs = Path("logs", "runs")
+    for age, file in enumerate(("a/1/job.json", "a/1/checkpoints/last.ckpt", "b/2/job.json"), start=-3):
+        (runs / file).parent.mkdir(parents=True, exist_ok=True)
+        (runs / file).touch()
+        os.utime(runs / file, (time.time() + age, time.time() + age))
+    assert ended_early("") == ended_early("b") == runs / "b" / "2"
+    assert ended_early("a") is None
+    with pytest.raises(ValueError, match=r"b/2 holds neither a checkpoint nor config\.yaml.* Type the command"):
+        find_saved("last", "", [])
+    with FileLock(runs / "b" / "2" / "job.lock"):
+        assert ended_early("") is None
+    for name in ("summary.json", "failure.json", "lr_find.csv"):
+        end = runs / "b" / "2" / name
+        end.touch()
+        assert ended_early("") is None, name
+        end.unlink()
+    os.utime(runs / "a" / "1" / "checkpoints" / "last.ckpt")
+    assert ended_early("") is None

@@ -1,5 +1,6 @@
 """MLflow and trackio keep a run in a local store, which is read back with their own clients."""
 
+import errno
 import socket
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,32 @@ def test_trackio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [each.name for each in runs] == [run]
     assert runs[0].config["optim/lr"] == 1.0 and runs[0].config["_Group"] == "sweep"
     assert list((tmp_path / "store").rglob("*.png"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fails", [False, True])
+def test_tensorboard(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    logger = loggers.RunTensorBoard(str(tmp_path), "tensorboard", "", False)
+    logger.log_metrics({"x": 1.0}, step=0)
+    logger.save()
+    if fails:
+        monkeypatch.setattr(RecordWriter, "write", no_space)
+    for step in range(1, 100):
+        logger.log_metrics({"x": 2.0}, step=step)
+    loggers.log_image([logger], "picture", PICTURE)
+    loggers.add_to_summary([logger], {"seconds": 1.0})
+    loggers.finish([logger])
+    assert caplog.text.count("logger.tensorboard has failed (OSError [Errno 28] No space left on device)") == fails
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Scalars("x")) == (1 if fails else 100)
+    assert events.Tags()["images"] == ([] if fails else ["picture"])

@@ -70,7 +70,7 @@ def serving() -> Iterator[Callable[..., str]]:
     def start(model: Any, reader: ImageReader | None = None, **limits: Any) -> str:
         opened = open_port("127.0.0.1", 0)
         reader = reader or ImageReader("digit", (1, 28, 28))
-        server = Server(create_app(model, reader, Limits(**{**LIMITS, **limits}), 1, "127.0.0.1", []))
+        server = Server(create_app(model, reader, Limits(**{**LIMITS, **limits}), 1, []))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
         thread.start()
         running.append((server, thread))

@@ -1,6 +1,7 @@
 """Slow and silent clients: each connection ends in bounded time, and others are served meanwhile."""
 
 import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -94,6 +95,29 @@ def test_keep_alive_and_pipelining(address: str) -> None:
             time.sleep(SECONDS * 1.5)
 
 
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+CLOSING = {
+    "garbage after a request": (WHOLE + b"\0garbage\r\n\r\n", [b"200"]),
+    "garbage after two": (WHOLE * 2 + b"\0garbage\r\n\r\n", [b"200", b"200"]),
+    "garbage in a body": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello?", [b"400"]),
+    "garbage after an answer": (b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", [b"200"]),
+    "150 requests at once": (b"GET /healthz HTTP/1.1\r\n\r\n" * 150, [b"200"] * 101),
+    "an upgrade": (b"GET /healthz HTTP/1.1\r\n" + UPGRADE + b"\r\n" + WHOLE, [b"200"]),
+    "an upgrade with a body": (WHOLE.replace(b"\r\n\r\n", b"\r\n" + UPGRADE + b"\r\n", 1) + WHOLE, [b"400"]),
+}
+
+
+def test_answers_before_the_end(address: str) -> None:
+    """Whole requests are answered before the connection ends on what follows them; nothing is answered twice."""
+    for name, (sent, statuses) in CLOSING.items():
+        with connect(address) as client:
+            client.sendall(sent)
+            if name == "garbage after an answer":
+                time.sleep(0.1)
+                client.sendall(b"?")
+            assert re.findall(rb"HTTP/1.1 (\d+) ", everything(client)) == statuses, name
+
+
 def test_too_many_connections(stand_in, serving) -> None:
     address = serving(stand_in, max_connections=3, request_seconds=SECONDS)
     held = [connect(address) for _ in range(3)]
@@ -103,6 +127,7 @@ def test_too_many_connections(stand_in, serving) -> None:
     assert response.headers["Retry-After"]
     assert "more than 3 connections" in response.json()["detail"]
     time.sleep(SECONDS * 2)  # those who said nothing are gone
+    assert "\nthaw_rejected_total 1.0\n" in httpx.get(f"{address}/metrics").text
     assert httpx.get(f"{address}/healthz").status_code == 200
     for client in held:
         client.close()

@@ -1,24 +1,17 @@
 """A comparison runs its stages in order, resumes to the same numbers, and checks all before its first job."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT, compose_run
+from conftest import compose_run
 from sweeps.conftest import Trained
 
 from thaw.plan.speed import Speed
 from thaw.run.errors import RunPrunedError, UserError
 from thaw.run.files import read_json
-from thaw.run.folders import LOCK
 from thaw.sweeps.compare import check_arguments, check_names
 from thaw.sweeps.compare_policies import Candidates, Work, bind_policies
 from thaw.sweeps.compare_time import Costs, Timing, too_long
@@ -251,34 +244,3 @@ def test_what_no_longer_fits() -> None:
     assert too_long(timing(), [*"abc"], measured, 10.0) == {}
     late = too_long(timing(), [*"abc"], measured, 5.0)
     assert late == {"c": (272.0, 300.0 - 130.0 - 32.0 - 92.0)}
-
-
-ARGUMENTS = ["data.source=sample", "data.train_size=300", "trainer.max_epochs=6", "logger=none", "data.batch_size=32"]
-
-
-@pytest.mark.long
-def test_a_killed_comparison_comes_to_the_same_numbers(tmp_path: Path) -> None:
-    """Killed while the second job, a try, a further seed and a test run."""
-
-    def start(folder: str) -> subprocess.Popen:
-        chosen = ["compare.policies=[linear_probe,last_blocks]", f"hydra.sweep.dir={tmp_path / folder}"]
-        program = [sys.executable, str(ROOT / "compare.py"), *ARGUMENTS, *chosen]
-        return subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL)
-
-    assert start("whole").wait() == 0
-    folder = tmp_path / "killed"
-    for jobs_before in (2, 4, 7, 8):
-        process = start("killed")
-        while process.poll() is None and len(list(folder.glob(f"*/{LOCK}"))) < jobs_before:
-            time.sleep(0.02)
-        time.sleep(1.0)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start("killed").wait() == 0
-    whole, killed = (read_json(tmp_path / name / "comparison.json") for name in ("whole", "killed"))
-    assert killed == whole
-    for policy in whole["policies"]:
-        for run in policy["runs"]:
-            facts = [json.loads((tmp_path / name / run / "summary.json").read_text()) for name in ("whole", "killed")]
-            assert len({(each["val/acc"], each["test/acc"]) for each in facts}) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed
 import yaml
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from omegaconf import OmegaConf
 
 from thaw.data.images import check_same_classes
@@ -19,6 +20,7 @@ from thaw.run.console import as_text, say_fitted
 from thaw.run.csv_log import RunCSV
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
+from thaw.run.loggers import link_earlier_folders
 from thaw.run.ranks import from_all_ranks
 from thaw.run.record import portable_paths, replaced, software_facts
 from thaw.run.targets import config_leaves
@@ -74,7 +76,9 @@ class RunRecord(Callback):
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
         checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
-        checkpoint["csv_rows"] = next((each.write_all() for each in trainer.loggers if isinstance(each, RunCSV)), None)
+        checkpoint["csv_rows"] = next(
+            (csv_rows(trainer, each) for each in trainer.loggers if isinstance(each, RunCSV)), None
+        )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Runs before Lightning gives the callbacks their states."""
@@ -85,6 +89,20 @@ class RunRecord(Callback):
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
         for state in checkpoint["callbacks"].values():
             forget_others(state, folder)
+        link_earlier_folders(trainer.loggers, folder)
+
+
+def csv_rows(trainer: Any, logger: RunCSV) -> int:
+    """How many rows of metrics belong to a checkpoint that is saved now.
+
+    At the end of an epoch Lightning logs the epoch's metrics after it has saved, and a run that resumes from there does
+    not log them: they are logged here.
+    """
+    epochs, connector = trainer.fit_loop.epoch_progress.current, trainer._logger_connector
+    if trainer.training and epochs.processed == epochs.ready and (metrics := connector.metrics["log"]):
+        row = convert_tensors_to_scalars(metrics) | {"epoch": trainer.current_epoch}
+        logger.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+    return logger.write_all()
 
 
 def forget_others(state: Any, folder: Path) -> None:

@@ -12,11 +12,10 @@ from thaw.data.decode import DecodedData
 from thaw.data.images import Source
 from thaw.data.pictures import PICTURE_SUFFIXES, picture_content
 from thaw.data.splits import SPLIT_WORDS, ListedFile
-from thaw.run.claims import check_memory
 from thaw.run.console import plural, say, some
 from thaw.run.errors import UserError, UserFileError
 
-ROW_BYTES = 300  # of a row in memory, about
+ROWS_PER_BYTE = 10  # in a byte of a parquet file; each row names another file
 
 
 @dataclass(kw_only=True, eq=False)
@@ -133,13 +132,14 @@ def list_table(table: Path, folder: Path) -> list[ListedFile]:
         ) from error
     files = []
     for number, row in enumerate(rows, start=1):
-        file, label = ("" if row.get(column) is None else str(row[column]) for column in ("file", "label"))
-        if not file or "\0" in file or not label or str(row.get("split", "train")) not in SPLIT_WORDS:
+        file, label = row.get("file"), row.get("label")
+        usable = isinstance(file, str) and file and "\0" not in file and isinstance(label, str | int) and label != ""
+        if not usable or str(row.get("split", "train")) not in SPLIT_WORDS:
             raise UserError(
                 f"data.table={table}: row {number} is {str(row)[:300]}; it must have a file, a label and, if "
                 "there is a column split, train, val or test there."
             )
-        files.append(list_file(folder, file, label, SPLIT_WORDS.get(row.get("split", ""), "")))
+        files.append(list_file(folder, str(file), str(label), SPLIT_WORDS.get(row.get("split", ""), "")))
     return files
 
 
@@ -148,6 +148,8 @@ def parquet_rows(table: Path) -> list[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(table) as opened:
-        check_memory(opened.metadata.num_rows * ROW_BYTES, str(table))
+        count, size = opened.metadata.num_rows, table.stat().st_size
+        if count > ROWS_PER_BYTE * size:
+            raise ValueError(f"{count:,} rows in {size:,} bytes")
         columns = [name for name in ("file", "label", "split") if name in opened.schema_arrow.names]
         return opened.read(columns).to_pylist()

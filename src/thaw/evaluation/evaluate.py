@@ -34,7 +34,8 @@ def evaluate_checkpoint(
     from thaw.evaluation.final_test import FinalTest
 
     quiet_libraries()
-    settle(cfg)
+    with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
+        settle(cfg)
     model = checkpoints.load_model(checkpoint)
     if not is_overridden("test_step", model):
         raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
@@ -67,6 +68,9 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
 
     best: Any = next((each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)), None)
     path = best.best_model_path if best else ""
+    if path and not trainer.strategy.broadcast(Path(path).is_file()):
+        log.warning("%s is gone: another program has removed it during the run.", path)
+        path, best.best_model_score = "", None
     if path and best.monitor is None:  # nothing is to be chosen by validation
         return None, path
     if path and best.monitor == "val/acc" and not again:
@@ -97,7 +101,8 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
     checkpoint = checkpoints.read_checkpoint(run_dir / "checkpoints" / "best.ckpt", allow)
     cfg = OmegaConf.create(checkpoint["config"])
-    keep_from_downloading(cfg.data)
+    with checkpoints.understood(run_dir, checkpoint["git_commit"]):
+        keep_from_downloading(cfg.data)
     loggers = loggers_of(checkpoint, cfg)
     try:
         results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
@@ -109,8 +114,9 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
 
 def loggers_of(checkpoint: dict[str, Any], cfg: DictConfig) -> list[Any]:
     """Loggers for the runs in W&B, MLflow and trackio that trained a checkpoint, and `cfg` left with these alone."""
-    checkpoints.continue_logged(cfg, checkpoint)
-    if named := sends(cfg, ()):
-        say(f"adding to the logged run of {', '.join(named)}, as {checkpoint['path']} says")
-    cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
+    with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
+        checkpoints.continue_logged(cfg, checkpoint)
+        cfg.logger = {kind: block for kind, block in (cfg.logger or {}).items() if block and block.get("id")}
+        if named := sends(cfg, ()):
+            say(f"adding to the logged run of {', '.join(named)}, as {checkpoint['path']} says")
     return build_list(cfg.logger, "logger")

@@ -32,6 +32,12 @@ def checkpoint_backbone(cfg: DictConfig, overrides: Sequence[str]) -> Any:
     pretrained = (Path(cfg.ckpt).expanduser() / "backbone.safetensors").is_file()  # whose validation chooses nothing
     path = checkpoints.find_checkpoint(cfg.ckpt, "last.ckpt" if pretrained else "best.ckpt")
     checkpoint = checkpoints.read_checkpoint(path, [*cfg.allow, *targets(cfg)])
+    with checkpoints.understood(path, checkpoint["git_commit"]):
+        return take_backbone(cfg, path, checkpoint, typed)
+
+
+def take_backbone(cfg: DictConfig, path: Path, checkpoint: dict[str, Any], typed: Sequence[str]) -> Any:
+    """What `checkpoint_backbone` returns, of a checkpoint that is read."""
     say(checkpoints.origin(checkpoint))
     refers = "frozen" in checkpoint  # to a file that holds what never trained
     wrong = [key for key in typed if key.split(".")[0] == "backbone" and not (refers and key == "backbone.weights")]

@@ -75,25 +75,23 @@ def load_onnx(path: Path) -> OnnxModel:
     options.intra_op_num_threads = torch.get_num_threads()  # onnxruntime does not read OMP_NUM_THREADS
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow other programs
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        inputs = [(given.name, given.type, given.shape[1:]) for given in session.get_inputs()]
+        outputs = [output.name for output in session.get_outputs()]
+        stored = session.get_modelmeta().custom_metadata_map
+        texts = stored if "thaw" in stored else {}
+        metadata = {key: json.loads(value) for key, value in texts.items() if key != SEAL}
     except Exception as error:  # onnxruntime's classes share no other parent
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{path} cannot be read as an ONNX model ({reason}). Give a file that export.py wrote."
         ) from error
-    inputs = [(given.name, given.type, given.shape[1:]) for given in session.get_inputs()]
-    outputs = [output.name for output in session.get_outputs()]
-    stored = session.get_modelmeta().custom_metadata_map
     known = [given[:2] for given in inputs] == [("images", "tensor(uint8)")] and outputs[:1] == ["probabilities"]
     if not known or "thaw" not in stored:
         raise UserError(
             f"{path} is an ONNX model, but not one of thaw's: it takes {inputs} and gives {outputs}, expected uint8 "
             "images, probabilities and thaw's metadata. Give a file that export.py wrote."
         )
-    try:
-        metadata = {key: json.loads(value) for key, value in stored.items() if key != SEAL}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} has damaged metadata ({error}). Give a file that export.py wrote.") from error
     shape = inputs[0][2] if len(inputs[0][2]) == 3 else [1, *inputs[0][2]]
     data = {"name": metadata.get("dataset"), "origin": "", "classes": metadata.get("classes"), "shape": shape}
     return OnnxModel(session, metadata, checked_record({**data, "reader": metadata.get("reader", "digit")}, path))

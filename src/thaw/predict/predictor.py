@@ -25,15 +25,16 @@ from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 from thaw.run.places import reads
 
+Label = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]  # which a terminal may show
 Side = Annotated[int, Field(ge=1, le=10_000, strict=True)]
 
 
 class ImageRecord(BaseModel):
     """What a file says of the images that its model was trained on."""
 
-    name: str  # of the data set
+    name: Label  # of the data set
     origin: str
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[Label], Field(min_length=1)]
     shape: tuple[Literal[1, 3], Side, Side]  # (C, H, W)
     reader: Literal["digit", "photo"]  # see thaw.data.readers.ImageReader
 

@@ -31,7 +31,7 @@ from thaw.run.targets import check_plain, check_targets
 
 RUNS = Path("logs", "runs")
 UNITS = {"day": 86_400, "hour": 3_600, "minute": 60}
-RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,256}")  # part of a path, of an address and of a configuration
+RUN_ID = re.compile(r"(?!\.)[^/\\$\x00-\x1f\x7f]{1,1000}")  # part of a path, of an address and of a configuration
 SLACK = 2**30  # bytes of a model beyond its file
 
 
@@ -119,8 +119,11 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: wandb_id={wandb_id!r} is not the id of a W&B run; give a checkpoint that train.py wrote."
         )
-    if not isinstance(tracker_ids, dict) or not all(map(is_run_id, tracker_ids.values())):
+    if not isinstance(tracker_ids, dict) or any(
+        not isinstance(each, str) or "${" in each for each in tracker_ids.values()
+    ):
         raise UserError(f"{path}: tracker_ids={tracker_ids!r} names no runs; give a checkpoint that train.py wrote.")
+    checkpoint["tracker_ids"] = {kind: each for kind, each in tracker_ids.items() if is_run_id(each)}
     config, unfollowed = checked_config(checkpoint["config"], path, allow, commit)
     config = replaced(config, {"~/": os.path.join(Path.home(), "")})  # noqa: PTH118  (with a slash at its end)
     config["run_dir"] = str(run_folder(path))
@@ -182,9 +185,10 @@ def origin(checkpoint: dict[str, Any]) -> str:
     path, config = Path(checkpoint["path"]), checkpoint["config"]
     overrides = shorten(str(config.get("overrides", "")), 60, placeholder=" ...")
     facts = [f"{config.get('name')} {overrides}".strip(), ago(time.time() - path.stat().st_mtime)]
-    states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
-    if states and states[0]["best_model_score"] is not None:
-        facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
+    with understood(path, checkpoint["git_commit"]):
+        states = [state for state in checkpoint.get("callbacks", {}).values() if state.get("monitor") == "val/acc"]
+        if states and states[0]["best_model_score"] is not None:
+            facts.append(f"best validation accuracy {float(states[0]['best_model_score']):.2%}")
     return f"checkpoint: {os.path.relpath(path)} ({', '.join(facts)})"
 
 
@@ -205,7 +209,7 @@ def what_is_wrong(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     is_zip = start == b"PK\3\4"
-    if isinstance(error, UnpicklingError) and (start[:1] == b"\x80" or (is_zip and zipfile.is_zipfile(path))):
+    if isinstance(error, UnpicklingError) and (start[:1] == b"\x80" or (is_zip and ends_as_zip(path))):
         code = re.search(r"GLOBAL (\S+)", str(error))
         return (
             f"holds pickled code{f' ({code[1]})' if code else ''}, which was not run; a checkpoint holds tensors and "
@@ -213,10 +217,18 @@ def what_is_wrong(path: Path, error: Exception) -> str:
         )
     if start and not is_zip:
         return f"is not a checkpoint: it starts with {start!r}. Give a checkpoint that train.py wrote."
-    damage = "is damaged" if zipfile.is_zipfile(path) else f"is cut off after {path.stat().st_size:,} bytes"
+    damage = "is damaged" if ends_as_zip(path) else f"is cut off after {path.stat().st_size:,} bytes"
     whole = [name for name in ("best.ckpt", "last.ckpt") if name != path.name and is_whole(path.with_name(name))]
     instead = f"Beside it {whole[0]} is whole; give that one" if whole else "Give another checkpoint of the run"
     return f"{damage if start else 'is empty'}. {instead}."
+
+
+def ends_as_zip(path: Path) -> bool:
+    """Whether the end of a file is that of a zip file, so that it is not cut off."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # a damaged end
+        return True
 
 
 def is_whole(path: Path) -> bool:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from thaw.run.errors import UserError
 from thaw.run.targets import config_leaves, refers_outside
 
+MOST_PROCESSES = 64  # on a CPU
 BUNDLED_NAME = "digits_vit"  # of the weights that `backbone.weights=bundled` means
 
 
@@ -88,6 +89,8 @@ def check_devices(trainer: DictConfig) -> None:
         wanted = len(devices) if OmegaConf.is_list(devices) else devices
         if isinstance(wanted, int) and wanted > found:
             raise UserError(f"trainer.devices={devices} but torch sees {found} GPU(s); choose 1 to {found}, or auto.")
+    if accelerator == "cpu" and isinstance(devices, int) and devices > MOST_PROCESSES:
+        raise UserError(f"trainer.devices={devices} are processes on this CPU; choose 1 to {MOST_PROCESSES}.")
     if accelerator == "mps" and not torch.backends.mps.is_available():
         raise UserError("trainer.accelerator=mps but this is not a Mac with Metal; use trainer.accelerator=cpu or gpu.")
 

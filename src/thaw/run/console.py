@@ -18,9 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress
+from rich.segment import Segment
 
 from thaw.run.files import write_errors
 
@@ -77,18 +78,29 @@ def say(text: RenderableType = "", style: str | None = None, stderr: bool = Fals
         console(stderr).print(harmless(text) if isinstance(text, str) else text, style=style)
 
 
+class Shown:
+    """A table or a panel without control characters in its cells."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self.content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for part in console.render(self.content, options):
+            yield part if part.control else Segment(harmless(part.text), part.style)
+
+
 def say_fitted(content: RenderableType) -> None:
     """Print a table or a panel in the width of the terminal; in a file it is as wide as it needs to be."""
     if LogLines.brief or not console().is_terminal:
         say(as_text(content))
     else:
-        console().print(content, soft_wrap=False)
+        console().print(Shown(content), soft_wrap=False)
 
 
 def as_text(content: RenderableType) -> str:
     """What `say_fitted` prints in a file."""
     file = io.StringIO()
-    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(content)
+    Console(file=file, highlight=False, markup=False, width=UNBOUNDED, color_system=None).print(Shown(content))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
@@ -157,7 +169,7 @@ class Bar:
 
     def show(self, title: str, share: float, facts: str) -> None:
         """Draw a frame or print a line, if that is due; `share` of the task is done, from 0 to 1."""
-        now, out = time.monotonic(), console(self.stderr)
+        now, out, title = time.monotonic(), console(self.stderr), harmless(title)
         if self.began is None:
             self.began, self.drawn = (now, share), 0.0 if redraws(out) else now
         if now - self.drawn <= (FRAME_SECONDS if redraws(out) else self.seconds):

@@ -31,6 +31,7 @@ class RunCSV(CSVLogger):
         super().__init__(save_dir, name, version, flush_logs_every_n_steps=flush_logs_every_n_steps)
         self.resume = resume
         self.num_rows = 0  # that have been logged
+        self.last_row: dict[str, str] = {}
 
     @property
     @rank_zero_experiment
@@ -44,14 +45,19 @@ class RunCSV(CSVLogger):
             else:
                 path.unlink(missing_ok=True)
             self.num_rows = len(rows)
+            self.last_row = {key: value for key, value in rows[-1].items() if value} if rows else {}
             self._experiment = MetricsWriter(self.log_dir)
             self._experiment.metrics_keys = header
         return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        super().log_metrics(metrics, step)
-        self.num_rows += 1
+        """Add a row, unless it equals the last one: the end of an epoch is logged before a checkpoint and after it."""
+        self.experiment  # noqa: B018  (reads the rows before)
+        row = {key: str(value) for key, value in {**metrics, "step": step}.items()}
+        if row != self.last_row:
+            super().log_metrics(metrics, step)
+            self.num_rows, self.last_row = self.num_rows + 1, row
 
     def write_all(self) -> int:
         """Write what is logged so far; returns the number of rows."""

@@ -21,9 +21,15 @@ class UnreachableError(UserFileError, ConnectionError):
         self.reason = reason
 
 
-class LostRankError(UserError):
-    """Another process of the run was killed or hangs, which is no fault of the run's state."""
+class LostProcessError(UserError):
+    """Another process of the run was killed or hangs; the run's last checkpoint can be trusted."""
 
 
 class RunPrunedError(Exception):
     """Ends a run that another one has left behind; its record says so and counts as no failure."""
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether an error is Ctrl-C or a signal, also where Lightning has turned it into SystemExit."""
+    by_lightning = isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    return by_lightning or isinstance(error, KeyboardInterrupt) or type(error).__name__ == "SIGTERMException"

@@ -19,6 +19,7 @@ from thaw.run.errors import UserError, UserFileError
 log = logging.getLogger(__name__)
 
 SUFFIX = ".thaw.part"
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain values alone; libyaml's is ten times as fast
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DISK = (*FULL, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM)  # no fault of a program
 
@@ -74,8 +75,7 @@ def write_json(facts: Mapping[str, Any], path: Path) -> None:
 
 def without_aliases(text: str) -> str:
     """YAML without aliases, which could let a short text stand for billions of values; else a UserError."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, SafeLoader)):
         raise UserError("it has aliases (*name), which files of runs do not have")
     return text
 
@@ -100,6 +100,8 @@ def write_errors(path: Path) -> Iterator[None]:
         place = str(error.filename or path)
         if error.errno in (None, errno.EPIPE) or not (SUFFIX in place or path.is_relative_to(place)):
             raise  # it names its file already
+        if path.name.endswith(SUFFIX):
+            raise  # the `atomic` around this one names the finished file
         shown = Path(*(part for part in path.parts if not part.endswith(SUFFIX)))  # its place in the finished folder
         raise unwritten(str(shown), error) from error
 

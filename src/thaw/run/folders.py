@@ -25,6 +25,7 @@ LOCK = "job.lock"  # held by the process that works in a run's folder
 # Settings that change nothing in the trained weights: folders, measurements afterwards, messages.
 NOT_THE_RUN = (
     *("run_dir", "overrides", "allow", "resume", "validate", "test", "logger", "cache.dir", "cache.max_gb", "data.dir"),
+    *("data.mirrors", "data.download"),
     *("rank_timeout", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *(f"callbacks.{name}" for name in ("progress", "sample_grid", "lr_monitor", "log_interval", "preemption")),
     "callbacks.pruning",
@@ -76,10 +77,11 @@ def run_name(_root_: DictConfig) -> str:
     """`name`; where `resume` continues another run and no name is typed, the name of that run."""
     typed = {override_key(override) for override in _root_.hydra.overrides.task}
     if _root_.resume and "name" not in typed:
+        from thaw.run.checkpoint import understood
         from thaw.run.resume import find_saved
 
         experiment = _root_.name if "experiment" in typed else ""
-        with suppress(UserError):  # the program itself reports it
+        with suppress(UserError), understood(Path(_root_.resume), "unknown"):  # the program itself reports it
             saved = find_saved(_root_.resume, experiment, [*_root_.allow, *targets(_root_)])[0]
             name = Path(str(saved.name)).name  # from a file, leads to no other folder
             return name if re.fullmatch(r"(?!\.)[^\x00-\x1f\x7f\\]+", name) else _root_.name

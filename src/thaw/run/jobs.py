@@ -23,7 +23,7 @@ from thaw.run.command import explain, show
 from thaw.run.command_line import setting
 from thaw.run.config import plain
 from thaw.run.console import brief, lenient, say
-from thaw.run.errors import LostRankError, RunPrunedError, UserError
+from thaw.run.errors import LostProcessError, RunPrunedError, UserError, is_interruption
 from thaw.run.files import read_json, write_errors, write_json, write_text
 from thaw.run.folders import LOCK, is_locked, job_key
 from thaw.run.targets import targets
@@ -150,10 +150,7 @@ def interruptible(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as leaving:
-        by_lightning = (
-            isinstance(leaving.__context__, KeyboardInterrupt) or type(leaving).__name__ == "SIGTERMException"
-        )
-        if isinstance(leaving, SystemExit) and not by_lightning:
+        if not is_interruption(leaving):
             raise
         restore_handlers(before)
         say_resume(run_dir)
@@ -226,7 +223,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         if not has_summary(run_dir):
             pruned = type(error).__name__ in ("RunPrunedError", "TrialPruned")  # Optuna's is there for sweep.py alone
             trace = "" if pruned else traceback.format_exc()
-            status = "pruned" if pruned else "killed" if isinstance(error, OSError | LostRankError) else "failed"
+            status = "pruned" if pruned else "killed" if isinstance(error, OSError | LostProcessError) else "failed"
             reason = str(error) if pruned else explain(error)
             try:
                 record_failure(cfg, status, reason, trace, time.monotonic() - started)

@@ -23,7 +23,7 @@ from wandb.errors import UsageError
 
 from thaw.run.command_line import shown_error
 from thaw.run.console import warn_once
-from thaw.run.errors import UserError
+from thaw.run.errors import UserError, is_interruption
 from thaw.run.trackers import Tracker, survives
 
 log = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ def why_offline() -> str | None:
     except OSError as error:
         return f"{url.hostname}:{port} does not answer ({error})"
     except wandb.Error as error:
-        if "in time" in str(error):
+        if any(words in str(error) for words in ("in time", "deadline", "Timeout")):
             return f"{url.hostname}:{port} does not answer in time"
         return f"{shown_error(error)}; `wandb login --relogin` stores another key"
     return None
@@ -313,6 +313,20 @@ def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
     """The W&B run that is logged to, if there is one."""
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     return next((run for run in runs if isinstance(run, wandb.Run)), None)
+
+
+def link_earlier_folders(loggers: list[Logger], run_dir: Path) -> None:
+    """Link the folders that an offline W&B run has in the run that is resumed, beside its new one.
+
+    There `where_to_look` and whoever uploads the run find all of them.
+    """
+    run = wandb_run(loggers)
+    if run is None:
+        return
+    here = Path(run.dir).parents[1]
+    for folder in (run_dir / "wandb").glob(f"offline-run-*-{run.id}"):
+        with suppress(OSError):  # it is there already, or this file system has no links
+            (here / folder.name).symlink_to(os.path.relpath(folder.resolve(), here), target_is_directory=True)
 
 
 def where_to_look(loggers: list[Logger]) -> list[str]:
@@ -339,10 +353,14 @@ def add_to_summary(loggers: list[Logger], facts: Mapping[str, Any]) -> None:
 def finish(loggers: list[Logger]) -> None:
     """Close every logger, W&B's run too: the next job of a sweep would otherwise write into it.
 
-    Called while an exception passes, it marks the run as failed.
+    Called while an exception passes, it marks the run as failed; after Ctrl-C as preempted, as it can be resumed.
     """
-    error = sys.exc_info()[0]
-    failed = error is not None and error.__name__ != "TrialPruned"  # Optuna's
+    error = sys.exc_info()[1]
+    if error is not None and is_interruption(error):
+        for logger in loggers:
+            logger.finalize("preempted")
+        return
+    failed = error is not None and type(error).__name__ != "TrialPruned"  # Optuna's
     for logger in loggers:
         logger.finalize("failed" if failed else "success")
         if isinstance(logger, Tracker):

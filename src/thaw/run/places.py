@@ -19,7 +19,7 @@ FOLDERS = ("dirpath", "run_dir", "save_dir", "default_root_dir", "cache_dir", "o
 ADDRESSES = ("tracking_uri", "mirrors")  # that get a run's record, or that files are fetched from
 NAMES = ("filename", "name", "version", "sub_dir", "prefix", "reference")  # in a folder
 READ = ("backbone.weights", "data.dir", "data.path", "data.table", "data.name")
-SENT = ("project", "entity", "mode")  # settings of a logger that say whose record it is, and whether it is sent
+SENT = ("project", "entity", "mode", "log_model", "save_code")  # settings of a logger: to whom it sends what
 READERS = "thaw.data"  # whose `dir` is read
 
 
@@ -84,7 +84,8 @@ def sends(cfg: DictConfig, typed: Collection[str]) -> list[str]:
     found = []
     for kind, block in (cfg.get("logger") or {}).items():
         for key in [key for key in SENT if block and key in block and f"logger.{kind}.{key}" not in typed]:
-            if block[key] not in [each.get(key) for each in blocks_of_today(str(block.get("_target_")))]:
+            today = [each.get(key) for each in blocks_of_today(str(block.get("_target_")))]
+            if block[key] not in (None, False, "offline", "disabled", *today):
                 found.append(f"logger.{kind}.{key}={block[key]}")
     return found
 

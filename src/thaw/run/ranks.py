@@ -6,6 +6,7 @@ Lightning's own launcher repeats the command line instead, and under `-m` each c
 import ctypes
 import faulthandler
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command_line import quoted, setting
-from thaw.run.errors import LostRankError, UserError
+from thaw.run.errors import LostProcessError, UserError
 from thaw.run.files import write_text
 
 CONFIG_NAME = "config.yaml"  # in the run's folder; what the other ranks run
@@ -97,7 +98,8 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[Callable[[], None]]:
     Raises:
         UserError: another process has failed, or hangs; it names the rank.
     """
-    count, others = num_processes(cfg.trainer), OtherRanks(Path(cfg.run_dir), cfg.rank_timeout, [])
+    count = num_processes(cfg.trainer)
+    others = OtherRanks(Path(cfg.run_dir), count, cfg.rank_timeout, [])
     check_world(count, cfg.trainer.get("num_nodes", 1))
     if is_launched() or (count == 1 and int(os.environ.get("SLURM_NTASKS", 1)) == 1):
         with others.noticed():
@@ -111,6 +113,7 @@ def ranks(cfg: DictConfig, config: dict) -> Iterator[Callable[[], None]]:
     try:
         os.environ.pop("SLURM_NTASKS", None)
         if count > 1:
+            others.forget_ready()  # of a run that was killed in this folder
             others.children += start_ranks(count, others.run_dir, config)
         with others.watched(), others.noticed():
             yield others.wait_until_ready
@@ -130,11 +133,13 @@ class OtherRanks:
     """The other processes of a run, and how this one notices that one of them has failed or hangs.
 
     Args:
+        count: of all processes on this machine, this one among them.
         seconds: for which one rank waits for another.
         children: of rank 0, which has started them; otherwise empty.
     """
 
     run_dir: Path
+    count: int
     seconds: float
     children: list[subprocess.Popen]
 
@@ -149,8 +154,13 @@ class OtherRanks:
         until = time.monotonic() + self.seconds
         while not all(self.ready_file(rank).exists() for rank, _ in self.numbered()):
             if self.failed() or time.monotonic() > until:
-                raise self.lost(late=True)
+                raise self.lost(late=not self.failed())
             time.sleep(0.05)
+        self.forget_ready()
+
+    def forget_ready(self) -> None:
+        for rank in range(1, self.count):
+            self.ready_file(rank).unlink(missing_ok=True)
 
     def wait_for_end(self) -> None:
         for rank, child in self.numbered():
@@ -162,10 +172,12 @@ class OtherRanks:
 
     def kill(self) -> None:
         """End the children at once, so that they print no error about the end of rank 0."""
-        for rank, child in self.numbered():
+        for child in self.children:
             child.kill()
-            child.wait()
-            self.ready_file(rank).unlink(missing_ok=True)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(RANK_GRACE)
+        if self.children:
+            self.forget_ready()
 
     def failed(self) -> tuple[int, int] | None:
         """Rank and exit status of a failed child; by a signal rather than by an error, which may follow from that."""
@@ -174,49 +186,59 @@ class OtherRanks:
 
     @contextmanager
     def noticed(self) -> Iterator[None]:
-        """Replace an error in the connection to other ranks by one that names the rank."""
+        """Replace torch's error about another process by one that names it."""
         import torch.distributed
 
         try:
             yield
         except RuntimeError as error:
+            if worker := re.search(r"DataLoader worker \(.*(killed by signal: \w+|exited unexpectedly)", str(error)):
+                raise LostProcessError(
+                    f"One of the processes of data.num_workers was lost ({worker[1]}). Perhaps memory ran out: lower "
+                    f"data.num_workers. {self.way_on()}"
+                ) from error
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise UserError(f"MASTER_PORT={port} is taken by another program; start the run again.") from error
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            raise self.lost(late="timed out" in str(error).lower()) from error
+            raise self.lost("timed out" in str(error).lower()) from error
 
     def lost(self, late: bool) -> UserError:
         """The error about a rank that has failed, or that hangs if this one has waited too long."""
+        rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+        unknown = LostProcessError(f"Rank {rank} has lost the connection to another rank, whose own error says why.")
         if not self.children:
-            rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
             if not late:
-                return LostRankError(f"Rank {rank} has lost the connection to another rank, whose own error says why.")
-            other = "rank 0" if (os.environ.get("WORLD_SIZE"), rank) == ("2", "1") else "another rank"
-            return LostRankError(
+                return unknown
+            other = "rank 0" if (self.count, rank) == (2, "1") else "another rank"
+            return LostProcessError(
                 f"Rank {rank} has waited {self.seconds:g} s for {other}, which hangs. If it is slow instead, raise "
                 "rank_timeout."
             )
         until = time.monotonic() + NOTICE_SECONDS  # of ranks that have waited, too, or are just ending
         while not (failed := self.failed()) and time.monotonic() < until:
             time.sleep(0.05)
-        hanging = [(rank, child.pid) for rank, child in self.numbered() if child.poll() is None]
-        if failed and not (late and hanging):
-            return self.explain(*failed)
+        hanging = [(number, child.pid) for number, child in self.numbered() if child.poll() is None]
+        if not (late and hanging):
+            gone = failed or next(((number, 0) for number, child in self.numbered() if child.poll() == 0), None)
+            return self.explain(*gone) if gone else unknown
         for _, pid in hanging:
             with suppress(ProcessLookupError):
                 os.kill(pid, INTERRUPT)  # prints its stack
         time.sleep(STACK_SECONDS)
-        ranks = ", ".join(str(rank) for rank, _ in hanging)
-        return LostRankError(
+        ranks = ", ".join(str(number) for number, _ in hanging)
+        return LostProcessError(
             f"Rank {ranks} hangs: rank 0 has waited {self.seconds:g} s. The stack "
             f"above shows where, unless it was stopped. If it is slow instead, raise rank_timeout. {self.way_on()}"
         )
 
-    def explain(self, rank: int, status: int, effect: str = "") -> UserError:
+    def explain(self, rank: int, status: int) -> UserError:
         """The error of a run that has lost a rank by the rank's own error, or by a signal."""
         if status > 0:
-            return UserError(f"Rank {rank} {how_ended(status)}{effect}; its own error is above.")
+            return UserError(f"Rank {rank} {how_ended(status)}; its own error is above.")
         memory = " Perhaps memory ran out: lower data.batch_size or data.num_workers." if status == -SIGKILL else ""
-        return LostRankError(f"Rank {rank} {how_ended(status)}{effect}.{memory} {self.way_on()}")
+        return LostProcessError(f"Rank {rank} {how_ended(status)}.{memory} {self.way_on()}")
 
     def way_on(self) -> str:
         folder = setting("resume", os.path.relpath(self.run_dir))
@@ -229,7 +251,7 @@ class OtherRanks:
         def end(number: int, frame: FrameType | None) -> None:
             if failed := self.failed():
                 faulthandler.dump_traceback(all_threads=False)
-                raise self.explain(*failed, ", and rank 0 hangs where its stack above says")
+                raise LostProcessError(f"Rank 0 hangs where its stack above says. {self.explain(*failed)}")
 
         is_main, ended = threading.current_thread() is threading.main_thread(), threading.Event()
         before = signal.signal(INTERRUPT, end) if is_main else None
@@ -249,7 +271,7 @@ class OtherRanks:
             assert main is not None
             signal.pthread_kill(main, INTERRUPT)
             if not ended.wait(RANK_GRACE):
-                print(f"error: {self.explain(*failed, ', and rank 0 hangs')}", file=sys.stderr)
+                print(f"error: Rank 0 hangs. {self.explain(*failed)}", file=sys.stderr)
                 self.kill()
                 os._exit(1)
 

@@ -1,5 +1,6 @@
 """Resuming: find the run to resume, change its configuration as typed, and say whether it had ended."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from thaw.run.checkpoint import checked_config, continue_logged, find_checkpoint, origin, read_checkpoint, understood
+from thaw.run.checkpoint import (
+    RUNS,
+    checked_config,
+    continue_logged,
+    find_checkpoint,
+    origin,
+    read_checkpoint,
+    understood,
+)
 from thaw.run.command_line import override_key, setting
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.files import without_aliases
+from thaw.run.folders import is_locked
+from thaw.run.jobs import FAILURE, JOB, LAST_CHECKPOINT, SUMMARY
 from thaw.run.places import READ, keep_from_downloading, reads, sends
 from thaw.run.targets import targets
 
@@ -31,7 +42,7 @@ def read_config(path: Path, allow: Sequence[str]) -> tuple[DictConfig, list[str]
 
 
 def find_saved(wanted: str, experiment: str, allow: Sequence[str]) -> tuple[DictConfig, Path | None, dict[str, Any]]:
-    """The configuration of the run that `resume` means, its last checkpoint's file and content.
+    """The configuration of the run that `resume` means, its last checkpoint's file and content, with its `path`.
 
     A folder without a checkpoint is that of a run that ended before its first one: its own `config.yaml` says how it
     had started, from the beginning or from the checkpoint of another run.
@@ -39,14 +50,38 @@ def find_saved(wanted: str, experiment: str, allow: Sequence[str]) -> tuple[Dict
     Raises:
         UserError: no such run.
     """
-    config = Path(wanted).expanduser() / "config.yaml"
-    if wanted != "last" and config.is_file() and not (config.parent / "checkpoints" / "last.ckpt").is_file():
-        saved, unfollowed = read_config(config, allow)
-        path = find_checkpoint(str(saved.resume), "last.ckpt") if saved.get("resume") else None
-        return saved, path, (read_checkpoint(path, allow) if path else {}) | {"unfollowed": unfollowed}
+    folder = ended_early(experiment) if wanted == "last" else Path(wanted).expanduser()
+    if folder is not None and folder.is_dir() and not (folder / LAST_CHECKPOINT).is_file():
+        config = folder / "config.yaml"
+        if config.is_file():
+            saved, unfollowed = read_config(config, allow)
+            path = find_checkpoint(str(saved.resume), "last.ckpt") if saved.get("resume") else None
+            known = read_checkpoint(path, allow) if path else {"path": str(config)}
+            return saved, path, known | {"unfollowed": unfollowed}
+        if (folder / JOB).is_file():
+            raise UserError(
+                f"{folder} holds neither a checkpoint nor config.yaml: the run ended as soon as it had started. Type "
+                "the command of that run again, or name another run: resume=<run folder>."
+            )
     path = find_checkpoint(wanted, "last.ckpt", experiment)
     checkpoint = read_checkpoint(path, allow)
     return OmegaConf.create(checkpoint["config"]), path, checkpoint
+
+
+def ended_early(experiment: str) -> Path | None:
+    """The folder of the newest run in `logs/runs`, if it was cut off before its first checkpoint."""
+
+    def newest_first(pattern: str) -> list[tuple[float, Path]]:
+        return sorted(((path.stat().st_mtime, path) for path in (RUNS / experiment).glob(pattern)), reverse=True)
+
+    saved, _ = next(iter(newest_first(f"**/{LAST_CHECKPOINT}")), (0.0, None))
+    ends = (LAST_CHECKPOINT, SUMMARY, FAILURE, "lr_find.csv")
+    for started, job in newest_first(f"**/{JOB}"):
+        if started < saved:
+            return None
+        if not any((job.parent / name).is_file() for name in ends) and not is_locked(job.parent):
+            return job.parent
+    return None
 
 
 def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -60,7 +95,7 @@ def resumed_config(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     typed = {override_key(override) for override in overrides}
     experiment = cfg.name if {"experiment", "name"} & typed else ""
     saved, path, checkpoint = find_saved(cfg.resume, experiment, [*cfg.allow, *targets(cfg)])
-    with understood(path or Path(cfg.resume), checkpoint.get("git_commit", "unknown")):
+    with understood(Path(checkpoint["path"]), checkpoint.get("git_commit", "unknown")):
         return changed_config(saved, path, checkpoint, cfg, overrides)
 
 
@@ -71,7 +106,7 @@ def changed_config(
     typed = [override_key(override) for override in overrides]
     if "debug" in typed or ("experiment" in typed and cfg.name != saved.name):
         raise UserError(
-            f"{path or cfg.resume} is a run of experiment {saved.name} and continues with its own configuration; leave "
+            f"{checkpoint['path']} is a run of experiment {saved.name} and continues with its own configuration; leave "
             "out experiment= and debug=, and override single keys or groups instead, e.g. trainer.max_epochs=20 or "
             "trainer=gpu."
         )
@@ -90,10 +125,11 @@ def changed_config(
     saved.run_dir, saved.resume, saved.allow = cfg.run_dir, path and str(path), cfg.allow
     if "data" not in typed and "data.dir" not in typed:
         keep_from_downloading(saved.data)
-    say_places(saved, path or Path(cfg.resume), checkpoint.get("unfollowed", ()), typed)
+    say_places(saved, Path(checkpoint["path"]), checkpoint.get("unfollowed", ()), typed)
     continue_logged(saved, checkpoint)
     if path is None:
-        say(f"{cfg.resume} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
+        folder = os.path.relpath(Path(checkpoint["path"]).parent)
+        say(f"{folder} holds no checkpoint: its configuration starts from the beginning, in {cfg.run_dir}")
         return saved
     say(origin(checkpoint))
     if ended := why_ended(checkpoint, saved):
@@ -108,7 +144,7 @@ def say_places(cfg: DictConfig, file: Path, unfollowed: Sequence[str], typed: Se
     typed = [*typed, *(key for key in READ if key.partition(".")[0] in groups)]
     if named := [*reads(cfg, [*READ, "start_from"], typed), *sends(cfg, typed)]:
         say(f"{file} names {', '.join(named)}; type another value to change that")
-    if left := [each for each in unfollowed if each.partition("=")[0] not in typed]:
+    if left := [each for each in unfollowed if not {each.partition("=")[0], each.partition(".")[0]} & {*typed}]:
         say(f"{file} names {', '.join(left)}, which is not followed: a file does not decide where others are written")
 
 

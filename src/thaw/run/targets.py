@@ -7,6 +7,7 @@ them by their text, then, of packages that are allowed, what they are.
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from thaw.run.errors import UserError
 
 OWN = "thaw"
 OPTIMIZERS = ("torch.optim", "timm.optim")
-NAMED = {  # block -> classes and functions that no base class tells from others
-    "trainer": {"lightning.Trainer", "lightning.pytorch.profilers.SimpleProfiler"},
-    "callbacks": {f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")},
-    "logger": {
+NAMED = {  # place -> classes and functions that no base class tells from others
+    "trainer": {"lightning.Trainer"},
+    "trainer.profiler": {"lightning.pytorch.profilers.SimpleProfiler"},
+    "callbacks.*": {f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")},
+    "logger.*": {
         "thaw.run.csv_log.RunCSV",
         "thaw.run.loggers.RunTensorBoard",
         "thaw.run.loggers.wandb_logger",
         "thaw.run.trackers.mlflow_logger",
         "thaw.run.trackers.trackio_logger",
     },
-    "": {  # any block
+    "*": {
         "thaw.evaluation.probes.knn",
         "thaw.evaluation.probes.logistic_regression",
         "thaw.freezing.adapter.add_adapters",
@@ -76,7 +78,11 @@ def check_targets(config: Mapping[str, Any], file: Path, allow: Sequence[str], c
                 f"{file}: {place}={value!r} is not run, as it comes from a file; allowed are references to other keys, "
                 "such as ${data.batch_size}. Give a checkpoint that train.py wrote."
             )
-    for place, name in built_blocks(OmegaConf.create(dict(config)), file):
+    try:
+        cfg = OmegaConf.create(dict(config))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file}: its configuration cannot be read ({str(error).splitlines()[0]}).") from error
+    for place, name in built_blocks(cfg, file):
         if name not in allow:
             check_target(place, name, file, allow, commit)
 
@@ -96,6 +102,10 @@ def check_plain(config: Any, file: Path, allow: Sequence[str]) -> None:
             values += [(f"{place}.{key}" if place else str(key), inner, depth + 1) for key, inner in value.items()]
         elif isinstance(value, list | tuple):
             values += [(f"{place}.{number}", inner, depth + 1) for number, inner in enumerate(value)]
+        elif isinstance(value, str) and "match" in place.split(".")[-2:] and backtracks(value):
+            raise UserError(
+                f"{file}: {place}={value!r} could take years to match, as it repeats what repeats; it is not used."
+            )
         elif not isinstance(value, PLAIN_TYPES):
             kind = type(value).__name__
             raise UserError(f"{file}: {place} is a {kind}; a configuration holds text, numbers, lists and mappings.")
@@ -104,6 +114,23 @@ def check_plain(config: Any, file: Path, allow: Sequence[str]) -> None:
     raise UserError(
         f"{file}: its configuration has more than {MOST_VALUES:,} values or {DEEPEST} levels; it is not one of a run."
     )
+
+
+def backtracks(pattern: str) -> bool:
+    """Whether a regular expression repeats a group that itself repeats or branches, which may take exponential time."""
+    open_groups, before, inner = [False], "", False
+    for part in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL):
+        if part == "(":
+            open_groups.append(False)
+        elif part == ")" and len(open_groups) > 1:
+            inner = open_groups.pop()
+            open_groups[-1] |= inner
+        elif part in ("*", "+", "{", "?", "|") and before != "(":
+            if before == ")" and inner and part in "*+{":
+                return True
+            open_groups[-1] = True
+        before = part
+    return False
 
 
 def refusal(place: str, name: Any, file: Path) -> UserError:
@@ -116,17 +143,21 @@ def refusal(place: str, name: Any, file: Path) -> UserError:
 
 def check_target(place: str, name: str, file: Path, allow: Sequence[str], commit: str) -> None:
     """Refuse a class or function that its block is not for, or that an allowed package only imports from elsewhere."""
-    top = place.partition(".")[0]
-    block = BLOCKS.get(top, top)
-    if name in NAMED[""] | NAMED.get(block, set()):
+    block = place.removesuffix("._target_")
+    if any(name in names and fnmatchcase(block, pattern) for pattern, names in NAMED.items()):
         return
+    top = block.partition(".")[0]
     try:
         if any(is_part(import_target(name), each) for each in allow if is_in(name, each)):
             return
         for package in (each for each in (OWN, *OPTIMIZERS) if is_in(name, each)):
             module, _, attribute = name.rpartition(".")  # nothing between, such as what a module imports
             found = getattr(importlib.import_module(module), attribute, None)
-            if isinstance(found, type) and is_part(found, package) and issubclass(found, kinds(package, block)):
+            if (
+                isinstance(found, type)
+                and is_part(found, package)
+                and issubclass(found, kinds(package, BLOCKS.get(top, top)))
+            ):
                 return
     except (ImportError, ValueError) as error:
         raise UserError(

@@ -3,6 +3,7 @@
 import getpass
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import wraps
@@ -53,6 +54,8 @@ class Tracker(Logger):
     def lose(self, error: BaseException) -> None:
         """Say once that this logger has failed."""
         self.lost = True
+        if isinstance(error.__cause__, OSError):  # of which Lightning makes another one for TensorBoard
+            error = error.__cause__
         reason = f"{type(error).__name__} {shown_error(error)}".strip()
         log.warning("logger.%s has failed (%s). The run goes on without it. %s", self.kind, reason, self.next_step())
 
@@ -248,7 +251,8 @@ def trackio_logger(project: str, name: str, group: str | None, dir: str, run_dir
     """
     os.environ.setdefault("TRACKIO_DIR", str(Path(dir).absolute()))  # read when trackio is imported
     folder = Path(run_dir)
-    return RunTrackio(project, f"{name.strip()} ({folder.name})", group or folder.parent.name, id)
+    name = re.sub(r"[/\\$]", "_", f"{name.strip()} ({folder.name})")  # part of a path, and of a checkpoint
+    return RunTrackio(project, name, group or folder.parent.name, id)
 
 
 def tracker_ids(loggers: Sequence[Logger]) -> dict[str, str]:

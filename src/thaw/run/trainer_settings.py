@@ -121,7 +121,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
 
 def check_interval(trainer: "Trainer", batches: int) -> None:
     """Refuse a validation after more batches than an epoch's; Lightning's error would come with a traceback."""
-    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
+    interval, limit = getattr(trainer, "val_check_interval", None), getattr(trainer, "limit_train_batches", 1.0)
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * (limit or 1.0))
     if isinstance(interval, int) and trainer.check_val_every_n_epoch and interval > batches:
         raise UserError(

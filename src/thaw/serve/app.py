@@ -26,7 +26,7 @@ from thaw.serve.batcher import Batcher, ModelFailedError
 from thaw.serve.docs import predict_docs
 from thaw.serve.limits import Limits
 from thaw.serve.metrics import CountedRequests, Metrics
-from thaw.serve.refusals import OwnPagesOnly, RefusedError, error_response, refused
+from thaw.serve.refusals import OwnNamesOnly, RefusedError, error_response, refused
 from thaw.serve.request_reader import FILE_TYPES, RequestReader
 
 log = logging.getLogger(__name__)
@@ -37,12 +37,10 @@ DOCS_FILES = "/docs-files"  # the address of the files of /docs
 DOCS_PARTS = {"js": "swagger-ui-bundle.js", "css": "swagger-ui.css", "favicon": "favicon.png"}
 
 
-def create_app(
-    model: ImageModel, reader: ImageReader, limits: Limits, workers: int, host: str, hosts: Sequence[str]
-) -> FastAPI:
+def create_app(model: ImageModel, reader: ImageReader, limits: Limits, workers: int, hosts: Sequence[str]) -> FastAPI:
     """The application that uvicorn serves; `reader` makes the model's images, `workers` threads run the model.
 
-    `host` and `hosts` are names of the server, see `OwnPagesOnly`.
+    `hosts` are names of the server, see `OwnNamesOnly`.
 
     The server sets `app.state.stopping` before it ends.
     """
@@ -69,8 +67,8 @@ def create_app(
         description=f"Predicts the class of an image by the model {facts.get('name', 'without a name')!a}.",
         lifespan=lifespan,
     )
-    app.state.stopping, app.state.limits = False, limits
-    app.add_middleware(OwnPagesOnly, host=host, hosts=hosts)
+    app.state.stopping, app.state.limits, app.state.rejected = False, limits, metrics.rejected
+    app.add_middleware(OwnNamesOnly, names=hosts)
     app.add_middleware(CountedRequests, metrics=metrics, paths=PATHS)
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, not_here)

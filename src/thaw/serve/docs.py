@@ -30,6 +30,7 @@ def predict_docs(reader: RequestReader, limits: Limits) -> dict[str, Any]:
         408: f"the request took longer than {limits.request_seconds:g} s to come",
         413: f"more than {limits.max_images:,} images or {limits.max_body:,} bytes",
         415: "another Content-Type",
+        421: "the Host is not a name of this server",
         422: "not an image, no digit for a model of digits, or JSON of another form; `detail` names the value",
         503: "too many images are waiting; Retry-After says for how many seconds",
     }

@@ -18,7 +18,9 @@ class Metrics:
         self.seconds = Histogram(
             "thaw_request_seconds", "From headers to answer.", ["path"], buckets=TIME_BUCKETS, registry=registry
         )
-        self.rejected = Counter("thaw_rejected", "Requests refused for want of room (503).", registry=registry)
+        self.rejected = Counter(
+            "thaw_rejected", "Requests and connections refused for want of room (503).", registry=registry
+        )
         self.images = Counter("thaw_images", "Classified images.", registry=registry)
         self.batch_size = Histogram("thaw_batch_size", "Images in a batch.", buckets=sizes, registry=registry)
         self.batch_seconds = Histogram("thaw_batch_seconds", "Of a batch.", buckets=TIME_BUCKETS, registry=registry)

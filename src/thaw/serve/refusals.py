@@ -1,14 +1,16 @@
-"""Requests that get an error for an answer, also those that a web page elsewhere sends."""
+"""Requests that get an error for an answer, also those to another server's name."""
 
 import json
+import re
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from starlette.datastructures import Headers
+
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]@:]+))(?::\d*)?")  # of a request
 
 
 class RefusedError(Exception):
@@ -36,48 +38,34 @@ def error_response(status: int, detail: str, headers: dict[str, str]) -> Respons
     return Response(json.dumps({"detail": detail}), status, headers, media_type="application/json")
 
 
-class OwnPagesOnly:
-    """The ASGI application `app`, closed to web pages of other origins.
+class OwnNamesOnly:
+    """The ASGI application `app`, for requests to a name of this server.
 
-    A browser sends what a page of any site asks for, also to this machine and its network, and lets the page read the
-    answer if the page's own name resolves to this server (DNS rebinding). So the Host of a request must be an address,
-    which cannot be rebound, or a name of this server. Its Origin, which browsers send with each POST, must be the same.
+    A browser lets a page of any site read answers of this server if the page's own name resolves to it (DNS rebinding).
+    So the Host of a request must be an address, which cannot be rebound, or a name of this server. Other pages need no
+    check: no answer permits them to read it, and without a permission they cannot send JSON or pictures.
 
     Args:
-        host: where the server listens; a name of it, as are `localhost` and the machine's name.
-        hosts: more names, which may be origins, too: those of proxies; `*` stands for any.
+        names: of the server, beside `localhost` and the machine's own; `*` stands for any.
     """
 
-    def __init__(self, app: Any, host: str, hosts: Sequence[str]) -> None:
+    def __init__(self, app: Any, names: Sequence[str]) -> None:
         self.app = app
-        self.hosts = {name.lower() for name in hosts}
-        self.names = {"localhost", socket.gethostname().lower(), host.lower(), *self.hosts}
+        self.names = {"localhost", socket.gethostname().lower(), *map(str.lower, names)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        refusal = self.refusal(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (refusal or self.app)(scope, receive, send)
-
-    def refusal(self, headers: Headers) -> Response | None:
-        host, origin = headers.get("host", "localhost").lower(), headers.get("origin", "").lower()
-        if "*" in self.hosts:
-            return None
-        name = host_name(host)
-        if name not in self.names and not is_address(name):
+        name = host_name(Headers(scope=scope).get("host", "localhost")) if scope["type"] == "http" else "localhost"
+        app = self.app
+        if name not in self.names and not is_address(name) and "*" not in self.names:
             hint = "ask for its address, or start it with hosts=[<name>]"
-            return error_response(421, f"{name[:60]!r} is not a name of this server; {hint}.", {})
-        asking = origin.partition("://")[2]
-        if origin and asking != host and host_name(asking) not in self.hosts:
-            hint = "open the page of the server itself; where a proxy shows it, start the server with hosts=[<name>]"
-            return error_response(403, f"pages of {origin[:60]!r} may not use this server; {hint}.", {})
-        return None
+            app = error_response(421, f"{name[:60]!r} is not a name of this server; {hint}.", {})
+        await app(scope, receive, send)
 
 
-def host_name(netloc: str) -> str:
+def host_name(host: str) -> str:
     """example.org:80 -> example.org, [::1]:80 -> ::1; "" for what is neither a name nor an address."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
+    found = HOST.fullmatch(host.lower())
+    return (found[1] or found[2]).rstrip(".") if found else ""
 
 
 def is_address(name: str) -> bool:

@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         self.fastapi = app
         limits = app.state.limits
         options: dict[str, Any] = {"ws": "none", "log_config": None, "access_log": False, "proxy_headers": False}
-        options["http"] = functools.partial(Connection, limits=limits)
+        options["http"] = functools.partial(Connection, limits=limits, rejected=app.state.rejected)
         options["timeout_graceful_shutdown"] = math.ceil(limits.request_seconds) + 1
         options["headers"] = [("X-Content-Type-Options", "nosniff"), ("Cross-Origin-Resource-Policy", "same-origin")]
         options["log_level"] = "error"  # or each malformed request would be a line of the log

@@ -14,7 +14,7 @@ import yaml
 
 from thaw.run.command_line import override_key
 from thaw.run.errors import UserError
-from thaw.run.files import without_aliases
+from thaw.run.files import SafeLoader, without_aliases
 from thaw.run.folders import NOT_THE_RUN, is_locked
 from thaw.run.values import AUTO
 
@@ -35,7 +35,6 @@ NUMBERS = {  # key in summary.json or failure.json -> field of a run
 }
 NOT_SEARCHED = {"checkpoints", "wandb", "csv"}
 
-SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # plain values alone; libyaml's is ten times as fast
 MEASURED = "freeze.chosen"  # by the run itself, unless it is typed
 NOT_THE_SETTING = (*NOT_THE_RUN, "seed", "data.dir", "data.fold")  # runs that differ in these alone are of one setting
 

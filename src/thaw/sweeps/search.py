@@ -30,7 +30,7 @@ from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
 from thaw.sweeps.grid import INTERRUPTED
 from thaw.sweeps.runs import ACCURACY
 from thaw.sweeps.search_plan import SearchPlan, Train, prepare
-from thaw.sweeps.space import OrderedGridSampler, readable
+from thaw.sweeps.space import OrderedGridSampler, check_params, readable
 from thaw.sweeps.study_pictures import draw_study
 
 
@@ -140,6 +140,7 @@ def run_trial(plan: SearchPlan, study: optuna.Study, trial: Trial, lock: FileLoc
 
 def train_trial(plan: SearchPlan, trial: Trial) -> dict[str, float]:
     """Train a trial's run in its folder; returns the value of each objective."""
+    check_params(trial.params, plan.space)
     cfg = plan.compose(trial.params)
     run_dir = Path(cfg.run_dir)
     trial.set_user_attr("folder", run_dir.name)

@@ -136,6 +136,21 @@ def corners(space: Space) -> list[dict[str, Any]]:
     return [{key: column[row % len(column)] for key, column in columns.items()} for row in range(most)]
 
 
+def check_params(params: Mapping[str, Any], space: Space) -> None:
+    """Refuse parameters of a stored trial that this search could not have drawn: a study's file is input, not code."""
+    for key, value in params.items():
+        known = space.get(key)
+        if isinstance(known, CategoricalDistribution):
+            fits = value in known.choices
+        else:
+            is_number = isinstance(known, FloatDistribution | IntDistribution) and isinstance(value, int | float)
+            fits = is_number and known.low <= value <= known.high  # type: ignore[union-attr]
+        if not fits:
+            raise UserError(
+                f"{key}={value} of a stored trial is not in sweep.space; choose another sweep.study, or another folder."
+            )
+
+
 def as_overrides(params: Mapping[str, Any]) -> list[str]:
     """Parameters of a trial as they would be typed, with every digit of a number."""
     return [f"{key}={as_typed(value)}" for key, value in params.items()]

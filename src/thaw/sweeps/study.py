@@ -5,10 +5,15 @@ next worker sees by the lock that a trial's worker has died, and resumes from th
 heartbeat does that in `Study.optimize` alone, for SQL storages, and after a grace period.)
 """
 
+import errno
+import io
 import json
+import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +24,14 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.samplers import BaseSampler, CmaEsSampler, QMCSampler
+from optuna.samplers import _cmaes as cmaes_pickle
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from thaw.run.config import build
-from thaw.run.errors import UserError
+from thaw.run.errors import UserError, UserFileError
+from thaw.run.files import unwritten
 from thaw.sweeps.space import OrderedGridSampler, Space, values_of
 
 CONTINUES = "continues"  # attribute of a trial: the number of the trial that it repeats or continues
@@ -37,6 +44,7 @@ STATES = {
     TrialState.RUNNING: "running or cut off",
     TrialState.WAITING: "to be retried",
 }
+STATE_OF_NUMPY = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 STORAGE_SECONDS = 100.0  # to wait for other workers to let go of the storage
 
 
@@ -63,9 +71,23 @@ def open_storage(path: Path) -> BaseStorage:
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": STORAGE_SECONDS}})
     except Exception as error:  # of SQLAlchemy, alembic or json: a strange file may raise any
         reason = str(error).strip().partition("\n")[0]
+        if "disk is full" in reason:
+            raise unwritten(str(path), OSError(errno.ENOSPC, reason)) from error
         raise UserError(
             f"{path} cannot be read as a storage of Optuna ({reason}). Remove it, or choose another sweep.storage."
         ) from error
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Let the error of a storage on a full disk name its file; a trial that ran goes on with the next command."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # what SQLAlchemy and Optuna have wrapped
+            cause = cause.__cause__
+        raise UserFileError(f"{path} cannot be written ({cause}). Free some space, or choose another one.") from error
 
 
 def open_study(path: Path, name: str, objectives: Mapping[str, str], identity: Mapping[str, str]) -> optuna.Study:
@@ -130,11 +152,27 @@ def make_sampler(block: DictConfig, space: Space, drawn: int) -> BaseSampler:
             f"CMA-ES searches two or more numbers at once, but sweep.space has {len(ranges)} with low and high; choose "
             "sweep/sampler=tpe or random, or add a range."
         )
+    if issubclass(kind, CmaEsSampler):
+        cmaes_pickle.pickle = SimpleNamespace(dumps=pickle.dumps, loads=loads_cmaes)  # type: ignore[assignment]
     try:
         return build(block, **settings)
     except (InstantiationException, ImportError) as error:
         reason = str(error.__cause__ or error).strip()
         raise UserError(f"sweep.sampler cannot be built: {reason}. Compare it with configs/sweep/sampler.") from error
+
+
+class StateUnpickler(pickle.Unpickler):
+    """Reads the state of CMA-ES, which Optuna pickles into a study's storage, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if (package == "cmaes" and name[:1].isupper()) or (package == "numpy" and name in STATE_OF_NUMPY):
+            return super().find_class(module, name)
+        raise UserError(f"A study's state of CMA-ES names {module}.{name}, which was not run; choose another study.")
+
+
+def loads_cmaes(content: bytes) -> Any:
+    return StateUnpickler(io.BytesIO(content)).load()
 
 
 def counted(study: optuna.Study) -> list[FrozenTrial]:
