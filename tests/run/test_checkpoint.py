@@ -200,7 +200,7 @@ def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
     moved = run_dir.rename(tmp_path / "elsewhere")
     best = read_checkpoint(moved / "checkpoints" / "best.ckpt")
     assert best["config"]["run_dir"] == str(moved)
-    assert best["config"]["backbone"]["weights"] == "~/tiny.safetensors"
+    assert best["config"]["backbone"]["weights"] == str(tmp_path / "tiny.safetensors")  # ~ in the file
     again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
     steps = [read_checkpoint(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
     assert steps == [4, 12]
