@@ -135,6 +135,16 @@ def test_weights_that_do_not_fit_the_model(tmp_path: Path, misfit: str) -> None:
         load_predictor(str(tmp_path / "other.ckpt"))
 
 
+def test_a_backbone_that_has_no_weights_to_find(tmp_path: Path) -> None:
+    checkpoint = torch.load(PROBE, weights_only=True)
+    del checkpoint["frozen"]
+    mlp = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "backbone" / "mlp.yaml"))
+    checkpoint["config"]["backbone"] = mlp
+    torch.save(checkpoint, tmp_path / "mlp.ckpt")
+    with pytest.raises(ValueError, match=r"cannot be rebuilt: .*backbone\.model"):
+        load_predictor(str(tmp_path / "mlp.ckpt"))
+
+
 @pytest.mark.parametrize(
     ("trained", "precision"),
     [
@@ -190,7 +200,7 @@ def test_a_checkpoint_tells_no_folder_and_moves_with_its_run(
     moved = run_dir.rename(tmp_path / "elsewhere")
     best = read_checkpoint(moved / "checkpoints" / "best.ckpt")
     assert best["config"]["run_dir"] == str(moved)
-    assert best["config"]["backbone"]["weights"] == "~/tiny.safetensors"
+    assert best["config"]["backbone"]["weights"] == str(tmp_path / "tiny.safetensors")  # ~ in the file
     again = train(f"resume={moved}", "trainer.max_epochs=3", name="again")
     steps = [read_checkpoint(again / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("best", "last")]
     assert steps == [4, 12]
@@ -235,6 +245,8 @@ def test_which_checkpoint_is_used(run_dir: Path, tmp_path: Path, capsys: pytest.
     old["config"]["overrides"] = "optim.lr=0.01 " + "x" * 200
     os.utime(best, (time.time() - 130, time.time() - 130))
     assert origin(old) == f"checkpoint: {os.path.relpath(best)} (vit_linear_probe optim.lr=0.01 ..., 2 minutes ago)"
+    del old["config"]["overrides"]
+    assert origin(old) == f"checkpoint: {os.path.relpath(best)} (vit_linear_probe, 2 minutes ago)"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +274,18 @@ def test_resumed_config_is_the_saved_one_plus_the_command_line(
     typed = ["resume=last", f"experiment={cfg.name}"]
     monkeypatch.chdir(tmp_path)
     assert resumed_config(compose_run(tmp_path / "next", *typed), typed).resume.startswith(f"{runs / cfg.name}/")
-    typed = [f"resume={run_dir}", "experiment=vit_finetune"]
-    with pytest.raises(ValueError, match="is a run of experiment vit_linear_probe"):
-        resumed_config(compose_run(tmp_path / "next", *typed), typed)
+    own = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    own["config"]["callbacks"]["own"] = {"_target_": "own_task.Focal"}
+    torch.save(own, tmp_path / "own.ckpt")
+    typed = [f"resume={tmp_path}/own.ckpt", "allow=[own_task]"]
+    assert resumed_config(compose_run(tmp_path / "next", *typed), typed).callbacks.own
+    with pytest.raises(ValueError, match=r"own_task.* is refused"):
+        resumed_config(compose_run(tmp_path / "next", *typed[:1]), typed[:1])
+    cfg = compose_run(tmp_path / "next", f"resume={run_dir}", "freeze=full")
+    for typed, refused in (
+        (["experiment=vit_finetune"], "is a run of experiment vit_linear_probe .* leave out experiment= and debug="),
+        (["debug=fast"], "is a run of experiment vit_linear_probe"),
+        (["freeze=full", "optim.lr=1"], "was trained under another freezing policy than freeze=full says"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            resumed_config(OmegaConf.merge(cfg, {"name": "vit_finetune"}), typed)  # type: ignore[arg-type]

@@ -131,6 +131,7 @@ def test_requests_one_after_another(stand_in) -> None:
         return batcher.seconds_per_image
 
     seconds = asyncio.run(run())
+    assert max(told) < 60
     assert seconds == pytest.approx(0.8 * (0.8 * told[0] + 0.2 * told[1]) + 0.2 * told[2])
 
 
@@ -169,15 +170,25 @@ def test_a_failing_model_fails_its_batch_and_goes_on(stand_in, fault: str, monke
     asyncio.run(run())
 
 
-def test_the_rest_of_a_failed_request_leaves_the_queue(stand_in) -> None:
+def test_who_is_told_of_a_batch(stand_in) -> None:
+    """All whose images were in one that failed, the rest of which leave the queue; and those beside one that left."""
+
     async def run() -> None:
         batcher = Batcher(stand_in, 8, 100, 0, lambda size, seconds: None)  # this test is the worker
-        task = asyncio.create_task(batcher.predict(digits(*[5] * 30), False))
-        await until(lambda: batcher.waiting == 30)
+        tasks = [asyncio.create_task(batcher.predict(digits(*some), False)) for some in ([1], [5] * 30)]
+        await until(lambda: batcher.waiting == 31)
         batcher.deliver(batcher.take(), RuntimeError("out of order"))
-        with pytest.raises(ModelFailedError, match="out of order"):
-            await task
+        for task in tasks:
+            with pytest.raises(ModelFailedError, match="out of order"):
+                await asyncio.wait_for(task, 5)
         assert batcher.waiting == 0 and not batcher.queue
+        left, stays = [asyncio.create_task(batcher.predict(digits(n), False)) for n in (1, 2)]
+        await until(lambda: batcher.waiting == 2)
+        pieces = batcher.take()
+        left.cancel()
+        await asyncio.sleep(0)
+        batcher.deliver(pieces, batcher.compute(pieces))
+        assert classes(await asyncio.wait_for(stays, 5)) == [2]
 
     asyncio.run(run())
 
