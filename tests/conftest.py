@@ -213,7 +213,7 @@ def tiny_run(tmp_path: Path) -> list[str]:
 # xdist hands whole files to its workers; those with few slow tests come first, so that no worker waits for another at
 # the end.
 SLOW_FILES = ("test_two_processes", "test_search", "test_commands", "test_screens", "test_page", "test_resumed_runs")
-SLOW_FILES += ("test_end_to_end", "test_export_file", "test_grid", "test_plan", "test_preemption")
+SLOW_FILES += ("test_serving", "test_end_to_end", "test_export_file", "test_grid", "test_plan", "test_preemption")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

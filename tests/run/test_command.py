@@ -69,7 +69,7 @@ def raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Exc
         ("digits", ["digits", "digits"], "RuntimeError: no labels"),
         ("loss", ["loss"], "ValueError: Expected input batch_size (3) to match target batch_size (4)."),
         ("missing", ["missing"], "FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/labels'"),
-        ("misread", ["misread", "read_idx"], "TypeError: "),
+        ("misread", ["misread", "read_idx", "idx_shape"], "TypeError: "),
     ],
 )
 def test_a_mistake_in_ones_own_code_has_its_place(
