@@ -236,7 +236,7 @@ def test_before_the_first_checkpoint(killed: Tries, tries: Callable[..., Any]) -
     whole, moments = killed.folder / "whole" / runs / "killed", killed.moments("whole")
     with tries("SIGKILL before the first checkpoint", harm="lost") as attempt:
         for number, what in enumerate(EARLY):
-            at = next(at for at, each in enumerate(moments) if each.startswith(what.replace("run/", f"{runs}/killed/")))
+            at = next(at for at, each in enumerate(moments) if each.startswith(what.replace(" run", f" {runs}/killed")))
             with attempt(f"moment {at}: {moments[at]}"):
                 name = str(number)
                 assert killed.run(name, at=at) == -signal.SIGKILL
