@@ -275,7 +275,7 @@ def assert_same_jobs(whole: Path, killed: Path) -> None:
 def answer(path: Path) -> Any:
     """What a table over runs says, without times and places."""
     if path.suffix == ".json":
-        return json.loads(path.read_text())
+        return json.loads(path.read_text().replace(str(path.parents[1]), "<try>"))
     with path.open(newline="") as file:
         return [
             {key: row[key] for key in row if key.endswith(("acc", "lr", "seed", "state"))}
