@@ -3,6 +3,7 @@
 #
 # docker run --rm -v thaw-logs:/thaw/logs thaw train.py experiment=vit_linear_probe
 # docker run --rm -v thaw-logs:/thaw/logs -p 8000:8000 thaw serve.py ckpt=last host=0.0.0.0
+#   under another name than localhost or an address, such as a service's:  hosts=[digits]
 # With own pictures:  -v "$PWD/pets:/pets:ro" ... data.dir=/pets     with GPUs:  --gpus all ... trainer=gpu
 ARG BASE=python:3.13-slim
 FROM ${BASE}
