@@ -41,6 +41,7 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
 LIKE_OTHERS = [*POLICIES][6:]  # after "full in shards": what is added is exchanged and sharded as all else
+PLAIN_SUMS = ("pretrain_autoregressive", "pretrain_mae")  # whose loss is a mean over the images of a process
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]
@@ -223,7 +224,9 @@ def test_cached_features_in_bf16(train: Train, tiny_run: list[str], capsys: pyte
     check_features(one, two, capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in PLAIN_SUMS else ()) for name in OBJECTIVES]
+)
 def test_an_objective(train: Train, tiny_run: list[str], name: str) -> None:
     draws = f"+callbacks.draws={{_target_:{__name__}.SameDraws}}"
     run = [f"experiment={name}", *tiny_run, "optim.optimizer._target_=torch.optim.SGD", "~optim.optimizer.betas"]
