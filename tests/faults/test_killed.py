@@ -35,7 +35,7 @@ FAULTS = {  # how often each is tried
     **({"SIGTERM, and SIGKILL 50 ms later": (BOTH, 4)} if FULL else {}),
 }
 ENDED = {signal.SIGKILL: (-9,), signal.SIGTERM: (-15, 143)}  # a shell says 143 for both
-OWN_NUMBERS = ("seconds", "peak_memory_gb", "run_dir", "resumed_from", "overrides")  # of a run in summary.json
+OWN_NUMBERS = ("seconds", "peak_memory_gb", "checkpoint_mb", "run_dir", "resumed_from", "overrides", "git_commit")
 
 RUN = [
     *("data=folder", "data.image_size=28", "data.channels=1", "data.batch_size=16", "data.val_share=0.2"),
@@ -284,7 +284,6 @@ def answer(path: Path) -> Any:
 
 
 SMALL = ["logger=csv", "trainer.max_epochs=2", "trainer.plugins.0.seconds=0", "cache.dir=<try>/cache"]
-COMPARED = ["compare.policies=[linear_probe,last_blocks]"]
 PROGRAMS = {
     "a sweep": ("train.py", ["-m", "optim.lr=1e-3,1e-2", "hydra.sweep.dir=<try>/run"]),
     "a search": ("sweep.py", ["sweep=lr_tpe", "sweep.trials=3", "hydra.run.dir=<try>/run"]),
