@@ -142,6 +142,7 @@ def test_clipping_bounds_the_step(steps: Callable[..., tuple[State, State]]) -> 
     assert length("0.1") == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.long
 def test_an_average_leaves_the_frozen_part_bit_identical(steps: Callable[..., tuple[State, State]]) -> None:
     few = ["data.train_size=64", "data.batch_size=16", "trainer.max_epochs=2", "cache.mode=memory"]
     last = ["backbone.weights=bundled", "backbone.arguments.depth=6", "freeze=last_blocks"]

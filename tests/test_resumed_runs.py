@@ -51,6 +51,7 @@ CASES |= {  # before, at and after a thaw; the last epoch trains everything
     },
     "lr_bank": (["head=lr_bank", "head.lrs=[1e-4,1e-2,1e-1]", "head.weight_decays=[0.0,1e-2]"], 2, [6]),
 }
+ONE_OPTIMIZER = ("pretrain_autoregressive", "pretrain_mae")  # and one view of an image, as in fine-tuning
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 
 
@@ -108,7 +109,9 @@ def test_from_any_step(train: Train, tiny_run: list[str], tmp_path: Path, name: 
         assert not torch.equal(averaged, current)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in ONE_OPTIMIZER else name for name in OBJECTIVES]
+)
 def test_pretraining(train: Train, tiny_run: list[str], name: str) -> None:
     """In bf16."""
     run = [f"experiment={name}", *tiny_run, "trainer.precision=bf16-mixed", "trainer.limit_val_batches=1"]

@@ -48,6 +48,7 @@ def test_accuracy_and_probabilities() -> None:
     assert torch.allclose(task.probabilities(LOGITS).sum(dim=1), torch.ones(6))
 
 
+@pytest.mark.long
 def test_several_labels_an_image(train: Callable[..., Path]) -> None:
     """By configuration alone: trained, tested, and predicted with; what is for one class an image says so."""
     data = ["data.source=sample", "data._target_=own_task.TaggedDigits", "model.task._target_=own_task.MultiLabel"]

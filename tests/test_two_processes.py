@@ -41,7 +41,11 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
 LIKE_OTHERS = [*POLICIES][6:]  # after "full in shards": what is added is exchanged and sharded as all else
-PLAIN_SUMS = ("pretrain_autoregressive", "pretrain_mae")  # whose loss is a mean over the images of a process
+PLAIN_SUMS = (
+    "pretrain_autoregressive",
+    "pretrain_gan",
+    "pretrain_mae",
+)  # whose loss is a mean over the images of a process
 OBJECTIVES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("pretrain_*.yaml"))
 # AdamW makes steps of what is rounding: gradients of the processes are summed in another order.
 SGD = ["optim=sgd", "optim.optimizer.fused=false", "optim.lr=0.05"]
@@ -163,7 +167,8 @@ def cached(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in POLICIES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS or name == "lp_ft" else ()) for name in POLICIES],
 )
 def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
     """With clipped gradients."""

@@ -304,7 +304,7 @@ class FeatureCheck(L.Callback):
 @pytest.mark.parametrize(
     ("policy", "epochs", "cached"),
     [
-        (["freeze=lp_ft", "freeze.probe_epochs=2"], 4, [(0, 5), (1, 5)]),
+        pytest.param(["freeze=lp_ft", "freeze.probe_epochs=2"], 4, [(0, 5), (1, 5)], marks=pytest.mark.long),
         (["freeze=gradual", "freeze.epochs=2"], 7, [(0, 5), (1, 5), (2, 3), (3, 3), (4, 2), (5, 2)]),
         (["freeze=gradual", "freeze.blocks=2"], 3, [(0, 5)]),  # a pass for a single epoch is not worth it
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),

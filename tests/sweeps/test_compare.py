@@ -177,6 +177,7 @@ def test_policies_that_do_not_apply_are_left_out(tmp_path: Path) -> None:
     assert full.train == pytest.approx(3 * full.forward, rel=0.05)  # two of the three are backward
 
 
+@pytest.mark.long
 def test_a_comparison_has_one_process(compare: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from filelock import FileLock
 
