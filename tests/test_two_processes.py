@@ -40,7 +40,7 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "prompt in shards": (FSDP, ["freeze=prompt"]),
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LIKE_OTHERS = [*POLICIES][6:]  # after "full in shards": what is added is exchanged and sharded as all else
+LIKE_OTHERS = ["lp_ft", *[*POLICIES][6:]]  # after "full in shards": what is added is exchanged and sharded as all else
 PLAIN_SUMS = (
     "pretrain_autoregressive",
     "pretrain_gan",
@@ -168,7 +168,7 @@ def cached(run_dir: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS or name == "lp_ft" else ()) for name in POLICIES],
+    [pytest.param(name, marks=pytest.mark.long if name in LIKE_OTHERS else ()) for name in POLICIES],
 )
 def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str], name: str) -> None:
     """With clipped gradients."""
