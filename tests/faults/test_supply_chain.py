@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from thaw.data.mnist import MirrorURL
 from thaw.run.command_line import shown_error
 from thaw.run.errors import UserError
+from thaw.run.loggers import stop_service
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
@@ -56,6 +57,7 @@ def test_a_run_keeps_no_secret_and_honours_the_umask(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     place = [f"hydra.run.dir={tmp_path / 'run'}", f"cache.dir={tmp_path / 'cache'}"]
     probe = [*(each for each in tiny_run if each != "logger=none"), "experiment=vit_linear_probe", *place]
+    stop_service()  # that of an earlier run has another umask
     before = os.umask(0o027)
     try:
         assert command("train.py", *probe, "logger=[csv,wandb]", "trainer.max_epochs=1", "test=false") == 0
