@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from thaw.run.console import UNBOUNDED, brief, console, plural, progress, say, say_fitted
+from thaw.run.errors import is_interruption
 from thaw.sweeps.cells import MEASURES, group_cells, setting_columns, shortened
 from thaw.sweeps.groups import Group
 from thaw.sweeps.run_table import RunTable, format_notes, lost_runs, read_run_table, write_run_table
@@ -44,6 +45,10 @@ def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
             try:
                 with brief():
                     test_run(run.folder, allow)
+            except SystemExit as leaving:  # Lightning's, at a signal
+                if is_interruption(leaving):
+                    raise KeyboardInterrupt from None
+                raise
             except Exception as error:  # the table of the other runs is still to be written
                 say(f"error: {os.path.relpath(run.folder)} cannot be tested: {explain(error)}", "red", stderr=True)
                 failures += 1
