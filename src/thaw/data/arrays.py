@@ -20,7 +20,6 @@ from thaw.run.claims import zip_members
 from thaw.run.errors import UserError, UserFileError
 
 ARRAY_FILE = r"\.(npy|npz|csv)$|ubyte"  # names of files that a folder is searched for
-COPIED = 2**20  # bytes at once
 WORDS = {  # in the names of files and arrays, and what they say
     **dict.fromkeys(("train", "training"), ("split", "train")),
     **dict.fromkeys(("val", "valid", "validation"), ("split", "val")),
@@ -132,19 +131,14 @@ def read_npy(file: IO[bytes], size: int) -> np.ndarray:
     if version > 3:
         raise ValueError(f"version {version} of the format is unknown")
     read_header = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read_header(file)  # the third version differs in names of fields alone
+    shape, _, dtype = read_header(file)  # the third version differs in names of fields alone
     if dtype.hasobject:
         raise ValueError("Object arrays cannot be read without running code")
     stated, rest = math.prod(shape) * dtype.itemsize, size - file.tell()
     if stated != rest:
         raise ValueError(f"the header states {stated:,} bytes of {dtype} {shape}, but {rest:,} follow it")
-    array, place = np.empty(rest, np.uint8), 0
-    view = memoryview(array.data)
-    while count := file.readinto(view[place : place + COPIED]):  # type: ignore[attr-defined]
-        place += count
-    if place < rest:
-        raise ValueError(f"the file ends after {place:,} of {rest:,} bytes")
-    return array.view(dtype).reshape(shape, order="F" if is_fortran else "C")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def to_images(array: np.ndarray, name: str) -> Tensor:

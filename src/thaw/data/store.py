@@ -108,8 +108,8 @@ class TensorStore:
     ) -> None:
         """Make the filled tensor of `create` the entry.
 
-        Decoded images, of which something is `known` that then stands in the JSON, get a SHA-256 up to `HASHED` bytes:
-        they may fill hundreds of GB, and a damaged pixel does less harm than waiting for that.
+        `known` holds further facts for the JSON. Decoded images have some, and get a SHA-256 only up to `HASHED` bytes:
+        they may fill hundreds of GB, and a damaged pixel does less harm than waiting for the hash.
         """
         path = self.path(key)
         record = {"facts": facts, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
