@@ -49,15 +49,17 @@ class Caller(asyncio.Protocol):
 
 
 class Answers(NamedTuple):
-    """Of many requests: when each was due, its status, 0 for none, and the seconds from then to the answer."""
+    """Of many requests: when each was due and left, its status, 0 for none, and the seconds from due to the answer."""
 
     due: np.ndarray
+    left: np.ndarray
     status: np.ndarray
     seconds: np.ndarray
 
     def between(self, start: float, stop: float) -> "Answers":
-        chosen = (start <= self.due) & (self.due < stop)
-        return Answers(self.due[chosen], self.status[chosen], self.seconds[chosen])
+        """The requests that left between these moments."""
+        chosen = (start <= self.left) & (self.left < stop)
+        return Answers(*(column[chosen] for column in self))
 
 
 class Load:
@@ -70,10 +72,11 @@ class Load:
 
     @property
     def answers(self) -> Answers:
-        return Answers(*np.array(self.rows).reshape(-1, 3).T)
+        return Answers(*np.array(self.rows).reshape(-1, 4).T)
 
     async def ask(self, due: float) -> None:
         loop, status, caller = asyncio.get_running_loop(), 0, None
+        left = loop.time()
         while self.free and self.free[-1].transport.is_closing():
             self.free.pop()
         try:
@@ -81,7 +84,7 @@ class Load:
             status = await caller.ask()
         except ConnectionError:
             pass
-        self.rows.extend((due, status, loop.time() - due))
+        self.rows.extend((due, left, status, loop.time() - due))
         if caller and status == 200:
             self.free.append(caller)
         elif caller:  # the server closes a connection that it refuses

@@ -191,6 +191,28 @@ def test_overload_and_stop(tmp_path: Path, tries) -> None:
             assert [*tmp_path.iterdir()] == [served.log]
 
 
+def test_stop_of_a_busy_server(tmp_path: Path, tries) -> None:
+    """Requests that came while the server had no time for them, before SIGTERM, are answered as well."""
+    with (
+        tries("SIGTERM before the server has read its requests", harm="lost") as attempt,
+        started(tmp_path, f"ckpt={CHECKPOINT}", "max_batch=1") as served,
+    ):
+        clients = [connect(served.address, REQUEST) for _ in range(20)]
+        for client in clients:
+            while not client.recv(65536).endswith(b"]}"):  # headers and body may come apart
+                pass
+        os.kill(served.process.pid, signal.SIGSTOP)
+        for client in clients:
+            client.sendall(REQUEST)  # on a connection that waits for the next request
+        clients += [connect(served.address, REQUEST) for _ in range(20)]
+        os.kill(served.process.pid, signal.SIGTERM)
+        os.kill(served.process.pid, signal.SIGCONT)
+        for n, client in enumerate(clients):
+            with attempt(f"connection {n}"), client:
+                assert everything(client).startswith(b"HTTP/1.1 200")
+        assert served.process.wait(12) == 0
+
+
 SLOW = {  # what comes at once, and what then comes every second
     "headers": (REQUEST[:30], b"x"),
     "a body": (REQUEST[:-100], b" "),

@@ -1,5 +1,6 @@
 """Runs the application: opens the port, keeps memory for batches, and stops on SIGTERM or Ctrl-C."""
 
+import asyncio
 import ctypes
 import errno
 import functools
@@ -21,6 +22,7 @@ from thaw.serve.connection import Connection
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 ONE_GIB = 1 << 30  # bytes, more than a batch takes
+ROUNDS = 10  # of the event loop: one accepts all connections that wait, two set them up, one reads their requests
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -60,6 +62,12 @@ class Server(uvicorn.Server):
             signal.raise_signal(sig)
         self.fastapi.state.stopping = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept and read first what the system received while this process was busy: to close would drop it."""
+        for _ in range(ROUNDS):
+            await asyncio.sleep(0)
+        await super().shutdown(sockets)
 
 
 def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
