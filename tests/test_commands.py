@@ -81,10 +81,10 @@ STEADY += ["robustness.images=10"]
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def marked(cases: Sequence[Any]) -> list[Any]:
-    """Cases, each a kind or one with more, of which `ADDING` are long."""
+def marked(cases: Sequence[Any], long: Sequence[str] = ADDING) -> list[Any]:
+    """Cases, each a kind or one with more; `long` are the kinds that the default run leaves out."""
     given = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=pytest.mark.long if case[0] in ADDING else ()) for case in given]
+    return [pytest.param(*case, marks=pytest.mark.long if case[0] in long else ()) for case in given]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,9 @@ EXPORTS += [("lora", ["format=torch_export"], "model.pt2")]
 
 @needs("export")
 @pytest.mark.parametrize(
-    ("kind", "format", "name"), marked(EXPORTS), ids=lambda value: value if isinstance(value, str) else ""
+    ("kind", "format", "name"),
+    marked(EXPORTS, [*ADDING, "first_blocks", "last_blocks"]),
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_export(
     kind: str,

@@ -82,7 +82,8 @@ def assert_same_training(expected: dict[str, Any], got: dict[str, Any], place: s
 
 
 # What trains by rules or additions, or optimizers, like those of another policy.
-LIKE_OTHERS = ["adapter", "adopt", "attention_out", "dora", "kron", "lion", "muon", "prompt", "ssf", "surgical"]
+LIKE_OTHERS = ["adapter", "attention_out", "dora", "lp_ft", "prompt", "ssf", "surgical"]
+LIKE_OTHERS += ["adopt", "kron", "lion", "muon"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,11 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "prompt in shards": (FSDP, ["freeze=prompt"]),
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
-LIKE_OTHERS = ["lp_ft", *[*POLICIES][6:]]  # after "full in shards": what is added is exchanged and sharded as all else
+LIKE_OTHERS = [
+    "lora",
+    "lp_ft",
+    *[*POLICIES][6:],
+]  # what is added is exchanged and sharded as all else
 PLAIN_SUMS = (
     "pretrain_autoregressive",
     "pretrain_gan",
@@ -242,7 +246,9 @@ def test_an_objective(train: Train, tiny_run: list[str], name: str) -> None:
     assert_close(checkpoint(one)["state_dict"], checkpoint(two)["state_dict"])
 
 
-@pytest.mark.parametrize(("before", "after"), [("one", "shards"), ("shards", "one")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("one", "shards"), pytest.param("shards", "one", marks=pytest.mark.long)]
+)
 def test_a_run_goes_on_in_shards_or_whole(train: Train, tiny_run: list[str], before: str, after: str) -> None:
     """A checkpoint of whole tensors, which refers to frozen weights, continues in shards, and the other way round."""
     kinds = {"one": ["data.batch_size=16", "trainer=cpu"], "shards": ["data.batch_size=8", *FSDP]}

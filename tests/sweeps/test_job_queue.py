@@ -136,7 +136,7 @@ def alive(tmp_path: Path) -> list[int]:
     return [pid for pid, stat in zip(pids, states, strict=True) if stat.exists() and " Z " not in stat.read_text()]
 
 
-@pytest.mark.parametrize("wanted", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wanted", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_an_interruption_ends_all(wanted: signal.Signals, sweep: Sweep, tmp_path: Path, capsys) -> None:
     def interrupt() -> None:
         while not list((tmp_path / "sweep").glob("*/child")):
