@@ -41,6 +41,7 @@ ROOMS = {
         [
             *(f"run/test_{name}.py" for name in ("checkpoint", "resume", "targets", "migrations")),
             "callbacks/test_run_checkpoint.py",
+            "faults/test_untrusted.py",
         ],
         60,
     ),

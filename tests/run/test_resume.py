@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, needs
+from conftest import ROOT, compose_run, needs
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from thaw.run.resume import ended_early, find_saved, why_ended
+from thaw.run.resume import ended_early, find_saved, resumed_config, why_ended
 
 
 def weights(run_dir: Path, name: str = "last") -> dict[str, Tensor]:
@@ -119,8 +119,27 @@ def test_why_training_has_ended(trainer: dict, patience: int | None, ended: tupl
 
 def test_a_broken_configuration_of_a_run_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("[")
-    with pytest.raises(ValueError, match=r"config\.yaml cannot be read as a configuration of a run"):
+    wanted = r"(?s)config\.yaml cannot be read as a configuration of a run .*; give the folder of a run of train\.py\."
+    with pytest.raises(ValueError, match=wanted):
         find_saved(str(tmp_path), "", [])
+
+
+@pytest.mark.parametrize("typed", [[], ["data.dir=here"], ["cache.dir=here"], ["cache=default"], ["data=mnist"]])
+def test_places_that_a_run_without_a_checkpoint_names(
+    typed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are said, and not written to or downloaded into, unless they are typed."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    OmegaConf.save(compose_run(run, f"data.dir={elsewhere}", f"cache.dir={elsewhere}"), run / "config.yaml")
+    cfg = resumed_config(compose_run(tmp_path / "new", f"resume={run}", *typed), [f"resume={run}", *typed])
+    said = capsys.readouterr().out
+    assert (f"names cache.dir={elsewhere}, which is not followed" in said) == (
+        not any("cache" in each for each in typed)
+    )
+    assert (f"names data.dir={elsewhere}; type another value" in said) == (not any("data" in each for each in typed))
+    assert cfg.cache.dir == ("here" if "cache.dir=here" in typed else "logs/cache")
+    assert cfg.data.mirrors == (None if any("data" in each for each in typed) else [])
 
 
 def test_a_resumed_run_lies_where_its_name_says(

@@ -140,8 +140,7 @@ def changed_config(
 
 def say_places(cfg: DictConfig, file: Path, unfollowed: Sequence[str], typed: Sequence[str]) -> None:
     """Say which places a run's file names that are not typed, and which of them are not followed."""
-    groups = {key.partition(".")[0] for key in typed if "." not in key}
-    typed = [*typed, *(key for key in READ if key.partition(".")[0] in groups)]
+    typed = [*typed, *(key for key in READ if key.partition(".")[0] in typed)]
     if named := [*reads(cfg, [*READ, "start_from"], typed), *sends(cfg, typed)]:
         say(f"{file} names {', '.join(named)}; type another value to change that")
     if left := [each for each in unfollowed if not {each.partition("=")[0], each.partition(".")[0]} & {*typed}]:
