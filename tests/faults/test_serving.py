@@ -204,7 +204,8 @@ def test_stop_of_a_busy_server(tmp_path: Path, tries) -> None:
         os.kill(served.process.pid, signal.SIGSTOP)
         for client in clients:
             client.sendall(REQUEST)  # on a connection that waits for the next request
-        clients += [connect(served.address, REQUEST) for _ in range(20)]
+        clients += [connect(served.address, REQUEST) for _ in range(60)]
+        time.sleep(0.5)  # the system delivers the last packets
         os.kill(served.process.pid, signal.SIGTERM)
         os.kill(served.process.pid, signal.SIGCONT)
         for n, client in enumerate(clients):

@@ -6,6 +6,7 @@ import errno
 import functools
 import gc
 import math
+import select
 import signal
 import socket
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from thaw.serve.connection import Connection
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 ONE_GIB = 1 << 30  # bytes, more than a batch takes
-ROUNDS = 10  # of the event loop: one accepts all connections that wait, two set them up, one reads their requests
+BACKLOG = 1024  # connections that wait to be accepted
+ROUNDS = 5  # of the event loop, more than it takes from a connection that is accepted to its request
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -33,7 +35,7 @@ def open_port(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except OSError as error:
         reasons = {
             errno.EADDRINUSE: f"port={port} on host={host} is taken; choose another, or port=0 for any free one.",
@@ -65,6 +67,10 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept and read first what the system received while this process was busy: to close would drop it."""
+        for _ in range(BACKLOG):
+            if not select.select(sockets or (), (), (), 0)[0]:
+                break
+            await asyncio.sleep(0)  # uvloop accepts one connection in each round of its loop
         for _ in range(ROUNDS):
             await asyncio.sleep(0)
         await super().shutdown(sockets)
