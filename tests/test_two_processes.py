@@ -44,7 +44,7 @@ LIKE_OTHERS = [
     "lora",
     "lp_ft",
     *[*POLICIES][6:],
-]  # what is added is exchanged and sharded as all else
+]  # added parameters are reduced and sharded like all others
 PLAIN_SUMS = (
     "pretrain_autoregressive",
     "pretrain_gan",
