@@ -25,7 +25,7 @@ class Noise(nn.Module):
 
 def simclr(output: Path) -> SimCLR:
     torch.manual_seed(0)
-    return SimCLR(backbone(), Noise(), recipe(), str(output), projection=16, temperature=0.2)  # type: ignore[arg-type]
+    return SimCLR(backbone(), Noise(), recipe(), str(output), hidden=16, projection=16, temperature=0.2)  # type: ignore[arg-type]
 
 
 # The loss
@@ -79,7 +79,7 @@ def test_what_it_cannot_learn_from_is_named(tmp_path: Path) -> None:
     model, still = simclr(tmp_path / "w.safetensors"), Noise()
     still.is_random = False
     with pytest.raises(ValueError, match="augment=none makes them equal; choose augment=strong"):
-        SimCLR(model.backbone, still, model.optim, model.output, 16, 0.2)  # type: ignore[arg-type]
+        SimCLR(model.backbone, still, model.optim, model.output, 16, 16, 0.2)  # type: ignore[arg-type]
     refused(SimCLR, "temperature", 0, "a number above 0")
     refused(SimCLR, "projection", 0, "a whole number, 1 or more")
 

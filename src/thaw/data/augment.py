@@ -1,6 +1,7 @@
 """Random transforms with their own parameters for every image, applied to a whole batch on the batch's device."""
 
 import math
+from itertools import repeat
 from typing import Annotated, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -27,16 +28,20 @@ class Draws(NamedTuple):
     factors: Tensor | None  # (B, 3) of brightness, contrast and saturation
     grid: Tensor | None  # (B, S, S, 2) of sampling points in [-1, 1]
     amounts: Tensor | None  # (B,) of thickness
+    blurs: Tensor | None  # (B,) standard deviations, pixels
+    haze: Tensor | None  # (B, 2, H, W): the grey levels of the haze, 0 to 255, and its share
+    noise: Tensor | None  # (B, C, H, W) in grey levels
+    inverted: Tensor | None  # (B,) bool
     rectangles: Tensor | None  # (B, 1, S, S)
 
 
 class Augment(nn.Module):
     """uint8 (B, C, H, W) -> uint8 (B, C, H, W), each image transformed on its own; C is 1 or 3.
 
-    Images are cropped and flipped, then recoloured, then transformed as digits are, for which H = W. The affine map and
-    elastic displacement (Simard et al. 2003, section 2) are one sampling grid. A setting of 0 switches its transform
-    off, as does a crop_area of 1. The affine map alone runs about 2.4 times as fast as kornia's RandomAffine on two CPU
-    threads (benchmarks/once.md).
+    The transforms follow each other as in the list below, but blur comes before the changes of colour. Those of shape
+    (degrees to thickness) and erase are for H = W; the affine map and elastic displacement (Simard et al. 2003,
+    section 2) are one sampling grid. A setting of 0 switches its transform off, as does a crop_area of 1. The affine
+    map alone runs about 2.4 times as fast as kornia's RandomAffine on two CPU threads (benchmarks/once.md).
 
     Args:
         flip: probability that left and right are exchanged.
@@ -44,9 +49,6 @@ class Augment(nn.Module):
             of an aspect ratio from 3/4 to 4/3 is resized to H x W.
         crop_padding: padded crop: each side gets so many more pixels, then a box of H x W is cut out.
         padding_mode: what the padded crop adds: the image mirrored at its edge, or zeros (constant).
-        brightness: multiplies pixels by a factor between 1 - brightness and 1 + brightness.
-        contrast: multiplies their difference from the image's mean grey by a factor in such a range.
-        saturation: multiplies their difference from their own grey by a factor in such a range; no effect if C is 1.
         degrees: rotation up to so many degrees either way.
         translate: shift up to this fraction of the side, in x and y.
         scale: zoom by a factor between 1 - scale and 1 + scale.
@@ -54,6 +56,13 @@ class Augment(nn.Module):
         elastic: standard deviation of the smooth displacement, in pixels.
         elastic_sigma: smoothness of that displacement, in pixels.
         thickness: strokes grow or shrink by up to this fraction of a 3 x 3 dilation or erosion.
+        brightness: multiplies pixels by a factor between 1 - brightness and 1 + brightness.
+        contrast: multiplies their difference from the image's mean grey by a factor in such a range.
+        saturation: multiplies their difference from their own grey by a factor in such a range; no effect if C is 1.
+        blur: Gaussian blur of a standard deviation of up to so many pixels.
+        haze: blends the image with up to this share of smoothly changing grey, as fog and uneven light do.
+        noise: Gaussian noise of a standard deviation of up to this share of full brightness.
+        invert: probability that dark and bright are exchanged.
         erase: probability that a random rectangle is set to 0 (Zhong et al. 2017). Its sides are 5 to 15 pixels of 28,
             and in proportion in larger images.
     """
@@ -64,9 +73,6 @@ class Augment(nn.Module):
         crop_area: Annotated[float, Field(gt=0, le=1)],
         crop_padding: CountOrZero,
         padding_mode: Literal["reflect", "constant"],
-        brightness: FactorSpread,
-        contrast: FactorSpread,
-        saturation: FactorSpread,
         degrees: NonNegative,
         translate: NonNegative,
         scale: FactorSpread,
@@ -74,6 +80,13 @@ class Augment(nn.Module):
         elastic: NonNegative,
         elastic_sigma: Positive,
         thickness: NonNegative,
+        brightness: FactorSpread,
+        contrast: FactorSpread,
+        saturation: FactorSpread,
+        blur: NonNegative,
+        haze: FactorSpread,
+        noise: NonNegative,
+        invert: Probability,
         erase: Probability,
     ) -> None:
         super().__init__()
@@ -83,15 +96,20 @@ class Augment(nn.Module):
                 "choose one: crop_area=1.0 or crop_padding=0 switches the other off."
             )
         self.flip, self.crop_area, self.crop_padding, self.padding_mode = flip, crop_area, crop_padding, padding_mode
-        self.colours = (brightness, contrast, saturation)
         self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
-        self.elastic, self.elastic_sigma, self.thickness, self.erase = elastic, elastic_sigma, thickness, erase
+        self.elastic, self.elastic_sigma, self.thickness = elastic, elastic_sigma, thickness
+        self.colours = (brightness, contrast, saturation)
+        self.blur, self.haze, self.noise, self.invert, self.erase = blur, haze, noise, invert, erase
         self.warps = any((degrees, translate, scale, shear, elastic))
-        self.redraws = bool(self.warps or thickness or erase)
-        self.is_random = bool(flip or crop_area < 1 or crop_padding or any(self.colours) or self.redraws)
+        self.alters = any((self.warps, thickness, *self.colours, blur, haze, noise, invert, erase))
+        self.is_random = bool(flip or crop_area < 1 or crop_padding or self.alters)
+        self.needs_grey_levels = bool(haze or noise or invert)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Also float pixels of any scale whose background is 0: they are not clamped, and gradients pass through."""
+        """Also float pixels whose background is 0: they are not clamped, and gradients pass through.
+
+        Their scale is free unless `needs_grey_levels`, which are 0 to 255.
+        """
         return self.apply_draws(images, self.draw(images))
 
     def draw(self, images: Tensor) -> Draws:
@@ -109,9 +127,19 @@ class Augment(nn.Module):
             grid = affine_grid(self.random_affine(like), like.shape[-1])
             if self.elastic:
                 grid = grid + self.random_displacement(like)
-        amounts = self.thickness * uniform(like) if self.thickness else None
-        rectangles = self.random_rectangles(like) if self.erase else None
-        return Draws(flips, boxes, corners, factors, grid, amounts, rectangles)
+        return Draws(
+            flips,
+            boxes,
+            corners,
+            factors,
+            grid,
+            amounts=self.thickness * uniform(like) if self.thickness else None,
+            blurs=self.blur * uniform(like).abs() if self.blur else None,
+            haze=self.random_haze(like) if self.haze else None,
+            noise=self.random_noise(images) if self.noise else None,
+            inverted=torch.rand(len(images), device=images.device) < self.invert if self.invert else None,
+            rectangles=self.random_rectangles(like) if self.erase else None,
+        )
 
     def apply_draws(self, images: Tensor, draws: Draws) -> Tensor:
         """Images (B, C, H, W) transformed by what `draw` returned for as many."""
@@ -120,20 +148,49 @@ class Augment(nn.Module):
             x = resize_boxes(x, draws.boxes, draws.flips)
         elif draws.corners is not None and draws.flips is not None:
             x = self.padded_crop(x, draws.corners, draws.flips)
-        if draws.factors is not None:
-            size = max(1, FLOATS_AT_ONCE // x[0].numel())
-            chunked = x.dtype == torch.uint8 and not x.is_cuda
-            parts = zip(x.split(size), draws.factors.split(size), strict=True) if chunked else [(x, draws.factors)]
-            x = torch.cat([as_type_of(recolour(to_floats(part), *factors.T), images) for part, factors in parts])
-        return as_type_of(self.redraw(to_floats(x), draws), images) if self.redraws else x
+        if not self.alters:
+            return x
+        if x.dtype != torch.uint8 or x.is_cuda:
+            return as_type_of(self.alter(to_floats(x), draws), images)
+        size = max(1, FLOATS_AT_ONCE // x[0].numel())
+        parts = zip(*(repeat(None) if each is None else each.split(size) for each in draws), strict=False)
+        return torch.cat(
+            [
+                as_type_of(self.alter(part.float(), Draws(*own)), images)
+                for part, own in zip(x.split(size), parts, strict=False)
+            ]
+        )
 
-    def redraw(self, x: Tensor, draws: Draws) -> Tensor:
-        """The transforms of digits, float (B, C, S, S)."""
+    def alter(self, x: Tensor, draws: Draws) -> Tensor:
+        """All but crops and flips: float (B, C, H, W) -> the same."""
         if draws.grid is not None:
             x = F.grid_sample(x, draws.grid, align_corners=False)
         if draws.amounts is not None:
             x = thicken(x, draws.amounts)
+        if draws.blurs is not None:
+            x = gaussian_blurs(x, draws.blurs)
+        if draws.factors is not None:
+            x = recolour(x, *draws.factors.T)
+        if draws.haze is not None:
+            level, share = draws.haze[:, :1], draws.haze[:, 1:]
+            x = x + share * (level - x)
+        if draws.noise is not None:
+            x = x + draws.noise
+        if draws.inverted is not None:
+            x = torch.where(draws.inverted[:, None, None, None], 255 - x, x)
         return x if draws.rectangles is None else x * draws.rectangles
+
+    def random_haze(self, x: Tensor) -> Tensor:
+        """(B, 2, H, W): grey levels, which change smoothly from one of 3 x 3 random ones to the next, and one share."""
+        levels = 255 * torch.rand(len(x), 1, 3, 3, device=x.device, dtype=x.dtype)
+        levels = F.interpolate(levels, x.shape[2:], mode="bilinear")
+        share = self.haze * uniform(x).abs()
+        return torch.cat([levels, share[:, None, None, None].expand_as(levels)], dim=1)
+
+    def random_noise(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) of grey levels; each image has its own standard deviation, more often a small one."""
+        deviations = 255 * self.noise * torch.rand(len(x), 1, 1, 1, device=x.device).square()
+        return deviations * torch.randn(x.shape, device=x.device)
 
     def random_factors(self, x: Tensor) -> Tensor:
         """(B, 3) for brightness, contrast and saturation."""
@@ -235,6 +292,17 @@ def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
     grey = rgb_to_grayscale(x)  # (B, 1, H, W), x itself if C is 1
     mean = grey.mean((2, 3), keepdim=True)
     return brightness * (contrast * (saturation * x + (1 - saturation) * grey) + (1 - contrast) * mean)
+
+
+def gaussian_blurs(x: Tensor, deviations: Tensor) -> Tensor:
+    """Blur (B, C, H, W) along rows and columns by Gaussians of deviations (B,) pixels, cut off at the image's edge."""
+    with torch.autocast(x.device.type, enabled=False):  # bf16 keeps 8 bits, and 255 grey levels need as many
+        for axis in (2, 3):
+            positions = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
+            distances = (positions - positions[:, None]) / deviations[:, None, None].clamp(min=0.1)  # (B, S, S)
+            kernel = (-0.5 * distances.square()).softmax(dim=2)[:, None]
+            x = kernel @ x if axis == 2 else x @ kernel.mT
+    return x
 
 
 def thicken(x: Tensor, amounts: Tensor) -> Tensor:

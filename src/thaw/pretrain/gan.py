@@ -113,6 +113,11 @@ class GAN(Objective):
         measured_by: Backbone,
     ) -> None:
         super().__init__(backbone, augment, optim, output)
+        if augment.needs_grey_levels:
+            raise UserError(
+                "model=gan draws images as its augmentation leaves them, and augment.haze, noise and invert leave them "
+                "spoilt; set these to 0, or choose augment=affine."
+            )
         if r1 > 0 and getattr(backbone, "architecture", {}).get("fused"):
             raise UserError(
                 f"model.r1={r1} needs the gradient of a gradient, which fused attention lacks, and "

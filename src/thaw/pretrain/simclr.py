@@ -51,7 +51,8 @@ class SimCLR(Objective):
     The negatives of an image are all other images of the step, on every process.
 
     Args:
-        projection: width P of the projection head's output; its hidden layer has the backbone's width.
+        hidden: width of the projection head's hidden layer.
+        projection: width P of the projection head's output.
         temperature: of NT-Xent; 0.1 to 0.5 is common.
     """
 
@@ -67,6 +68,7 @@ class SimCLR(Objective):
         augment: Augment,
         optim: OptimizerRecipe,
         output: str,
+        hidden: Count,
         projection: Count,
         temperature: Positive,
     ) -> None:
@@ -77,7 +79,7 @@ class SimCLR(Objective):
                 "choose augment=strong or augment=affine."
             )
         width = backbone.num_features
-        self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, projection))
+        self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, projection))
         self.temperature = temperature
 
     def on_fit_start(self) -> None:

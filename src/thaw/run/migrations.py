@@ -49,7 +49,8 @@ REMOVED_KEYS: dict[tuple[str, str], Any] = {
     ("thaw.freezing.cache.FeatureCache", "views"): None
 }  # (class, key) -> the only value that today's code still has
 ADDED_KEYS: dict[tuple[str, str], Any] = {
-    ("thaw.optim.OptimizerRecipe", "schedule"): "cosine"
+    ("thaw.optim.OptimizerRecipe", "schedule"): "cosine",
+    ("thaw.pretrain.simclr.SimCLR", "hidden"): 192,  # the width of the bundled backbone
 }  # (class, key) -> what the code did before, where the YAML says another
 
 
