@@ -28,18 +28,18 @@ class Draws(NamedTuple):
     factors: Tensor | None  # (B, 3) of brightness, contrast and saturation
     grid: Tensor | None  # (B, S, S, 2) of sampling points in [-1, 1]
     amounts: Tensor | None  # (B,) of thickness
-    blurs: Tensor | None  # (B,) standard deviations, pixels
+    blurs: Tensor | None  # (B, 2) standard deviations in pixels, along rows and columns
     haze: Tensor | None  # (B, 2, H, W): the grey levels of the haze, 0 to 255, and its share
     noise: Tensor | None  # (B, C, H, W) in grey levels
-    inverted: Tensor | None  # (B,) bool
-    rectangles: Tensor | None  # (B, 1, S, S)
+    inverted: Tensor | None  # (B, 1, S, S) bool
+    erased: Tensor | None  # likewise
 
 
 class Augment(nn.Module):
     """uint8 (B, C, H, W) -> uint8 (B, C, H, W), each image transformed on its own; C is 1 or 3.
 
     The transforms follow each other as in the list below, but blur comes before the changes of colour. Those of shape
-    (degrees to thickness) and erase are for H = W; the affine map and elastic displacement (Simard et al. 2003,
+    (degrees to thickness), invert and erase are for H = W; the affine map and elastic displacement (Simard et al. 2003,
     section 2) are one sampling grid. A setting of 0 switches its transform off, as does a crop_area of 1. The affine
     map alone runs about 2.4 times as fast as kornia's RandomAffine on two CPU threads (benchmarks/once.md).
 
@@ -56,13 +56,14 @@ class Augment(nn.Module):
         elastic: standard deviation of the smooth displacement, in pixels.
         elastic_sigma: smoothness of that displacement, in pixels.
         thickness: strokes grow or shrink by up to this fraction of a 3 x 3 dilation or erosion.
+        corrupt: probability that an image has any of the next seven transforms, brightness to invert.
         brightness: multiplies pixels by a factor between 1 - brightness and 1 + brightness.
         contrast: multiplies their difference from the image's mean grey by a factor in such a range.
         saturation: multiplies their difference from their own grey by a factor in such a range; no effect if C is 1.
-        blur: Gaussian blur of a standard deviation of up to so many pixels.
+        blur: Gaussian blur of a standard deviation of up to so many pixels, another along rows than along columns.
         haze: blends the image with up to this share of smoothly changing grey, as fog and uneven light do.
         noise: Gaussian noise of a standard deviation of up to this share of full brightness.
-        invert: probability that dark and bright are exchanged.
+        invert: probability that dark and bright are exchanged, in the whole image, a stripe or a rectangle.
         erase: probability that a random rectangle is set to 0 (Zhong et al. 2017). Its sides are 5 to 15 pixels of 28,
             and in proportion in larger images.
     """
@@ -80,6 +81,7 @@ class Augment(nn.Module):
         elastic: NonNegative,
         elastic_sigma: Positive,
         thickness: NonNegative,
+        corrupt: Probability,
         brightness: FactorSpread,
         contrast: FactorSpread,
         saturation: FactorSpread,
@@ -98,7 +100,7 @@ class Augment(nn.Module):
         self.flip, self.crop_area, self.crop_padding, self.padding_mode = flip, crop_area, crop_padding, padding_mode
         self.degrees, self.translate, self.scale, self.shear = degrees, translate, scale, shear
         self.elastic, self.elastic_sigma, self.thickness = elastic, elastic_sigma, thickness
-        self.colours = (brightness, contrast, saturation)
+        self.corrupt, self.colours = corrupt, (brightness, contrast, saturation)
         self.blur, self.haze, self.noise, self.invert, self.erase = blur, haze, noise, invert, erase
         self.warps = any((degrees, translate, scale, shear, elastic))
         self.alters = any((self.warps, thickness, *self.colours, blur, haze, noise, invert, erase))
@@ -122,7 +124,10 @@ class Augment(nn.Module):
                 boxes = self.random_boxes(images)
             else:
                 corners = torch.randint(2 * self.crop_padding + 1, (2, len(images)), device=images.device).T
-        factors = self.random_factors(images) if any(self.colours) else None
+        chosen = torch.ones(len(images), device=images.device, dtype=like.dtype)
+        if self.corrupt < 1:
+            chosen = (torch.rand(len(images), device=images.device) < self.corrupt).to(like.dtype)
+        factors = 1 + chosen[:, None] * (self.random_factors(images) - 1) if any(self.colours) else None
         if self.warps:
             grid = affine_grid(self.random_affine(like), like.shape[-1])
             if self.elastic:
@@ -134,11 +139,11 @@ class Augment(nn.Module):
             factors,
             grid,
             amounts=self.thickness * uniform(like) if self.thickness else None,
-            blurs=self.blur * uniform(like).abs() if self.blur else None,
-            haze=self.random_haze(like) if self.haze else None,
-            noise=self.random_noise(images) if self.noise else None,
-            inverted=torch.rand(len(images), device=images.device) < self.invert if self.invert else None,
-            rectangles=self.random_rectangles(like) if self.erase else None,
+            blurs=chosen[:, None] * self.blur * torch.rand(len(images), 2, device=images.device) if self.blur else None,
+            haze=self.random_haze(like, chosen) if self.haze else None,
+            noise=self.random_noise(images, chosen) if self.noise else None,
+            inverted=random_rectangles(like, chosen * self.invert, 2.0) if self.invert else None,
+            erased=random_rectangles(like, self.erase, 15 / 28) if self.erase else None,
         )
 
     def apply_draws(self, images: Tensor, draws: Draws) -> Tensor:
@@ -177,20 +182,20 @@ class Augment(nn.Module):
         if draws.noise is not None:
             x = x + draws.noise
         if draws.inverted is not None:
-            x = torch.where(draws.inverted[:, None, None, None], 255 - x, x)
-        return x if draws.rectangles is None else x * draws.rectangles
+            x = torch.where(draws.inverted, 255 - x, x)
+        return x if draws.erased is None else x.masked_fill(draws.erased, 0)
 
-    def random_haze(self, x: Tensor) -> Tensor:
+    def random_haze(self, x: Tensor, chosen: Tensor) -> Tensor:
         """(B, 2, H, W): grey levels, which change smoothly from one of 3 x 3 random ones to the next, and one share."""
         levels = 255 * torch.rand(len(x), 1, 3, 3, device=x.device, dtype=x.dtype)
         levels = F.interpolate(levels, x.shape[2:], mode="bilinear")
-        share = self.haze * uniform(x).abs()
+        share = chosen * self.haze * uniform(x).abs()
         return torch.cat([levels, share[:, None, None, None].expand_as(levels)], dim=1)
 
-    def random_noise(self, x: Tensor) -> Tensor:
+    def random_noise(self, x: Tensor, chosen: Tensor) -> Tensor:
         """(B, C, H, W) of grey levels; each image has its own standard deviation, more often a small one."""
-        deviations = 255 * self.noise * torch.rand(len(x), 1, 1, 1, device=x.device).square()
-        return deviations * torch.randn(x.shape, device=x.device)
+        deviations = 255 * self.noise * chosen * torch.rand(len(x), device=x.device).square()  # (B,)
+        return deviations[:, None, None, None] * torch.randn(x.shape, device=x.device)
 
     def random_factors(self, x: Tensor) -> Tensor:
         """(B, 3) for brightness, contrast and saturation."""
@@ -249,17 +254,6 @@ class Augment(nn.Module):
         smooth = blur @ noise @ blur.T  # (2, B, S, S)
         return (2 * self.elastic / side) * smooth.permute(1, 2, 3, 0)
 
-    def random_rectangles(self, x: Tensor) -> Tensor:
-        """(B, 1, S, S) of 1, with 0 inside one rectangle of each chosen image."""
-        positions = torch.arange(x.shape[-1], device=x.device)
-        side = x.shape[-1]
-        length = torch.randint(max(1, 5 * side // 28), 15 * side // 28 + 1, (2, len(x), 1), device=x.device)
-        start = (torch.rand(2, len(x), 1, device=x.device) * (side - length + 1)).long()  # rows, columns
-        rows, columns = (positions >= start) & (positions < start + length)  # (B, S) each
-        inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, S, S)
-        chosen = (torch.rand(len(x), device=x.device) < self.erase)[:, None, None, None]
-        return (~(inside & chosen)).to(x.dtype)
-
 
 def resize_boxes(x: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     """Each image's box (B, 4) of top, left, height and width, resized to H x W and perhaps flipped.
@@ -295,11 +289,11 @@ def recolour(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
 
 
 def gaussian_blurs(x: Tensor, deviations: Tensor) -> Tensor:
-    """Blur (B, C, H, W) along rows and columns by Gaussians of deviations (B,) pixels, cut off at the image's edge."""
+    """Blur (B, C, H, W) along H and W by Gaussians of deviations (B, 2) pixels, cut off at the image's edge."""
     with torch.autocast(x.device.type, enabled=False):  # bf16 keeps 8 bits, and 255 grey levels need as many
-        for axis in (2, 3):
+        for axis, deviation in zip((2, 3), deviations.T, strict=True):
             positions = torch.arange(x.shape[axis], device=x.device, dtype=x.dtype)
-            distances = (positions - positions[:, None]) / deviations[:, None, None].clamp(min=0.1)  # (B, S, S)
+            distances = (positions - positions[:, None]) / deviation[:, None, None].clamp(min=0.1)  # (B, S, S)
             kernel = (-0.5 * distances.square()).softmax(dim=2)[:, None]
             x = kernel @ x if axis == 2 else x @ kernel.mT
     return x
@@ -311,6 +305,23 @@ def thicken(x: Tensor, amounts: Tensor) -> Tensor:
     thicker = F.max_pool2d(x, 3, stride=1, padding=1)
     thinner = -F.max_pool2d(-x, 3, stride=1, padding=1)
     return x + amount.clamp(min=0) * (thicker - x) + amount.clamp(max=0) * (x - thinner)
+
+
+def random_rectangles(x: Tensor, probability: float | Tensor, largest: float) -> Tensor:
+    """(B, 1, S, S) bool, True inside one rectangle of each image that is chosen.
+
+    Args:
+        x: (B, C, S, S), whose pixels do not matter.
+        probability: that an image is chosen; one for all or (B,).
+        largest: length of a side as a share of S, at least 5 of 28; a longer side than S goes across the whole image.
+    """
+    side = x.shape[-1]
+    positions = torch.arange(side, device=x.device)
+    length = torch.randint(max(1, 5 * side // 28), round(largest * side) + 1, (2, len(x), 1), device=x.device)
+    start = (torch.rand(2, len(x), 1, device=x.device) * (side - length + 1)).long()  # rows, columns
+    rows, columns = (positions >= start) & (positions < start + length)  # (B, S) each
+    chosen = torch.rand(len(x), device=x.device) < probability
+    return (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]
 
 
 def to_floats(x: Tensor) -> Tensor:
