@@ -113,7 +113,7 @@ class Seen(L.Callback):
 @pytest.mark.usefixtures("undrawn")
 def test_a_run(train: Train, tiny_run: list[str], tmp_path: Path) -> None:
     """Its batches have them in their own order, and none remain; a soup names no teachers."""
-    Seen.wanted, Seen.batches = Distillation(4.0, 0.5).soften(mean_of_predictions(TEACHERS)), 0
+    Seen.wanted, Seen.batches = Distillation(1.0, 0.5).soften(mean_of_predictions(TEACHERS)), 0
     record = f"+callbacks.seen={{_target_:{__name__}.Seen}}"
     short = ["trainer.max_epochs=1", "freeze=full", "test=false", record]
     run_dir = train(*tiny_run, *short, f"distill=[{','.join(TEACHERS)}]", "mix=both")
