@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from omegaconf import OmegaConf
 from own_task import MultiLabel
 from small_models import mnist_data
 from torch import Tensor
@@ -23,6 +24,7 @@ from thaw.freezing import cache as feature_cache
 from thaw.freezing.cache import FeatureCache
 from thaw.predict.predictor import load_predictor
 from thaw.run.errors import UserError
+from thaw.run.places import reads
 from thaw.task import Distillation
 
 Train = Callable[..., Path]
@@ -112,7 +114,7 @@ class Seen(L.Callback):
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_run(train: Train, tiny_run: list[str], tmp_path: Path) -> None:
-    """Its batches have them in their own order, and none remain; a soup names no teachers."""
+    """Its batches have them in their own order; its record names the teachers by their files."""
     Seen.wanted, Seen.batches = Distillation(1.0, 0.5).soften(mean_of_predictions(TEACHERS)), 0
     record = f"+callbacks.seen={{_target_:{__name__}.Seen}}"
     short = ["trainer.max_epochs=1", "freeze=full", "test=false", record]
@@ -191,6 +193,14 @@ def test_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifie
     monkeypatch.setattr(soft_targets, "load_model", lambda checkpoint: torch.nn.Linear(1, 1))
     with pytest.raises(UserError, match="has no classes"):
         targets_of(tmp_path, TEACHERS)
+
+
+def test_a_resumed_run_says_which_teachers_its_file_names() -> None:
+    cfg = OmegaConf.create({"distill": [TEACHERS[0], "/elsewhere/best.ckpt"], "run_dir": "runs"})
+    assert reads(cfg, ["distill"], []) == [f"distill={[TEACHERS[0], '/elsewhere/best.ckpt']}"]
+    assert not reads(cfg, ["distill"], ["distill"])
+    cfg.distill = TEACHERS[:1]  # in the working folder
+    assert not reads(cfg, ["distill"], [])
 
 
 def test_more_than_the_cache_may_hold(tmp_path: Path) -> None:
