@@ -195,7 +195,8 @@ def test_another_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifie
         targets_of(tmp_path, TEACHERS)
 
 
-def test_a_resumed_run_says_which_teachers_its_file_names() -> None:
+def test_a_resumed_run_says_which_teachers_its_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     cfg = OmegaConf.create({"distill": [TEACHERS[0], "/elsewhere/best.ckpt"], "run_dir": "runs"})
     assert reads(cfg, ["distill"], []) == [f"distill={[TEACHERS[0], '/elsewhere/best.ckpt']}"]
     assert not reads(cfg, ["distill"], ["distill"])

@@ -114,7 +114,8 @@ class SoftTargets(Callback):
                 f"distill={path} was trained on images of {tuple(record['shape'])} (channels, height, width), and "
                 f"those of {source.title} are {source.shape}; give a teacher of such images."
             )
-        return trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
+        trainer.precision_plugin.convert_module(model)  # in place
+        return model.to(trainer.strategy.root_device)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.dataset.soft_targets = None
