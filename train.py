@@ -22,6 +22,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.callbacks.lr_find import find_lr
     from thaw.callbacks.monitored_metric import MonitorCheck
     from thaw.callbacks.run_record import RunRecord
+    from thaw.callbacks.soft_targets import SoftTargets, find_teachers
     from thaw.callbacks.weight_averaging import ScheduleFreeAverage
     from thaw.data.module import count_classes
     from thaw.evaluation.evaluate import best_weights
@@ -45,6 +46,8 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     if cfg.start_from and not cfg.resume:  # all ranks start from the same, which the record names
         cfg.start_from = str(find_checkpoint(cfg.start_from, "best.ckpt"))
 
+    cfg.distill = find_teachers(cfg.distill)
+
     datamodule = build(cfg.data)
     settle_chosen(cfg, datamodule)  # of freeze=surgical
     with ranks(cfg, plain(cfg)) as wait_for_ranks:
@@ -58,13 +61,14 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             weights = start_from(model, Path(cfg.start_from), [*cfg.allow, *targets(cfg)])
             if "weights" in cfg.backbone:
                 cfg.backbone.weights = weights
+        teachers = [SoftTargets(cfg.distill, build(cfg.cache), [*cfg.allow, *targets(cfg)])] if cfg.distill else []
         if cfg.lr_find:
-            find_lr(cfg, model, datamodule)
+            find_lr(cfg, model, datamodule, teachers)
             return None
         loggers = build_list(cfg.logger, "logger")
         own = [RunRecord(cfg.run_dir, plain(cfg)), MonitorCheck()]
         own += [ScheduleFreeAverage()] if model.optim.is_schedule_free else []
-        trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *callbacks], loggers)
+        trainer = build_trainer(cfg, [*build_list(cfg.callbacks, "callbacks"), *own, *teachers, *callbacks], loggers)
         try:
             if cfg.test:
                 check_test_batches(trainer, datamodule)

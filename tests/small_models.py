@@ -24,7 +24,7 @@ from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
-from thaw.task import SingleLabel
+from thaw.task import Distillation, SingleLabel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -104,6 +104,7 @@ def classifier(backbone: Callable[..., Backbone], policy: Callable[..., FreezePo
             "num_classes": 10,
             "label_smoothing": 0.0,
             "task": SingleLabel,
+            "distillation": Distillation(temperature=2.0, share=0.7),
             "compile": False,
             "self_contained": True,
         }

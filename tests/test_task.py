@@ -1,6 +1,7 @@
 """The loss of one class an image against its definition."""
 
 import json
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from own_task import TAGS, Focal
 from thaw.data.mnist import load_mnist
 from thaw.predict.predictor import load_predictor
 from thaw.run.errors import UserError
-from thaw.task import SingleLabel
+from thaw.task import Distillation, SingleLabel
 
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 1, 1, 1, 2])
@@ -70,6 +71,30 @@ def test_several_labels_an_image(train: Callable[..., Path]) -> None:
             import_module(script).main(compose_config(script, f"ckpt={run_dir}", "allow=[own_task]", *settings))
     with pytest.raises(UserError, match="mix is for one class"):
         train(*probe, "mix=mixup", name="mixed")
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1.0, 0.3), (4.0, 0.9), (2.0, 1.0)])
+def test_distillation(temperature: float, share: float) -> None:
+    """Against the formula of Hinton et al. 2015, in float64, and autograd's gradient against the one in section 2.1."""
+    generator = torch.Generator().manual_seed(1)
+    teacher, student = torch.randn(2, 6, 3, generator=generator).double()
+    task, logits = Distillation(temperature, share), student.float().requires_grad_()
+    soft = [[math.exp(z / temperature) for z in row] for row in teacher.tolist()]
+    q = torch.tensor([[z / sum(row) for z in row] for row in soft], dtype=torch.float64)
+    torch.testing.assert_close(task.soften(teacher.softmax(dim=1)), q)
+    p = (student / temperature).softmax(dim=1)
+    wanted = (1 - share) * 0.25 + share * temperature**2 * (q * (q / p).log()).sum(dim=1).mean()
+    loss = task.loss(torch.tensor(0.25), logits, task.soften(teacher.softmax(dim=1).float()))
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    torch.testing.assert_close(logits.grad.double(), share * temperature * (p - q) / 6, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_that_is_certain() -> None:
+    """Zeros of a sum in 32 bits: the loss is finite, and that of the label."""
+    task, certain = Distillation(1.0, 1.0), torch.eye(3)[[0, 2]]
+    loss = task.loss(torch.tensor(9.0), LOGITS[[0, 5]], task.soften(certain))
+    torch.testing.assert_close(loss, SingleLabel(3, 0.0).training_loss(LOGITS[[0, 5]], LABELS[[0, 5]]))
 
 
 def test_another_loss() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -25,26 +26,34 @@ from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.run.errors import UserError
 from thaw.run.values import Count, Probability
-from thaw.task import SingleLabel, check_single_label
+from thaw.task import Distillation, SingleLabel, check_single_label
 
 
 class Classifier(LightningModule):
     """A backbone and a head, trained for a task as far as the freezing policy allows."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        features, targets = self.training_features(batch)  # (B, D), and (B,) or mixed (B, K)
+        features, targets, soft_targets = self.training_features(batch)  # (B, D); (B,) or mixed (B, K); (B, K)
         logits = self.head(features)  # (B, K)
         loss = self.task.training_loss(logits, targets)
+        if soft_targets is not None:  # of the teachers that distill= names
+            loss = self.distillation.loss(loss, logits, soft_targets)
         self.train_acc.update(logits, main_labels(targets))  # of a mixed image the label with the larger share
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def training_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def training_features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        targets, soft_targets = batch.labels, batch.soft_targets
         if batch.features is not None:  # the frozen layers have run already
-            return self.features(batch), batch.labels
+            return self.features(batch), targets, soft_targets
         images = self.preprocess(self.augment(batch.images))  # (B, C, H, W) uint8 -> (B, C, S, S)
-        images, targets = self.mix(images, batch.labels, self.num_classes)
-        return self.backbone(images), targets
+        if soft_targets is None:
+            images, targets = self.mix(images, targets, self.num_classes)
+        elif self.mix.is_on:  # both in the same shares
+            both = torch.cat([F.one_hot(targets, self.num_classes), soft_targets], dim=1)  # (B, 2 K)
+            images, both = self.mix(images, both, self.num_classes)
+            targets, soft_targets = both.split(self.num_classes, dim=1)
+        return self.backbone(images), targets, soft_targets
 
     def features(self, batch: Batch) -> Tensor:
         """(B, D) of images as they are, or of cached features (B, T, D) or (B, D)."""
@@ -77,6 +86,7 @@ class Classifier(LightningModule):
         num_classes: Count,
         label_smoothing: Probability,
         task: Callable[..., SingleLabel],
+        distillation: Distillation,
         cache: FeatureCache,
         compile: bool,
         self_contained: bool,
@@ -91,6 +101,7 @@ class Classifier(LightningModule):
             num_classes: K.
             label_smoothing: see `thaw.task.SingleLabel`.
             task: called with `num_classes` and `label_smoothing`, gives the loss, the metric and the probabilities.
+            distillation: the loss where the batches of a run have soft targets.
             cache: for the output of the layers that never train.
             self_contained: checkpoints hold the frozen tensors too, instead of a reference to `backbone.weights`.
         """
@@ -109,6 +120,7 @@ class Classifier(LightningModule):
         self.cut = 0  # layers of the backbone, counted from the stem, that cached features have passed
         self.optim = optim
         self.task = task(num_classes=num_classes, label_smoothing=label_smoothing)
+        self.distillation = distillation
         self.cache = cache
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints

@@ -55,7 +55,7 @@ class BankClassifier(Classifier):
         return sum(parameter.numel() for head in self.head.heads[1:] for parameter in head.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        features, targets = self.training_features(batch)
+        features, targets, _ = self.training_features(batch)
         losses, sums = measure_heads(self.head.logits(features), targets, self.task.training_loss)
         self.train_sums += sums
         self.log("train/loss", losses.detach().take(self.head.chosen), prog_bar=True)

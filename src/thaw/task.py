@@ -5,12 +5,14 @@ image, is a class with these methods and `class_weights`; its labels are int64 (
 `eval.py`, `export.py`, `probe.py`, `head=lr_bank` and `mix` are for one class an image.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from thaw.run.errors import UserError
+from thaw.run.values import Positive, Probability
 
 
 class SingleLabel:
@@ -46,6 +48,33 @@ class SingleLabel:
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) -> (B, K)."""
         return logits.softmax(dim=1)
+
+
+class Distillation:
+    """Lets a student learn the probabilities of its teachers beside the labels (Hinton et al. 2015, arXiv:1503.02531).
+
+    The loss is (1 - a) L + a T^2 KL(q || p), with L the loss on the labels, q the teachers' probabilities and p the
+    student's, both at temperature T. The factor T^2 keeps the size of the gradient where T is changed.
+
+    Args:
+        temperature: T; above 1 the small probabilities count more.
+        share: a; 1 leaves the labels out.
+    """
+
+    def __init__(self, temperature: Positive, share: Probability) -> None:
+        self.temperature, self.share = temperature, share
+
+    def soften(self, probabilities: Tensor) -> Tensor:
+        """Probabilities (N, K) at temperature T: softmax(log(probabilities) / T)."""
+        tiny = torch.finfo(probabilities.dtype).tiny
+        return (probabilities.clamp(min=tiny).log() / self.temperature).softmax(dim=1)
+
+    def loss(self, label_loss: Tensor, logits: Tensor, soft_targets: Tensor) -> Tensor:
+        """Of L (), the student's logits (B, K) and q (B, K), which `soften` gave."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        student = (logits / self.temperature).log_softmax(dim=1)
+        divergence = F.kl_div(student, soft_targets.to(student.dtype), reduction="batchmean")
+        return (1 - self.share) * label_loss + self.share * self.temperature**2 * divergence
 
 
 def is_single_label(task: object) -> bool:

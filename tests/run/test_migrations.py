@@ -86,7 +86,9 @@ def test_the_tables(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert migrated["model"]["_target_"] == model
     assert migrated["model"]["label_smoothing"] == 0.0 and "smoothing" not in migrated["model"]
     assert "nesterov" not in migrated["optim"] and migrated["optim"]["lr_scaling"] == "sqrt"
-    assert len([line for line in changed if line.startswith(("model.", "optim."))]) == 8  # with task, add, schedule
+    assert (
+        len([line for line in changed if line.startswith(("model.", "optim."))]) == 9
+    )  # with task, distillation, add, schedule
     config["optim"]["nesterov"] = False
     with pytest.raises(ValueError, match=r"commit abc .* optim\.nesterov=True alone"):
         migrations.migrate(config, Path("run.ckpt"), "abc")

@@ -29,7 +29,7 @@ HARDLY = 0.95  # of its first value, what a loss has to fall below
 DIVERGED = 3.0  # the test ends when the loss is so many times its first value
 
 
-def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule) -> None:
+def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule, callbacks: Sequence[Callback] = ()) -> None:
     """Train for `STEPS` steps while the learning rate rises from `LOWEST` to `HIGHEST`; nothing trained is kept.
 
     Writes `lr_find.csv` and `report/lr_find.png` to the run's folder, and prints the suggested rate with the command
@@ -43,7 +43,7 @@ def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule) -> Non
     losses = RangeLosses()
     changed: dict[str, Any] = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     changed |= {"enable_checkpointing": False, "enable_progress_bar": False, "profiler": None, "logger": False}
-    trainer = build(cfg.trainer, **changed, callbacks=[build(cfg.callbacks.step_seed), losses])
+    trainer = build(cfg.trainer, **changed, callbacks=[build(cfg.callbacks.step_seed), losses, *callbacks])
     with progress("learning rates", STEPS, "steps", hidden=not trainer.is_global_zero) as losses.advance:
         trainer.fit(model, datamodule)
     if trainer.is_global_zero:

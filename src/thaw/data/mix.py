@@ -39,13 +39,13 @@ class Mix(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Mixed images, floats (B, C, S, S), and shares of the classes (B, K); or the batch as it is, with labels (B,).
 
-        A single image has no partner and is not mixed.
+        Labels that are shares already, floats (B, M), are mixed as they are. A single image has no partner and stays.
         """
         if not self.is_on or len(labels) == 1 or torch.rand(()) >= self.probability:
             return images, labels
         transform = self.transforms[int(torch.randint(len(self.transforms), ()))]
-        shares = F.one_hot(labels, num_classes).to(torch.promote_types(images.dtype, torch.float32))
-        return transform(images, shares)
+        shares = labels if labels.is_floating_point() else F.one_hot(labels, num_classes)
+        return transform(images, shares.to(torch.promote_types(images.dtype, torch.float32)))
 
 
 def main_labels(targets: Tensor) -> Tensor:

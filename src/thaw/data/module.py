@@ -38,12 +38,14 @@ class Batch(NamedTuple):
     """images uint8 (B, C, H, W), labels int64 (B,), indices int64 (B,) of the images in their split.
 
     features (B, ...): the cached output of the frozen part of the model, where there is a cache.
+    soft_targets (B, K): what teachers say of the images, where there are some; see `thaw.callbacks.soft_targets`.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     features: Tensor | None = None
+    soft_targets: Tensor | None = None
 
 
 class ImageDataset(Dataset[Batch]):
@@ -51,12 +53,14 @@ class ImageDataset(Dataset[Batch]):
 
     Attributes:
         features: (N, ...) of the frozen part of a model, or None.
+        soft_targets: (N, K) on the device of the labels, or None.
     """
 
     def __init__(self, data: Images) -> None:
         self.data = data
         self.is_mapped = decoded_key(data.images) is not None
         self.features: Tensor | None = None
+        self.soft_targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data.labels)
@@ -69,7 +73,8 @@ class ImageDataset(Dataset[Batch]):
             features = features.index_select(0, indices.to(features.device))
         indices = indices.to(self.data.labels.device, non_blocking=True)
         images, labels = (part.index_select(0, indices) for part in self.data)
-        return Batch(images, labels, indices, features)
+        soft_targets = None if self.soft_targets is None else self.soft_targets.index_select(0, indices)
+        return Batch(images, labels, indices, features, soft_targets)
 
 
 class BatchSampler(DistributedSampler):
@@ -281,9 +286,9 @@ class ImageDataModule(LightningDataModule):
         return self.datasets[split, device]
 
     def on_exception(self, exception: BaseException) -> None:
-        """Drop cached features after an exception; they belong to the model that failed."""
+        """Drop cached features and soft targets after an exception; they belong to the run that failed."""
         for dataset in self.datasets.values():
-            dataset.features = None
+            dataset.features = dataset.soft_targets = None
 
     def loader(self, split: str, batch_size: int, shuffle: bool) -> ImageLoader:
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler

@@ -178,7 +178,12 @@ class Mixture:
         config, folder = checkpoint["config"], path.parent.parent
         for block in ("data", "backbone"):  # whose files lie where they did
             config[block] = replaced(config[block], {"${run_dir}/": f"{config['run_dir']}/"})
-        config = replaced(config, portable_paths(folder)) | {"run_dir": ".", "resume": None, "start_from": None}
+        config = replaced(config, portable_paths(folder)) | {
+            "run_dir": ".",
+            "resume": None,
+            "start_from": None,
+            "distill": None,
+        }
         config |= {"name": self.predictor.cfg.name, "overrides": how}
         if self.states[0].keys() != first.model.state_dict().keys():  # LoRA is merged
             config["freeze"] = {"rules": [{"match": ".*", "train": True}]}

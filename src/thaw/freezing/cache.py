@@ -37,6 +37,8 @@ class FeatureCache:
         max_gb: of all that it holds, in 1e9 bytes; what was used least recently makes room.
     """
 
+    what = "features"  # are cached, as messages say
+
     def __init__(self, mode: Literal["auto", "off", "memory", "disk", False], dir: str, max_gb: Positive) -> None:
         self.mode, self.max_gb = mode or "off", max_gb  # YAML reads off as false
         self.store = TensorStore(Path(dir).expanduser(), max_gb * 1e9)
@@ -64,7 +66,7 @@ class FeatureCache:
         if self.splits:
             size, how = self.bytes / 1e6, f"{self.seconds:.1f} s" if self.seconds else "reused"
             splits = " + ".join(self.splits)
-            report(trainer, f"cached features: {splits} images, {size:,.0f} MB in {self.place} ({how})")
+            report(trainer, f"cached {self.what}: {splits} images, {size:,.0f} MB in {self.place} ({how})")
         self.splits, self.bytes, self.seconds = [], 0, 0.0
 
     def features(
@@ -101,7 +103,7 @@ class FeatureCache:
         shape = (count, *example.shape[1:])
         size = count * example.nbytes
         if size > self.max_gb * 1e9:
-            reason = f"the {split} features take {size / 1e9:.1f} GB, more than cache.max_gb={self.max_gb:g}"
+            reason = f"the {split} {self.what} take {size / 1e9:.1f} GB, more than cache.max_gb={self.max_gb:g}"
             if self.mode != "auto":
                 raise UserError(f"cache.mode={self.mode}: {reason}; raise it, or set cache.mode=auto or off.")
             report(trainer, f"cache: off, {reason}")
@@ -117,7 +119,7 @@ class FeatureCache:
             if place != "cached":
                 if target is None and (first or place == "memory"):
                     target = torch.empty(shape, dtype=example.dtype)
-                compute_all(compute, split, count, tokens, target, trainer)
+                compute_all(compute, f"{self.what} of {split} images", count, tokens, target, trainer)
                 if first and place == "disk":
                     assert target is not None
                     try:
@@ -165,11 +167,11 @@ class FeatureCache:
 
 
 def compute_all(
-    compute: Callable[[Tensor], Tensor], split: str, count: int, tokens: int, target: Tensor | None, trainer: Trainer
+    compute: Callable[[Tensor], Tensor], title: str, count: int, tokens: int, target: Tensor | None, trainer: Trainer
 ) -> None:
     """Fill `target` (N, ...) on the processes that have one, each process computing its share."""
     ranks, chunk = trainer.world_size, max(1, TOKENS[trainer.strategy.root_device.type] // tokens)
-    shown = progress(f"features of {split} images", count, hidden=not trainer.is_global_zero)
+    shown = progress(title, count, hidden=not trainer.is_global_zero)
     with forked_rng(trainer), shown as advance:
         for start in range(0, count, chunk * ranks):
             first = start + trainer.global_rank * chunk

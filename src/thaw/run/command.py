@@ -199,7 +199,7 @@ def check_command(cfg: DictConfig) -> None:
         raise UserError(f"{key} is missing" + (step if key == "ckpt" else f"; add {key}=<value>."))
     check_command_settings(cfg)
     check_secrets({key: str(value) for key, value in config_leaves(OmegaConf.to_container(cfg), "")})
-    for key in ("ckpt", "resume", "start_from"):
+    for key in ("ckpt", "resume", "start_from", "distill"):
         given = cfg.get(key)
         for ckpt in given if OmegaConf.is_list(given) else [given]:
             if ckpt not in (None, "last") and not Path(str(ckpt)).expanduser().exists():

@@ -64,7 +64,8 @@ def reads(cfg: DictConfig, keys: Collection[str], typed: Collection[str]) -> lis
             value = OmegaConf.select(cfg, key)
         except OmegaConfBaseException:
             continue
-        if isinstance(value, str) and key not in typed and is_elsewhere(cfg, key, value):
+        values = [each for each in (value if OmegaConf.is_list(value) else [value]) if isinstance(each, str)]
+        if key not in typed and any(is_elsewhere(cfg, key, each) for each in values):
             found.append(f"{key}={value}")
     return found
 

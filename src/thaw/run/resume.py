@@ -141,7 +141,7 @@ def changed_config(
 def say_places(cfg: DictConfig, file: Path, unfollowed: Sequence[str], typed: Sequence[str]) -> None:
     """Say which places a run's file names that are not typed, and which of them are not followed."""
     typed = [*typed, *(key for key in READ if key.partition(".")[0] in typed)]
-    if named := [*reads(cfg, [*READ, "start_from"], typed), *sends(cfg, typed)]:
+    if named := [*reads(cfg, [*READ, "start_from", "distill"], typed), *sends(cfg, typed)]:
         say(f"{file} names {', '.join(named)}; type another value to change that")
     if left := [each for each in unfollowed if not {each.partition("=")[0], each.partition(".")[0]} & {*typed}]:
         say(f"{file} names {', '.join(left)}, which is not followed: a file does not decide where others are written")

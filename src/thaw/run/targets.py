@@ -42,6 +42,7 @@ NAMED = {  # place -> classes and functions that no base class tells from others
         "thaw.freezing.surgical.choose_blocks",
         "thaw.optim.MuonRecipe",
         "thaw.optim.OptimizerRecipe",
+        "thaw.task.Distillation",
         "thaw.task.SingleLabel",
     },
 }

@@ -35,6 +35,9 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "robustness.images": Count | None,
     **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},
     "robustness.rotation": list[float],
+    "distill": str
+    | Annotated[list[str], Field(min_length=1, description="distill=[<run folder>,<run folder>]")]
+    | None,
     "workers": Count | None,
     "combine": Literal["average", "soup", "wise"] | None,
     "tta": Count,
