@@ -76,8 +76,7 @@ OFF = [f"callbacks.{name}=null" for name in ("early_stopping", "lr_monitor", "pr
 SHORT = ["data.source=sample", "data.train_size=32", "data.batch_size=16", "data.eval_batch_size=250", "cache.mode=off"]
 SHORT += ["logger=none", "validate=false", "trainer.precision=32-true", "trainer.enable_progress_bar=false", *OFF]
 PROBE = ["probe.k=[1,5]", "overrides=''", "cache.mode=off"]
-STEADY = [f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur", "contrast")]
-STEADY += ["robustness.images=10"]
+STEADY = ["robustness.corruptions=[]"]
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 

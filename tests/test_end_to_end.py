@@ -44,7 +44,7 @@ def test_linear_probe_on_the_sample(
     for file in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "config.yaml", "record.yaml", "parameters.txt"):
         assert (tmp_path / file).exists()
     assert list(tmp_path.glob("wandb/offline-run-*"))
-    few = ["robustness.images=20", f"hydra.run.dir={tmp_path / 'eval'}"]
+    few = ["robustness.images=20", "robustness.severities=[3]", f"hydra.run.dir={tmp_path / 'eval'}"]
     assert command("eval.py", f"ckpt={tmp_path}", *few) == 0
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 

@@ -166,7 +166,7 @@ def test_the_average_is_what_is_tested(
     averaged, current = (best[key]["head.linear.weight"] for key in ("state_dict", "current_weights"))
     assert not torch.equal(averaged, current)
     summary = json.loads((run_dir / "summary.json").read_text())
-    few = ["robustness.images=20", f"hydra.run.dir={run_dir / 'eval'}"]
+    few = ["robustness.images=20", "robustness.severities=[3]", f"hydra.run.dir={run_dir / 'eval'}"]
     assert command("eval.py", f"ckpt={run_dir}", *few) == 0
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from thaw.data.module import load_source
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
 
-FEW = ["robustness.images=20", *(f"robustness.{name}=[]" for name in ("rotation", "shift", "scale", "noise", "blur"))]
+FEW = ["robustness.images=20", "robustness.corruptions=[contrast]"]
 MLP = ["backbone=mlp", "backbone.hidden=[64]", "freeze=full", "optim.lr=3e-3", "trainer.max_epochs=6", "validate=false"]
 SMALL = [*MLP, "logger=none", "cache.mode=off"]
 ALLOW = "++allow=[own_digits]"

@@ -19,12 +19,10 @@ from thaw.data.mnist import load_mnist
 from thaw.evaluation import assessment
 from thaw.evaluation.assessment import Assessment, assess, images_to_predict, second_facts
 from thaw.evaluation.assessment_files import compare_pairs, write_assessments
-from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.predict.predictor import load_predictor
 from thaw.run.checkpoint import read_checkpoint
 
-FEW = [f"robustness.{name}=[{strength}]" for name, strength in {"rotation": 45, "shift": 3, "noise": 0.3}.items()]
-FEW += [f"robustness.{name}=[]" for name in ("scale", "blur", "contrast")] + ["robustness.images=100"]
+FEW = ["robustness.corruptions=[rotate,stripe,gaussian_noise]", "robustness.severities=[5,3]", "robustness.images=100"]
 
 
 def evaluate(folder: Path, *overrides: str) -> Path:
@@ -63,7 +61,15 @@ def test_report_of_one_run(
     total = re.search(r"evaluating vit_linear_probe: ([\d,]+) test, validation and corrupted images", printed)
     assert total and f"vit_linear_probe: 500 of {total[1]} images, about" in printed
     assert printed.endswith(f"report:\n{os.path.relpath(folder / 'report.html')}\n")
-    names = ["attention", "confusion_matrix", "least_certain", "reliability", "robustness", "worst_images"]
+    names = [
+        "attention",
+        "confusion_matrix",
+        "corruptions",
+        "least_certain",
+        "reliability",
+        "robustness",
+        "worst_images",
+    ]
     assert sorted(path.stem for path in folder.glob("*.png")) == names
     facts = json.loads((folder / "report.json").read_text())["models"]["vit_linear_probe"]
     assert {key: facts[key] for key in ("test/acc", "test/acc_low", "test/acc_high", "n_test")} == {
@@ -77,10 +83,11 @@ def test_report_of_one_run(
     matrices = tokens * (49 * width + depth * (12 * width**2 + 2 * tokens * width)) + 10 * width
     assert facts["cost"]["flops"] == 2 * matrices
     curves = facts["robustness"]["curves"]
-    assert [strength for strength, _ in curves["rotation"]] == [0.0, 45.0]
-    assert curves["rotation"][0] == curves["shift"][0], "uncorrupted, the same digits"
-    assert curves["rotation"][1][1] < curves["rotation"][0][1]
-    assert len(curves["blur"]) == 1
+    assert [severity for severity, _ in curves["rotate"]] == [0, 3, 5]
+    assert curves["rotate"][0] == curves["stripe"][0], "uncorrupted, the same digits"
+    assert curves["rotate"][0][1] > curves["rotate"][2][1]
+    assert len(curves["stripe"]) == 2, "which has no severity"
+    assert facts["test/corruption_acc"] == pytest.approx(sum(facts["robustness"]["means"].values()) / 3)
     page = (folder / "report.html").read_text()
     assert len(re.findall("data:image/png;base64,", page)) == len(names)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -164,7 +171,7 @@ def test_a_class_without_images(linear_probe: Path, tmp_path: Path, monkeypatch:
     predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
     kept = (source.test.labels != 3) & (source.test.labels != 8)
     test = source.test.take(kept)
-    nothing = {"images": 20} | {name: [] for name in CORRUPTIONS}
+    nothing = {"images": 20, "corruptions": [], "severities": [3]}
     second = source._replace(test=source.test.take(slice(40)), name="<KMNIST>")
     done: list[int] = []
     found = assess("one", predictor, source._replace(test=test), second, nothing, tmp_path, done.append)
@@ -208,23 +215,6 @@ def test_which_models_can_be_compared() -> None:
     for other in others:
         with pytest.raises(ValueError, match=r"a and a have other test images \(pets, the folder pets, and pets, the"):
             compare_pairs([first, larger, other])
-
-
-def test_corrupted_images_are_taken_in_parts(linear_probe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor, source = load_predictor(str(linear_probe)), load_mnist("MNIST", "nowhere", "sample", None)
-    few = {"images": 50, "rotation": [60], "shift": [3]} | {n: [] for n in ("scale", "noise", "blur", "contrast")}
-    logits = predictor.logits(source.test.images)
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(predictor, "logits", lambda images, _: seen.append(images) or logits[: len(images)])
-    assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
-    monkeypatch.setattr(assessment, "CORRUPTED_AT_ONCE", 10 * 28 * 28)  # parts of 8, a multiple of 4 directions
-    assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
-    rotated, shifted, *parts = seen
-    assert [len(part) for part in parts] == 2 * [8, 8, 8, 8, 8, 8, 2]
-    assert torch.equal(torch.cat(parts), torch.cat([rotated, shifted]))
-    monkeypatch.undo()
-    whole = assessment.robustness_facts(predictor, source.test, logits, few, lambda done: None)
-    assert whole["images"] == 50 and whole["curves"]["rotation"][1][1] < whole["curves"]["rotation"][0][1]
 
 
 def test_second_dataset_that_is_not_there(linear_probe: Path, tmp_path: Path) -> None:

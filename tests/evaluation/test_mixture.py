@@ -16,7 +16,6 @@ from torch.optim.swa_utils import update_bn
 
 from thaw.data.images import Source
 from thaw.data.mnist import load_mnist
-from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.mixture import Mixture, blend, greedy_soup
 from thaw.lr_bank import LRBank
 from thaw.predict.predictor import Predictor, load_predictor
@@ -147,7 +146,7 @@ def test_batch_norms_get_the_statistics_of_the_mean(
 def test_alpha_is_chosen_on_validation(saved: Callable[..., list[Predictor]], source: Source, tmp_path: Path) -> None:
     members = saved(2, *VIT)
     alphas = [0.0, 0.5, 1.0]
-    robustness: dict[str, Any] = {name: [] for name in CORRUPTIONS} | {"images": 10, "rotation": [45]}
+    robustness: dict[str, Any] = {"images": 10, "corruptions": ["rotate"], "severities": [3]}
     mixture = Mixture(members, source, "combine=wise", tmp_path / "best.ckpt")
     facts = mixture.choose_alpha(alphas, robustness)
     scores = []

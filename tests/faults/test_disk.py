@@ -318,7 +318,7 @@ def test_commands_on_a_full_disk(tries: Tries, tiny_run: list[str], tmp_path: Pa
     run, own = f"hydra.run.dir={disk / 'run'}", f"hydra.run.dir={tmp_path / 'log'}"
     cache = f"cache.dir={tmp_path / 'cache'}"
     commands = {
-        "eval.py": [of, "robustness.images=20", run],
+        "eval.py": [of, "robustness.images=20", "robustness.severities=[3]", run],
         "predict.py": [of, str(tmp_path / "pictures"), f"output={disk / 'a.csv'}", own],
         "probe.py": [of, "probe=knn", "probe.k=[1]", cache, run],
         "sweep.py": [*tiny_run, "sweep.trials=2", cache, run],

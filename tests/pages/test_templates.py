@@ -11,10 +11,11 @@ from sweeps.test_runs import make_run
 from thaw.data.images import Images
 from thaw.evaluation.assessment import Assessment
 from thaw.evaluation.assessment_files import write_assessments
-from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import accuracy_facts
+from thaw.evaluation.robustness import SETS
 from thaw.pages.figures import new_figure, save_figure
 
+PUBLISHED = SETS["cifar10_c"].published
 LONG = "a_rather/long-path/" * 12
 CUT_OFF = """() => [...document.querySelectorAll("h1, h2, p, td, th, li, summary, img, pre")].filter(element => {
   const box = element.getBoundingClientRect(), scrolls = element.closest(".scroll, figure, pre");
@@ -56,7 +57,10 @@ def evaluation_page(folder: Path, classes: int = 2) -> Path:
         **{"val/acc": 0.5, "test/top5": 0.9, "test/balanced_acc": 0.8},
         "classes": [class_row(number) for number in range(classes)],
         "calibration": {"ece": 0.1, "temperature": 1.0, "ece_with_temperature": 0.1},
-        "robustness": {"images": 4, "mean": 0.5, "curves": {name: [(0.0, 0.5), (1.0, 0.25)] for name in CORRUPTIONS}},
+        "robustness": {
+            **{"set": "cifar10_c", "images": 4, "mean": 0.25, "means": {name: 0.25 for name in PUBLISHED}},
+            "curves": {name: [(0, 0.5), (1, 0.25)] for name in PUBLISHED},
+        },
         "cost": {
             **{"parameters": 10**7, "flops": 10**9, "images_per_second": 1e4, "latency_ms": 1.0, "batch_size": 500},
             **{"checkpoint_mb": 1.0, "weights_mb": 10.0, "device": "cpu", "precision": "bf16-mixed", "threads": 1},

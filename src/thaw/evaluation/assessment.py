@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from thaw.data.batches import evenly_spread
 from thaw.data.images import Images, Source
-from thaw.evaluation.corruptions import CORRUPTIONS, Corruption
 from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
 from thaw.evaluation.pictures import (
@@ -20,15 +18,16 @@ from thaw.evaluation.pictures import (
     on_paper,
     save_attention,
     save_between,
+    save_corruptions,
     save_images,
     save_reliability,
 )
+from thaw.evaluation.robustness import corrupted_example, number_corrupted, robustness_facts
 from thaw.predict.predictor import Predictor
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.task import check_single_label
 
-CORRUPTED_AT_ONCE = 2**26  # values of images: 256 MiB in float32
 MOST_LOOKED_AT = 12  # images with a map of attention, each of another class
 
 
@@ -69,7 +68,7 @@ def assess(
         label: tells it from other checkpoints.
         source: of its images; the temperature is chosen on the validation split, all else uses the test split.
         second: another dataset, to whose test split the checkpoint is applied too.
-        robustness: `images`, how many test images are corrupted, and the strengths of each corruption.
+        robustness: which corruptions, and on how many test images, as for `robustness_facts`.
         folder: where the figures go.
         advance: is called with the number of images after each batch; `images_to_predict` says how many there are.
     """
@@ -96,18 +95,18 @@ def assess(
             "ece_with_temperature": calibration_error(logits / temperature, labels),
         },
         "robustness": robust,
+        **({"test/corruption_acc": robust["mean"]} if robust["means"] else {}),
         "cost": cost_facts(predictor, source.test.images[: predictor.batch_size]),
         **other,
     }
-    pictures = draw_pictures(predictor, source, logits, temperature, folder)
+    pictures = draw_pictures(predictor, source, logits, temperature, robustness, folder)
     return Assessment(label, facts, logits, source.test, pictures)
 
 
 def images_to_predict(source: Source, second: Source | None, robustness: Mapping[str, Any]) -> int:
     """How many images `assess` will predict."""
-    points = sum(len({*robustness[name]} - {kind.harmless}) for name, kind in CORRUPTIONS.items())
-    corrupted = points * len(evenly_spread(len(source.test.labels), robustness["images"]))
-    return len(source.test.labels) + len(source.val.labels) + corrupted + (len(second.test.labels) if second else 0)
+    other = len(second.test.labels) if second else 0
+    return len(source.test.labels) + len(source.val.labels) + number_corrupted(source.test, robustness) + other
 
 
 def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[dict[str, Any]]:
@@ -116,31 +115,6 @@ def class_facts(names: Sequence[str], logits: Tensor, labels: Tensor) -> list[di
     scores = ([None if one != one else one for one in score.tolist()] for score in class_scores(logits, labels))
     rows = zip(names, *scores, counts, strict=True)
     return [dict(zip(("class", "precision", "recall", "n"), row, strict=True)) for row in rows]
-
-
-def robustness_facts(
-    predictor: Predictor, test: Images, logits: Tensor, robustness: Mapping[str, Any], advance: Callable[[int], Any]
-) -> dict[str, Any]:
-    """For each corruption pairs of strength and accuracy in ascending order, with the harmless strength.
-
-    `logits` (N, K) are those of the uncorrupted test images.
-    """
-    chosen = evenly_spread(len(test.labels), robustness["images"])
-    parts = chosen.split(max(4, CORRUPTED_AT_ONCE // test.images[0].numel() // 4 * 4))  # shifts have four directions
-
-    def accuracy(corruption: Corruption, strength: float) -> float:
-        answers = logits[chosen]
-        if strength != corruption.harmless:
-            harder = (corruption.apply(test.images[part], strength) for part in parts)
-            answers = torch.cat([predictor.logits(images, advance) for images in harder])
-        return float((answers.argmax(dim=1) == test.labels[chosen]).double().mean())
-
-    curves = {}
-    for name, corruption in CORRUPTIONS.items():
-        strengths = sorted({corruption.harmless, *map(float, robustness[name])})
-        curves[name] = [(strength, accuracy(corruption, strength)) for strength in strengths]
-    harmed = [acc for name, curve in curves.items() for at, acc in curve if at != CORRUPTIONS[name].harmless]
-    return {"images": len(chosen), "mean": sum(harmed) / max(1, len(harmed)), "curves": curves}
 
 
 def second_facts(source: Source, predictor: Predictor, logits: Tensor, advance: Callable[[int], Any]) -> dict[str, Any]:
@@ -158,7 +132,12 @@ def second_facts(source: Source, predictor: Predictor, logits: Tensor, advance: 
 
 
 def draw_pictures(
-    predictor: Predictor, source: Source, logits: Tensor, temperature: float, folder: Path
+    predictor: Predictor,
+    source: Source,
+    logits: Tensor,
+    temperature: float,
+    robustness: Mapping[str, Any],
+    folder: Path,
 ) -> list[tuple[str, Path]]:
     """Draw all figures, and write the list of wrong images; returns title and file of each figure."""
     images, labels = source.test
@@ -178,6 +157,9 @@ def draw_pictures(
         "The images with the highest loss": "worst_images",
         "The images it is least certain about": "least_certain",
     }
+    if harder := corrupted_example(source.test, robustness):
+        pictures["An image under each corruption"] = "corruptions"
+        save_corruptions({name: on_paper(image, reader) for name, image in harder.items()}, folder / "corruptions.png")
     if predictor.has_attention:
         pictures["Where it looks: attention rollout (Abnar & Zuidema 2020)"] = "attention"
         first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()[:MOST_LOOKED_AT]])  # of each class

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from rich.table import Table
 
 from thaw.evaluation.assessment import Assessment
-from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.evaluate import loggers_of
 from thaw.evaluation.metrics import mcnemar
 from thaw.evaluation.pictures import save_robustness
@@ -49,8 +48,8 @@ def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
     """Write everything into a folder; returns the page."""
     pairs = compare_pairs(assessments)
     robustness = {model.label: model.facts["robustness"] for model in assessments}
-    curves = {label: facts["curves"] for label, facts in robustness.items()}
-    save_robustness(curves, min(facts["images"] for facts in robustness.values()), folder / "robustness.png")
+    if assessments[0].facts["robustness"]["means"]:
+        save_robustness(robustness, folder / "robustness.png")
     facts = {"models": {model.label: model.facts for model in assessments}, "comparison": pairs}
     write_json(facts, folder / "report.json")
     page, names = folder / "report.html", ", ".join(model.label for model in assessments)
@@ -60,8 +59,8 @@ def write_assessments(assessments: Sequence[Assessment], folder: Path) -> Path:
         title=f"{len(assessments)} models compared: {names}" if len(assessments) > 1 else names,
         models=assessments,
         pairs=pairs,
-        corruption_means=corruption_means(assessments[0]),
         robustness=folder / "robustness.png",
+        corruption_table=corruption_table(assessments),
         origins=[model.origin for model in assessments],
         command=typed_command(),
         time=time_now(),
@@ -85,13 +84,23 @@ def cost_table(assessments: Sequence[Assessment]) -> Table:
     return table
 
 
-def corruption_means(model: Assessment) -> dict[str, float]:
-    """Mean accuracy over the strengths of each corruption that has any."""
-    means = {}
-    for name, curve in model.facts["robustness"]["curves"].items():
-        if harmed := [accuracy for strength, accuracy in curve if strength != CORRUPTIONS[name].harmless]:
-            means[name] = sum(harmed) / len(harmed)
-    return means
+def corruption_table(assessments: Sequence[Assessment]) -> tuple[list[tuple[str, bool]], list[list[tuple[str, Any]]]]:
+    """Columns and rows, as the page's tables take them, of the accuracy under each corruption.
+
+    Each model has a column of means over severities; a single one has columns of the severities, too.
+    """
+    robust = [model.facts["robustness"] for model in assessments]
+    names = dict.fromkeys(name for facts in robust for name in facts["means"])
+    curves = {name: dict(curve[1:]) for name, curve in robust[0]["curves"].items() if len(curve) > 2}
+    severities = sorted({at for curve in curves.values() for at in curve}) if len(robust) == 1 else []
+    means = [model.label for model in assessments] if len(robust) > 1 else ["mean"]
+    rows = []
+    for name in names:
+        accuracies = [facts["means"].get(name) for facts in robust]
+        accuracies += [curves.get(name, {}).get(severity) for severity in severities]
+        rows.append([(name, name), *(("" if acc is None else f"{acc:.1%}", acc) for acc in accuracies)])
+    titles = [*means, *(f"severity {severity}" for severity in severities)]
+    return [("corruption", True), *((title, False) for title in titles)], rows
 
 
 def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Path) -> None:
@@ -107,10 +116,10 @@ def log_assessment(assessment: Assessment, checkpoint: dict[str, Any], page: Pat
         facts = assessment.facts
         numbers = {name: value for name, value in facts.items() if name.startswith("test/")}
         numbers |= {f"report/{name}": value for name, value in facts["calibration"].items()}
-        numbers |= {"report/robustness": facts["robustness"]["mean"]}
         numbers |= {f"report/{name}": facts["cost"][name] for name in ("flops", "latency_ms", "images_per_second")}
         add_to_summary(loggers, numbers)
-        for path in [*(path for _, path in assessment.pictures), page.parent / "robustness.png"]:
+        robustness = [page.parent / "robustness.png"] if facts["robustness"]["means"] else []
+        for path in [*(path for _, path in assessment.pictures), *robustness]:
             log_image(loggers, f"report/{path.stem}", path)
         log_page(loggers, page)
     finally:

@@ -43,7 +43,7 @@ def combine(cfg: DictConfig, predictors: Sequence[Predictor], source: Source, pa
         if cfg.combine == "soup":
             facts |= mixture.choose_soup(names)
         else:
-            facts |= mixture.choose_alpha(cfg.alphas, middle_strengths(cfg))
+            facts |= mixture.choose_alpha(cfg.alphas, middle_severity(cfg))
         say(f"{cfg.combine}: {told(facts)}")
         if path:
             mixture.save(cfg.allow, f"combine={cfg.combine} of {some(names)}")
@@ -69,10 +69,10 @@ def told(facts: Mapping[str, Any]) -> str:
     return f"{kept}, validation {after:.2%}; the best alone {before:.2%}"
 
 
-def middle_strengths(cfg: DictConfig) -> dict[str, Any]:
-    """The corruptions of eval.py, each with the middle one of its strengths; none in export.py."""
+def middle_severity(cfg: DictConfig) -> dict[str, Any]:
+    """eval.py's `robustness` at the middle one of its severities; nothing in export.py, which has none."""
     given: Any = OmegaConf.to_container(cfg.get("robustness") or OmegaConf.create())
-    return {key: value[len(value) // 2 :][:1] if isinstance(value, list) else value for key, value in given.items()}
+    return given and {**given, "severities": [sorted(given["severities"])[len(given["severities"]) // 2]]}
 
 
 def labels(predictors: Sequence[Predictor]) -> list[str]:

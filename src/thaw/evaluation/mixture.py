@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from thaw.data.batches import evenly_spread
 from thaw.data.images import Source
-from thaw.evaluation.assessment import images_to_predict, robustness_facts
+from thaw.evaluation.robustness import number_corrupted, robustness_facts
 from thaw.freezing.added import merge_added, plain_name
 from thaw.lr_bank import LRBank
 from thaw.predict.predictor import Predictor
@@ -153,17 +153,16 @@ class Mixture:
         measured on corrupted validation images. Returns facts, as values of JSON.
         """
         images, truth = self.source.val
-        measured = self.source._replace(test=self.source.val, val=self.source.val.take(slice(0)))
-        total = images_to_predict(measured, None, robustness) if robustness else len(truth)
+        corrupted = number_corrupted(self.source.val, robustness) if robustness else 0
         rows, order = [], []
-        with progress("models between on validation", len(alphas) * total) as advance:
+        with progress("models between on validation", len(alphas) * (len(truth) + corrupted)) as advance:
             for alpha in alphas:
                 between = self.load([1 - alpha, alpha])
                 logits = between.logits(images, advance)
                 accuracy = float((logits.argmax(dim=1) == truth).double().mean())
                 order.append((accuracy, -float(F.cross_entropy(logits, truth))))
                 facts = {"alpha": alpha, "val/acc": accuracy}
-                if robustness and total > len(truth):
+                if corrupted:
                     facts["corrupted"] = robustness_facts(between, self.source.val, logits, robustness, advance)["mean"]
                 rows.append(facts)
         best = max(range(len(alphas)), key=order.__getitem__)

@@ -18,7 +18,6 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from thaw.data.images import Source
-from thaw.evaluation.corruptions import CORRUPTIONS
 from thaw.evaluation.metrics import BINS, MANY, accuracy_interval, calibration_error, highest_losses, reliability
 from thaw.evaluation.predictions import write_predictions
 from thaw.pages.figures import (
@@ -193,27 +192,57 @@ def save_attention(images: Tensor, shares: Tensor, titles: list[str], path: Path
     save_figure(figure, path)
 
 
-def save_robustness(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], number: int, path: Path) -> None:
-    """Accuracy against the strength of each corruption, a line for each model with its 95 % interval.
+def save_robustness(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Mean accuracy under each corruption, a dot for each model on a line from its best to its worst severity, and
+    beside it the mean over corruptions against severity.
 
-    `curves` has for each model and corruption pairs of strength and accuracy, the latter of so many images.
+    `models` has what `robustness_facts` returns for each.
     """
-    figure = new_figure(9.5, 5.4)
-    figure.supylabel("accuracy", fontsize=10)
-    for axes, (name, corruption) in zip(figure.subplots(2, 3).flat, CORRUPTIONS.items(), strict=True):
-        for place, (label, curve) in enumerate(curves.items()):
-            strengths, accuracies = zip(*curve[name], strict=True)
-            low, high = zip(*(accuracy_interval(round(x * number), number) for x in accuracies), strict=True)
-            axes.plot(strengths, accuracies, marker="o", markersize=3.5, color=COLORS[place % len(COLORS)], label=label)
-            axes.fill_between(strengths, low, high, color=COLORS[place % len(COLORS)], alpha=0.15, linewidth=0)
-        axes.axvline(corruption.harmless, color="#aaaaaa", linewidth=0.8, linestyle=":")
-        axes.set(title=name, xlabel=corruption.unit, ylim=(0, 1.02))
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0))
+    names = list(dict.fromkeys(name for facts in models.values() for name in facts["means"]))
+    figure = new_figure(8.8, 1.6 + (0.24 + 0.03 * len(models)) * max(6, len(names)))
+    rows, severities = figure.subplots(1, 2, width_ratios=[3, 2])
+    for place, (label, facts) in enumerate(models.items()):
+        color = COLORS[place % len(COLORS)]
+        curves = {name: dict(curve) for name, curve in facts["curves"].items()}
+        for name, mean in facts["means"].items():
+            y = names.index(name) + (place - (len(models) - 1) / 2) * 0.7 / len(models)
+            worse = [acc for severity, acc in curves[name].items() if severity]
+            rows.plot([min(worse), max(worse)], [y, y], color=color, alpha=0.35, linewidth=3, solid_capstyle="round")
+            rows.plot(mean, y, "o", color=color, markersize=5)
+        graded = [curve for curve in curves.values() if len(curve) > 2]
+        steps = sorted(set.intersection(*map(set, graded))) if graded else []
+        heights = [sum(curve[step] for curve in graded) / len(graded) for step in steps]
+        severities.plot(steps, heights, marker="o", markersize=4, color=color, label=label)
+    rows.set(
+        yticks=range(len(names)),
+        yticklabels=names,
+        ylim=(len(names) - 0.4, -0.6),
+        xlim=(0, 1.02),
+        xlabel="mean, and the line from the best to the worst severity",
+    )
+    rows.set_title("accuracy under each corruption", fontsize=10, loc="left")
+    severities.set(xlabel="severity, 0: as they are", xlim=(-0.2, 5.2), ylim=(0, 1.02), xticks=range(6))
+    severities.set_title("mean over those with several severities", fontsize=10, loc="left")
+    for axes, axis in ((rows, rows.xaxis), (severities, severities.yaxis)):
+        axis.set_major_formatter(PercentFormatter(xmax=1.0))
         plain_axes(axes)
-        if name == "contrast":
-            axes.invert_xaxis()  # harder to the right
-    if len(curves) > 1:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    if len(models) > 1:
+        labels = severities.get_legend_handles_labels()
+        figure.legend(*labels, loc="outside upper center", ncols=4, frameon=False)
+    save_figure(figure, path)
+
+
+def save_corruptions(images: Mapping[str, Tensor], path: Path) -> None:
+    """An image (C, H, W) under each corruption, by name."""
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure = new_figure(1.25 * columns, 1.5 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels:
+        panel.axis("off")
+    for panel, (name, each) in zip(panels, images.items(), strict=False):
+        show_image(panel, each)
+        panel.set_title(name, fontsize=SMALL)
     save_figure(figure, path)
 
 

@@ -23,7 +23,7 @@ NonNegative: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False, stric
 Probability: TypeAlias = Annotated[float, Field(ge=0, le=1, strict=True)]
 Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1, strict=True)]
 
-Strengths: TypeAlias = list[NonNegative]
+Severity: TypeAlias = Annotated[int, Field(ge=1, le=5, strict=True)]
 COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "seed": Seed,
     "rank_timeout": Positive,
@@ -31,10 +31,10 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "test": bool | Literal["always"],
     "allow": Annotated[list[str], Field(description="allow=[mypackage]")],
     "hosts": Annotated[list[str], Field(description="hosts=[digits.example.org]")],
-    "robustness": Annotated[dict, Field(description="robustness.noise=[] leaves one corruption out")],
+    "robustness": Annotated[dict, Field(description="robustness.corruptions=[] leaves it out")],
+    "robustness.corruptions": Literal["auto", "mnist_c", "cifar10_c", "imagenet_c"] | list[str],
+    "robustness.severities": Annotated[list[Severity], Field(min_length=1, description="robustness.severities=[3]")],
     "robustness.images": Count | None,
-    **{f"robustness.{name}": Strengths for name in ("shift", "scale", "noise", "blur", "contrast")},
-    "robustness.rotation": list[float],
     "distill": str
     | Annotated[list[str], Field(min_length=1, description="distill=[<run folder>,<run folder>]")]
     | None,
