@@ -35,7 +35,8 @@ def main(cfg: DictConfig) -> float:
     train, val = (probe_features(split, trainer, backbone, cache) for split in ("train", "val"))
     cache.summarise(trainer)
     choice = build(cfg.probe)(train, val)
-    tested = score(choice, probe_features("test", trainer, backbone, cache)) if cfg.test else {}
+    listed = trainer.datamodule.load().listed
+    tested = score(choice, probe_features("test", trainer, backbone, cache), listed) if cfg.test else {}
     report_probe(cfg, trainer, backbone, choice, tested, time.monotonic() - started)
     return choice.candidates[choice.chosen]
 

@@ -234,7 +234,9 @@ class Bench:
             pass
         places = {"dataset": "MNIST", "dir": self.data, "source": "official", "mirrors": None, "reader": "digit"}
         batches = {"train_size": 20000, "batch_size": 512, "eval_batch_size": 512, "num_workers": 0, "seed": 0}
-        data = MNISTData(**places, **batches, class_weights=None, sampler="shuffled", fold=None, folds=5)
+        data = MNISTData(
+            **places, **batches, class_weights=None, sampler="shuffled", fold=None, folds=5, exclude=None, relabel=None
+        )
         loader = data.train_dataloader()
         augment, preprocess = load_augment("affine"), Preprocess(28, 1, backbone.mean, backbone.std)
 

@@ -18,7 +18,7 @@ from thaw.run.targets import import_target
 from thaw.run.values import COMMAND_SETTINGS, annotated_arguments, in_words
 from tools.schemas import comments
 
-COMMANDS = ("train", "compare", "sweep", "eval", "probe", "predict", "export", "serve", "plan")
+COMMANDS = ("train", "compare", "sweep", "eval", "probe", "clean", "predict", "export", "serve", "plan")
 GROUPS = {
     "data": "Where images come from.",
     "augment": "Random changes of the training images.",

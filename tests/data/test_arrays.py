@@ -22,6 +22,8 @@ def read(path: Path, **settings: object) -> Source:
     whole = {"classes": None, "val_share": 0.1, "test_share": 0.2, "reader": "digit", "train_size": None, "fold": None}
     whole |= {
         "folds": 5,
+        "exclude": None,
+        "relabel": None,
         "batch_size": 8,
         "eval_batch_size": 8,
         "num_workers": 0,

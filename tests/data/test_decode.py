@@ -56,7 +56,14 @@ def decoded(
 ) -> Decoded:
     """What the settings make of the files, `changed` being a fact about them."""
     batches = {"train_size": None, "batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "seed": 0, "fold": None}
-    batches |= {"folds": 5, "class_weights": None, "sampler": "shuffled", "reader": "photo"}
+    batches |= {
+        "folds": 5,
+        "exclude": None,
+        "relabel": None,
+        "class_weights": None,
+        "sampler": "shuffled",
+        "reader": "photo",
+    }
     pictures = {"image_size": SIZE, "channels": 3, "val_share": 0.1, "test_share": 0.1, "max_gb": 1.0}
     pictures |= {"skip_unreadable": False, "cache_dir": str(cache)}
     files = files or listed(folder)

@@ -37,6 +37,8 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
         )
         whole |= {
             "folds": 5,
+            "exclude": None,
+            "relabel": None,
             "sampler": "shuffled",
             "reader": "photo",
             "subset": None,

@@ -26,7 +26,18 @@ def settings_of(tmp_path: Path) -> dict[str, Any]:
     batches = {"batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "class_weights": None, "sampler": "shuffled"}
     decoded = {"image_size": 16, "channels": 3, "val_share": 0.1, "test_share": 0.2, "skip_unreadable": False}
     cache = {"cache_dir": str(tmp_path / "cache"), "max_gb": 1.0}
-    return {**batches, **decoded, **cache, "train_size": None, "fold": None, "folds": 5, "seed": 0, "reader": "photo"}
+    return {
+        **batches,
+        **decoded,
+        **cache,
+        "train_size": None,
+        "fold": None,
+        "folds": 5,
+        "exclude": None,
+        "relabel": None,
+        "seed": 0,
+        "reader": "photo",
+    }
 
 
 Read = Callable[..., Source]

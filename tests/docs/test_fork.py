@@ -13,7 +13,7 @@ from test_rooms import REMOVALS
 from tools.rename import RefusedError, check_checkout, check_name, main, renamed, rules
 
 FEW = ("experiment=vit_linear_probe", "data.source=sample", "data.train_size=300", "data.batch_size=50", "logger=none")
-SCRIPTS = ("train", "eval", "predict", "probe", "report", "export", "serve", "sweep", "compare")
+SCRIPTS = ("train", "eval", "predict", "probe", "clean", "report", "export", "serve", "sweep", "compare")
 TESTS = ("tests/run/test_targets.py", "tests/test_configs.py", "tests/test_task.py", "tests/test_rooms.py")
 OWN = rules("thaw", "thaw-vit", "pets", ["data", "load", "plan"])
 

@@ -80,6 +80,9 @@ def test_which_accuracies_are_of_interest() -> None:
         == ", top-5 50.00%, balanced 25.00%"
     )
     assert other_accuracies({"test/acc": 0.1}) == ""
+    listed = accuracy_facts(torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 1]), listed=[2])
+    assert listed["test/acc_unlisted"] == 2 / 3 and listed["test/acc"] == 0.5 and listed["n_test"] == 4
+    assert "test/acc_unlisted" not in accuracy_facts(torch.zeros(2), torch.zeros(2).long(), listed=[0, 1])
 
 
 @pytest.mark.parametrize("label", [0, 1])

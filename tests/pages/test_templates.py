@@ -54,7 +54,8 @@ def evaluation_page(folder: Path, classes: int = 2) -> Path:
         **{"dataset": "MNIST", "data_source": "a sample", "weights_sha256": "a" * 64},
         **accuracy_facts(logits.argmax(dim=1), test.labels),
         **{"git_commit": "b" * 40, "backbone": "digits_vit"},
-        **{"val/acc": 0.5, "test/top5": 0.9, "test/balanced_acc": 0.8},
+        **{"val/acc": 0.5, "test/top5": 0.9, "test/balanced_acc": 0.8, "test/acc_unlisted": 0.7},
+        "corrections": {"exclude": {"file": "label.csv", "sha256": "c" * 64, "train": 3, "val": 0, "test": 1}},
         "classes": [class_row(number) for number in range(classes)],
         "calibration": {"ece": 0.1, "temperature": 1.0, "ece_with_temperature": 0.1},
         "robustness": {

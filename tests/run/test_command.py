@@ -118,7 +118,17 @@ for script in sys.argv[1].split():
 heavy = {"torch", "lightning", "timm", "wandb", "optuna", "fastapi"} & set(sys.modules)
 assert not heavy, heavy
 """
-SCRIPTS = ("train.py", "eval.py", "predict.py", "probe.py", "export.py", "serve.py", "sweep.py", "compare.py")
+SCRIPTS = (
+    "train.py",
+    "eval.py",
+    "predict.py",
+    "probe.py",
+    "clean.py",
+    "export.py",
+    "serve.py",
+    "sweep.py",
+    "compare.py",
+)
 COMMANDS = (*(script for script in SCRIPTS if (ROOT / script).is_file()), "thaw.plan")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class RunRecord(Callback):
         if not trainer.is_global_zero:
             return
         computer = {"device": str(trainer.strategy.root_device), "threads": torch.get_num_threads()}
-        record = self.software | computer
+        record = self.software | computer | corrections_of(trainer)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         table = layer_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)
         say_fitted(table)
@@ -75,6 +76,7 @@ class RunRecord(Callback):
             source, reader = datamodule.load(), getattr(datamodule, "reader", "photo")
             record = {"name": source.name, "origin": source.origin, "classes": list(source.classes)}
             checkpoint["data"] = record | {"shape": list(source.shape), "reader": reader}
+            checkpoint["data"] |= replaced(corrections_of(trainer), portable)
         checkpoint["tracker_ids"] = tracker_ids(trainer.loggers)
         checkpoint["wandb_id"] = checkpoint["tracker_ids"].pop("wandb", None)
         checkpoint["csv_rows"] = next(
@@ -86,11 +88,30 @@ class RunRecord(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
         if "data" in checkpoint and hasattr(datamodule, "load"):
             check_same_classes(checkpoint["data"]["classes"], datamodule.load(), trainer.ckpt_path)
+            check_same_corrections(checkpoint["data"].get("corrections"), datamodule.load().corrections)
         folder = run_folder(Path(str(trainer.ckpt_path)).resolve())
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], {"${run_dir}/": f"{folder}/"})
         for state in checkpoint["callbacks"].values():
             forget_others(state, folder)
         link_earlier_folders(trainer.loggers, folder)
+
+
+def corrections_of(trainer: Any) -> dict[str, Any]:
+    """What `data.exclude` and `data.relabel` have done, under the key `corrections`; empty without them."""
+    source = trainer.datamodule.load() if hasattr(trainer.datamodule, "load") else None
+    return {"corrections": dict(source.corrections)} if source and source.corrections else {}
+
+
+def check_same_corrections(before: dict[str, Any] | None, now: Mapping[str, Any] | None) -> None:
+    """Raise UserError where a file of `data.exclude` or `data.relabel` is not the one that the resumed run had."""
+    for setting in ("exclude", "relabel"):
+        had, has = ((each or {}).get(setting, {}) for each in (before, now))
+        if had.get("sha256") != has.get("sha256"):
+            raise UserError(
+                f"data.{setting}={has.get('file', 'null')} is not the file that the run to be resumed had "
+                f"({had.get('file', 'null')}, SHA-256 {had.get('sha256', '-')[:16]}). Give that file, or start_from "
+                "in place of resume."
+            )
 
 
 def csv_rows(trainer: Any, logger: RunCSV) -> int:

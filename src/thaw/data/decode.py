@@ -83,7 +83,10 @@ class DecodedData(ImageDataModule):
         labels = torch.tensor([numbers[file.label] for file in files])
         parts = images.split([len(order[split]) for split in SPLITS])
         train, val, test = (Images(part, labels[order[split]]) for split, part in zip(SPLITS, parts, strict=True))
-        return Source(train, val, test, classes, name, files=[files[number].name for number in order["test"]])
+        self.names = {split: [files[number].name for number in order[split]] for split in SPLITS}
+        decoded = {name for names in self.names.values() for name in names}
+        self.unreadable = [file.name for file in files if file.name not in decoded]
+        return Source(train, val, test, classes, name, files=self.names["test"])
 
     def decode_once(
         self, files: Sequence[ListedFile], content: Content, shares: Mapping[str, float], facts: Mapping[str, Any]

@@ -24,7 +24,7 @@ def deal_folds(labels: Tensor, contents: Tensor, folds: int) -> Tensor:
 
     Args:
         labels: (N,)
-        contents: (N,) the number of each image's content; contents are counted from 0 as they first appear.
+        contents: (N,) as `number_contents` gives them.
     """
     firsts = torch.from_numpy(
         np.unique(contents.numpy(), return_index=True)[1]
@@ -32,6 +32,13 @@ def deal_folds(labels: Tensor, contents: Tensor, folds: int) -> Tensor:
     fold_of = torch.zeros(len(firsts), dtype=torch.long)  # (M,)
     fold_of[labels[firsts].argsort(stable=True)] = torch.arange(len(firsts)) % folds
     return fold_of[contents]
+
+
+def number_contents(images: Tensor) -> Tensor:
+    """The number of each image's content (N,), counted from 0 as they first appear: equal images have one number."""
+    known: dict[bytes, int] = {}
+    hashes = (hashlib.sha256(image.contiguous().numpy().data).digest() for image in images)
+    return torch.tensor([known.setdefault(content, len(known)) for content in hashes], dtype=torch.long)
 
 
 def take_fold(source: Source, fold: int, folds: int) -> Source:
@@ -49,10 +56,7 @@ def take_fold(source: Source, fold: int, folds: int) -> Source:
     if (source.train.labels.diff() >= 0).all():  # as `train_size` expects
         order = labels.argsort(stable=True)
         images, labels = images[order], labels[order]
-    known: dict[bytes, int] = {}
-    hashes = (hashlib.sha256(image.contiguous().numpy().data).digest() for image in images)
-    contents = torch.tensor([known.setdefault(content, len(known)) for content in hashes])
-    fold_of = deal_folds(labels, contents, folds)
+    fold_of = deal_folds(labels, number_contents(images), folds)
     check_classes(source, labels, fold_of, folds)
     pool, held_out = Images(images, labels), fold_of == fold
     share = f"{int(held_out.sum()):,} of the {len(labels):,} images of train and val"

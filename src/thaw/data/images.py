@@ -1,7 +1,7 @@
 """The two types that all other code speaks: labelled images, and a dataset in its splits."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,8 @@ class Source(NamedTuple):
         name: of the dataset, as it is printed.
         origin: where the images come from, as it is printed after the name; empty if the name says all.
         files: of the test images, where each has one.
+        listed: the test images that `data.exclude` or `data.relabel` lists, by index; they stay.
+        corrections: the files of these settings, their SHA-256 and how many images of each split they list.
     """
 
     train: Images
@@ -45,6 +47,8 @@ class Source(NamedTuple):
     name: str
     origin: str = ""
     files: Sequence[str] = ()
+    listed: Sequence[int] = ()
+    corrections: Mapping[str, Any] | None = None
 
     @property
     def title(self) -> str:
@@ -55,9 +59,10 @@ class Source(NamedTuple):
         """(C, H, W) of an image."""
         return tuple(self.train.images.shape[1:])
 
-    def facts(self) -> dict[str, str]:
-        """Name and origin for a summary or report, as values of JSON."""
-        return {"dataset": self.name, "data_source": self.origin}
+    def facts(self) -> dict[str, Any]:
+        """Name, origin and corrections, if there are any, for a summary or report, as values of JSON."""
+        corrections = {"corrections": self.corrections} if self.corrections else {}
+        return {"dataset": self.name, "data_source": self.origin, **corrections}
 
 
 def check_source(source: Source) -> None:

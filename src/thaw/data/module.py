@@ -8,7 +8,7 @@ settings, with the method `read() -> thaw.data.images.Source`. Any other Lightni
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
+from thaw.data.corrections import correct
 from thaw.data.folds import FoldCount, check_fold, take_fold
 from thaw.data.images import Images, Source, absent_classes, check_source
 from thaw.data.store import decoded_key
@@ -156,6 +157,8 @@ class ImageDataModule(LightningDataModule):
         fold: validate on this fold of all images that are not tested on, and train on the others; None stands for the
             validation split of the source.
         folds: how many there are.
+        exclude: a CSV file; training and validation images that it lists are left out, see `thaw.data.corrections`.
+        relabel: a CSV file; training and validation images that it lists get its labels.
         train_size: only so many training images: the first ones, or evenly many of each class where they are sorted by
             class; None stands for all.
         batch_size: training images a step on each process.
@@ -171,6 +174,8 @@ class ImageDataModule(LightningDataModule):
     reader: Literal["digit", "photo"]
     fold: CountOrZero | None
     folds: FoldCount
+    exclude: str | None
+    relabel: str | None
     train_size: Count | None
     batch_size: Count
     eval_batch_size: Count
@@ -183,6 +188,8 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         check_fold(self.fold, self.folds)
         self.loaded: Source | None = None
+        self.names: dict[str, Sequence[str]] = {}  # of the files of the images that `read` returns, by split
+        self.unreadable: Sequence[str] = ()  # names of the files that it leaves out
         self.datasets: dict[tuple[str, torch.device], ImageDataset] = {}
         self.train_loader: ImageLoader | None = None
         self.resume_at = NOT_RESUMED
@@ -207,12 +214,14 @@ class ImageDataModule(LightningDataModule):
         """The images in their splits, read once.
 
         Raises:
-            UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source` and
-                `thaw.data.folds.take_fold`.
+            UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source`,
+                `thaw.data.corrections.correct` and `thaw.data.folds.take_fold`.
         """
         if self.loaded is None:
             source = self.read()
             check_source(source)
+            if self.exclude is not None or self.relabel is not None:
+                source = correct(source, self.names, self.unreadable, self.exclude, self.relabel)
             if self.fold is not None:
                 source = take_fold(source, self.fold, self.folds)
             available = len(source.train.labels)

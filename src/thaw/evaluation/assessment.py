@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from thaw.data.corrections import say_corrections
 from thaw.data.images import Images, Source
 from thaw.evaluation.cost import cost_facts
 from thaw.evaluation.metrics import accuracy_facts, calibration_error, class_scores, fit_temperature, least_certain
@@ -50,7 +51,9 @@ class Assessment:
     def origin(self) -> list[tuple[str, str]]:
         """Name and text of each fact about the run that trained the checkpoint."""
         keys = {"overrides": "overrides", "checkpoint": "checkpoint", "git_commit": "trained by commit"}
-        return [(title, str(self.facts[key])) for key, title in keys.items() if self.facts[key]]
+        rows = [(title, str(self.facts[key])) for key, title in keys.items() if self.facts[key]]
+        corrections = self.facts.get("corrections")
+        return [*rows, ("corrected data", say_corrections(corrections))] if corrections else rows
 
 
 def assess(
@@ -87,7 +90,7 @@ def assess(
         "overrides": predictor.cfg.overrides,
         **source.facts(),
         "val/acc": float(right.double().mean()) if len(right) else None,
-        **accuracy_facts(logits, labels),
+        **accuracy_facts(logits, labels, source.listed),
         "classes": class_facts(predictor.classes, logits, labels),
         "calibration": {
             "ece": calibration_error(logits, labels),

@@ -49,7 +49,9 @@ class FinalTest(Callback):
         if not is_single_label(pl_module.task):
             self.results = {"test/acc": float(pl_module.test_acc.compute()), "n_test": len(labels)}
             return
-        self.results = accuracy_facts(logits, labels)
+        listed = trainer.datamodule.load().listed if hasattr(trainer.datamodule, "load") else ()
+        places = torch.isin(indices, torch.tensor(listed, dtype=indices.dtype)).nonzero()[:, 0]
+        self.results = accuracy_facts(logits, labels, places.tolist())
         if not trainer.is_global_zero:
             return
         from thaw.evaluation.pictures import draw_errors  # matplotlib, only for pictures

@@ -4,7 +4,7 @@ Shapes: N images, C classes; logits (N, C), labels (N,).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ from thaw.run.errors import UserError
 BINS = 15  # of confidence, as in Guo et al. 2017
 MANY = 20  # classes, above which it counts, too, whether the label is among the best 5
 UNEVEN = 1.5  # the images of the largest class over those of the smallest, above which the mean recall counts, too
-OTHER_ACCURACIES = {"top-5": "test/top5", "balanced": "test/balanced_acc"}  # keys of `accuracy_facts` by their names
+OTHER_ACCURACIES = {
+    "top-5": "test/top5",
+    "balanced": "test/balanced_acc",
+    "without listed images": "test/acc_unlisted",
+}  # keys of `accuracy_facts` by their names
 
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
@@ -27,11 +31,12 @@ def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
+def accuracy_facts(predictions: Tensor, labels: Tensor, listed: Sequence[int] = ()) -> dict[str, Any]:
     """Accuracy of predictions, (N,) or logits (N, C), on test images with its 95 % interval, as values of JSON.
 
     `test/top5` is there for logits of more than 20 classes, `test/balanced_acc`, the mean recall of the classes, where
-    the largest has more than 1.5 times the images of the smallest.
+    the largest has more than 1.5 times the images of the smallest, and `test/acc_unlisted` that without the images
+    `listed` by `data.exclude` or `data.relabel`.
 
     Raises:
         UserError: there are no images.
@@ -47,6 +52,10 @@ def accuracy_facts(predictions: Tensor, labels: Tensor) -> dict[str, Any]:
         facts["test/top5"] = float((predictions.topk(5).indices == labels[:, None]).any(dim=1).double().mean())
     if counts.max() > UNEVEN * counts[counts > 0].min():
         facts["test/balanced_acc"] = float((correct / counts)[counts > 0].mean())  # of classes that have images
+    if 0 < len(listed) < total:
+        unlisted = torch.ones(total, dtype=torch.bool)
+        unlisted[list(listed)] = False
+        facts["test/acc_unlisted"] = float((answers == labels).cpu()[unlisted].double().mean())
     return {**facts, "n_test": total}
 
 

@@ -71,7 +71,7 @@ def probe_features(split: str, trainer: Any, backbone: Any, cache: FeatureCache)
     device = trainer.strategy.root_device
     images, labels = (part.to(device) for part in getattr(trainer.datamodule.load(), split))
     if labels.ndim == 2:
-        raise UserError("probe.py is for one class an image, and these images have several labels.")
+        raise UserError("probe.py and clean.py are for one class an image; these images have several labels.")
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
     preprocess.to(device)
     in_memory = FeatureCache("memory", "", float("inf"))

@@ -40,10 +40,10 @@ class Choice:
     num_parameters: int  # fitted
 
 
-def score(choice: Choice, test: Labelled) -> dict[str, Any]:
-    """The test accuracy of the candidate that validation chose, as values of JSON."""
+def score(choice: Choice, test: Labelled, listed: Sequence[int] = ()) -> dict[str, Any]:
+    """The test accuracy of the candidate that validation chose, as `accuracy_facts` gives it."""
     check_finite("test", test.features)
-    return accuracy_facts(choice.predict(test.features), test.labels)
+    return accuracy_facts(choice.predict(test.features), test.labels, listed)
 
 
 def knn(

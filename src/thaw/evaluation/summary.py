@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from thaw.classifier import Classifier
+from thaw.data.corrections import say_corrections
 from thaw.evaluation.course import judge_course, say_course
 from thaw.evaluation.final_test import FinalTest
 from thaw.evaluation.metrics import OTHER_ACCURACIES, other_accuracies
@@ -164,6 +165,8 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
         lines["probe"] = f"{facts['probe']}, {name} = {chosen:g}, the best of {len(facts['candidates'])} on validation"
     sizes = f"{len(facts['classes'])} classes, {facts['n_train']:,} to train, {facts['n_val']:,} to validate"
     lines["data"] = f"{', '.join(filter(None, (facts['dataset'], facts['data_source'])))}: {sizes}"
+    if facts.get("corrections"):
+        lines["data"] += f"; {say_corrections(facts['corrections'])}"
     lines["backbone"] = f"{facts['backbone']}, weights: {facts['weights']}"
     share = f" ({facts['trainable_params'] / facts['total_params']:.2%})" if facts["total_params"] else ""
     lines["trainable"] = f"{facts['trainable_params']:,} of {facts['total_params']:,} parameters{share}"

@@ -18,7 +18,7 @@ from thaw.run.targets import within
 FOLDERS = ("dirpath", "run_dir", "save_dir", "default_root_dir", "cache_dir", "output", "dir")  # that get files
 ADDRESSES = ("tracking_uri", "mirrors")  # that get a run's record, or that files are fetched from
 NAMES = ("filename", "name", "version", "sub_dir", "prefix", "reference")  # in a folder
-READ = ("backbone.weights", "data.dir", "data.path", "data.table", "data.name")
+READ = ("backbone.weights", "data.dir", "data.path", "data.table", "data.name", "data.exclude", "data.relabel")
 SENT = ("project", "entity", "mode", "log_model", "save_code")  # settings of a logger: to whom it sends what
 READERS = "thaw.data"  # whose `dir` is read
 

@@ -41,6 +41,7 @@ COMMAND_SETTINGS: dict[str, Any] = {  # of root scripts, which no class takes
     "workers": Count | None,
     "combine": Literal["average", "soup", "wise"] | None,
     "tta": Count,
+    "views": Count,
     "alphas": Annotated[list[Probability], Field(min_length=1, description="alphas=[0.0,0.5,1.0]")],
 }
 AUTO = ("precision", "fused_attention", "num_classes")  # settings whose `auto` is replaced before use
