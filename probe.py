@@ -10,8 +10,8 @@ from thaw.run.errors import UserError
 
 
 @command("probe")
-def main(cfg: DictConfig) -> float:
-    """One probe; returns its validation accuracy."""
+def main(cfg: DictConfig) -> float | None:
+    """One probe; returns its validation accuracy, None without validation images."""
     started = time.monotonic()
     import lightning as L
     from hydra.core.hydra_config import HydraConfig

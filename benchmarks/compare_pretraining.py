@@ -101,7 +101,11 @@ def measurements(start: str, seeds: int) -> dict[str, list[str]]:
     from_file = RUNS / start / "pretraining" / "backbone.safetensors"
     weights = "none" if start in SCRATCH else "bundled" if start == "bundled" else from_file
     tuning = [*("train.py", "experiment=few_labels", "logger=csv", "test=true", "validate=false")]
-    tuning += [f"backbone.weights={weights}", *(["optim.layer_decay=1.0"] if weights == "none" else [])]
+    tuning += [
+        "data.labels_per_class=null",
+        f"backbone.weights={weights}",
+        *(["optim.layer_decay=1.0"] if weights == "none" else []),
+    ]
     times, seeds = (LONGER, 1) if start == "longer" else (1, seeds)
     jobs = {
         f"{start}/labels{percent}/seed{seed}": [

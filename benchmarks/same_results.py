@@ -50,7 +50,7 @@ RUNS: dict[str, list[str]] = {
     "vit_finetune": [*SMALL, "experiment=vit_finetune"],
     "mix=both": [*TUNED, "mix=both", "augment=strong", "optim.layer_decay=0.7"],
     "average=ema": [*TUNED, "average=ema", "freeze=last_blocks"],
-    "few_labels": [*SMALL, "experiment=few_labels"],
+    "few_labels": [*SMALL, "experiment=few_labels", "data.train_size=null"],
     **{
         f"pretrain_{objective}": [*SMALL, f"experiment=pretrain_{objective}", "trainer.check_val_every_n_epoch=1"]
         for objective in ("autoregressive", "mae", "simclr")

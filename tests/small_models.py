@@ -134,7 +134,7 @@ def mnist_data(**changes: Any) -> MNISTData:
     """The bundled sample, in batches of 32."""
     places: dict[str, Any] = {"dataset": "MNIST", "dir": "nowhere", "source": "sample", "mirrors": None}
     batches = {"train_size": None, "batch_size": 32, "eval_batch_size": 100, "num_workers": 0, "seed": 0}
-    batches |= {"fold": None, "folds": 5, "exclude": None, "relabel": None}
+    batches |= {"fold": None, "folds": 5, "exclude": None, "relabel": None, "labels_per_class": None, "labels_draw": 0}
     return MNISTData(**places, **batches | {"reader": "digit", "class_weights": None, "sampler": "shuffled"} | changes)
 
 

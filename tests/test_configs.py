@@ -109,6 +109,8 @@ def test_experiment_runs_two_batches(
         small += ["data.source=sample"]
     if experiment == "pretrain_gan":
         small += ["model.samples=50"]
+    if experiment.startswith("few_labels"):  # without labels to validate on, in two rounds
+        small += ["trainer.limit_val_batches=0", "trainer.max_epochs=2"]
     run_dir = train(f"experiment={experiment}", *small)
     assert (run_dir / "summary.json").exists()
 

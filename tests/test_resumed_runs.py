@@ -124,6 +124,22 @@ def test_pretraining(train: Train, tiny_run: list[str], name: str) -> None:
     assert (whole / "backbone.safetensors").read_bytes() == (resumed / "backbone.safetensors").read_bytes()
 
 
+@pytest.mark.long
+def test_pseudo_labels(train: Train, tiny_run: list[str]) -> None:
+    """From within each of two rounds, and from the end of the first."""
+    run = [*tiny_run, "experiment=few_labels_finetune", "data.train_size=null", "data.batch_size=1125", "test=false"]
+    run += ["+callbacks.last_checkpoint.every_n_train_steps=1", *EVERY[1:], "trainer.max_epochs=2"]
+    whole = train(*run, name="whole")
+    for step in (2, 4, 6):
+        resumed = train(f"resume='{whole}/checkpoints/step={step}.ckpt'", name=f"from {step}")
+        assert_same_training(checkpoint(whole, "step=8"), checkpoint(resumed, "step=8"), f"from {step}")
+        (own, theirs) = (checkpoint(each, "step=8")["callbacks"]["PseudoLabels"] for each in (whole, resumed))
+        assert_same(own, theirs, f"labels from {step}")
+    first, second = (checkpoint(whole, f"step={step}")["callbacks"]["PseudoLabels"] for step in (3, 8))
+    assert len(first["chosen"]) == 3825 and len(second["chosen"]) == 4275
+    assert not torch.equal(first["labels"], second["labels"])
+
+
 SPEED = ("train/images_per_second", "train/share_of_peak")
 
 

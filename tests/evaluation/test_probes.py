@@ -25,13 +25,16 @@ from thaw.data.mnist import SAMPLE, load_mnist
 from thaw.evaluation import probes
 from thaw.evaluation.metrics import accuracy_interval
 from thaw.evaluation.probes import Choice, Labelled, knn, logistic_regression, score
+from thaw.evaluation.propagation import propagation, prototype
 from thaw.models.logistic import fit_logistic, standardisation
 from thaw.run.checkpoint import load_model, read_checkpoint
 from thaw.run.values import check_types
 
 PROBES: dict[str, Callable[..., Choice]] = {"knn": knn, "logistic_regression": logistic_regression}
-KNN = {"metric": "cosine", "vote": "majority", "temperature": 0.07}
+FEW_LABEL_PROBES: dict[str, Callable[..., Choice]] = {"propagation": propagation, "prototype": prototype}
+KNN = {"fixed_k": 1, "metric": "cosine", "vote": "majority", "temperature": 0.07}
 FIT = {"max_iterations": 2000, "tolerance": 1e-7}
+REGRESSION = FIT | {"fixed_C": 0.1}
 FEW = ["data.source=sample", "data.train_size=300", "trainer.precision=32-true"]
 
 
@@ -90,7 +93,7 @@ def test_votes_for_many_classes_equal_scikit_learns(monkeypatch: pytest.MonkeyPa
     reference = KNeighborsClassifier(9, metric="cosine", algorithm="brute").fit(*map(np.asarray, train))
     choice = knn(train, val, k=[9], **KNN)
     assert choice.candidates[9] == reference.score(*map(np.asarray, val))
-    fitted = logistic_regression(train, val, C=[1.0], **FIT)
+    fitted = logistic_regression(train, val, C=[1.0], **REGRESSION)
     answers = fitted.predict(val.features)
     assert not (set(answers.tolist()) & {0, 1, 2}) and fitted.candidates[1.0] == (answers == val.labels).double().mean()
 
@@ -115,7 +118,7 @@ def test_logistic_regression_equals_scikit_learn(c: float) -> None:
     scaler = StandardScaler().fit(np.asarray(TRAIN.features, dtype=float))
     scaled, val, test = (scaler.transform(np.asarray(split.features, dtype=float)) for split in (TRAIN, VAL, TEST))
     reference = LogisticRegression(C=c, tol=1e-10, max_iter=10_000).fit(scaled, np.asarray(TRAIN.labels))
-    choice = logistic_regression(TRAIN, VAL, C=[c], **FIT)
+    choice = logistic_regression(TRAIN, VAL, C=[c], **REGRESSION)
     assert choice.predict(TEST.features).tolist() == reference.predict(test).tolist()
     assert choice.candidates == {c: reference.score(val, np.asarray(VAL.labels))}
     assert choice.num_parameters == reference.coef_.size + reference.intercept_.size
@@ -132,16 +135,16 @@ def test_logistic_regression_equals_scikit_learn(c: float) -> None:
 
 def test_warm_starts_end_where_cold_ones_do() -> None:
     """The order of the candidates and where each starts decide nothing."""
-    together = logistic_regression(TRAIN, VAL, C=[10, 1e-4, 0.1], **FIT)
+    together = logistic_regression(TRAIN, VAL, C=[10, 1e-4, 0.1], **REGRESSION)
     assert list(together.candidates) == [1e-4, 0.1, 10]
-    alone = {c: logistic_regression(TRAIN, VAL, C=[c], **FIT).candidates[c] for c in (1e-4, 0.1, 10)}
+    alone = {c: logistic_regression(TRAIN, VAL, C=[c], **REGRESSION).candidates[c] for c in (1e-4, 0.1, 10)}
     assert together.candidates == alone
 
 
 def test_a_fit_that_has_not_converged_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    logistic_regression(TRAIN, VAL, C=[10], max_iterations=2, tolerance=1e-6)
+    logistic_regression(TRAIN, VAL, C=[10], **REGRESSION | {"max_iterations": 2})
     assert "not converged: the gradient is" in capsys.readouterr().out
-    logistic_regression(TRAIN, VAL, C=[10], max_iterations=500, tolerance=1e-5)
+    logistic_regression(TRAIN, VAL, C=[10], **REGRESSION | {"tolerance": 1e-5})
     assert "not converged" not in capsys.readouterr().out
 
 
@@ -161,7 +164,7 @@ def mislabelled(data: Labelled) -> Labelled:
 
 
 @pytest.mark.parametrize(
-    "probe", [partial(knn, k=[1, 5, 200], **KNN), partial(logistic_regression, C=[1e-5, 1e-2, 1.0], **FIT)]
+    "probe", [partial(knn, k=[1, 5, 200], **KNN), partial(logistic_regression, C=[1e-5, 1e-2, 1.0], **REGRESSION)]
 )
 def test_validation_chooses_where_the_test_split_would_choose_otherwise(probe: Callable[..., Choice]) -> None:
     choice = probe(TRAIN, VAL)
@@ -176,10 +179,25 @@ def test_validation_chooses_where_the_test_split_would_choose_otherwise(probe: C
     assert score(choice, mislabelled(TEST))["test/acc"] == 0
 
 
+@pytest.mark.parametrize(
+    ("probe", "fixed"),
+    [(partial(knn, k=[5, 50], **KNN), 1), (partial(logistic_regression, C=[1.0], **REGRESSION), 0.1)],
+)
+def test_without_validation_the_fixed_candidate_is_taken(probe: Callable[..., Choice], fixed: float) -> None:
+    """Images without a label are left out."""
+    (name,) = {"k", "C"} & set(probe.keywords)  # type: ignore[attr-defined]
+    some = torch.arange(400) % 3 == 0
+    few = Labelled(TRAIN.features, torch.where(some, TRAIN.labels, -1))
+    choice = probe(few, Labelled(*(part[:0] for part in VAL)))
+    assert choice.candidates == {fixed: None} and choice.chosen == fixed
+    alone = probe(Labelled(*(part[some] for part in TRAIN)), VAL, **{name: [fixed]})
+    assert torch.equal(choice.predict(TEST.features), alone.predict(TEST.features))
+
+
 def test_the_smallest_of_equal_candidates_is_chosen() -> None:
     train = Labelled(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 0, 1, 1]))
     assert knn(train, train, k=[2, 1], **KNN).chosen == 1
-    assert logistic_regression(train, train, C=[3.0, 1.0, 2.0], **FIT).chosen == 1
+    assert logistic_regression(train, train, C=[3.0, 1.0, 2.0], **REGRESSION).chosen == 1
 
 
 def test_score() -> None:
@@ -230,7 +248,7 @@ def test_knn_settings_that_cannot_work(changes: dict[str, Any], message: str) ->
         knn(TRAIN, VAL, **{"k": [1], **KNN, **changes})
 
 
-@pytest.mark.parametrize("probe", [partial(knn, k=[1], **KNN), partial(logistic_regression, C=[1.0], **FIT)])
+@pytest.mark.parametrize("probe", [partial(knn, k=[1], **KNN), partial(logistic_regression, C=[1.0], **REGRESSION)])
 def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
     broken = TRAIN.features.clone()
     broken[[3, 3, 50], [0, 1, 2]] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -240,8 +258,6 @@ def test_features_that_cannot_work(probe: Callable[..., Choice]) -> None:
         probe(TRAIN, Labelled(broken, TRAIN.labels))
     with pytest.raises(ValueError, match="2 of 400 test images"):
         score(probe(TRAIN, VAL), Labelled(broken, TRAIN.labels))
-    with pytest.raises(ValueError, match="There are no validation images"):
-        probe(TRAIN, Labelled(*(part[:0] for part in VAL)))
     with pytest.raises(ValueError, match="All 400 training images are of class 5; a probe needs two"):
         probe(Labelled(TRAIN.features, torch.full((400,), 5)), VAL)
 
@@ -255,11 +271,11 @@ def probe(run_dir: Path, *overrides: str) -> dict[str, Any]:
     return json.loads((run_dir / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("option", PROBES)
+@pytest.mark.parametrize("option", [*PROBES, *FEW_LABEL_PROBES])
 def test_settings_equal_the_signature(option: str) -> None:
     """No default hides in Python."""
     block = OmegaConf.load(ROOT / "configs" / "probe" / f"{option}.yaml")
-    parameters = inspect.signature(PROBES[option]).parameters
+    parameters = inspect.signature((PROBES | FEW_LABEL_PROBES)[option]).parameters
     assert {key for key in block if not str(key).startswith("_")} == set(parameters) - {"train", "val"}
     assert all(parameter.default is parameter.empty for parameter in parameters.values())
 

@@ -38,6 +38,7 @@ class Source(NamedTuple):
         files: of the test images, where each has one.
         listed: the test images that `data.exclude` or `data.relabel` lists, by index; they stay.
         corrections: the files of these settings, their SHA-256 and how many images of each split they list.
+        pool: where few labels are known (`thaw.data.few_labels`) all images of train and val, most with the label -1.
     """
 
     train: Images
@@ -49,6 +50,7 @@ class Source(NamedTuple):
     files: Sequence[str] = ()
     listed: Sequence[int] = ()
     corrections: Mapping[str, Any] | None = None
+    pool: Images | None = None
 
     @property
     def title(self) -> str:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
 from thaw.data.corrections import correct
+from thaw.data.few_labels import check_few_labels, keep_labels
 from thaw.data.folds import FoldCount, check_fold, take_fold
 from thaw.data.images import Images, Source, absent_classes, check_source
 from thaw.data.store import decoded_key
@@ -54,6 +55,7 @@ class ImageDataset(Dataset[Batch]):
 
     Attributes:
         features: (N, ...) of the frozen part of a model, or None.
+        weights: float64 (N,), in proportion to which a training epoch draws them with replacement, or None.
         soft_targets: (N, K) on the device of the labels, or None.
     """
 
@@ -61,6 +63,7 @@ class ImageDataset(Dataset[Batch]):
         self.data = data
         self.is_mapped = decoded_key(data.images) is not None
         self.features: Tensor | None = None
+        self.weights: Tensor | None = None
         self.soft_targets: Tensor | None = None
 
     def __len__(self) -> int:
@@ -161,6 +164,9 @@ class ImageDataModule(LightningDataModule):
         relabel: a CSV file; training and validation images that it lists get its labels.
         train_size: only so many training images: the first ones, or evenly many of each class where they are sorted by
             class; None stands for all.
+        labels_per_class: train on so many images of each class, and know no other label of training and validation;
+            see `thaw.data.few_labels.keep_labels`. None stands for all.
+        labels_draw: which images these are; does not depend on `seed`.
         batch_size: training images a step on each process.
         eval_batch_size: images a step in validation and test.
         num_workers: worker processes; 0 is the fastest, as images lie on the training device and a batch is one
@@ -177,6 +183,8 @@ class ImageDataModule(LightningDataModule):
     exclude: str | None
     relabel: str | None
     train_size: Count | None
+    labels_per_class: Count | None
+    labels_draw: CountOrZero
     batch_size: Count
     eval_batch_size: Count
     num_workers: CountOrZero
@@ -187,11 +195,13 @@ class ImageDataModule(LightningDataModule):
     def __post_init__(self) -> None:
         super().__init__()
         check_fold(self.fold, self.folds)
+        check_few_labels(self.labels_per_class, self.labels_draw, {"fold": self.fold, "train_size": self.train_size})
         self.loaded: Source | None = None
         self.names: dict[str, Sequence[str]] = {}  # of the files of the images that `read` returns, by split
         self.unreadable: Sequence[str] = ()  # names of the files that it leaves out
         self.datasets: dict[tuple[str, torch.device], ImageDataset] = {}
         self.train_loader: ImageLoader | None = None
+        self.training_set: ImageDataset | None = None  # in place of the training split
         self.resume_at = NOT_RESUMED
 
     def read(self) -> Source:
@@ -215,7 +225,8 @@ class ImageDataModule(LightningDataModule):
 
         Raises:
             UserError: `train_size` is larger than the training split, or see `thaw.data.images.check_source`,
-                `thaw.data.corrections.correct` and `thaw.data.folds.take_fold`.
+                `thaw.data.corrections.correct`, `thaw.data.folds.take_fold` and
+                `thaw.data.few_labels.keep_labels`.
         """
         if self.loaded is None:
             source = self.read()
@@ -234,6 +245,8 @@ class ImageDataModule(LightningDataModule):
                 by_class = bool((source.train.labels.diff() >= 0).all())
                 which = evenly_spread(available, self.train_size) if by_class else slice(self.train_size)
                 source = source._replace(train=source.train.take(which))
+            if self.labels_per_class is not None:
+                source = keep_labels(source, self.labels_per_class, self.labels_draw)
             for line in absent_classes(source):
                 rank_zero_only(say)(line)
             self.loaded = source
@@ -253,7 +266,8 @@ class ImageDataModule(LightningDataModule):
         return torch.where(counts > 0, counts.sum() / ((counts > 0).sum() * counts), 0.0)
 
     def train_dataloader(self) -> ImageLoader:
-        size = len(self.split_dataset("train"))
+        dataset = self.training_set or self.split_dataset("train")
+        size = len(dataset)
         ranks = self.trainer.world_size if self.trainer else 1
         if self.batch_size * ranks > size:
             where = f" on each of {ranks} processes" if ranks > 1 else ""
@@ -261,7 +275,7 @@ class ImageDataModule(LightningDataModule):
                 f"data.batch_size={self.batch_size}{where} is more than the {size:,} training images; "
                 f"choose at most {size // ranks}."
             )
-        self.train_loader = self.loader("train", self.batch_size, shuffle=True)
+        self.train_loader = self.loader(dataset, self.batch_size, shuffle=True)
         if self.trainer:
             check_interval(self.trainer, len(self.train_loader))
         self.train_loader.load_state_dict(self.resume_at)
@@ -277,13 +291,18 @@ class ImageDataModule(LightningDataModule):
         self.resume_at = state_dict or NOT_RESUMED
 
     def val_dataloader(self) -> ImageLoader:
-        return self.loader("val", self.eval_batch_size, shuffle=False)
+        if self.labels_per_class is not None:
+            raise UserError(
+                f"data.labels_per_class={self.labels_per_class} leaves no labels to validate on. Set "
+                "trainer.limit_val_batches=0, as experiment=few_labels does: the last weights are the result."
+            )
+        return self.loader(self.split_dataset("val"), self.eval_batch_size, shuffle=False)
 
     def test_dataloader(self) -> ImageLoader:
-        return self.loader("test", self.eval_batch_size, shuffle=False)
+        return self.loader(self.split_dataset("test"), self.eval_batch_size, shuffle=False)
 
     def split_dataset(self, split: str) -> ImageDataset:
-        """The images of `train`, `val` or `test`, on the training device if they fit and no workers fetch them."""
+        """The images of a split or of `pool`, on the training device if they fit and no workers fetch them."""
         device = torch.device("cpu")
         images, labels = getattr(self.load(), split)
         if self.trainer and self.num_workers == 0:
@@ -294,19 +313,34 @@ class ImageDataModule(LightningDataModule):
             self.datasets[split, device] = ImageDataset(Images(images.to(device), labels.to(device)))
         return self.datasets[split, device]
 
+    def train_on_pool(self) -> ImageDataset:
+        """Let training batches come from the pool, whose labels and weights (zeros) are the caller's to fill in.
+
+        Raises:
+            UserError: the sampler is to draw by known labels.
+        """
+        if self.sampler == "balanced":
+            raise UserError("data.sampler=balanced draws by known labels; pseudo-labels need data.sampler=shuffled.")
+        images, labels = self.split_dataset("pool").data
+        dataset = ImageDataset(Images(images, labels.clone()))
+        dataset.weights = torch.zeros(len(labels), dtype=torch.float64)
+        self.training_set = dataset
+        return dataset
+
     def on_exception(self, exception: BaseException) -> None:
         """Drop cached features and soft targets after an exception; they belong to the run that failed."""
         for dataset in self.datasets.values():
             dataset.features = dataset.soft_targets = None
 
-    def loader(self, split: str, batch_size: int, shuffle: bool) -> ImageLoader:
+    def loader(self, dataset: ImageDataset, batch_size: int, shuffle: bool) -> ImageLoader:
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler
             raise UserError(
                 f"trainer.overfit_batches={overfit} is not supported; "
                 f"to overfit, train on few images: data.train_size={self.batch_size}."
             )
-        dataset = self.split_dataset(split)
-        weights = self.shares()[dataset.data.labels.cpu()] if shuffle and self.sampler == "balanced" else None
+        weights = dataset.weights if shuffle else None
+        if shuffle and self.sampler == "balanced":
+            weights = self.shares()[dataset.data.labels.cpu()]
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return ImageLoader(
             dataset,

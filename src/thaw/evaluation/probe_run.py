@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.data.module import change_settings
@@ -65,13 +66,18 @@ def take_backbone(cfg: DictConfig, path: Path, checkpoint: dict[str, Any], typed
 def probe_features(split: str, trainer: Any, backbone: Any, cache: FeatureCache) -> Labelled:
     """The features of a split in float32 and its labels, on the trainer's device.
 
+    Of few labels (`data.labels_per_class`) the training split is the pool, whose features serve every draw.
     Training and validation features are those that a run with a frozen backbone caches and reuses; the test split, and
     whatever `cache` does not cache, starts from pixels.
     """
     device = trainer.strategy.root_device
-    images, labels = (part.to(device) for part in getattr(trainer.datamodule.load(), split))
+    source = trainer.datamodule.load()
+    split = "pool" if split == "train" and source.pool else split
+    images, labels = (part.to(device) for part in getattr(source, split))
     if labels.ndim == 2:
         raise UserError("probe.py and clean.py are for one class an image; these images have several labels.")
+    if not len(labels):
+        return Labelled(torch.empty(0, backbone.num_features, device=device), labels)
     preprocess = Preprocess(backbone.image_size, backbone.channels, backbone.mean, backbone.std)
     preprocess.to(device)
     in_memory = FeatureCache("memory", "", float("inf"))

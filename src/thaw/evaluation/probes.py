@@ -1,10 +1,11 @@
 """How good features are without training a network on them: nearest neighbours and logistic regression.
 
 A probe learns from training features, chooses its one setting on validation features and returns a `Choice`; it never
-sees the test split. Shapes: N images, D features, K classes, Q queries.
+sees the test split. Without validation images, as with `data.labels_per_class`, the setting has the value that the
+probe's configuration fixes for that case. Shapes: N images, D features, K classes, Q queries.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,25 +24,29 @@ SIMILARITIES = 2**25  # that are held at a time: 128 MiB
 
 
 class Labelled(NamedTuple):
-    """features float (N, D), labels int64 (N,), on one device."""
+    """features float (N, D), labels int64 (N,), -1 for an unknown one, on one device."""
 
     features: Tensor
     labels: Tensor
 
+    def known(self) -> "Labelled":
+        """Those with a label."""
+        return Labelled(*(part[self.labels >= 0] for part in self))
+
 
 @dataclass(frozen=True)
 class Choice:
-    """The value that validation chose for a probe's one setting."""
+    """The value that validation chose for a probe's one setting, or that its configuration fixes."""
 
-    setting: str  # its name, `k` or `C`
-    candidates: dict[float, float]  # validation accuracy of each value, the values in ascending order
+    setting: str | None  # its name, `k` or `C`; None: the probe has none
+    candidates: dict[float, float | None]  # validation accuracy of each value, the values in ascending order
     chosen: float  # the value with the highest; the smallest of equals
     predict: Callable[[Tensor], Tensor]  # features (Q, D) -> labels (Q,), with the chosen value
     num_parameters: int  # fitted
 
 
 def score(choice: Choice, test: Labelled, listed: Sequence[int] = ()) -> dict[str, Any]:
-    """The test accuracy of the candidate that validation chose, as `accuracy_facts` gives it."""
+    """The test accuracy of the chosen candidate, as `accuracy_facts` gives it."""
     check_finite("test", test.features)
     return accuracy_facts(choice.predict(test.features), test.labels, listed)
 
@@ -50,6 +55,7 @@ def knn(
     train: Labelled,
     val: Labelled,
     k: Annotated[Sequence[Count], Field(min_length=1)],
+    fixed_k: Count,
     metric: Literal["cosine", "euclidean"],
     vote: Literal["majority", "weighted"],
     temperature: Annotated[Positive, Field(description="0.07 is common")],
@@ -60,6 +66,7 @@ def knn(
 
     Args:
         k: candidates; validation chooses.
+        fixed_k: the one candidate where there are no validation images.
         metric: of the distance.
         vote: where `weighted`, each vote counts exp(s / temperature) of the cosine similarity s.
         temperature: of the weighted vote.
@@ -67,10 +74,12 @@ def knn(
     Raises:
         UserError: settings that do not go together, features that are not finite, labels of one class only.
     """
-    candidates = sorted(set(k))
+    train, name = train.known(), "k" if len(val.labels) else "fixed_k"
+    candidates = sorted(set(k)) if len(val.labels) else [fixed_k]
     if candidates[-1] > len(train.labels):
         raise UserError(
-            f"probe.k={candidates[-1]} is more than the {len(train.labels):,} training images; choose that or less."
+            f"probe.{name}={candidates[-1]} is more than the {len(train.labels):,} training images; choose that or "
+            "less."
         )
     if vote == "weighted" and metric != "cosine":
         raise UserError(f"probe.vote=weighted needs probe.metric=cosine, not {metric}; or set probe.vote=majority.")
@@ -89,12 +98,13 @@ def knn(
             parts.append(torch.stack([classes[each.argmax(dim=1)] for each in sums]))
         return list(torch.cat(parts, dim=1))
 
-    predictions = predict(val.features, candidates, "validation")
-    pairs = zip(candidates, predictions, strict=True)
-    accuracies: dict[float, float] = {value: accuracy(labels, val.labels) for value, labels in pairs}
+    accuracies: dict[float, float | None] = {fixed_k: None}
+    if len(val.labels):
+        pairs = zip(candidates, predict(val.features, candidates, "validation"), strict=True)
+        accuracies = {value: accuracy(labels, val.labels) for value, labels in pairs}
     for value, acc in accuracies.items():
-        say(f"k = {value:<8g} val/acc {acc:.2%}")
-    chosen = max(candidates, key=accuracies.__getitem__)  # the first of equals
+        say_candidate("k", value, acc)
+    chosen = int(best_candidate(accuracies))
     return Choice("k", accuracies, chosen, lambda queries: predict(queries, [chosen], "test")[0], num_parameters=0)
 
 
@@ -121,6 +131,7 @@ def logistic_regression(
     train: Labelled,
     val: Labelled,
     C: Annotated[Sequence[Positive], Field(min_length=1)],  # noqa: N803  # scikit-learn's name
+    fixed_C: Positive,  # noqa: N803
     max_iterations: Count,
     tolerance: Annotated[Positive, Field(description="e.g. 1e-5")],
 ) -> Choice:
@@ -128,27 +139,31 @@ def logistic_regression(
 
     Args:
         C: candidates of the inverse strength of the penalty; validation chooses. Each fit starts at the one before.
+        fixed_C: the one candidate where there are no validation images.
         max_iterations: of L-BFGS for each candidate.
         tolerance: the largest entry of the gradient at which a fit has converged.
 
     Raises:
         UserError: features that are not finite, labels of one class only.
     """
+    train, candidates = train.known(), sorted(set(C)) if len(val.labels) else [fixed_C]
     check_data(train, val)
     classes, targets = train.labels.unique(return_inverse=True)  # (K,), (N,)
     mean, std = standardisation(train.features)
     features, val_features = ((split.features - mean) / std for split in (train, val))  # (N, D)
     weight, bias = features.new_zeros(len(classes), features.shape[1]), features.new_zeros(len(classes))
-    accuracies, fits = {}, {}
-    with progress("logistic regression", len(set(C)), "fits") as advance:
-        for value in sorted(set(C)):
+    accuracies: dict[float, float | None] = {}
+    fits = {}
+    with progress("logistic regression", len(candidates), "fits") as advance:
+        for value in candidates:
             weight, bias, gradient = fit_logistic(features, targets, value, weight, bias, max_iterations, tolerance)
             fits[value] = weight, bias
-            accuracies[value] = accuracy(classes[(val_features @ weight.T + bias).argmax(dim=1)], val.labels)
+            answers = classes[(val_features @ weight.T + bias).argmax(dim=1)]
+            accuracies[value] = accuracy(answers, val.labels) if len(val.labels) else None
             note = "" if gradient <= tolerance else f"  not converged: the gradient is {gradient:.1e} at the end"
-            say(f"C = {value:<8g} val/acc {accuracies[value]:.2%}{note}")
+            say_candidate("C", value, accuracies[value], note)
             advance(1)
-    chosen = max(accuracies, key=accuracies.__getitem__)  # the first of equals
+    chosen = best_candidate(accuracies)
     weight, bias = fits[chosen]
 
     def predict(queries: Tensor) -> Tensor:
@@ -161,14 +176,27 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return int((predictions == labels).sum()) / len(labels)
 
 
+def accuracy_if_any(predict: Callable[[Tensor], Tensor], images: Labelled) -> float | None:
+    """None where there are no images."""
+    return accuracy(predict(images.features), images.labels) if len(images.labels) else None
+
+
+def best_candidate(accuracies: Mapping[float, float | None]) -> float:
+    """The value with the highest validation accuracy, the first of equals."""
+    return max(accuracies, key=lambda value: accuracies[value] or 0)
+
+
+def say_candidate(setting: str, value: float, acc: float | None, note: str = "") -> None:
+    say(f"{setting} = {value:<8g} " + (f"fixed{note}" if acc is None else f"val/acc {acc:.2%}{note}"))
+
+
 def check_data(train: Labelled, val: Labelled) -> None:
     check_finite("training", train.features)
     check_finite("validation", val.features)
-    if not len(val.labels):
-        raise UserError("There are no validation images for a probe to choose its setting by; give a validation split.")
-    if len(found := train.labels.unique()) < 2:
+    known = train.known().labels
+    if len(found := known.unique()) < 2:
         raise UserError(
-            f"All {len(train.labels):,} training images are of class {int(found[0])}; a probe needs two: raise "
+            f"All {len(known):,} training images are of class {int(found[0])}; a probe needs two: raise "
             "data.train_size."
         )
 

@@ -65,10 +65,10 @@ def report_probe(
     """
     results = {
         **tested,
-        "val/acc": round(choice.candidates[choice.chosen], 6),
+        "val/acc": None if (acc := choice.candidates[choice.chosen]) is None else round(acc, 6),
         "probe": cfg.probe._target_.rpartition(".")[2],
-        "chosen": {choice.setting: choice.chosen},
-        "candidates": [{choice.setting: value, "val/acc": acc} for value, acc in choice.candidates.items()],
+        "chosen": {choice.setting: choice.chosen} if choice.setting else {},
+        "candidates": [{choice.setting or "none": value, "val/acc": acc} for value, acc in choice.candidates.items()],
         "weights": cfg.ckpt or cfg.backbone.get("weights", "none"),
         "trainable_params": choice.num_parameters,
         "total_params": count_parameters(backbone)["total_params"] + choice.num_parameters,
@@ -161,8 +161,9 @@ def say_summary(facts: Mapping[str, Any], wandb: Sequence[str]) -> None:
     """
     lines = {}
     if is_probe := "probe" in facts:
-        ((name, chosen),) = facts["chosen"].items()
-        lines["probe"] = f"{facts['probe']}, {name} = {chosen:g}, the best of {len(facts['candidates'])} on validation"
+        how = "fixed" if facts["val/acc"] is None else f"the best of {len(facts['candidates'])} on validation"
+        chosen = [f", {name} = {value:g}, {how}" for name, value in facts["chosen"].items()]
+        lines["probe"] = facts["probe"] + "".join(chosen)
     sizes = f"{len(facts['classes'])} classes, {facts['n_train']:,} to train, {facts['n_val']:,} to validate"
     lines["data"] = f"{', '.join(filter(None, (facts['dataset'], facts['data_source'])))}: {sizes}"
     if facts.get("corrections"):

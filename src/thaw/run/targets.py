@@ -32,6 +32,8 @@ NAMED = {  # place -> classes and functions that no base class tells from others
     "*": {
         "thaw.evaluation.probes.knn",
         "thaw.evaluation.probes.logistic_regression",
+        "thaw.evaluation.propagation.propagation",
+        "thaw.evaluation.propagation.prototype",
         "thaw.freezing.adapter.add_adapters",
         "thaw.freezing.cache.FeatureCache",
         "thaw.freezing.dora.add_dora",
