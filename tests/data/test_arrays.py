@@ -24,6 +24,8 @@ def read(path: Path, **settings: object) -> Source:
         "folds": 5,
         "exclude": None,
         "relabel": None,
+        "labels_per_class": None,
+        "labels_draw": 0,
         "batch_size": 8,
         "eval_batch_size": 8,
         "num_workers": 0,

@@ -60,6 +60,8 @@ def decoded(
         "folds": 5,
         "exclude": None,
         "relabel": None,
+        "labels_per_class": None,
+        "labels_draw": 0,
         "class_weights": None,
         "sampler": "shuffled",
         "reader": "photo",

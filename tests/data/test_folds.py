@@ -68,7 +68,7 @@ def test_of_images_sorted_by_class_train_size_takes_some_of_each(tmp_path: Path)
     images = np.random.default_rng(0).integers(0, 256, (90, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "sorted.npz", images=images, labels=labels)
     keys = {"fold": 2, "folds": 3, "train_size": 12, "batch_size": 4, "eval_batch_size": 4, "num_workers": 0, "seed": 0}
-    keys |= {"exclude": None, "relabel": None}
+    keys |= {"exclude": None, "relabel": None, "labels_per_class": None, "labels_draw": 0}
     rest = {"classes": None, "val_share": 0.2, "test_share": 0.2, "reader": "photo", "class_weights": None}
     data = ArrayData(path=str(tmp_path / "sorted.npz"), sampler="shuffled", **keys, **rest).load()  # type: ignore[arg-type]
     assert data.train.labels.bincount().tolist() == [4, 4, 4] and len(data.val.labels) == 24

@@ -39,6 +39,8 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
             "folds": 5,
             "exclude": None,
             "relabel": None,
+            "labels_per_class": None,
+            "labels_draw": 0,
             "sampler": "shuffled",
             "reader": "photo",
             "subset": None,

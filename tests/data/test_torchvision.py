@@ -35,6 +35,8 @@ def settings_of(tmp_path: Path) -> dict[str, Any]:
         "folds": 5,
         "exclude": None,
         "relabel": None,
+        "labels_per_class": None,
+        "labels_draw": 0,
         "seed": 0,
         "reader": "photo",
     }

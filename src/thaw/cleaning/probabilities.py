@@ -11,7 +11,7 @@ from torch import Tensor
 from thaw.evaluation.probes import nearest
 from thaw.models.logistic import fit_logistic, standardisation
 
-MAX_ITERATIONS, TOLERANCE = 300, 1e-4  # of L-BFGS
+FIT_ITERATIONS, FIT_TOLERANCE = 300, 1e-4  # of L-BFGS
 TEMPERATURE = 0.07  # of the neighbours' votes, as in configs/probe/knn.yaml
 
 
@@ -19,7 +19,7 @@ def logistic(features: Tensor, labels: Tensor, classes: int, c: float) -> Callab
     """Fit a logistic regression to features (N, D); returns a function, features (Q, D) -> probabilities (Q, K)."""
     mean, std = standardisation(features)
     start = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
-    weight, bias, _ = fit_logistic((features - mean) / std, labels, c, *start, MAX_ITERATIONS, TOLERANCE)
+    weight, bias, _ = fit_logistic((features - mean) / std, labels, c, *start, FIT_ITERATIONS, FIT_TOLERANCE)
     return lambda queries: ((queries - mean) / std @ weight.T + bias).softmax(dim=1)
 
 
