@@ -31,6 +31,7 @@ from thaw.evaluation import cost
 from thaw.run.command import clear_errors
 
 cost.TIMING_SECONDS = 0.0  # each timing is of one prediction
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime, also where a test imports it before thaw
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # lightly would ask a server for news of itself
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell without job control
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 # How often a thread of torch looks for work before it sleeps (libgomp, read when torch is imported). By default 300,000
 # times: two runs on the same cores then slow each other many times over; with 3,000 they share them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would report its use to its makers
 
 from thaw.run.folders import register_resolvers
 

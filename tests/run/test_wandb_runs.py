@@ -287,3 +287,35 @@ def test_the_wandb_sweep_drives_train(tmp_path: Path) -> None:
     assert (cfg.name, cfg.test, cfg.logger.wandb.mode) == ("vit_linear_probe", False, "online")
     assert cfg.logger.wandb.project == sweep["project"]
     assert {key: OmegaConf.select(cfg, key) for key in chosen} == {key: of["value"] for key, of in chosen.items()}
+
+
+ONNX_SESSION = """
+import sys, time
+if sys.argv[1] == "thaw":
+    import thaw
+import onnxruntime
+from onnx import TensorProto, helper
+values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+session = onnxruntime.InferenceSession(model.SerializeToString())
+time.sleep(30)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", ["thaw", "another program"])
+def test_onnxruntime_reports_nothing(
+    who: str, contacted: tuple[int, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without thaw it does, some seconds after a session was made: this is how it would be seen."""
+    port, notes = contacted
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    run = subprocess.Popen([sys.executable, "-c", ONNX_SESSION, who])
+    while run.poll() is None and not notes:
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert bool(notes) == (who != "thaw"), notes
