@@ -106,7 +106,7 @@ def probe(path: str, overrides: list[str], source: Source, train_size: int) -> A
         return Labelled(features(part.images), part.labels)
 
     train, val = labelled(source.train, train_size), labelled(source.val, 2000)
-    choice = logistic_regression(train, val, C=[1e-2, 1e-1, 1], max_iterations=300, tolerance=1e-4)
+    choice = logistic_regression(train, val, C=[1e-2, 1e-1, 1], fixed_C=1e-1, max_iterations=300, tolerance=1e-4)
     return lambda images: choice.predict(features(images))
 
 
