@@ -185,6 +185,68 @@ def test_erased_rectangles_grow_with_the_image_and_have_all_channels() -> None:
         assert (sides.min(), sides.max()) == (10, 30)
 
 
+def test_blur_is_scipys_within_the_image() -> None:
+    """Each image has two deviations of its own. SciPy's zeros outside are divided out."""
+    images = 255 * torch.rand(6, 3, 28, 32, generator=torch.Generator().manual_seed(0))
+    module = augmentation(blur=2.5)
+    draws = module.draw(images)
+    assert draws.blurs is not None and draws.blurs.shape == (6, 2) and draws.blurs.unique().numel() == 12
+    deviations = draws.blurs.clamp(min=0.5)  # below that SciPy's kernel and ours are cut off differently
+    for image, out, sigma in zip(
+        images, module.apply_draws(images, draws._replace(blurs=deviations)), deviations, strict=True
+    ):
+        kernel = {"sigma": (0, *sigma.tolist()), "mode": "constant", "truncate": 20.0}
+        blurred = ndimage.gaussian_filter(image.double().numpy(), **kernel)
+        inside = ndimage.gaussian_filter(np.ones(image.shape), **kernel)
+        assert np.allclose(out, blurred / inside, atol=0.01)
+
+
+def test_haze_blends_with_smooth_grey() -> None:
+    """The same haze on a black and on a white image tells its share and its levels."""
+    module, images = augmentation(haze=0.5), torch.zeros(2000, 3, 28, 28)
+    draws = module.draw(images)
+    black, white = (module.apply_draws(images + level, draws).double() for level in (0, 255))
+    shares = 1 - (white - black) / 255
+    assert torch.allclose(shares, shares[:, :1, :1, :1].expand_as(shares), atol=1e-5)
+    assert shares.min() >= 0 and 0.49 < shares.max() <= 0.5 and shares.mean() == pytest.approx(0.25, abs=0.01)
+    levels = (black / shares.clamp(min=0.05))[shares[:, 0, 0, 0] > 0.05]
+    assert -0.01 < levels.min() < 10 and 245 < levels.max() < 255.01
+    assert levels.diff(dim=2).abs().max() < 28  # from 0 to 255 in a third of the side
+    assert torch.equal(black, black[:, :1].expand_as(black))
+
+
+def test_noise_has_each_images_own_deviation() -> None:
+    out = augmentation(noise=0.4)(torch.full((3000, 1, 28, 28), 1e4))
+    deviations = out.std((1, 2, 3)) / 255
+    assert out.mean() == pytest.approx(1e4, abs=0.5)
+    assert deviations.max() < 0.44 and deviations.min() < 0.001
+    assert (deviations / 0.4).sqrt().mean() == pytest.approx(0.5, abs=0.02)  # the root is uniform in [0, 1]
+
+
+def test_inverted_images_stripes_and_rectangles() -> None:
+    images = torch.randint(100, (3000, 3, 28, 28), dtype=torch.uint8)
+    out = augmentation(invert=0.3)(images)
+    inverted = out == 255 - images
+    assert torch.equal(inverted | (out == images), torch.ones_like(inverted))
+    assert torch.equal(inverted, inverted[:, :1].expand_as(inverted))
+    inverted = inverted[:, 0]
+    rows, columns = inverted.any(2), inverted.any(1)  # (N, 28)
+    assert torch.equal(inverted, rows[:, :, None] & columns[:, None, :])
+    chosen = rows.any(1)
+    assert chosen.float().mean() == pytest.approx(0.3, abs=0.03)
+    whole, tall = rows[chosen].all(1) & columns[chosen].all(1), rows[chosen].all(1)
+    assert 0.2 < whole.float().mean() < 0.4 < tall.float().mean() < 0.7
+
+
+def test_corrupt_is_the_share_of_images_that_are_changed() -> None:
+    images = torch.randint(50, 200, (2000, 3, 28, 28), dtype=torch.uint8)
+    settings = {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "blur": 2.0, "haze": 0.5, "noise": 0.5}
+    for chosen in (settings | {"invert": 1.0}, *({name: value} for name, value in settings.items())):
+        unchanged = (augmentation(**chosen, corrupt=0.3)(images) == images).all((1, 2, 3)).float().mean()
+        assert 0.66 < unchanged < 0.8, chosen  # 0.7, and those whose change is too small to see
+    assert (augmentation(**settings, invert=1.0, corrupt=0.0)(images) == images).all()
+
+
 @pytest.mark.parametrize(("erase", "share"), [(0.0, 0), (1.0, 1)])
 def test_erase_never_and_always(erase: float, share: float) -> None:
     out = augmentation(erase=erase)(torch.full((200, 1, 28, 28), 200, dtype=torch.uint8))[:, 0]
@@ -419,6 +481,10 @@ def test_displacement_has_the_wanted_size_and_smoothness(elastic: float, sigma: 
             ("brightness", 1.0),
             ("contrast", -0.1),
             ("saturation", 2),
+            ("haze", 1.0),
+            ("noise", -0.1),
+            ("invert", 1.1),
+            ("corrupt", -0.1),
         ],
     ],
 )

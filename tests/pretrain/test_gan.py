@@ -161,6 +161,14 @@ def test_a_penalty_needs_plain_attention() -> None:
     gan(backbone(fused=True), r1=0.0)
 
 
+def test_images_are_not_drawn_with_noise() -> None:
+    own = gan()
+    with pytest.raises(ValueError, match=r"augment\.haze, noise and invert leave them spoilt; set these to 0"):
+        GAN(
+            own.backbone, augmentation(noise=0.1), own.optim, "w.safetensors", 8, 32, 1.0, 0.0, 2, 0.9, 50, own.backbone
+        )
+
+
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
