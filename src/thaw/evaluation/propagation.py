@@ -18,7 +18,8 @@ from thaw.run.errors import UserError
 from thaw.run.values import Count
 
 TOLERANCE = 1e-6  # of the residual, relative to the labels
-BALANCING_STEPS = 50
+BALANCING_STEPS = 50  # few: classes seldom have exactly equal shares
+SHARPNESS = 4  # at a low one, balancing changes how sure all images are; at a high one, the class of the least sure
 
 
 def propagation(
@@ -95,12 +96,14 @@ def normalised_graph(features: Tensor, k: int) -> sparse.csr_matrix:
 
 
 def balance(scores: Tensor) -> Tensor:
-    """Probabilities (N, K) from scores: rows sum to 1, and all classes have equal shares (Sinkhorn & Knopp 1967).
+    """Probabilities (N, K) from scores: rows sum to 1, and classes have nearly equal shares (Sinkhorn & Knopp 1967).
 
+    Where a style of one class has no labelled image, its images would join another class, which then has too many.
     A class without any score stays without.
     """
     present = scores.any(dim=0)  # (K,)
-    balanced = scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny) + 1e-12 * present
+    shares = scores / scores.sum(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    balanced = (shares + 1e-6 * present) ** SHARPNESS
     for _ in range(BALANCING_STEPS):
         balanced = balanced / balanced.sum(dim=0).clamp_min(1e-12)
         balanced = balanced / balanced.sum(dim=1, keepdim=True)
