@@ -97,7 +97,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["data=folder", f"data.dir={folder / 'pets'}", *zoo]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+SLOW_EXPERIMENTS = {"few_labels_finetune"}  # tests/callbacks/test_pseudo_labels.py runs a smaller one
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=pytest.mark.long) if name in SLOW_EXPERIMENTS else name for name in EXPERIMENTS],
+)
 def test_experiment_runs_two_batches(
     experiment: str, train: Callable[..., Path], request: pytest.FixtureRequest
 ) -> None:

@@ -251,6 +251,7 @@ def test_fsdp_has_no_cache() -> None:
 # The command
 
 
+@pytest.mark.long
 def test_a_narrow_terminal_has_more_tables() -> None:
     settings, plans = make_plans(["model=vit_tiny_patch16_224", "policy=full,last_blocks", "batch_size=2"])
     for cells_of, most in ((memory_cells, 3), (work_cells, 3)):
