@@ -2,7 +2,7 @@
 
 Over seeds: the ViT by experiment=vit_best, the CNN by its own recipe and by that of vit_best, and the ViT by vit_best
 with soft targets of the ensemble of these ViTs and CNNs (distill=). Then averages, soups and test-time augmentation of
-them by eval.py. Each is a process of its own below `--out`; what is done is not done again. The combination is chosen
+them by eval.py. Each is a process of its own below `--out`; finished runs are not repeated. The combination is chosen
 by validation accuracy, of equals the one that is listed first; the test accuracies choose nothing, and all are shown.
 Writes benchmarks/best.md.
 """

@@ -4,7 +4,8 @@ Puts in 1, 5 and 10 % of uniformly wrong labels among train and val, searches as
 probe on the wrong labels, without the images found, with the labels suggested, and on the true labels. With
 `--votes FILE`, the votes of five people on doubtful test digits (github.com/cleanlab/label-errors), it counts how many
 of the labels that most of them rejected are among the first on the list. Nothing is chosen by either. Writes
-benchmarks/cleaning.md. With `ckpt=` the backbone is that of a run; `--draws 0` leaves out what it has seen labels of.
+benchmarks/cleaning.md. With `ckpt=` the backbone is that of a run; `--draws 0` measures the votes alone,
+as such a backbone has seen the training labels.
 """
 
 import argparse
@@ -38,7 +39,7 @@ FIRST = (20, 50, 100, 200)
 
 
 def put_in_errors(labels: Tensor, share: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Labels (N,) of which a share is wrong, each of the other classes equally likely; and which those are, a mask."""
+    """Labels (N,), a share of them replaced by another class at random, and a mask (N,) of the replaced ones."""
     generator = torch.Generator().manual_seed(seed)
     which = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     wrong = torch.zeros(len(labels), dtype=torch.bool)

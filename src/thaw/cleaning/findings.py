@@ -8,7 +8,7 @@ from pathlib import Path
 from thaw.run.files import atomic
 
 KINDS = {  # in the order of the files
-    "unreadable": "files that are no pictures",
+    "unreadable": "files that cannot be read",
     "blank": "images that show nothing",
     "dark": "almost black images",
     "bright": "almost white images",
