@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from thaw.run.command import command
 from thaw.run.config import build, build_list, plain, settle
+from thaw.run.stopwatch import STOPWATCH
 
 
 def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
@@ -17,6 +18,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     `callbacks` are added to those of `cfg`; sweep.py adds the one that prunes a trial.
     """
     started = time.monotonic()
+    STOPWATCH.follow("imports")
     import lightning as L
 
     from thaw.callbacks.lr_find import find_lr
@@ -36,6 +38,7 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.run.targets import targets
     from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer
 
+    STOPWATCH.follow("data and model")
     quiet_libraries()
     forget_peak_memory()
     settle(cfg)
@@ -73,10 +76,12 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
             if cfg.test:
                 check_test_batches(trainer, datamodule)
             wait_for_ranks()
+            STOPWATCH.follow("Lightning")
             trainer.fit(model, datamodule, ckpt_path=cfg.resume, weights_only=True)
             val_acc, checkpoint = best_weights(trainer, model, datamodule, cfg.validate)
             if cfg.test:
                 trainer.test(model, datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+            STOPWATCH.follow("summary, end of the loggers")
             report_run(cfg, trainer, val_acc, time.monotonic() - started)
         finally:
             finish(loggers)

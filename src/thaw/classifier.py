@@ -67,7 +67,7 @@ class Classifier(LightningModule):
         self.log("val/loss", self.task.loss(logits, batch.labels), sync_dist=True, batch_size=len(batch.labels))
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self(batch.images)
+        logits = self.head(self.features(batch))
         self.test_acc.update(logits, batch.labels)
         return logits
 
@@ -122,6 +122,7 @@ class Classifier(LightningModule):
         self.task = task(num_classes=num_classes, label_smoothing=label_smoothing)
         self.distillation = distillation
         self.cache = cache
+        self.frozen_features = FrozenFeatures(cache)  # kept, as Lightning asks for callbacks again before a test
         self.self_contained = self_contained
         self.reference: dict[str, Any] | None = None  # to the frozen tensors, in checkpoints
         self.train_acc, self.val_acc, self.test_acc = (self.task.metric() for _ in range(3))
@@ -136,7 +137,7 @@ class Classifier(LightningModule):
         return self.optim.build(self.named_parameters(), self.thaw.depths, self.thaw.epochs, self.trainer)
 
     def configure_callbacks(self) -> list[Callback]:
-        return [FreezeSchedule(), FrozenFeatures(self.cache)]
+        return [FreezeSchedule(), self.frozen_features]
 
     def setup(self, stage: str) -> None:
         if stage != "fit":

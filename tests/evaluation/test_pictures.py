@@ -48,7 +48,7 @@ def test_images_are_named_by_index_label_answer_and_confidence(
     save_images(images, logits, labels, 9000 + labels, classes, "Worst first", tmp_path / "worst.png")
     save_confusion_matrix(labels, labels.roll(1), classes, tmp_path / "confusion.png")
     grid, matrix = drawn
-    text = " ".join(grid.axes[1].get_title().split())
+    text = " ".join(grid.axes[0].texts[1].get_text().split())
     assert text == (
         "#9001 100% " + (f"{classes[1]} → {classes[2]}" if len(name) < 15 else "Leptodactyl... → Leptodactyl...")
     )

@@ -284,11 +284,7 @@ def written_elsewhere(outside: Path, url: str) -> dict[tuple[str, ...], Any]:
         ("callbacks", "lr_curve", "run_dir"): place,
         ("callbacks", "preemption", "run_dir"): place,
         ("trainer", "default_root_dir"): place,
-        ("trainer", "profiler"): {
-            "_target_": "lightning.pytorch.profilers.SimpleProfiler",
-            "dirpath": place,
-            "filename": "x",
-        },
+        ("trainer", "profiler"): {"_target_": "thaw.callbacks.run_profile.RunProfile", "run_dir": place},
         ("logger",): {
             "csv": {
                 "_target_": "thaw.run.csv_log.RunCSV",

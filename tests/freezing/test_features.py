@@ -17,6 +17,7 @@ from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
 from thaw.data.mnist import MNISTData
 from thaw.data.module import Batch
+from thaw.freezing import features as thaw_features
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone
 
@@ -56,12 +57,16 @@ class Watch(L.Callback):
     def __init__(self) -> None:
         self.train: list[tuple[int, Tensor | None, Tensor]] = []
         self.val: list[tuple[Tensor | None, Tensor]] = []
+        self.test: list[Tensor | None] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, _module: Any, batch: Batch, *_: Any) -> None:
         self.train.append((trainer.current_epoch, batch.features, batch.indices))
 
     def on_validation_batch_start(self, _trainer: L.Trainer, _module: Any, batch: Batch, *_: Any) -> None:
         self.val.append((batch.features, batch.indices))
+
+    def on_test_batch_start(self, _trainer: L.Trainer, _module: Any, batch: Batch, *_: Any) -> None:
+        self.test.append(batch.features)
 
 
 def fitted(model: Classifier, data: MNISTData | None = None, epochs: int = 2, **changes: Any) -> L.Trainer:
@@ -125,7 +130,10 @@ def test_training_with_cached_features_is_training_from_pixels(
 
 
 @pytest.mark.parametrize("freeze", ["linear_probe", "last_blocks"])
-def test_logits_and_validation_from_pixels_equal_those_from_features(model: Build, freeze: str) -> None:
+def test_validation_and_test_after_training_equal_those_from_pixels(
+    model: Build, freeze: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They use cached features, unless these are wrong."""
     classifier, data, watch = model(freeze), digits(), Watch()
     trainer = fitted(classifier, data, callbacks=[watch])
     cached = dict(trainer.callback_metrics)
@@ -139,12 +147,27 @@ def test_logits_and_validation_from_pixels_equal_those_from_features(model: Buil
             torch.testing.assert_close(classifier(data.load().val.images[indices]), logits[-1])
         watch.val.clear()
         (metrics,) = trainer.validate(classifier, data, verbose=False)
-        assert len(watch.val) == 5 and all(features is None for features, _ in watch.val)
+        assert len(watch.val) == 5 and all(features is not None for features, _ in watch.val)
         assert metrics["val/loss"] == pytest.approx(cached["val/loss"].item(), rel=1e-5)
         assert metrics["val/acc"] == pytest.approx(cached["val/acc"].item())
         (metrics,) = trainer.test(classifier, data, verbose=False)
         right = (classifier(data.load().test.images).argmax(1) == data.load().test.labels).float().mean()
     assert metrics["test/acc"] == pytest.approx(right.item())
+    assert len(watch.test) == 5 and all(features is not None for features in watch.test)
+    assert all(data.split_dataset(split).features is None for split in ("train", "val", "test"))
+
+    correct = thaw_features.frozen_features
+    monkeypatch.setattr(thaw_features, "frozen_features", lambda *given: 1.1 * correct(*given))
+    watch.test.clear()
+    (again,) = trainer.test(classifier, data, verbose=False)
+    assert again == metrics and watch.test == [None] * 5
+    assert "The cached test features differ by 1e-01 from those of pixels, which count." in caplog.text
+
+
+def test_a_test_without_training_starts_from_pixels(model: Build, tmp_path: Path) -> None:
+    watch = Watch()
+    trainer_of(callbacks=[watch]).test(model(), digits(), verbose=False)
+    assert watch.test == [None] * 5 and not (tmp_path / "cache").exists()
 
 
 @pytest.fixture

@@ -107,18 +107,21 @@ def save_images(
     confidences, answers = logits.softmax(dim=1).max(dim=1)
     names = [[shorten_name(classes[n]) for n in pair] for pair in zip(labels.tolist(), answers.tolist(), strict=True)]
     short = all(len(label + answer) < 12 for label, answer in names)
-    gap = " " if short else "\n"
-    columns = 8
+    gap, text, columns = (" ", 0.45, 8) if short else ("\n", 0.6, 8)
     rows = max(1, -(-len(images) // columns))
-    figure = new_figure(1.25 * columns, (1.65 if short else 1.8) * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels:
-        panel.axis("off")
-    facts = zip(indices.tolist(), confidences.tolist(), names, (answers != labels).tolist(), strict=True)
-    for panel, image, (index, confidence, (label, answer), wrong) in zip(panels, images, facts, strict=False):
-        show_image(panel, image)
+    cell, top = (1.25, text + 1.2), 0.4  # inches
+    figure = new_figure(cell[0] * columns, cell[1] * rows + top)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1 - top / figure.get_figheight()))  # one for all: an axes each takes a second
+    axes.axis("off")
+    facts = zip(images, indices.tolist(), confidences.tolist(), names, (answers != labels).tolist(), strict=True)
+    for place, (image, index, confidence, (label, answer), wrong) in enumerate(facts):
+        x, y = (place % columns + 0.5) * cell[0], place // columns * cell[1] + text
+        height, width = (1.1 * side / max(image.shape[1:]) for side in image.shape[1:])
+        show_image(axes, image, (x - width / 2, x + width / 2, y + height, y))
         title = f"#{index}  {confidence:.0%}\n{label}{gap}{ARROW} {answer}"
-        panel.set_title(title, fontsize=SMALL, color=ACCENT if wrong else INK)
+        axes.text(x, y - 0.05, title, ha="center", va="bottom", fontsize=SMALL, color=ACCENT if wrong else INK)
+    axes.set(xlim=(0, cell[0] * columns), ylim=(cell[1] * rows, 0))
     figure.suptitle(f"{order}: #index, confidence, true {ARROW} predicted (orange: wrong)", fontsize=11)
     save_figure(figure, path)
 
@@ -133,11 +136,11 @@ def on_paper(images: Tensor, reader: str) -> Tensor:
     return 255 - images if reader == "digit" else images
 
 
-def show_image(axes: Axes, image: Tensor) -> None:
-    """An image (C, H, W), grey or RGB."""
+def show_image(axes: Axes, image: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
+    """An image (C, H, W), grey or RGB, at left, right, bottom and top of the axes' data; None: its size in pixels."""
     height, width = image.shape[1:]
     pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
+    axes.imshow(pixels.numpy(), cmap="gray", vmin=0, vmax=255, extent=extent or (0, width, height, 0))
 
 
 def save_contact_sheet(rows: list[Tensor], titles: list[str], path: Path) -> None:

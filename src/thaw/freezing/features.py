@@ -1,5 +1,6 @@
 """The frozen layers of a backbone run once over the images, instead of in every epoch and in every job of a sweep."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +14,23 @@ from thaw.freezing.cache import FeatureCache
 from thaw.models.backbone import Backbone
 from thaw.run.errors import UserError
 
+log = logging.getLogger(__name__)
+
+CHECKED, LARGEST_ERROR = 64, 0.02  # images, and the most that their features may differ from pixels' (bf16: 0.004)
+
 
 class FrozenFeatures(Callback):
     """Gives training and validation batches the output of the layers that are frozen below all that trains.
 
     `pl_module.cut` says how many layers those are: `pl_module.backbone.suffix(batch.features, cut)` continues from
-    there. What is validated or tested after training starts from pixels again.
+    there. The validation and test that follow training in the same process use the cache, too, after a check that
+    pixels give the same features. A validation or test on its own starts from pixels.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
         self.cache = cache
         self.datasets: list[Any] = []  # those whose batches carry features
+        self.trained = False  # on features, to its end
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         pl_module.cut = pl_module.thaw.cut(trainer.current_epoch)
@@ -42,7 +49,37 @@ class FrozenFeatures(Callback):
             check_frozen(pl_module.backbone, cut)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.trained = bool(self.datasets)
         self.drop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.compute_again("val", trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.compute_again("test", trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":
+            self.drop()
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.drop()
+
+    def compute_again(self, split: str, trainer: Any, pl_module: Any) -> None:
+        """The features of a split whose model trained on features before, if they are what pixels give."""
+        if trainer.state.fn == "fit" or not self.trained:
+            return
+        self.attach(split, trainer, pl_module)
+        self.cache.summarise(trainer)
+        for dataset in self.datasets:
+            batch = dataset[torch.arange(min(len(dataset), CHECKED))]
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                images = pl_module.preprocess(batch.images.to(pl_module.device))
+                pixels = pl_module.backbone.prefix(images, pl_module.cut).float()
+            error = (pixels - batch.features.to(pl_module.device)).norm() / pixels.norm()
+            if not error < LARGEST_ERROR:
+                log.warning("The cached %s features differ by %.0e from those of pixels, which count.", split, error)
+                self.drop()
 
     def drop(self) -> None:
         while self.datasets:
@@ -61,12 +98,15 @@ class FrozenFeatures(Callback):
             self.cache.refuse("images are augmented at random (augment=none would cache features)", trainer)
         elif self.cache.mode != "off":
             for split in ("train", "val"):
-                dataset = datamodule.split_dataset(split)
-                layers = pl_module.preprocess, pl_module.backbone, pl_module.cut
-                dataset.features = frozen_features(split, dataset.data.images, *layers, self.cache, trainer)
-                if dataset.features is not None:
-                    self.datasets.append(dataset)
+                self.attach(split, trainer, pl_module)
             self.cache.summarise(trainer)
+
+    def attach(self, split: str, trainer: Any, pl_module: Any) -> None:
+        dataset = trainer.datamodule.split_dataset(split)
+        layers = pl_module.preprocess, pl_module.backbone, pl_module.cut
+        dataset.features = frozen_features(split, dataset.data.images, *layers, self.cache, trainer)
+        if dataset.features is not None:
+            self.datasets.append(dataset)
 
 
 def check_frozen(backbone: Backbone, cut: int) -> None:

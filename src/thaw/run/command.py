@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from thaw.run.command_line import check_secrets, override_key, quote_path
 from thaw.run.console import harmless, lenient
+from thaw.run.deferred import defer
 from thaw.run.errors import UserError
 from thaw.run.files import DISK, unwritten
 from thaw.run.migrations import CONFIGS
@@ -56,6 +57,8 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
         def job(cfg: DictConfig) -> Any:
             with shown_errors():  # before Hydra, which would print a line of its own
                 check_command(cfg)
+                defer("scipy.signal", hamming=None)  # torchmetrics asks for this name alone: half a second
+                defer("wandb")  # timm, for a function that is not called here
                 return task(cfg)
 
         compose_and_run = hydra.main(version_base="1.3", config_path="configs", config_name=config_name)(job)

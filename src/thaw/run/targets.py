@@ -20,7 +20,7 @@ OWN = "thaw"
 OPTIMIZERS = ("torch.optim", "timm.optim")
 NAMED = {  # place -> classes and functions that no base class tells from others
     "trainer": {"lightning.Trainer"},
-    "trainer.profiler": {"lightning.pytorch.profilers.SimpleProfiler"},
+    "trainer.profiler": {"thaw.callbacks.run_profile.RunProfile"},
     "callbacks.*": {f"lightning.pytorch.callbacks.{name}" for name in ("LearningRateMonitor", "ModelCheckpoint")},
     "logger.*": {
         "thaw.run.csv_log.RunCSV",
