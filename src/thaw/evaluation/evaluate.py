@@ -60,8 +60,8 @@ def evaluate_checkpoint(
 def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: bool) -> tuple[float | None, str | None]:
     """Validation accuracy and file of a run's best weights, None where there is none.
 
-    Where validation has chosen none, these are the last weights. `again` validates the best ones once more, from
-    pixels, and warns if cached features gave another accuracy.
+    Where validation has chosen none, these are the last weights. `again` validates the best ones once more, as the
+    file has them, and warns if their accuracy in training was another one.
     """
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -88,7 +88,7 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
     if best and best.monitor == "val/acc" and best.best_model_score is not None:
         before = float(best.best_model_score)
         if abs(now - before) > ACCURACY_TOLERANCE + 1 / len(datamodule.split_dataset("val")):
-            log.warning("Validation accuracy is %.4f from pixels, but was %.4f from cached features.", now, before)
+            log.warning("Validation accuracy of %s is %.4f, but was %.4f in training.", path, now, before)
     return round(now, 6), path or None
 
 
