@@ -366,3 +366,18 @@ def test_the_number_of_classes_comes_from_the_data(uneven: MNISTData) -> None:
     assert count_classes(7, object()) == 7
     with pytest.raises(ValueError, match=r"object has no load\(\); set model.num_classes"):
         count_classes("auto", object())
+
+
+def test_batches_with_features_read_no_images() -> None:
+    dataset = loader(25, 10).dataset
+    dataset.features = torch.arange(75.0).view(25, 3)
+    batch = dataset[torch.tensor([7, 3])]
+    assert batch.images.shape == (2, 0) and batch.images.dtype == torch.uint8
+    assert batch.features.tolist() == [[21, 22, 23], [9, 10, 11]] and batch.labels.tolist() == [7, 3]
+
+
+def test_each_batch_is_read_ahead_once_while_the_one_before_it_is_used() -> None:
+    dataset, asked = loader(25, 10).dataset, []
+    dataset.read_ahead = lambda indices: asked.append(indices.tolist())
+    for number, batch in enumerate(BatchSampler(dataset, 10, shuffle=True, seed=0, num_replicas=1, rank=0)):
+        assert asked[number] == batch.tolist() and len(asked) == min(number + 2, 3)

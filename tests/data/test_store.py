@@ -1,10 +1,14 @@
 """The store of tensors: exact or nothing, whatever was killed, damaged, full or in use by another process."""
 
+import ctypes
 import errno
 import fcntl
 import json
+import mmap
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thaw.data.store import TensorStore, json_sha256
+from thaw.data.store import TensorStore, json_sha256, read_ahead
 
 KEY, OTHER, THIRD = ("0123456789abcdef", "1" * 16, "2" * 16)
 FACTS = {"weights": "abc", "size": [28, 28]}
@@ -266,3 +270,37 @@ def test_files_of_others_in_the_folder_are_left_alone(store: TensorStore) -> Non
     put(store)
     put(store, OTHER)
     assert files(store) == others | {f"{OTHER}.npy", f"{OTHER}.json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux which pages lie in memory")
+def test_read_ahead_fetches_the_pages_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, pages = 64, 5  # of a row, and the rows lie across pages
+    big = TensorStore(tmp_path, max_bytes=1e9)
+    with big.lock(KEY):
+        target = big.create(KEY, (rows, pages * mmap.PAGESIZE), torch.uint8)
+        big.commit(KEY, FACTS, target.fill_(7), known={})
+    del target
+
+    def in_memory(tensor: Tensor) -> list[int]:
+        """How many pages of each row."""
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        found = (ctypes.c_ubyte * (rows * pages + 1))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(tensor.nbytes), found)
+        return [sum(page & 1 for page in found[row * pages : (row + 1) * pages]) for row in range(rows)]
+
+    with big.path(KEY).open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    images = torch.from_numpy(np.load(big.path(KEY), mmap_mode="c"))
+    if sum(in_memory(images)) > pages:  # the header's
+        pytest.skip("this file system keeps its files in memory")
+    read_ahead(images, torch.tensor([40, 12]))
+    assert sum(in_memory(images)) <= pages  # it is small
+    monkeypatch.setattr("thaw.data.store.HASHED", 0)
+    monkeypatch.setattr("thaw.data.store.LONG_ROW", 0)
+    read_ahead(images, torch.tensor([40, 12]))
+    until = time.monotonic() + 10
+    while min(in_memory(images)[row] for row in (40, 12)) < pages and time.monotonic() < until:
+        time.sleep(0.01)
+    found = in_memory(images)
+    assert found[40] == found[12] == pages and sum(found) <= 4 * pages

@@ -319,7 +319,8 @@ class FeatureCheck(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         assert pl_module.cut == pl_module.thaw.cut(trainer.current_epoch)
         if batch.features is not None:
-            expected = pl_module.backbone.prefix(pl_module.preprocess(batch.images), pl_module.cut)
+            images = trainer.datamodule.split_dataset("train").data.images[batch.indices]  # type: ignore[attr-defined]
+            expected = pl_module.backbone.prefix(pl_module.preprocess(images), pl_module.cut)
             torch.testing.assert_close(batch.features, expected, rtol=1e-5, atol=1e-6)
             self.cached.append((trainer.current_epoch, pl_module.cut))
 

@@ -2,9 +2,11 @@
 
 import gc
 import json
+import mmap
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thaw.data.module import Batch
 from thaw.plan.__main__ import main, make_plans
-from thaw.plan.costs import Plan, fitted_tables, memory_cells, plan_devices, work_cells
+from thaw.plan.costs import Plan, cache_line, fitted_tables, memory_cells, plan_devices, work_cells
 from thaw.plan.dry_step import CONVOLUTION, Step, dry_step
 from thaw.plan.settings import compose_run, read_arguments
 from thaw.run.command import clear_errors
@@ -241,6 +243,17 @@ def test_fsdp_shares_and_gathers_two_layers() -> None:
 
 def test_filling_the_cache_can_take_more_than_a_step() -> None:
     assert plan(1, sharded=False, filling=7000).memory == 800 + 7000
+
+
+def test_a_cache_larger_than_memory_is_read_in_each_epoch() -> None:
+    settings, _ = read_arguments(["ram=50", "disk=2"])
+    found = plan(1, sharded=False, cached=40_000_000)  # of 1,000 images: 40 GB of the 45 that count
+    assert cache_line(found, settings) == (
+        "cache of model, policy: 40.0 GB, fits in 50 GB of memory; read from the disk once, 20.0 s"
+    )
+    line = cache_line(replace(found, images=10**9, cache=10**12), settings)  # and a page an image
+    seconds = (1000 + mmap.PAGESIZE) / 2
+    assert line.endswith(f"1,000.0 GB, more than 50 GB of memory; read in each epoch, {seconds:,.1f} s")
 
 
 def test_fsdp_has_no_cache() -> None:

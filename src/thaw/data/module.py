@@ -10,6 +10,7 @@ settings, with the method `read() -> thaw.data.images.Source`. Any other Lightni
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from thaw.data.corrections import correct
 from thaw.data.few_labels import check_few_labels, keep_labels
 from thaw.data.folds import FoldCount, check_fold, take_fold
 from thaw.data.images import Images, Source, absent_classes, check_source
-from thaw.data.store import decoded_key
+from thaw.data.store import decoded_key, read_ahead
 from thaw.run.config import build
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -39,7 +40,8 @@ NOT_RESUMED = {"epoch": -1, "batches_done": 0}
 class Batch(NamedTuple):
     """images uint8 (B, C, H, W), labels int64 (B,), indices int64 (B,) of the images in their split.
 
-    features (B, ...): the cached output of the frozen part of the model, where there is a cache.
+    features (B, ...): the cached output of the frozen part of the model, where there is a cache; images are then
+        (B, 0), as reading them would cost more than all else.
     soft_targets (B, K): what teachers say of the images, where there are some; see `thaw.callbacks.soft_targets`.
     """
 
@@ -76,9 +78,15 @@ class ImageDataset(Dataset[Batch]):
         if features is not None:
             features = features.index_select(0, indices.to(features.device))
         indices = indices.to(self.data.labels.device, non_blocking=True)
-        images, labels = (part.index_select(0, indices) for part in self.data)
+        images, labels = self.data
+        labels = labels.index_select(0, indices)
+        images = images.index_select(0, indices) if features is None else images.new_empty(len(labels), 0)
         soft_targets = None if self.soft_targets is None else self.soft_targets.index_select(0, indices)
         return Batch(images, labels, indices, features, soft_targets)
+
+    def read_ahead(self, indices: Tensor) -> None:
+        """Let the disk read what a batch will take, while the batch before it is used."""
+        read_ahead(self.data.images if self.features is None else self.features, indices)
 
 
 class BatchSampler(DistributedSampler):
@@ -117,8 +125,16 @@ class BatchSampler(DistributedSampler):
         batches = list(order.split(self.batch_size * self.num_replicas))  # one for each step of all ranks together
         if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
             batches[-2:] = [torch.cat(batches[-2:])]
-        for batch in batches:
-            yield batch.tensor_split(self.num_replicas)[self.rank]
+        own = (batch.tensor_split(self.num_replicas)[self.rank] for batch in batches)
+        for batch, _ in pairwise(
+            chain(map(self.read_ahead, own), [None])
+        ):  # when one is taken, the next one is asked for
+            yield batch  # type: ignore[misc]  # None comes last
+
+    def read_ahead(self, batch: Tensor) -> Tensor:
+        if isinstance(self.dataset, ImageDataset):
+            self.dataset.read_ahead(batch)
+        return batch
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_images, self.batch_size * self.num_replicas)

@@ -4,9 +4,11 @@ An entry is `<key>.npy` and `<key>.json`. The JSON is written last. It holds the
 SHA-256 of the tensor and its own; an entry that does not match its JSON is ignored.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from thaw.run.claims import total_memory
 from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.run.files import move, read_json, temporary, write_json
@@ -28,7 +31,8 @@ NUMPY = {  # numpy has no bf16: its bits
     **{torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16},
     **{torch.uint8: np.uint8, torch.bfloat16: np.int16},
 }
-HASHED = 2e9  # bytes of decoded images that are hashed
+HASHED = 2e9  # bytes of decoded images that are hashed, and so in memory once they are opened
+LONG_ROW = 1 << 16  # bytes, far more than a page
 KNOWN: dict[str, tuple[Tensor, dict[str, Any]]] = {}  # by key: the decoded images that this process has, and their JSON
 
 
@@ -157,6 +161,32 @@ def decoded_key(tensor: Tensor) -> str | None:
     """The key of decoded images, also of a part of them; None for another tensor."""
     start = tensor.untyped_storage().data_ptr()
     return next((key for key, (images, _) in KNOWN.items() if images.untyped_storage().data_ptr() == start), None)
+
+
+def read_ahead(tensor: Tensor, indices: Tensor) -> None:
+    """Ask the system to read rows of a mapped tensor (N, ...) from the disk, all at once, and return before they come.
+
+    Otherwise rows that lie apart come one after the other, each with MBs around it that push out of memory what is
+    needed later. The asking costs about 2 us a row, so it is left out where memory holds the tensor or soon will: small
+    ones, and short rows that fit in memory.
+
+    Args:
+        indices: int64 (B,) of the rows.
+    """
+    size = tensor.stride(0) * tensor.itemsize
+    fits = tensor.nbytes < HASHED or (size < LONG_ROW and tensor.nbytes < total_memory() / 2)
+    if fits or tensor.device.type != "cpu" or not hasattr(mmap, "MADV_WILLNEED"):  # Windows has none
+        return
+    madvise = ctypes.CDLL(None).madvise
+
+    def advise(begin: int, end: int, advice: int) -> None:
+        start = begin - begin % mmap.PAGESIZE
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+
+    begin = tensor.data_ptr()
+    advise(begin, begin + tensor.nbytes, mmap.MADV_RANDOM)  # nothing around a row
+    for index in indices.tolist():
+        advise(begin + index * size, begin + (index + 1) * size, mmap.MADV_WILLNEED)
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -74,7 +74,7 @@ class FrozenFeatures(Callback):
         for dataset in self.datasets:
             batch = dataset[torch.arange(min(len(dataset), CHECKED))]
             with torch.no_grad(), trainer.precision_plugin.forward_context():
-                images = pl_module.preprocess(batch.images.to(pl_module.device))
+                images = pl_module.preprocess(dataset.data.images[batch.indices].to(pl_module.device))
                 pixels = pl_module.backbone.prefix(images, pl_module.cut).float()
             error = (pixels - batch.features.to(pl_module.device)).norm() / pixels.norm()
             if not error < LARGEST_ERROR:

@@ -1,6 +1,7 @@
 """Memory, traffic and work of a policy on several devices, from the numbers of one training step."""
 
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,18 @@ def show_plans(settings: PlanSettings, plans: Sequence[Plan]) -> None:
         for table in fitted_tables(plans, cells, out.width if out.is_terminal else UNBOUNDED):
             say_fitted(table)
             say()
+    for plan in plans:
+        if plan.cache:
+            say(cache_line(plan, settings))
+
+
+def cache_line(plan: Plan, settings: PlanSettings) -> str:
+    """Whether a cache fits the memory of a machine, and how long its disk takes to read it."""
+    size, fits = plan.cache / 1e9, plan.cache <= FITS * settings.ram * 1e9
+    whole = size + (0 if fits else plan.images * mmap.PAGESIZE / 1e9)  # of an image that lies on pages of others
+    memory = f"{settings.ram:g} GB of memory"
+    read = f"fits in {memory}; read from the disk once" if fits else f"more than {memory}; read in each epoch"
+    return f"cache of {plan.model}, {plan.policy}: {size:,.1f} GB, {read}, {whole / settings.disk:,.1f} s"
 
 
 def memory_cells(plan: Plan, settings: PlanSettings) -> dict[str, str]:

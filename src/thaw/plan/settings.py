@@ -32,6 +32,8 @@ class PlanSettings:
     memory: list[Positive]
     flops: Positive
     rate: Positive
+    ram: Positive
+    disk: Positive
     json: str | None
 
 

@@ -8,9 +8,13 @@ from thaw.run.errors import UserError
 
 def check_memory(size: int, name: str) -> None:
     """Raise UserError if a file states more bytes than this machine has memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
-        raise UserError(f"{name} states {size:,} bytes of data; the memory of this machine has {memory:,}.")
+    if size > total_memory():
+        raise UserError(f"{name} states {size:,} bytes of data; the memory of this machine has {total_memory():,}.")
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def zip_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
