@@ -18,10 +18,11 @@ def main(cfg: DictConfig) -> None:
     from thaw.data.readers import ImageReader
     from thaw.predict.predictor import ImageModel, Predictor, load_predictor
     from thaw.run.console import say
+    from thaw.run.memory import keep_memory
 
     try:
         from thaw.serve.app import create_app
-        from thaw.serve.server import keep_memory, open_port, serve, spared_collector
+        from thaw.serve.server import open_port, serve, spared_collector
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 

@@ -34,12 +34,14 @@ def train(cfg: DictConfig, callbacks: Sequence[Any] = ()) -> float | None:
     from thaw.run.checkpoint import find_checkpoint
     from thaw.run.console import quiet_libraries
     from thaw.run.loggers import finish
+    from thaw.run.memory import keep_memory
     from thaw.run.ranks import ranks
     from thaw.run.targets import targets
     from thaw.run.trainer_settings import build_trainer, check_test_batches, check_trainer
 
     STOPWATCH.follow("data and model")
     quiet_libraries()
+    keep_memory()
     forget_peak_memory()
     settle(cfg)
     check_trainer(cfg.trainer, cfg.optim)

@@ -25,6 +25,7 @@ from thaw.freezing.slim import drop_frozen, fill_frozen, refer_to_frozen
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.run.errors import UserError
+from thaw.run.steps import is_logged
 from thaw.run.values import Count, Probability
 from thaw.task import Distillation, SingleLabel, check_single_label
 
@@ -39,7 +40,8 @@ class Classifier(LightningModule):
         if soft_targets is not None:  # of the teachers that distill= names
             loss = self.distillation.loss(loss, logits, soft_targets)
         self.train_acc.update(logits, main_labels(targets))  # of a mixed image the label with the larger share
-        self.log("train/loss", loss, prog_bar=True)
+        if is_logged(self._trainer):
+            self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def training_features(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.steps import is_logged
 from thaw.run.values import NonNegative, Positive
 from thaw.task import check_single_label
 
@@ -58,7 +59,8 @@ class BankClassifier(Classifier):
         features, targets, _ = self.training_features(batch)
         losses, sums = measure_heads(self.head.logits(features), targets, self.task.training_loss)
         self.train_sums += sums
-        self.log("train/loss", losses.detach().take(self.head.chosen), prog_bar=True)
+        if is_logged(self._trainer):
+            self.log("train/loss", losses.detach().take(self.head.chosen), prog_bar=True)
         finite = losses.isfinite()
         return losses.where(finite | ~finite.any(), 0).sum()  # where none is finite, `FiniteLoss` stops the run
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -121,3 +122,29 @@ def test_every_epoch_logs_loss_and_learning_rate(
     rates = {int(row["step"]) for row in rows if any(value for key, value in row.items() if key.startswith("lr-"))}
     assert list(losses.values()) == wanted
     assert rates == set(losses)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 5}, {"val_check_interval": 2}, {"accumulate_grad_batches": 2}])
+def test_a_loss_is_logged_where_it_is_read(
+    settings: dict, classifier: Build, batch: Batch, fit: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What loggers, and callbacks at validations and ends of epochs, see is what logging in every step gives."""
+
+    class Seen(L.Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+        on_train_epoch_end = on_validation_start
+
+    def losses(name: str) -> tuple[list[float], str]:
+        seen, log = Seen(), CSVLogger(tmp_path, name=name)
+        batches = [Batch(*(part[place::4] for part in batch[:3])) for place in range(4)]
+        fit(classifier("full"), batches, 2, callbacks=[seen], logger=log, log_every_n_steps=3, **settings)
+        return seen.losses, Path(log.log_dir, "metrics.csv").read_text()
+
+    few = losses("few")
+    monkeypatch.setattr("thaw.classifier.is_logged", lambda trainer: True)
+    assert len(few[0]) > 2 and few == losses("all")

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -15,6 +16,7 @@ from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.run import checkpoint as checkpoints
 from thaw.run.command import show
 from thaw.run.errors import UserError
+from thaw.run.steps import skip_empty_hooks
 from thaw.run.trainer_settings import RULES, check_trainer
 
 REFUSED = {
@@ -170,3 +172,16 @@ def test_what_depends_on_the_data_is_refused_before_the_first_step(
 def test_a_metric_of_training_that_is_not_logged(train: Callable[..., Path], tiny_run: list[str]) -> None:
     with pytest.raises(UserError, match=r"monitor=train/los of EarlyStopping is not logged; choose from train/loss,"):
         train(*tiny_run, STOPS + "train/los}")
+
+
+def test_hooks_that_a_callback_does_not_have_are_skipped(classifier: Callable, batch: Any, fit: Callable) -> None:
+    class Counter(lightning.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, *_: object) -> None:
+            self.steps += 1
+
+    counter = Counter()
+    skip_empty_hooks([counter])
+    fit(classifier(), [batch] * 3, callbacks=[counter])
+    assert counter.steps == 3 and counter.on_before_backward is None

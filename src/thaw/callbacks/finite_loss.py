@@ -33,6 +33,8 @@ class FiniteLoss(Callback):
         self.batch, self.batch_idx = batch, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if loss.device.type == "cpu" and loss.isfinite():
+            return
         place = (trainer.global_step, trainer.current_epoch, self.batch_idx)
         self.unchecked.append((loss.detach(), self.batch.indices, *place))
         if loss.device.type == "cpu" or len(self.unchecked) == EVERY:

@@ -298,6 +298,12 @@ class ImageDataModule(LightningDataModule):
         self.resume_at = NOT_RESUMED  # a later fit starts afresh
         return self.train_loader
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave a batch alone that lies there already; Lightning's search through it takes 0.1 ms."""
+        if isinstance(batch, Batch) and all(part is None or part.device == device for part in batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     # Lightning restores the loader's own state, but not if the optimizer's schedule has asked for the loader's length
     # before. So the position in the epoch is part of the data module's state.
     def state_dict(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from thaw.run.config import build
 from thaw.run.console import say
 from thaw.run.errors import UserError
+from thaw.run.steps import skip_empty_hooks
 from thaw.run.values import Count, CountOrZero, NonNegative, find_problem
 
 if TYPE_CHECKING:  # takes seconds
@@ -106,12 +107,16 @@ def check_trainer(trainer: DictConfig, optim: DictConfig) -> None:
 
 def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[Any]) -> "Trainer":
     """The trainer of a run; `trainer.enable_checkpointing=false` and `trainer.fast_dev_run` keep no checkpoint."""
+    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("enable_checkpointing") is False:
         say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    skip_empty_hooks(callbacks)
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
+    if cfg.trainer.get("deterministic") == "warn":  # else torch fills each new tensor, 3 % of a step on a CPU
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if hasattr(trainer.strategy, "_timeout"):  # of several processes
         trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same

@@ -1,7 +1,6 @@
-"""Runs the application: opens the port, keeps memory for batches, and stops on SIGTERM or Ctrl-C."""
+"""Runs the application: opens the port, and stops on SIGTERM or Ctrl-C."""
 
 import asyncio
-import ctypes
 import errno
 import functools
 import gc
@@ -10,7 +9,7 @@ import select
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -21,8 +20,6 @@ from thaw.run.console import say
 from thaw.run.errors import UserError
 from thaw.serve.connection import Connection
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
-ONE_GIB = 1 << 30  # bytes, more than a batch takes
 BACKLOG = 1024  # connections that wait to be accepted
 ROUNDS = 5  # of the event loop, more than it takes from a connection that is accepted to its request
 
@@ -87,18 +84,6 @@ def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
         signal.signal(number, stop)
     say(ready)  # from now on a signal ends it in order
     server.run(sockets=[opened])
-
-
-def keep_memory() -> None:
-    """Keep the memory of a batch for the next one.
-
-    glibc gives large blocks back to the system at once and asks for them again: for a batch of a small ViT on two cores
-    these are 6,000 page faults and a fifth to a third of the time. Other systems' allocators are left alone.
-    """
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for threshold in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-            libc.mallopt(threshold, ONE_GIB)
 
 
 @contextmanager
