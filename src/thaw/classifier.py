@@ -23,6 +23,7 @@ from thaw.freezing.policy import FreezePolicy
 from thaw.freezing.schedule import FreezeSchedule
 from thaw.freezing.slim import drop_frozen, fill_frozen, refer_to_frozen
 from thaw.models.backbone import Backbone
+from thaw.models.parallel import forward_in_threads
 from thaw.optim import OptimizerRecipe
 from thaw.run.errors import UserError
 from thaw.run.steps import is_logged
@@ -58,9 +59,9 @@ class Classifier(LightningModule):
         return self.backbone(images), targets, soft_targets
 
     def features(self, batch: Batch) -> Tensor:
-        """(B, D) of images as they are, or of cached features (B, T, D) or (B, D)."""
+        """(B, D) of images as they are, for validation and test, or of cached features (B, T, D) or (B, D)."""
         if batch.features is None:
-            return self.backbone(self.preprocess(batch.images))
+            return forward_in_threads(self.encode, batch.images, self._trainer)
         return self.backbone.suffix(batch.features.to(self.dtype), self.cut)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -75,7 +76,11 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> logits (B, K)."""
-        return self.head(self.backbone(self.preprocess(images)))
+        return self.head(self.encode(images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> (B, D)."""
+        return self.backbone(self.preprocess(images))
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": 
 @pytest.fixture(autouse=True)
 def nothing_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "VERIFIED", {})
+    monkeypatch.setattr(feature_cache, "forward_threads", lambda trainer: 1)  # whose chunks are 128 digits
 
 
 def trainer_of(**changes: Any) -> L.Trainer:
@@ -122,6 +123,13 @@ def test_features_equal_a_naive_loop_over_the_digits(
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("features of train images: 128 of 300 images, about 0 s left") and "256 of 300" in second
     assert re.fullmatch(rf"cached features: 300 train images, 0 MB in {where} \(\d+\.\d s\)", last)
+
+
+def test_two_threads_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "forward_threads", lambda trainer: 2)
+    target, compute = torch.empty(COUNT, 5), Compute()
+    compute_all(compute, "features", COUNT, 16, target, trainer_of())
+    assert torch.equal(target, naive()) and len(compute.digits) == 5 * 64
 
 
 def test_another_run_computes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from thaw.data.store import TensorStore
+from thaw.models.parallel import forward_threads, map_in_threads
 from thaw.run.console import progress, say
 from thaw.run.errors import UserError, UserFileError
 from thaw.run.values import Positive
@@ -82,7 +83,7 @@ class FeatureCache:
 
         Args:
             count: N.
-            compute: indices (B,) of images -> features (B, ...).
+            compute: indices (B,) of images -> features (B, ...), called by several threads at once.
             tokens: that an image is in `compute`; decides how many images are computed at once.
             facts: all that the features depend on, as values of JSON.
             trainer: of the processes that call this together.
@@ -170,12 +171,17 @@ def compute_all(
     compute: Callable[[Tensor], Tensor], title: str, count: int, tokens: int, target: Tensor | None, trainer: Trainer
 ) -> None:
     """Fill `target` (N, ...) on the processes that have one, each process computing its share."""
-    ranks, chunk = trainer.world_size, max(1, TOKENS[trainer.strategy.root_device.type] // tokens)
+    ranks, threads = trainer.world_size, forward_threads(trainer)
+    chunk = max(1, TOKENS[trainer.strategy.root_device.type] // tokens // threads)
+    starts = range(0, count, chunk * ranks)
     shown = progress(title, count, hidden=not trainer.is_global_zero)
+
+    def share(start: int) -> Tensor:  # of this process
+        first = start + trainer.global_rank * chunk
+        return compute(torch.arange(first, first + chunk).clamp_(max=count - 1))  # ranks need equal shapes
+
     with forked_rng(trainer), shown as advance:
-        for start in range(0, count, chunk * ranks):
-            first = start + trainer.global_rank * chunk
-            part = compute(torch.arange(first, first + chunk).clamp_(max=count - 1))  # ranks need equal shapes
+        for start, part in zip(starts, map_in_threads(share, starts, threads), strict=True):
             if ranks > 1:
                 part = trainer.strategy.all_gather(part).flatten(0, 1)  # type: ignore[union-attr]
             if target is not None:
