@@ -17,7 +17,7 @@ help:
 	@echo "make faults                                  kill runs, fill disks, mutate files, flood the server: 30 minutes, then a table"
 	@echo "make mutants                                 change the code at random: would the tests notice? 30 minutes"
 	@echo "make docs                                    build the pages as a site, in site/"
-	@echo "make bench                                   measure speed next to the textbook way (25 minutes)"
+	@echo "make bench                                   measure speed beside the strongest other way (20 minutes)"
 	@echo "make compare                                 all policies and baselines on the official test digits (hours)"
 	@echo "make compare-pretraining                     all pretraining objectives at equal compute (hours)"
 	@echo "make schemas                                 JSON schemas of configs/, by which editors complete the YAML"

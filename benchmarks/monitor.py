@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
-from benchmarks.bench import ROOT
+from benchmarks.speed.measure import ROOT
 from thaw.run.config import build_list, settle
 from thaw.run.console import lenient, quiet_libraries
 

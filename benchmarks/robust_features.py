@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from benchmarks.bench import ROOT
+from benchmarks.speed.measure import ROOT
 from thaw.data.batches import by_batches, evenly_spread
 from thaw.data.images import Images, Source
 from thaw.data.preprocess import Preprocess

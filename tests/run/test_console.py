@@ -82,6 +82,8 @@ def test_every_program_starts_so() -> None:
         ROOT / "src" / "thaw" / "plan" / "__main__.py",
     ):
         text = script.read_text(encoding="utf-8")
+        if "import thaw" not in text and "from thaw" not in text:  # a script that thaw is compared with
+            continue
         assert "with clear_errors():" in text or "with lenient():" in text or "@command(" in text, script
 
 

@@ -116,7 +116,7 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
     skip_empty_hooks(callbacks)
     trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
     if cfg.trainer.get("deterministic") == "warn":  # else torch fills each new tensor, 3 % of a step on a CPU
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if hasattr(trainer.strategy, "_timeout"):  # of several processes
         trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
