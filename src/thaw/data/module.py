@@ -10,7 +10,6 @@ settings, with the method `read() -> thaw.data.images.Source`. Any other Lightni
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -125,16 +124,14 @@ class BatchSampler(DistributedSampler):
         batches = list(order.split(self.batch_size * self.num_replicas))  # one for each step of all ranks together
         if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
             batches[-2:] = [torch.cat(batches[-2:])]
-        own = (batch.tensor_split(self.num_replicas)[self.rank] for batch in batches)
-        for batch, _ in pairwise(
-            chain(map(self.read_ahead, own), [None])
-        ):  # when one is taken, the next one is asked for
-            yield batch  # type: ignore[misc]  # None comes last
-
-    def read_ahead(self, batch: Tensor) -> Tensor:
-        if isinstance(self.dataset, ImageDataset):
-            self.dataset.read_ahead(batch)
-        return batch
+        before: list[Tensor] = []  # the batch that is read already
+        for batch in batches:
+            own = batch.tensor_split(self.num_replicas)[self.rank]
+            if isinstance(self.dataset, ImageDataset):
+                self.dataset.read_ahead(own)
+            yield from before
+            before = [own]
+        yield from before
 
     def __len__(self) -> int:
         full, rest = divmod(self.num_images, self.batch_size * self.num_replicas)
