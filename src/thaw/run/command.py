@@ -27,6 +27,7 @@ from thaw.run.console import harmless, lenient
 from thaw.run.deferred import defer
 from thaw.run.errors import UserError
 from thaw.run.files import DISK, unwritten
+from thaw.run.memory import search_rarely
 from thaw.run.migrations import CONFIGS
 from thaw.run.ranks import drop_stray_ranks, end_with_parent
 
@@ -68,6 +69,7 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             if cfg is not None:
                 return task(cfg)
             with clear_errors():
+                search_rarely()
                 if {"--help", "-h"} & set(sys.argv):
                     return print_help(compose_and_run, config_name)
                 check_secrets({override_key(argument): argument for argument in sys.argv[1:]})

