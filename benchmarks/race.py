@@ -33,8 +33,8 @@ ENTRANTS = {  # name -> command; {data}, {seed} and {folder} are filled in
         *("train.py", "experiment=baseline/convnet", "trainer.max_epochs=1", *QUICK),
         *("data.dir={data}", "seed={seed}", "hydra.run.dir={folder}"),
     ],
-    "extract then fit, frozen ViT: 5,000 images": [
-        *("-m", "benchmarks.extract_then_fit", "--train-size", "5000", "--batch-size", "250"),
+    "extract then fit, frozen ViT: 10,000 images": [
+        *("-m", "benchmarks.extract_then_fit", "--train-size", "10000", "--batch-size", "250"),
         *("--data", "{data}", "--seed", "{seed}"),
     ],
 }
