@@ -194,7 +194,7 @@ def test_a_policy(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixtu
         assert facts[0][key] == facts[1][key], key
     assert facts[0]["n_test"] == 500
     if trainer == DDP:
-        check_features(one, two, capsys.readouterr().out, some=name != "full")
+        check_features(one, two, capsys.readouterr().out, [64, 500, 500] if name != "full" else [])
 
 
 @pytest.mark.long
@@ -217,20 +217,21 @@ def test_an_optimizer(train: Train, tiny_run: list[str], name: str, trainer: lis
     assert torch.cat(same).double().mean() > 0.99
 
 
-def check_features(one: Path, two: Path, printed: str, some: bool = True) -> None:
-    """Cached features are the same bytes, and each run computes them once."""
+def check_features(one: Path, two: Path, printed: str, sizes: list[int]) -> None:
+    """Cached features of splits of these sizes are the same bytes, and each run computes them once."""
     features = cached(one)
     assert features == cached(two)
-    assert len(features) == (4 if some else 0)
-    assert len(re.findall(r"cached features: .* \(\d+\.\d s\)", printed)) == (2 if some else 0)
+    assert len(features) == 2 * len(sizes)
+    lines = {0: 0, 2: 1, 3: 2}[len(sizes)]  # of a run: training and validation, and the test
+    assert len(re.findall(r"cached features: .* \(\d+\.\d s\)", printed)) == 2 * lines
     shapes = [json.loads(content)["shape"][0] for name, content in features.items() if name.endswith(".json")]
-    assert sorted(shapes) == ([64, 500] if some else [])
+    assert sorted(shapes) == sizes
 
 
 def test_cached_features_in_bf16(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run = ["freeze=last_blocks", "freeze.k=1", "cache.mode=disk", "trainer.precision=bf16-mixed", "test=false"]
     one, two = both(train, *tiny_run, *run, "trainer.max_epochs=1")
-    check_features(one, two, capsys.readouterr().out)
+    check_features(one, two, capsys.readouterr().out, [64, 500])
 
 
 @pytest.mark.parametrize(
