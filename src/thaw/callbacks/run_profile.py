@@ -26,12 +26,18 @@ STAGES = {"fit": "training", "validate": "best weights", "test": "test"}
 class RunProfile(Profiler):
     """Prints the seconds of each part of the process when it ends, and writes them to `<run_dir>/profile.json`.
 
-    Lightning names what it does as it begins and ends; what a part contains of other parts is counted there.
+    Lightning names what it does as it begins and ends; what a part contains of other parts is counted there. Of the
+    jobs of a sweep in one process the last one reports all.
     """
+
+    latest: "RunProfile | None" = None
 
     def __init__(self, run_dir: str) -> None:
         super().__init__()
         self.path = Path(run_dir) / "profile.json"
+        if RunProfile.latest:
+            atexit.unregister(RunProfile.latest.report)
+        RunProfile.latest = self
         atexit.register(self.report)
 
     def start(self, action_name: str) -> None:
