@@ -36,7 +36,7 @@ Beside thaw stands the strongest other way that we know of, and the ratio says h
 figure is the median of runs taken in turn. The probe is `experiment=vit_linear_probe` on {size:,} images.
 
 - Extract then fit: `benchmarks/extract_then_fit.py`, timm and torch alone; features once, then a fit on them.
-- Logistic regression and ridge: `benchmarks/closed_form.py`, on the features that it kept.
+- Logistic regression and ridge: `benchmarks/closed_form.py`, on the features that it wrote to a file.
 - Fine-tuning: `benchmarks/plain_finetune.py`, a loop in bf16.
 - Input: torchvision's v2 transforms of decoded tensors.
 

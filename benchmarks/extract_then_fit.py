@@ -7,7 +7,7 @@ Backbone, splits and recipe are those of experiment=vit_linear_probe. Prints one
 
 import time
 
-STARTED = time.perf_counter()
+STARTED = time.perf_counter()  # before all other imports, as these count
 
 import argparse  # noqa: E402
 import copy  # noqa: E402

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from thaw.run.stopwatch import STOPWATCH
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -105,7 +107,8 @@ class Clock(L.Callback):
         self.begun = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
-        self.facts.setdefault("first_step", seconds_of_process())
+        STOPWATCH.lap()
+        self.facts.setdefault("first_step", sum(STOPWATCH.seconds.values()))
 
     def on_validation_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -128,12 +131,6 @@ def program(*arguments: str) -> Cost:
             raise SystemExit(f"{' '.join(arguments)}\n{err.read()}")
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         return Cost(elapsed, usage.ru_maxrss * unit / 1e9, out.read())
-
-
-def seconds_of_process() -> float:
-    """Since this process was started, before any import; only Linux says."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def in_turn(rounds: int, *functions: Callable[[], Any]) -> list[list[Any]]:

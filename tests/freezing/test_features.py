@@ -164,6 +164,19 @@ def test_validation_and_test_after_training_equal_those_from_pixels(
     assert "The cached test features differ by 1e-01 from those of pixels, which count." in caplog.text
 
 
+def test_a_test_whose_features_cannot_be_cached_starts_from_pixels(
+    model: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although cache.mode=disk insists: the model has been trained by then."""
+    classifier, data, watch = model("linear_probe", "disk"), digits(), Watch()
+    trainer = fitted(classifier, data, callbacks=[watch])
+    classifier.cache.max_gb = 1e-6
+    (metrics,) = trainer.test(classifier, data, verbose=False)
+    right = (classifier(data.load().test.images).argmax(1) == data.load().test.labels).float().mean()
+    assert watch.test == [None] * 5 and metrics["test/acc"] == pytest.approx(right.item())
+    assert "The test images start from pixels, as their features cannot be cached: cache.mode=disk" in caplog.text
+
+
 def test_a_test_without_training_starts_from_pixels(model: Build, tmp_path: Path) -> None:
     watch = Watch()
     trainer_of(callbacks=[watch]).test(model(), digits(), verbose=False)

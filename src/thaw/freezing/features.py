@@ -69,7 +69,10 @@ class FrozenFeatures(Callback):
         """The features of a split whose model trained on features before, if they are what pixels give."""
         if trainer.state.fn == "fit" or not self.trained:
             return
-        self.attach(split, trainer, pl_module)
+        try:
+            self.attach(split, trainer, pl_module)
+        except UserError as error:  # of cache.mode=disk; training is over, and its result is not lost for that
+            log.warning("The %s images start from pixels, as their features cannot be cached: %s", split, error)
         self.cache.summarise(trainer)
         for dataset in self.datasets:
             batch = dataset[torch.arange(min(len(dataset), CHECKED))]
