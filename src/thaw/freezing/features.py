@@ -16,7 +16,7 @@ from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHECKED, LARGEST_ERROR = 64, 0.02  # images, and the most that their features may differ from pixels' (bf16: 0.004)
+CHECKED, LARGEST_DIFFERENCE = 64, 0.02  # images, and the most that their features may differ from pixels' (bf16: 0.004)
 
 
 class FrozenFeatures(Callback):
@@ -79,9 +79,11 @@ class FrozenFeatures(Callback):
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 images = pl_module.preprocess(dataset.data.images[batch.indices].to(pl_module.device))
                 pixels = pl_module.backbone.prefix(images, pl_module.cut).float()
-            error = (pixels - batch.features.to(pl_module.device)).norm() / pixels.norm()
-            if not error < LARGEST_ERROR:
-                log.warning("The cached %s features differ by %.0e from those of pixels, which count.", split, error)
+            difference = (pixels - batch.features.to(pl_module.device)).norm() / pixels.norm()
+            if not difference < LARGEST_DIFFERENCE:
+                log.warning(
+                    "The cached %s features differ by %.0e from those of pixels, which count.", split, difference
+                )
                 self.drop()
 
     def drop(self) -> None:
