@@ -216,3 +216,10 @@ class Schedule(LambdaLR):
         groups = zip(self.optimizer.param_groups, lrs, weight_decays, self.lr_lambdas, strict=True)
         for group, lr, weight_decay, fraction in groups:
             group |= {"initial_lr": lr, "lr": lr * fraction(self.last_epoch), "weight_decay": weight_decay}
+
+    def go_to(self, step: int) -> None:
+        """Have the learning rates of a step, as after so many calls of `step`."""
+        self.last_epoch, self._step_count = step, step + 1
+        self._last_lr = [lr * fraction(step) for lr, fraction in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

@@ -45,6 +45,7 @@ class StepMonitor(Callback):
         self.counter: FlopCounterMode | None = None  # while FLOPs are counted
         self.counted = 0  # images meanwhile
         self.images, self.seconds = 0, 0.0  # trained since the last time
+        self.is_alone = True  # or several runs share their steps, so that it has no speed of its own
         self.resumed: float | None = None  # when training last went on; None while it stands still
 
     # The arithmetic
@@ -140,7 +141,7 @@ class StepMonitor(Callback):
         if batch_idx == 0 or self.kind is None:  # something may have thawed, or its features are cached now
             self.find_trained()
             kind = (getattr(pl_module, "cut", 0), len(self.trained), getattr(batch, "features", None) is None)
-            if kind != self.kind and self.countable and trainer.loggers:
+            if kind != self.kind and self.countable and self.is_alone and trainer.loggers:
                 self.counter, self.counted = FlopCounterMode(display=False), 0
                 self.counter.__enter__()
             self.kind = kind
@@ -154,7 +155,7 @@ class StepMonitor(Callback):
     ) -> None:
         self.images += len(batch.labels)
         if self.before:
-            metrics = self.norms_now(pl_module) | self.speed(trainer)
+            metrics = self.norms_now(pl_module) | (self.speed(trainer) if self.is_alone else {})
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -194,6 +195,11 @@ class StepMonitor(Callback):
         self.teardown(trainer, pl_module, "")
 
     # Parts of these
+
+    def add(self, norms: Tensor) -> None:
+        """Note steps that were computed elsewhere, by the norms (S, P) of the tensors that train."""
+        self.pending += norms.unbind()
+        self.steps += len(norms)
 
     def find_trained(self) -> None:
         """What trains now, and for each tensor the number of its part."""

@@ -21,11 +21,16 @@ def is_logged(trainer: Any | None) -> bool:
     return is_last or trainer._logger_connector.should_update_logs or loop._should_check_val_fx(fit._data_fetcher)
 
 
-def skip_empty_hooks(callbacks: Sequence[Any]) -> None:
-    """Let Lightning skip the hooks of a step that a callback does not have, 0.2 ms of each step for 15 callbacks."""
+def step_hooks(callback: Any) -> list[str]:
+    """The names of the hooks of a training step that a callback has."""
     from lightning import Callback
 
+    own = {hook: getattr(callback, hook) for hook in STEP_HOOKS}
+    return [hook for hook, call in own.items() if call and call.__func__ is not getattr(Callback, hook)]
+
+
+def skip_empty_hooks(callbacks: Sequence[Any]) -> None:
+    """Let Lightning skip the hooks of a step that a callback does not have, 0.2 ms of each step for 15 callbacks."""
     for callback in callbacks:
-        for hook in STEP_HOOKS:
-            if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
-                setattr(callback, hook, None)  # Lightning calls what is callable
+        for hook in set(STEP_HOOKS).difference(step_hooks(callback)):
+            setattr(callback, hook, None)  # Lightning calls what is callable

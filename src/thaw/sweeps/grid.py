@@ -4,17 +4,18 @@ Hydra's own sweeper checks no types and devices beforehand, runs finished jobs a
 """
 
 import copy
+import json
 import logging
 import os
 import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -41,6 +42,9 @@ from thaw.sweeps.ending import measure_winners, report_runs, say_how_to_resume
 from thaw.sweeps.fold_check import check_folds
 from thaw.sweeps.groups import without_shared
 from thaw.sweeps.runs import UNFINISHED, Run, is_run, settings_of, split_overrides
+
+if TYPE_CHECKING:
+    from thaw.callbacks.probe_bank import ProbeBank
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 INTERRUPTED = 128 + signal.SIGINT  # exit status
@@ -134,7 +138,7 @@ class GridSweep(Sweeper):
             return
         logging.getLogger(BASIC_LAUNCHER.rpartition(".")[0]).setLevel(logging.WARNING)  # it calls each job #0
         started = time.monotonic()
-        names = names_of(jobs)
+        names, banks = names_of(jobs), share_steps(jobs)
         total = before + len(jobs) if total is None else total
         for done, (name, of_job) in enumerate(zip(names, overrides, strict=True)):
             if is_first_rank():
@@ -142,6 +146,9 @@ class GridSweep(Sweeper):
                 say(f"job {before + done + 1} of {total}{left}: {shortened(name)}", "bold")
             for job in self.launcher.launch([of_job], initial_job_idx=before + done):
                 _ = job.return_value
+            for bank in [bank for bank in banks if bank.epochs]:
+                say(f"  the steps of all {len(bank.settings)} linear probes are computed together")
+                banks.remove(bank)
 
     def jobs(self, arguments: list[str]) -> list[Job]:
         """Every job of the grid, composed.
@@ -161,6 +168,24 @@ class GridSweep(Sweeper):
                 raise UserError(f"{override.input_line} gives no value at all; name at least one.")
         (batch,) = BasicSweeper.split_arguments(overrides, None)
         return [compose_job(self.hydra_context, self.config, overrides) for overrides in batch]
+
+
+def share_steps(jobs: Sequence[Job]) -> "list[ProbeBank]":
+    """Banks for the jobs that differ in optim.lr and optim.weight_decay alone; linear probes take their steps there."""
+    from thaw.callbacks.probe_bank import BANKS, ProbeBank  # torch takes a second
+
+    groups = defaultdict(list)
+    for job in jobs:
+        same = plain(job.cfg)
+        setting = same["optim"].pop("lr"), same["optim"].pop("weight_decay")
+        del same["run_dir"], same["overrides"]
+        groups[json.dumps(same, sort_keys=True)].append((job, setting))
+    banks = []
+    for group in groups.values():
+        if len(group) > 1:
+            banks.append(ProbeBank([setting for _, setting in group]))
+            BANKS.update((str(job.folder), banks[-1]) for job, _ in group)
+    return banks
 
 
 def names_of(jobs: Sequence[Job]) -> list[str]:
