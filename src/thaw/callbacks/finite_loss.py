@@ -66,21 +66,21 @@ class FiniteLoss(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise before the file is written, whoever saves it."""
-        if not_finite(pl_module):
+        if not_finite(pl_module, only_trained=True):
             raise UserError(
                 f"The weights after step {trainer.global_step} are not finite and were not saved, although the losses "
                 f"were. Likely cause: {likely_cause(trainer, pl_module)} {way_back(trainer)}"
             )
 
 
-def not_finite(pl_module: LightningModule) -> list[str]:
+def not_finite(pl_module: LightningModule, only_trained: bool) -> list[str]:
     """Names of the parameters with values that are not finite, but for those that the model can do without."""
     from torch.distributed.tensor import DTensor  # takes a while
 
     own = {  # this process's part of a sharded parameter: the other processes may not be here
         name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
         for name, parameter in pl_module.named_parameters()
-        if not getattr(pl_module, "is_spare", lambda _: False)(name)
+        if (parameter.requires_grad or not only_trained) and not getattr(pl_module, "is_spare", lambda _: False)(name)
     }
     finite = torch.stack([parameter.isfinite().all() for parameter in own.values()]).tolist()  # waits once
     return [name for name, ok in zip(own, finite, strict=True) if not ok]
@@ -104,7 +104,7 @@ def likely_cause(trainer: Trainer, pl_module: LightningModule) -> str:
     shrinks = max(group["lr"] * group.get("weight_decay", 0.0) for group in groups)  # weights by this share
     if shrinks > 1:
         return f"optim.lr times optim.weight_decay is {shrinks:.2g}, and above 1 weights grow at each step; lower them."
-    broken = not_finite(pl_module)
+    broken = not_finite(pl_module, only_trained=False)
     if broken:
         loaded = [name for name in broken if not pl_module.get_parameter(name).requires_grad or not trainer.global_step]
         if loaded:

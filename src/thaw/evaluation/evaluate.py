@@ -31,12 +31,15 @@ def evaluate_checkpoint(
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
+    from thaw.classifier import Classifier
     from thaw.evaluation.final_test import FinalTest
 
     quiet_libraries()
     with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
         settle(cfg)
     model = checkpoints.load_model(checkpoint)
+    if isinstance(model, Classifier):
+        model.frozen_features.after_training(model, checkpoint["epoch"])
     if not is_overridden("test_step", model):
         raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
     datamodule, test = build(cfg.data), FinalTest(str(run_dir))

@@ -23,8 +23,8 @@ class FrozenFeatures(Callback):
     """Gives training and validation batches the output of the layers that are frozen below all that trains.
 
     `pl_module.cut` says how many layers those are: `pl_module.backbone.suffix(batch.features, cut)` continues from
-    there. The validation and test that follow training in the same process use the cache, too, after a check that
-    pixels give the same features. A validation or test on its own starts from pixels.
+    there. The validation and test at the end of a run or of a sweep use the cache, too, after a check that pixels give
+    the same features. `eval.py` starts from pixels.
     """
 
     def __init__(self, cache: FeatureCache) -> None:
@@ -47,6 +47,12 @@ class FrozenFeatures(Callback):
                 self.compute(trainer, pl_module)
         if self.datasets:
             check_frozen(pl_module.backbone, cut)
+
+    def after_training(self, pl_module: Any, epoch: int) -> None:
+        """Let the validation and test of weights that were trained until `epoch`, by another trainer, use the cache."""
+        pl_module.cut = pl_module.thaw.cut(epoch)
+        changing = pl_module.mix.is_on or pl_module.augment.is_random
+        self.trained = pl_module.cut > 0 and not changing and self.cache.mode != "off"
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.trained = bool(self.datasets)

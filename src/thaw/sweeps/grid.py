@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,20 @@ class ConfigSnapshot(CachingConfigRepository):
         return copy.deepcopy(super().load_config(config_path))
 
 
+class ComposedOnce:
+    """`load_sweep_config` of Hydra's loader, which the launcher calls again for each job that has been checked."""
+
+    def __init__(self, compose: Callable[[DictConfig, list[str]], DictConfig]) -> None:
+        self.compose = compose
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        if (key := tuple(sweep_overrides)) not in self.composed:
+            self.composed[key] = self.compose(master_config, sweep_overrides)
+            return copy.deepcopy(self.composed[key])
+        return self.composed.pop(key)
+
+
 class GridSweep(Sweeper):
     """Every combination of the values on the command line, each as a job in a folder of its own.
 
@@ -81,6 +95,7 @@ class GridSweep(Sweeper):
         self.hydra_context, self.config = hydra_context, config
         loader: Any = hydra_context.config_loader
         loader.repository = ConfigSnapshot(loader.repository)
+        loader.load_sweep_config = ComposedOnce(loader.load_sweep_config)
         self.folder = Path(str(config.hydra.sweep.dir)).resolve()
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={quoted(self.folder)}")
         if config.hydra.launcher._target_ not in Plugins.instance().class_name_to_class:
