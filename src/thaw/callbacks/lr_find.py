@@ -12,7 +12,6 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from omegaconf import DictConfig
-from scipy.ndimage import gaussian_filter1d
 
 from thaw.lr_bank import BankClassifier
 from thaw.optim import OptimizerRecipe
@@ -128,6 +127,8 @@ def command_with(lr: float) -> str:
 
 
 def smooth(losses: Sequence[float]) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter1d  # takes 0.1 s
+
     return gaussian_filter1d(np.asarray(losses), SMOOTH, mode="nearest")
 
 

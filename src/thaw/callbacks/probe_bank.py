@@ -84,7 +84,7 @@ class ProbeBank:
             fraction = module.optim.lr_fraction(self.step, total_steps, 0)
             self.adamw(gradient, fraction, optimizer["betas"], optimizer["eps"])
             epoch.norms.append(norms)
-            epoch.predictions.append(logits.argmax(dim=1).int())
+            epoch.predictions.append(logits.max(dim=1).indices.int())
             epoch.labels.append(batch.labels)
             epoch.losses.append(losses.detach())
         self.epochs.append(epoch)

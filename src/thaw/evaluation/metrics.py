@@ -5,11 +5,11 @@ Shapes: N images, C classes; logits (N, C), labels (N,).
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_precision, multiclass_recall
 
@@ -27,8 +27,10 @@ OTHER_ACCURACIES = {
 
 def accuracy_interval(correct: int, total: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion at 95 % (Wilson 1927), which keeps its coverage near 100 % correct."""
-    interval = binomtest(correct, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, z = correct / total, NormalDist().inv_cdf(0.975)  # scipy.stats has it, and takes 0.5 s to import
+    center, half = share + z**2 / (2 * total), z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low, high = ((center + side) / (1 + z**2 / total) for side in (-half, half))
+    return (low if correct else 0.0), (high if correct < total else 1.0)
 
 
 def accuracy_facts(predictions: Tensor, labels: Tensor, listed: Sequence[int] = ()) -> dict[str, Any]:
@@ -128,6 +130,8 @@ def mcnemar(first: Tensor, second: Tensor) -> tuple[int, int, float]:
     `first` and `second`, bool (N,), say whether a model is correct. Returns how many images only the first classifies
     correctly, how many only the second, and the two-sided p-value.
     """
+    from scipy.stats import binomtest  # takes 0.5 s
+
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     discordant = only_first + only_second
     return only_first, only_second, float(binomtest(only_first, discordant).pvalue) if discordant else 1.0

@@ -19,7 +19,6 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
 from requests.utils import get_netrc_auth
-from wandb.errors import UsageError
 
 from thaw.run.command_line import shown_error
 from thaw.run.console import warn_once
@@ -63,7 +62,7 @@ class RunWandb(WandbLogger, Tracker):
                 run.define_metric(name, summary="none", step_metric="trainer/global_step", step_sync=True)
             self.best = {name: run.summary.get(name) for name in BETTER}  # a run that is resumed online has some
             show_in_sweep(Path(run.dir).parent)
-        except UsageError as error:
+        except wandb.errors.UsageError as error:
             raise UserError(f"logger.wandb cannot start a run: {error}. logger=csv runs without W&B.") from error
         except Exception as error:
             if self.must_be_online:
