@@ -27,7 +27,7 @@ from thaw.optim import OptimizerRecipe
 from thaw.run.steps import step_hooks
 from thaw.task import is_single_label
 
-LARGEST = 1_000_000  # weights of all probes together: copies of them are kept for every epoch
+MOST_WEIGHTS = 1_000_000  # weights of all probes together: copies of them are kept for every epoch
 MISS_STEPS = (FiniteLoss, LearningRateMonitor, ModelCheckpoint, Preemption, RunProgress, StepMonitor, StepSeed)
 
 
@@ -132,7 +132,8 @@ class SharedSteps(Callback):
         def advance(data_fetcher: Any) -> None:
             done = loop.batch_progress.current.ready
             own = next(batch for batch in own_batches(trainer) if batch >= done)
-            if own > done and (epoch := self.epoch(trainer, pl_module)):
+            epoch = self.epoch(trainer, pl_module)  # before the run's own first step changes its weights
+            if epoch and own > done:
                 self.take(epoch, done, own, trainer, pl_module)
                 data_fetcher.fetched += own - done
             own_step(data_fetcher)
@@ -190,7 +191,7 @@ def has_plain_steps(trainer: Any, module: Any, bank: ProbeBank) -> bool:
         type(module) is Classifier
         and type(module.head) is LinearHead
         and not list(module.head.buffers())  # the statistics of norm=batch change with each step
-        and module.head.linear.weight.numel() * len(bank.settings) <= LARGEST
+        and module.head.linear.weight.numel() * len(bank.settings) <= MOST_WEIGHTS
         and is_single_label(module.task)
         and {name.split(".")[0] for name, epoch in module.thaw.epochs.items() if epoch < math.inf} == {"head"}
         and type(module.optim) is OptimizerRecipe
