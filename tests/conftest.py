@@ -1,15 +1,15 @@
 """Running experiments inside a test, as `python train.py <overrides>` would."""
 
-import copy
 import ctypes
 import logging
 import os
+import pickle
 import pkgutil
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal import config_loader_impl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, open_dict
 from processes import FORKED
 from small_models import backbone, batch, classifier, fit, policy, tiny  # noqa: F401  (fixtures)
@@ -55,23 +57,46 @@ def needs(room: str) -> pytest.MarkDecorator:
 
 
 Plugins.instance()  # registers how configurations are read
-FILES = SourcesRegistry.instance().resolve("file")
-LOAD_CONFIG = FILES.load_config
+CONFIGS, FILES = str(ROOT / "configs"), SourcesRegistry.instance().resolve("file")
+READ, LIST = FILES.load_config, config_loader_impl.create_defaults_list
+COMPOSE = ConfigLoaderImpl._compose_config_from_defaults_list
+LISTS: dict[tuple, DefaultsList] = {}
+PICKLED: dict[Any, bytes] = {}
 
 
-@cache
-def loaded(path: str, config_path: str) -> ConfigResult:
-    return LOAD_CONFIG(FILES("main", f"file://{path}"), config_path)
+def unpickled(key: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+    if not PICKLED.get(key):
+        PICKLED[key] = pickle.dumps(make(*arguments))
+    return pickle.loads(PICKLED[key])  # noqa: S301
 
 
-def load_config(self: ConfigSource, config_path: str) -> ConfigResult:
-    """Files of `configs` are read once for all tests: reading them takes half of the time of composing."""
-    if self.path != str(ROOT / "configs"):
-        return LOAD_CONFIG(self, config_path)
-    return copy.deepcopy(loaded(self.path, config_path))
+def load_config(self: Any, config_path: str) -> Any:
+    """A file of `configs` is read once for all tests."""
+    return unpickled(config_path, READ, self, config_path) if self.path == CONFIGS else READ(self, config_path)
+
+
+def create_defaults_list(repo: Any, config_name: str, overrides_list: list, **settings: bool) -> DefaultsList:
+    """Files are chosen once for all tests with the same options of groups; values are set for each."""
+    if [source.path for source in repo.get_sources() if source.scheme() == "file"] != [CONFIGS]:
+        return LIST(repo, config_name, overrides_list, **settings)
+    values = Overrides(repo, overrides_list).config_overrides
+    groups = [each.input_line for each in overrides_list if not any(each is value for value in values)]
+    key = (config_name, *groups, *settings.values())
+    if key not in LISTS:
+        LISTS[key] = LIST(repo, config_name, overrides_list, **settings)
+        PICKLED[id(LISTS[key].defaults)] = b""
+    return replace(LISTS[key], config_overrides=values)
+
+
+def compose_files(self: Any, defaults: list, repo: Any) -> DictConfig:
+    """The chosen files are merged once; composing would take a third of all tests' time."""
+    is_known = id(defaults) in PICKLED
+    return unpickled(id(defaults), COMPOSE, self, defaults, repo) if is_known else COMPOSE(self, defaults, repo)
 
 
 FILES.load_config = load_config  # type: ignore[method-assign]
+config_loader_impl.create_defaults_list = create_defaults_list
+ConfigLoaderImpl._compose_config_from_defaults_list = compose_files  # type: ignore[method-assign]
 
 
 def compose_run(run_dir: Path, *overrides: str) -> DictConfig:

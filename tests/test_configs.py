@@ -97,7 +97,9 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["data=folder", f"data.dir={folder / 'pets'}", *zoo]
 
 
-SLOW_EXPERIMENTS = {"few_labels_finetune"}  # tests/callbacks/test_pseudo_labels.py runs a smaller one
+# tests/callbacks/test_pseudo_labels.py and tests/test_resumed_runs.py run smaller ones; compare/ differs in its policy.
+SLOW_EXPERIMENTS = {"few_labels_finetune", "pretrain_gan"}
+SLOW_EXPERIMENTS |= {name for name in EXPERIMENTS if name.startswith("compare/")} - {"compare/gradual", "compare/lora"}
 
 
 @pytest.mark.parametrize(

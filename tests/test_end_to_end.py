@@ -49,6 +49,7 @@ def test_linear_probe_on_the_sample(
     assert f"test/acc {summary['test/acc']:.2%}, 95 % interval" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @needs("sweeps")
 def test_sweep_of_two_processes(tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     """One folder a job, compared on validation, only the winner tested; a child rank does not run the sweep again."""

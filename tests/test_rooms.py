@@ -17,6 +17,7 @@ IN_EVERY_MODULE = {"log", "main"}  # its logger, and the function of a program
 
 def test_rooms_import_only_what_lies_below(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("importlinter.cli._configure_logging", lambda verbose: None)  # it disables thaw's loggers
     status = lint_imports(str(ROOT / "pyproject.toml"), no_cache=True)
     assert status == 0, capfd.readouterr().out.partition("Broken contracts")[2]
 

@@ -41,6 +41,7 @@ POLICIES: dict[str, tuple[list[str], list[str]]] = {
     "surgical": (DDP, ["freeze=surgical", "freeze.k=1"]),
 }
 LIKE_OTHERS = [
+    "full",  # as gradual in its last epochs, without cached features
     "lora",
     "lp_ft",
     *[*POLICIES][6:],
@@ -229,6 +230,7 @@ def check_features(one: Path, two: Path, printed: str, sizes: list[int]) -> None
     assert sorted(shapes) == sizes
 
 
+@pytest.mark.long
 def test_cached_features_in_bf16(train: Train, tiny_run: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run = ["freeze=last_blocks", "freeze.k=1", "cache.mode=disk", "trainer.precision=bf16-mixed", "test=false"]
     one, two = both(train, *tiny_run, *run, "trainer.max_epochs=1")

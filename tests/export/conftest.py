@@ -128,7 +128,10 @@ def made(
     return make
 
 
-@pytest.fixture(params=KINDS)
+LONG = ("vit_56px_rgb", "mlp_head", "convnet", "lenet5", "gru", "photo_in_grey")  # made of the layers of the others
+
+
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.long if kind in LONG else ()) for kind in KINDS])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

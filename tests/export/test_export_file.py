@@ -79,7 +79,7 @@ def test_an_average_over_models_and_views_is_one_file(
     assert load_onnx(tmp_path / "model.onnx").facts() == facts
 
 
-@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "prompt", "lstm", "photo_convnet"])
+@pytest.mark.parametrize("name", ["vit_56px_rgb", "lora_class_and_mean", "lstm", "photo_convnet"])
 def test_torch_export_loads_without_thaw(name: str, exported: Callable[..., Any]) -> None:
     _, wanted, facts, path, source = exported(name, "torch_export")
     extra = {"thaw.json": ""}

@@ -345,7 +345,7 @@ class FeatureCheck(L.Callback):
         (["freeze=gradual", "freeze.epochs=2"], 7, [(0, 5), (1, 5), (2, 3), (3, 3), (4, 2), (5, 2)]),
         (["freeze=gradual", "freeze.blocks=2"], 3, [(0, 5)]),  # a pass for a single epoch is not worth it
         (["freeze=last_blocks", "freeze.k=1"], 2, [(0, 3), (1, 3)]),
-        (["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)]),
+        pytest.param(["freeze=lora", "freeze.lora.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
         pytest.param(["freeze=ssf", "freeze.ssf.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
         pytest.param(["freeze=prompt", "freeze.prompt.last=2"], 2, [(0, 2), (1, 2)], marks=pytest.mark.long),
     ],

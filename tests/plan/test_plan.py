@@ -70,7 +70,7 @@ def real(cfg: Any) -> tuple[Any, Any, Callable[[], torch.Tensor]]:
 # One step
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "convnext_atto"])
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", pytest.param("convnext_atto", marks=pytest.mark.long)])
 def test_parameters_are_those_of_timm(name: str) -> None:
     _, (plan,) = make_plans([f"model={name}", "policy=full", "batch_size=2"])
     size = {} if name == "convnext_atto" else {"img_size": 224}
@@ -121,7 +121,8 @@ def test_flops_of_the_frozen_part(cached: bool) -> None:
 @pytest.mark.parametrize(
     ("policy", "optimizer"),
     [
-        *(("full", optimizer) for optimizer in ("sgd", "adopt", "lion", "muon", "schedulefree")),
+        *(("full", optimizer) for optimizer in ("sgd", "muon", "schedulefree")),
+        *(pytest.param("full", optimizer, marks=pytest.mark.long) for optimizer in ("adopt", "lion")),
         *((policy, "adamw") for policy in ("full", "last_blocks", "linear_probe", "bias_only")),
     ],
 )
@@ -141,8 +142,10 @@ def test_state_is_that_of_a_real_step(policy: str, optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "precision"),
     [
-        *((policy, "32-true") for policy in ("full", "attention_only", "linear_probe", "ssf")),
-        *((policy, "bf16-mixed") for policy in ("full", "last_blocks", "lora", "dora")),
+        *((policy, "32-true") for policy in ("full", "linear_probe", "ssf")),
+        *((policy, "bf16-mixed") for policy in ("full", "last_blocks", "lora")),
+        pytest.param("attention_only", "32-true", marks=pytest.mark.long),
+        pytest.param("dora", "bf16-mixed", marks=pytest.mark.long),
     ],
 )
 def test_activations_are_what_a_real_forward_saves(policy: str, precision: str) -> None:

@@ -113,7 +113,13 @@ WORKS = {
 }
 
 
-@pytest.mark.parametrize("settings", WORKS)
+LIKE_ANOTHER = ("fast_dev_run=true", "max_epochs=null", "limit_test_batches", "interval=3 ", "autolog", "distributed")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(each, marks=pytest.mark.long if any(map(each.count, LIKE_ANOTHER)) else ()) for each in WORKS],
+)
 def test_what_works_leaves_a_tested_run(
     train: Callable[..., Path],
     tiny_run: list[str],

@@ -48,7 +48,7 @@ COMMANDS = {
     if (ROOT / command.split()[0]).is_file() and (name not in ("sweep", "queue") or (ROOT / "src/thaw/sweeps").is_dir())
 }
 LIKE_ANOTHER = ("linear_probe_again", "queue", "eval", "search")  # at 120 columns, where they would show nothing new
-SLOW = ("eval", "export", "finetune", "help", "queue", "resume", "search")
+SLOW = ("eval", "export", "finetune", "help", "queue", "resume", "search", "sweep")
 ON_A_RUN = ("resume", "eval", "predict", "export", "linear_probe_again")
 MASKED = (  # these differ from run to run
     r"\d{4}-\d\d-\d\d_[\d-]+",
