@@ -118,6 +118,16 @@ def test_resumes_at_the_next_batch(done: int) -> None:
     assert len(list(second)) == 3  # the next pass is a whole one
 
 
+def test_skipped_batches_are_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, skipping = list(loader(50, 10)), loader(50, 10)
+    batches = iter(skipping)
+    assert torch.equal(next(batches).indices, whole[0].indices)
+    skipping.skip(2)
+    assert skipping.state_dict() == {"epoch": 0, "batches_done": 3}
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda self, indices: indices)
+    assert [indices.tolist() for indices in batches] == [batch.indices.tolist() for batch in whole[3:]]
+
+
 def test_the_place_in_one_epoch_says_nothing_of_another() -> None:
     resumed = loader(25, 10)
     resumed.load_state_dict({"epoch": 0, "batches_done": 2})

@@ -25,6 +25,7 @@ from thaw.data.module import ImageLoader
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
 from thaw.run.steps import step_hooks
+from thaw.run.stopwatch import STOPWATCH
 from thaw.task import is_single_label
 
 MOST_WEIGHTS = 1_000_000  # weights of all probes together: copies of them are kept for every epoch
@@ -150,8 +151,10 @@ class SharedSteps(Callback):
         if loader.dataset.features is None or module.cut < module.backbone.num_layers:
             return None
         if number == len(self.bank.epochs):
+            STOPWATCH.start("training: steps of all probes")
             batches = list(loader.sampler)[: trainer.num_training_batches]
             self.bank.train_epoch(trainer, module, batches, own_batches(trainer))
+            STOPWATCH.stop()
         epoch = self.bank.epochs[number]
         return epoch if torch.stack(epoch.losses)[:, self.probe].isfinite().all() else None
 

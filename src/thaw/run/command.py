@@ -89,8 +89,9 @@ def end_at_once() -> NoReturn:
     """End the process as Python does, but for freeing each object: with torch and Lightning that takes 2 s."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for other threads
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # such as a pipe whose reader has gone
+            stream.flush()
     os._exit(0)
 
 
