@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lightning import Callback
 from omegaconf import OmegaConf
 
 from thaw.callbacks.probe_bank import BANKS, ProbeBank
+from thaw.evaluation.evaluate import evaluate_checkpoint
+from thaw.run.checkpoint import read_checkpoint
 
 PROBES = ["experiment=vit_linear_probe", *SMALL, "trainer.precision=32-true", "test=false", "cache.mode=memory"]
 RATES = ["optim.lr=1e-2,1e38", "optim.weight_decay=0.0,0.5"]  # the last rate diverges
@@ -94,3 +97,18 @@ def test_other_runs_stay_alone(
     own = [*PROBES, setting, "optim.lr=1e-3,1e-2", "trainer.max_epochs=1", f"hydra.sweep.dir={tmp_path}"]
     assert command("train.py", "-m", *own, "allow=[test_probe_bank]") == 0
     assert len(BANKS[str(tmp_path / next(tmp_path.glob("*/summary.json")).parent.name)].settings) == 2
+
+
+def test_the_winner_is_tested_on_features_of_the_same_cache(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("thaw.freezing.cache.VERIFIED", {})  # what earlier tests have at hand
+    folders = [f"cache.dir={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    own = [*PROBES, *folders, "test=true", "cache.mode=disk", "optim.lr=1e-3,1e-2", "trainer.max_epochs=1"]
+    assert command("train.py", "-m", *own) == 0
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3  # of each split
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("sweep/*/summary.json")]
+    winner = max(summaries, key=itemgetter("val/acc"))
+    checkpoint = read_checkpoint(Path(winner["run_dir"]) / "checkpoints" / "best.ckpt", [])
+    pixels = evaluate_checkpoint(checkpoint, OmegaConf.create(checkpoint["config"]), tmp_path / "pixels", [])
+    assert (pixels["val/acc"], pixels["test/acc"]) == (winner["val/acc"], winner["test/acc"])

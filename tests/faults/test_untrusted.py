@@ -234,7 +234,7 @@ def readers(good: dict[str, Any], tmp_path: Path) -> dict[str, Callable[[dict[st
         "train resume=<folder>": lambda config: find_saved(str(folder(config).parent), "", []),
         "train start_from=": lambda config: start_from(None, saved(config), []),
         "a comparison's page": lambda config: read_config(folder(config), []),
-        "the test of a sweep's winner": lambda config: test_run(saved(config).parents[1], []),
+        "the test of a sweep's winner": lambda config: test_run(saved(config).parents[1], [], OmegaConf.create()),
     }
 
 

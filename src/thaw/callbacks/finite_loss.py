@@ -82,7 +82,7 @@ def not_finite(pl_module: LightningModule, only_trained: bool) -> list[str]:
         for name, parameter in pl_module.named_parameters()
         if (parameter.requires_grad or not only_trained) and not getattr(pl_module, "is_spare", lambda _: False)(name)
     }
-    finite = torch.stack([parameter.isfinite().all() for parameter in own.values()]).tolist()  # waits once
+    finite = torch.stack([parameter.isfinite().all() for parameter in own.values()]).tolist() if own else []
     return [name for name, ok in zip(own, finite, strict=True) if not ok]
 
 

@@ -59,7 +59,7 @@ class ProbeBank:
         self.state = torch.empty(0)  # (3, K, H, D + 1): weight with the bias as last column, both moments of AdamW
         self.step = 0
 
-    def train_epoch(self, trainer: Any, module: Any, batches: Sequence[Tensor], kept: Sequence[int]) -> BankEpoch:
+    def train_epoch(self, trainer: Any, module: Any, batches: Sequence[Tensor], kept: Sequence[int]) -> None:
         """Compute the next epoch on batches of indices (B,), and keep the states before the steps `kept`."""
         epoch, head, dataset = BankEpoch(), module.head, trainer.train_dataloader.dataset
         optimizer, total_steps = trainer.optimizers[0].param_groups[0], trainer.estimated_stepping_batches
@@ -89,7 +89,6 @@ class ProbeBank:
             epoch.labels.append(batch.labels)
             epoch.losses.append(losses.detach())
         self.epochs.append(epoch)
-        return epoch
 
     @torch.no_grad()
     def adamw(self, gradient: Tensor, fraction: float, betas: tuple[float, float], eps: float) -> None:

@@ -22,23 +22,26 @@ ACCURACY_TOLERANCE = 0.001  # between cached features and pixels: bf16 sums diff
 
 
 def evaluate_checkpoint(
-    checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers: list[Any]
+    checkpoint: dict[str, Any], cfg: DictConfig, run_dir: Path, loggers: list[Any], cache: DictConfig | None = None
 ) -> dict[str, Any]:
     """Rebuild a model, validate and test it on one device in the precision of its training; figures go to `run_dir`.
 
-    `cfg` is the configuration of the checkpoint, perhaps with another `data.dir`. Returns `val/acc` if the run
+    `cfg` is the configuration of the checkpoint, perhaps with another `data.dir`; `cache` is the block of a cache whose
+    features are used, in place of pixels, where training used them. Returns `val/acc` if the run
     validates, `test/acc`, its interval, `n_test`, `dataset` and `data_source`.
     """
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from thaw.classifier import Classifier
     from thaw.evaluation.final_test import FinalTest
+    from thaw.freezing.features import FrozenFeatures
 
     quiet_libraries()
     with checkpoints.understood(Path(checkpoint["path"]), checkpoint["git_commit"]):
         settle(cfg)
     model = checkpoints.load_model(checkpoint)
-    if isinstance(model, Classifier):
+    if isinstance(model, Classifier) and cache is not None:
+        model.frozen_features = FrozenFeatures(build(cache))
         model.frozen_features.after_training(model, checkpoint["epoch"])
     if not is_overridden("test_step", model):
         raise UserError(f"A {type(model).__name__} has no test; give the checkpoint of a classifier.")
@@ -95,10 +98,10 @@ def best_weights(trainer: Any, model: LightningModule, datamodule: Any, again: b
     return round(now, 6), path or None
 
 
-def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
+def test_run(run_dir: Path, allow: Sequence[str], cache: DictConfig) -> dict[str, Any]:
     """Test the best checkpoint of a finished run and add the numbers to its summary and its W&B run.
 
-    `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
+    `allow` is as for `thaw.run.checkpoint.read_checkpoint`, `cache` as for `evaluate_checkpoint`.
     """
     from thaw.run.loggers import finish
 
@@ -108,7 +111,7 @@ def test_run(run_dir: Path, allow: Sequence[str]) -> dict[str, Any]:
         keep_from_downloading(cfg.data)
     loggers = loggers_of(checkpoint, cfg)
     try:
-        results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers)
+        results = evaluate_checkpoint(checkpoint, cfg, run_dir, loggers, cache)
     finally:
         finish(loggers)
     write_json(read_json(run_dir / "summary.json") | results, run_dir / "summary.json")

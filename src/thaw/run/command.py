@@ -70,12 +70,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
                 return task(cfg)
             with clear_errors():
                 search_rarely()
-                defer("scipy.signal", hamming=None)  # torchmetrics asks for this name alone: half a second
-                defer("wandb")  # timm, for a function that is not called here
                 if {"--help", "-h"} & set(sys.argv):
                     return print_help(compose_and_run, config_name)
                 check_secrets({override_key(argument): argument for argument in sys.argv[1:]})
                 check_options(config_name)
+                defer("scipy.signal", hamming=None)  # torchmetrics asks for this name alone: half a second
+                defer("wandb")  # timm, for a function that is not called here
                 compose_and_run()
             if task.__module__ == "__main__" and sys.orig_argv[1:2] == sys.argv[:1]:  # no profiler, debugger or test
                 end_at_once()

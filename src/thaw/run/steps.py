@@ -26,7 +26,9 @@ def step_hooks(callback: Any) -> list[str]:
     from lightning import Callback
 
     own = {hook: getattr(callback, hook) for hook in STEP_HOOKS}
-    return [hook for hook, call in own.items() if call and call.__func__ is not getattr(Callback, hook)]
+    return [
+        hook for hook, call in own.items() if call and getattr(call, "__func__", call) is not getattr(Callback, hook)
+    ]
 
 
 def skip_empty_hooks(callbacks: Sequence[Any]) -> None:

@@ -165,7 +165,7 @@ class CompareSweep(GridSweep):
         jobs = [job for policy in self.policies for job in policy.runs]
         allow = sorted({target for job in jobs for target in targets(job.cfg)})
         runs = [run for run in map(record, jobs) if run.state == DONE]
-        return test_runs(runs, allow) if any(job.cfg.test for job in jobs) else 0
+        return test_runs(runs, allow, jobs[0].cfg.cache) if any(job.cfg.test for job in jobs) else 0
 
     def end(self, status: Any, untested: int) -> None:
         """Print the answer as far as there is one, and exit if something is not done."""

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from omegaconf import DictConfig
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -19,16 +20,16 @@ from thaw.sweeps.runs import Run
 MAX_LOST = 20  # runs that are not done, on the screen
 
 
-def measure_winners(folder: Path, allow: Sequence[str], every: bool) -> int:
+def measure_winners(folder: Path, allow: Sequence[str], cache: DictConfig, every: bool) -> int:
     """Test the finished runs of a sweep's marked settings, or of `every` setting; returns how many cannot be tested.
 
-    `allow` is as for `thaw.run.checkpoint.read_checkpoint`.
+    `allow` and `cache` are as for `thaw.evaluation.evaluate.test_run`.
     """
     groups = read_run_table([folder]).groups
-    return test_runs([run for group in groups if every or group.mark for run in group.done], allow)
+    return test_runs([run for group in groups if every or group.mark for run in group.done], allow, cache)
 
 
-def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
+def test_runs(runs: Sequence[Run], allow: Sequence[str], cache: DictConfig) -> int:
     """Test finished runs that are not tested yet; returns how many cannot be tested."""
     from thaw.evaluation.evaluate import test_run
     from thaw.run.command import explain
@@ -44,7 +45,7 @@ def test_runs(runs: Sequence[Run], allow: Sequence[str]) -> int:
             say(f"testing {os.path.relpath(run.folder)}")
             try:
                 with brief():
-                    test_run(run.folder, allow)
+                    test_run(run.folder, allow, cache)
             except SystemExit as leaving:  # Lightning's, at a signal
                 if is_interruption(leaving):
                     raise KeyboardInterrupt from None

@@ -278,7 +278,7 @@ def report_sweep(jobs: Sequence[Job], folder: Path) -> int:
     untested = 0
     if "done" in states and any(wanted) and set(states) <= {"done", "failed"}:
         allow = sorted({target for job in jobs for target in targets(job.cfg)})
-        untested = measure_winners(folder, allow, "always" in wanted)
+        untested = measure_winners(folder, allow, jobs[0].cfg.cache, "always" in wanted)
     waiting = [waiting_run(job) for job in jobs if not is_run(job.folder)]
     if len(waiting) < len(jobs):
         report_runs([folder], folder, waiting=waiting)

@@ -171,7 +171,7 @@ def report_study(plan: SearchPlan, study: optuna.Study) -> int:
     untested = 0
     with FileLock(folder / ".report.lock"):
         if plan.cfg.test and done and not running:
-            untested = measure_winners(folder, targets(plan.base), plan.cfg.test == "always")
+            untested = measure_winners(folder, targets(plan.base), plan.base.cache, plan.cfg.test == "always")
         states = Counter(studies.STATES[trial.state] for trial in trials if trial.state not in studies.OPEN)
         counts = ", ".join(f"{count} {state}" for state, count in states.items()) or "none done"
         say(f"\n{plural(len(trials), 'trial')}: {counts}.")
