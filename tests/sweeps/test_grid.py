@@ -187,7 +187,7 @@ def test_jobs_say_whether_all_are_tested(
     """An experiment may set `test` for its own jobs."""
     assert sweep("optim.lr=0.01,0.1") == 0
     tested: list[Path] = []
-    monkeypatch.setattr("thaw.evaluation.evaluate.test_run", lambda folder, allow: tested.append(folder))
-    jobs = [Job((), OmegaConf.create({"test": wanted}), Path(cfg.run_dir)) for cfg in trained]
+    monkeypatch.setattr("thaw.evaluation.evaluate.test_run", lambda folder, *_: tested.append(folder))
+    jobs = [Job((), OmegaConf.create({"test": wanted, "cache": {}}), Path(cfg.run_dir)) for cfg in trained]
     assert report_sweep(jobs, tmp_path / "sweep") == 0
     assert tested == [Path(cfg.run_dir) for cfg in trained][:count]
