@@ -67,7 +67,7 @@ PICKLED: dict[Any, bytes] = {}
 def unpickled(key: Any, make: Callable[..., Any], *arguments: Any) -> Any:
     if not PICKLED.get(key):
         PICKLED[key] = pickle.dumps(make(*arguments))
-    return pickle.loads(PICKLED[key])  # noqa: S301
+    return pickle.loads(PICKLED[key])  # noqa: S301  # what this process has pickled
 
 
 def load_config(self: Any, config_path: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from sweeps.conftest import Trained
 
 from thaw.run.ranks import run_command
-from thaw.sweeps.grid import Job, report_sweep
+from thaw.sweeps.grid import Job, report_sweep, share_steps
 from thaw.sweeps.run_table import read_run_table
 
 Sweep = Callable[..., int]
@@ -191,3 +192,12 @@ def test_jobs_say_whether_all_are_tested(
     jobs = [Job((), OmegaConf.create({"test": wanted, "cache": {}}), Path(cfg.run_dir)) for cfg in trained]
     assert report_sweep(jobs, tmp_path / "sweep") == 0
     assert tested == [Path(cfg.run_dir) for cfg in trained][:count]
+
+
+def test_rates_that_are_no_numbers_share_no_steps() -> None:
+    """Those of a recipe of your own may be missing, or lists."""
+    optims: list[Any] = [None, {}, {"lr": [1e-3, 1e-2], "weight_decay": 0.0}]
+    optims += [{"lr": 1e-3, "weight_decay": 0.0}, {"lr": 1, "weight_decay": 0}]
+    cfgs = [OmegaConf.create({"optim": optim, "run_dir": "", "overrides": ""}) for optim in optims]
+    (bank,) = share_steps([Job((), cfg, Path(str(number))) for number, cfg in enumerate(cfgs)])
+    assert bank.settings == [(1e-3, 0.0), (1, 0)]

@@ -28,7 +28,7 @@ from thaw.run.steps import step_hooks
 from thaw.run.stopwatch import STOPWATCH
 from thaw.task import is_single_label
 
-MOST_WEIGHTS = 1_000_000  # weights of all probes together: copies of them are kept for every epoch
+MOST_WEIGHTS = 1_000_000  # weights of all probes together: the bank holds copies of them for every epoch
 MISS_STEPS = (FiniteLoss, LearningRateMonitor, ModelCheckpoint, Preemption, RunProgress, StepMonitor, StepSeed)
 
 
@@ -46,7 +46,7 @@ class BankEpoch:
 class ProbeBank:
     """H linear heads that start from the same weights and see the same batches, each with its own AdamW.
 
-    An epoch is computed when the first run asks for it, and kept for the others.
+    The first run that asks for an epoch has it computed; the others get the same numbers.
 
     Args:
         settings: learning rate and weight decay of each probe.
@@ -59,8 +59,8 @@ class ProbeBank:
         self.state = torch.empty(0)  # (3, K, H, D + 1): weight with the bias as last column, both moments of AdamW
         self.step = 0
 
-    def train_epoch(self, trainer: Any, module: Any, batches: Sequence[Tensor], kept: Sequence[int]) -> None:
-        """Compute the next epoch on batches of indices (B,), and keep the states before the steps `kept`."""
+    def train_epoch(self, trainer: Any, module: Any, batches: Sequence[Tensor], own: Sequence[int]) -> None:
+        """Compute the next epoch on batches of indices (B,), and remember the states before the steps `own`."""
         epoch, head, dataset = BankEpoch(), module.head, trainer.train_dataloader.dataset
         optimizer, total_steps = trainer.optimizers[0].param_groups[0], trainer.estimated_stepping_batches
         if not self.epochs:
@@ -69,7 +69,7 @@ class ProbeBank:
             self.state = self.state[:, :, None].repeat(1, 1, len(self.settings), 1)
             self.rates, self.decays = self.rates.to(start), self.decays.to(start)
         for number, indices in enumerate(batches):
-            if number in kept:
+            if number in own:
                 epoch.states[number] = self.state.clone()
             batch, theta = dataset[indices], self.state[0].requires_grad_()  # (K, H, D + 1)
             with torch.enable_grad(), trainer.precision_plugin.forward_context():
@@ -108,9 +108,9 @@ BANKS: dict[str, ProbeBank] = {}  # by the folders of a sweep's runs
 class SharedSteps(Callback):
     """Takes the steps of a linear probe from the bank of its sweep, where there is one.
 
-    The first step of an epoch, those that are logged and the last one are the run's own: it starts them from the
-    bank's weights and moments. All but the steps between them is as in a run alone, whose numbers it has up to
-    rounding. Lightning takes longer for the step of one probe than the arithmetic of all.
+    The run itself makes the first step of an epoch, the steps that are logged and the last one, and starts each of
+    them from the bank's weights and moments. It takes the others from the bank. Its numbers are those of a run alone,
+    up to rounding. Lightning's own work for the step of one probe takes longer than the arithmetic of all probes.
 
     A run stays alone where the bank cannot know its steps: other layers train, features are not cached, the head, the
     optimizer or the precision is another, a callback of your own has a hook for each step, or the run resumes.

@@ -26,8 +26,8 @@ STAGES = {"fit": "training", "validate": "best weights", "test": "test"}
 class RunProfile(Profiler):
     """Prints the seconds of each part of the process when it ends, and writes them to `<run_dir>/profile.json`.
 
-    Lightning names what it does as it begins and ends; what a part contains of other parts is counted there. Of the
-    jobs of a sweep in one process the last one reports all.
+    The seconds of a part within another one count for the inner part alone. In a sweep the last job prints the seconds
+    of all jobs in the process.
     """
 
     latest: "RunProfile | None" = None

@@ -189,12 +189,13 @@ def share_steps(jobs: Sequence[Job]) -> "list[ProbeBank]":
     """Banks for the jobs that differ in optim.lr and optim.weight_decay alone; linear probes take their steps there."""
     from thaw.callbacks.probe_bank import BANKS, ProbeBank  # torch takes a second
 
-    groups = defaultdict(list)
+    groups: dict[str, list[tuple[Job, Any]]] = defaultdict(list)  # with the rate and the decay of each job
     for job in jobs:
-        same = plain(job.cfg)
-        setting = same["optim"].pop("lr"), same["optim"].pop("weight_decay")
-        del same["run_dir"], same["overrides"]
-        groups[json.dumps(same, sort_keys=True)].append((job, setting))
+        same, optim = plain(job.cfg), job.cfg.get("optim") or {}
+        setting = optim.get("lr"), optim.get("weight_decay")
+        if all(isinstance(value, int | float) for value in setting):  # a recipe of your own may have neither
+            del same["optim"]["lr"], same["optim"]["weight_decay"], same["run_dir"], same["overrides"]
+            groups[json.dumps(same, sort_keys=True)].append((job, setting))
     banks = []
     for group in groups.values():
         if len(group) > 1:
