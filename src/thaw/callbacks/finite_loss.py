@@ -75,10 +75,8 @@ class FiniteLoss(Callback):
 
 def not_finite(pl_module: LightningModule, only_trained: bool) -> list[str]:
     """Names of the parameters with values that are not finite, but for those that the model can do without."""
-    from torch.distributed.tensor import DTensor  # takes a while
-
     own = {  # this process's part of a sharded parameter: the other processes may not be here
-        name: parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        name: parameter.to_local() if hasattr(parameter, "to_local") else parameter
         for name, parameter in pl_module.named_parameters()
         if (parameter.requires_grad or not only_trained) and not getattr(pl_module, "is_spare", lambda _: False)(name)
     }

@@ -26,7 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from thaw.run.command_line import check_secrets, override_key, quote_path
 from thaw.run.console import harmless, lenient
-from thaw.run.deferred import defer
+from thaw.run.deferred import defer_unneeded
 from thaw.run.errors import UserError
 from thaw.run.files import DISK, unwritten
 from thaw.run.memory import search_rarely
@@ -69,13 +69,12 @@ def command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callabl
             if cfg is not None:
                 return task(cfg)
             with clear_errors():
-                search_rarely()
+                search_rarely(1_000_000)
                 if {"--help", "-h"} & set(sys.argv):
                     return print_help(compose_and_run, config_name)
                 check_secrets({override_key(argument): argument for argument in sys.argv[1:]})
                 check_options(config_name)
-                defer("scipy.signal", hamming=None)  # torchmetrics asks for this name alone: half a second
-                defer("wandb")  # timm, for a function that is not called here
+                defer_unneeded()
                 compose_and_run()
             if task.__module__ == "__main__" and sys.orig_argv[1:2] == sys.argv[:1]:  # no profiler, debugger or test
                 end_at_once()

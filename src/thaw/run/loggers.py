@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ValidationError
-from requests.utils import get_netrc_auth
 
 from thaw.run.command_line import shown_error
 from thaw.run.console import warn_once
@@ -276,6 +275,8 @@ def why_offline() -> str | None:
 
     Answers within `CONNECT_TIMEOUT` and the time that W&B gives one request, which is WANDB_HTTP_TIMEOUT or 10 s.
     """
+    from requests.utils import get_netrc_auth
+
     server = wandb.setup().settings.base_url
     in_environment = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
     if not in_environment and not any(get_netrc_auth(host) for host in (server, *LOGIN_HOSTS)):
@@ -308,7 +309,7 @@ def log_page(loggers: list[Logger], path: Path) -> None:
             logger.log_metrics({"report/page": wandb.Html(str(path), inject=False)})
 
 
-def wandb_run(loggers: list[Logger]) -> wandb.Run | None:
+def wandb_run(loggers: list[Logger]) -> "wandb.Run | None":
     """The W&B run that is logged to, if there is one."""
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     return next((run for run in runs if isinstance(run, wandb.Run)), None)

@@ -1,5 +1,6 @@
 """Lightning's Trainer from its settings. Values that it would refuse late, misread or ignore are refused first."""
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from thaw.run.config import build
 from thaw.run.console import say
+from thaw.run.deferred import is_deferred
 from thaw.run.errors import UserError
 from thaw.run.steps import skip_empty_hooks
 from thaw.run.values import Count, CountOrZero, NonNegative, find_problem
@@ -114,8 +116,14 @@ def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[A
         say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     skip_empty_hooks(callbacks)
-    trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
-    if cfg.trainer.get("deterministic") == "warn":  # else torch fills each new tensor, 3 % of a step on a CPU
+    warns = cfg.trainer.get("deterministic") == "warn"
+    own = {"deterministic": None} if warns and is_deferred("torch._dynamo") else {}
+    trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers], **own)
+    if own:  # as Lightning does it, but torch's own function imports the compiler in order to tell it, too
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if warns:  # else torch fills each new tensor, 3 % of a step on a CPU
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if hasattr(trainer.strategy, "_timeout"):  # of several processes
         trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
