@@ -193,7 +193,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.extend([len(images)] if len(images) > 1 else [])
         return prefix(self, images, cut)
 
+    def packed(backbone: Backbone, cut: int) -> Callable[[Tensor], Tensor]:
+        return lambda images: counted(backbone, images, cut)
+
     monkeypatch.setattr(Backbone, "prefix", counted)
+    monkeypatch.setattr(thaw_features, "packed_prefix", packed)
     return seen  # type: ignore[return-value]
 
 

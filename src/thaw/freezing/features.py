@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from thaw.data.store import tensors_sha256
 from thaw.freezing.cache import FeatureCache
 from thaw.models.backbone import Backbone
+from thaw.models.packed import can_pack, packed_prefix
 from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -152,12 +154,17 @@ def frozen_features(
     """
     is_tokens = cut < len(backbone.layers)
     device, autocast = trainer.strategy.root_device, trainer.precision_plugin.forward_context
+    is_packed = device.type == "cpu" and trainer.precision == "bf16-mixed" and can_pack(backbone, cut)
+
+    @lru_cache
+    def prefix() -> Callable[[Tensor], Tensor]:
+        return packed_prefix(backbone, cut) if is_packed else partial(backbone.prefix, cut=cut)
 
     @torch.no_grad()
     def compute(indices: Tensor) -> Tensor:  # (B,) -> (B, T, D) or (B, D)
         batch = images[indices.to(images.device)].to(device)  # on the CPU where worker processes fetch batches
         with autocast():
-            features = backbone.prefix(preprocess(batch), cut)
+            features = prefix()(preprocess(batch))
         return features.bfloat16() if is_tokens and "bf16" in trainer.precision else features.contiguous()
 
     facts = {
@@ -166,6 +173,7 @@ def frozen_features(
         "weights": tensors_sha256(backbone.layers_state(cut)),
         "images": tensors_sha256({split: images}),
         "precision": trainer.precision,
+        **({"packed": True} if is_packed else {}),
     }
     features = cache.features(split, len(images), compute, backbone.num_tokens, facts, trainer)
     if features is not None and device.type == "cuda" and features.nbytes < torch.cuda.mem_get_info(device)[0] / 2:

@@ -241,6 +241,9 @@ def wandb_logger(
             git_root=str(Path(__file__).parent),  # W&B would look where the program was started
         ),
     )
+    wandb.util.pd_available = (
+        "pandas" in sys.modules
+    )  # else W&B imports it to ask whether a number is a table of pandas
     del logger._wandb_init["anonymous"]  # W&B warns that it means nothing, even if it is None
     logger.must_be_online = mode == "online"
     return logger
