@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from thaw.run.command import command
 from thaw.run.config import build, settle
 from thaw.run.errors import UserError
+from thaw.run.trainer_settings import new_trainer
 
 
 @command("clean")
@@ -28,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     use_whole_data(cfg, HydraConfig.get().overrides.task)
     settle(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = build(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
+    trainer = new_trainer(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
     if trainer.world_size > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: cleaning runs on one; choose trainer=cpu, gpu or mps.")
     trainer.datamodule, cache, search = build(cfg.data), build(cfg.cache), build(cfg.search)

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from thaw.run.command import command
 from thaw.run.config import build, settle
 from thaw.run.errors import UserError
+from thaw.run.trainer_settings import new_trainer
 
 
 @command("probe")
@@ -25,7 +26,7 @@ def main(cfg: DictConfig) -> float | None:
     backbone = checkpoint_backbone(cfg, HydraConfig.get().overrides.task) if cfg.ckpt else None
     settle(cfg)
     L.seed_everything(cfg.seed, verbose=False)
-    trainer = build(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
+    trainer = new_trainer(cfg.trainer, logger=False, enable_checkpointing=False)  # for its device and precision
     if trainer.world_size > 1:
         raise UserError(f"trainer.devices={cfg.trainer.devices}: a probe runs on one; choose trainer=cpu, gpu or mps.")
     trainer.datamodule, cache = build(cfg.data), build(cfg.cache)

@@ -21,6 +21,7 @@ from thaw.run.console import progress, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
 from thaw.run.jobs import is_sweep_job
+from thaw.run.trainer_settings import new_trainer
 
 LOWEST, HIGHEST, STEPS = 1e-6, 10.0, 300
 SMOOTH = 6.0  # steps, the standard deviation of the Gaussian that smooths the losses
@@ -42,7 +43,7 @@ def find_lr(cfg: DictConfig, model: Any, datamodule: LightningDataModule, callba
     losses = RangeLosses()
     changed: dict[str, Any] = {"max_epochs": -1, "max_steps": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     changed |= {"enable_checkpointing": False, "enable_progress_bar": False, "profiler": None, "logger": False}
-    trainer = build(cfg.trainer, **changed, callbacks=[build(cfg.callbacks.step_seed), losses, *callbacks])
+    trainer = new_trainer(cfg.trainer, **changed, callbacks=[build(cfg.callbacks.step_seed), losses, *callbacks])
     with progress("learning rates", STEPS, "steps", hidden=not trainer.is_global_zero) as losses.advance:
         trainer.fit(model, datamodule)
     if trainer.is_global_zero:

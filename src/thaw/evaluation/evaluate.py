@@ -15,6 +15,7 @@ from thaw.run.console import quiet_libraries, say
 from thaw.run.errors import UserError
 from thaw.run.files import read_json, write_json
 from thaw.run.places import keep_from_downloading, sends
+from thaw.run.trainer_settings import new_trainer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def evaluate_checkpoint(
     shown = cfg.trainer.get("enable_progress_bar", True) and cfg.callbacks.get("progress")
     bars = [build(cfg.callbacks.progress)] if shown else []
     settings = {"devices": 1, "num_nodes": 1, "strategy": "auto", "profiler": None, "enable_progress_bar": bool(bars)}
-    trainer = build(OmegaConf.merge(cfg.trainer, settings), callbacks=[test, *bars], logger=loggers)
+    trainer = new_trainer(cfg.trainer, **settings, callbacks=[test, *bars], logger=loggers)
     validated = {}
     if trainer.limit_val_batches != 0:
         (metrics,) = trainer.validate(model, datamodule, verbose=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thaw.models.backbone import Backbone
 from thaw.models.chain import Layer, blocks_of
 
-PARTS = {  # of a block that can be packed, but for its activation, its LayerScale and its dropout
+PLAIN_BLOCK = {  # of a block that can be packed, but for its activation, its LayerScale and its dropout
     **{"": "Block", "norm1": "LayerNorm", "norm2": "LayerNorm", "attn": "Attention", "mlp": "Mlp"},
     **{"attn.qkv": "Linear", "attn.q_norm": "Identity", "attn.k_norm": "Identity", "attn.norm": "Identity"},
     **{"attn.proj": "Linear", "mlp.fc1": "Linear", "mlp.norm": "Identity", "mlp.fc2": "Linear"},
@@ -89,7 +89,9 @@ def is_plain(block: nn.Module) -> bool:
     modules = {name: module for name, module in modules.items() if not name.startswith("mlp.drop")}
     is_hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
     is_known = all(type(module).__module__.startswith(("torch.nn.", "timm.")) for module in modules.values())
-    return is_known and not is_hooked and {name: type(module).__name__ for name, module in modules.items()} == PARTS
+    return (
+        is_known and not is_hooked and {name: type(module).__name__ for name, module in modules.items()} == PLAIN_BLOCK
+    )
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ def keep_memory() -> None:
     glibc gives large blocks back to the system at once and asks for them again: for a batch of a small ViT on two cores
     these are 6,000 page faults and a fifth to a third of the time. Other systems' allocators are left alone.
     """
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # Python frees all at its end
+    if not gc.get_freeze_count():  # the jobs of a sweep that ended leave what has to be found
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # Python frees all at its end
     search_rarely(100_000)
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

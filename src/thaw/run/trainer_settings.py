@@ -107,24 +107,32 @@ def check_trainer(trainer: DictConfig, optim: DictConfig) -> None:
         raise UserError("; ".join(wrong) + ".")
 
 
+def new_trainer(settings: DictConfig, **arguments: Any) -> Any:
+    """The Trainer of a block like configs/trainer/cpu.yaml; `arguments` replace or complete its settings."""
+    import torch
+
+    warns = settings.get("deterministic") == "warn"
+    if imports_nothing := warns and is_deferred("torch._dynamo"):
+        arguments["deterministic"] = None
+    trainer = build(settings, **arguments)
+    if imports_nothing:  # as Lightning does it; torch's own function would import the compiler in order to tell it, too
+        torch._C._set_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = bool(settings.get("benchmark"))
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if warns:  # else torch fills each new tensor, 3 % of a step on a CPU
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return trainer
+
+
 def build_trainer(cfg: DictConfig, callbacks: Sequence[Any], loggers: Sequence[Any]) -> "Trainer":
     """The trainer of a run; `trainer.enable_checkpointing=false` and `trainer.fast_dev_run` keep no checkpoint."""
-    import torch
     from lightning.pytorch.callbacks import Checkpoint
 
     if cfg.trainer.get("fast_dev_run") or cfg.trainer.get("enable_checkpointing") is False:
         say("checkpoints: none, as trainer.fast_dev_run or trainer.enable_checkpointing=false asks for")
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     skip_empty_hooks(callbacks)
-    warns = cfg.trainer.get("deterministic") == "warn"
-    own = {"deterministic": None} if warns and is_deferred("torch._dynamo") else {}
-    trainer = build(cfg.trainer, callbacks=[*callbacks], logger=[*loggers], **own)
-    if own:  # as Lightning does it, but torch's own function imports the compiler in order to tell it, too
-        torch._C._set_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if warns:  # else torch fills each new tensor, 3 % of a step on a CPU
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    trainer = new_trainer(cfg.trainer, callbacks=[*callbacks], logger=[*loggers])
     if hasattr(trainer.strategy, "_timeout"):  # of several processes
         trainer.strategy._timeout = timedelta(seconds=cfg.rank_timeout)
     if not hasattr(trainer, "val_check_interval"):  # a duration; Lightning's EarlyStopping reads it all the same
