@@ -20,14 +20,14 @@ class DeferredModule(ModuleType):
     def __getattr__(self, attribute: str) -> Any:
         if attribute.startswith("__"):  # inspect asks all modules for theirs
             raise AttributeError(attribute)
-        return getattr(imported(self.__name__), attribute)
+        return getattr(undeferred(self.__name__), attribute)
 
 
 def is_deferred(name: str) -> bool:
     return isinstance(sys.modules.get(name), DeferredModule)
 
 
-def imported(name: str) -> ModuleType:
+def undeferred(name: str) -> ModuleType:
     """A module itself, in place of a deferred one."""
     if is_deferred(name):
         del sys.modules[name]
@@ -54,7 +54,7 @@ class DeferredPackages(MetaPathFinder):
         package = name.rpartition(".")[0]
         if not is_deferred(package):
             return None
-        imported(package)
+        undeferred(package)
         return ModuleSpec(name, WithoutExecution(import_module(name)))
 
 
@@ -85,4 +85,4 @@ def defer_unneeded() -> None:
     no_break, disabled = (lambda *_, **__: None), (lambda function, *_, **__: function)
     compiled = AskLater("OptimizedModule", (), {"__module__": compiler})
     defer(compiler, graph_break=no_break, disable=disabled, OptimizedModule=compiled)
-    defer(utils, is_compile_supported=lambda device: imported(utils).is_compile_supported(device))  # of torchvision
+    defer(utils, is_compile_supported=lambda device: undeferred(utils).is_compile_supported(device))  # of torchvision
