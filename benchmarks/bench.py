@@ -59,7 +59,6 @@ def main() -> None:
     load_mnist("MNIST", args.data, "official", None)
     started = time.monotonic()
     bench = Bench(str(Path(args.data).resolve()), args.quick, args.rounds)
-    bench.note(f"Matrix product in bf16: {bench.peak / 1e9:,.0f} GFLOP/s, the peak of the shares.")
     print(COLUMNS, end="")
     lines = []
     for group in args.only or GROUPS:

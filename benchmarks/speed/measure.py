@@ -56,7 +56,10 @@ class Bench:
         self.size = 2000 if quick else 54000  # training images of a probe
         self.folder = tempfile.TemporaryDirectory(prefix="thaw_bench_")
         self.notes: list[str] = []
-        self.peak = matrix_peak(self.device, torch.bfloat16)
+
+    def peak(self) -> float:
+        """FLOP/s of matrix products in bf16 now; others may share the machine, so a row measures it in its turns."""
+        return matrix_peak(self.device, torch.bfloat16)
 
     def new_folder(self) -> str:
         return tempfile.mkdtemp(dir=self.folder.name)

@@ -133,27 +133,28 @@ def test_training_with_cached_features_is_training_from_pixels(
 def test_validation_and_test_after_training_equal_those_from_pixels(
     model: Build, freeze: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """They use cached features, unless these are wrong."""
+    """They use cached features, unless these are wrong; pooled ones all at once."""
     classifier, data, watch = model(freeze), digits(), Watch()
+    batches = 1 if freeze == "linear_probe" else 5
     trainer = fitted(classifier, data, callbacks=[watch])
     cached = dict(trainer.callback_metrics)
     assert data.split_dataset("train").features is None and data.split_dataset("val").features is None
     logits = []
     classifier.eval()
     with torch.no_grad():
-        for features, indices in watch.val[-5:]:
+        for features, indices in watch.val[-batches:]:
             assert features is not None
             logits.append(classifier.head(classifier.backbone.suffix(features, classifier.cut)))
             torch.testing.assert_close(classifier(data.load().val.images[indices]), logits[-1])
         watch.val.clear()
         (metrics,) = trainer.validate(classifier, data, verbose=False)
-        assert len(watch.val) == 5 and all(features is not None for features, _ in watch.val)
+        assert len(watch.val) == batches and all(features is not None for features, _ in watch.val)
         assert metrics["val/loss"] == pytest.approx(cached["val/loss"].item(), rel=1e-5)
         assert metrics["val/acc"] == pytest.approx(cached["val/acc"].item())
         (metrics,) = trainer.test(classifier, data, verbose=False)
         right = (classifier(data.load().test.images).argmax(1) == data.load().test.labels).float().mean()
     assert metrics["test/acc"] == pytest.approx(right.item())
-    assert len(watch.test) == 5 and all(features is not None for features in watch.test)
+    assert len(watch.test) == batches and all(features is not None for features in watch.test)
     assert all(data.split_dataset(split).features is None for split in ("train", "val", "test"))
 
     correct = thaw_features.frozen_features
@@ -162,6 +163,13 @@ def test_validation_and_test_after_training_equal_those_from_pixels(
     (again,) = trainer.test(classifier, data, verbose=False)
     assert again == metrics and watch.test == [None] * 5
     assert "The cached test features differ by 1e-01 from those of pixels, which count." in caplog.text
+
+
+@pytest.mark.parametrize("limit", [2, 0.4])
+def test_a_limited_validation_takes_batches_as_from_pixels(model: Build, limit: float) -> None:
+    watch = Watch()
+    fitted(model("linear_probe"), epochs=1, limit_val_batches=limit, callbacks=[watch])
+    assert [len(indices) for features, indices in watch.val if features is not None] == [100, 100]
 
 
 def test_a_test_whose_features_cannot_be_cached_starts_from_pixels(

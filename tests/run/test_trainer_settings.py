@@ -2,22 +2,26 @@
 
 import inspect
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
+import torch
 from conftest import compose_run, needs
 from omegaconf import OmegaConf
 
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.run import checkpoint as checkpoints
 from thaw.run.command import show
+from thaw.run.deferred import DeferredModule
 from thaw.run.errors import UserError
 from thaw.run.steps import skip_empty_hooks
-from thaw.run.trainer_settings import RULES, check_trainer
+from thaw.run.trainer_settings import RULES, check_trainer, new_trainer
 
 REFUSED = {
     "trainer.strategy=ddp_spawn": "trainer.strategy='ddp_spawn' must be auto, ddp",
@@ -191,3 +195,28 @@ def test_hooks_that_a_callback_does_not_have_are_skipped(classifier: Callable, b
     skip_empty_hooks([counter])
     fit(classifier(), [batch] * 3, callbacks=[counter])
     assert counter.steps == 3 and counter.on_before_backward is None
+
+
+@pytest.mark.parametrize("settings", [{"deterministic": "warn"}, {"deterministic": "warn", "benchmark": True}])
+def test_determinism_without_the_compiler_is_lightnings(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = OmegaConf.create({"_target_": "lightning.Trainer", "accelerator": "cpu", "logger": False, **settings})
+
+    def flags() -> tuple:
+        backends, deterministic = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        return torch.are_deterministic_algorithms_enabled(), warns, backends.benchmark, deterministic
+
+    def unset() -> None:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    seen = []
+    for compiler in (sys.modules["torch._dynamo"], DeferredModule("torch._dynamo", {})):
+        unset()
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "torch._dynamo", compiler)
+            new_trainer(block, enable_checkpointing=False)
+        seen.append((*flags(), os.environ["CUBLAS_WORKSPACE_CONFIG"]))
+    unset()
+    assert seen[0] == seen[1] and seen[0][:2] == (True, True)

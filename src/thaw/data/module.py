@@ -56,6 +56,7 @@ class ImageDataset(Dataset[Batch]):
 
     Attributes:
         features: (N, ...) of the frozen part of a model, or None.
+        eval_batch_size: of validation and test, at least; pooled features need no small batches.
         weights: float64 (N,), in proportion to which a training epoch draws them with replacement, or None.
         soft_targets: (N, K) on the device of the labels, or None.
     """
@@ -64,6 +65,7 @@ class ImageDataset(Dataset[Batch]):
         self.data = data
         self.is_mapped = decoded_key(data.images) is not None
         self.features: Tensor | None = None
+        self.eval_batch_size = 1
         self.weights: Tensor | None = None
         self.soft_targets: Tensor | None = None
 
@@ -109,8 +111,12 @@ class BatchSampler(DistributedSampler):
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
         self.weights = weights
-        self.batch_size = batch_size
+        self.least_size = batch_size
         self.num_images = len(dataset)  # type: ignore[arg-type]  # torch declares no length for a Dataset
+
+    @property
+    def batch_size(self) -> int:
+        return self.least_size if self.shuffle else max(self.least_size, getattr(self.dataset, "eval_batch_size", 1))
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]  # the parent yields single indices
         order = torch.arange(self.num_images)
@@ -355,6 +361,7 @@ class ImageDataModule(LightningDataModule):
         """Drop cached features and soft targets after an exception; they belong to the run that failed."""
         for dataset in self.datasets.values():
             dataset.features = dataset.soft_targets = None
+            dataset.eval_batch_size = 1
 
     def loader(self, dataset: ImageDataset, batch_size: int, shuffle: bool) -> ImageLoader:
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler

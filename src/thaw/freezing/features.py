@@ -18,6 +18,7 @@ from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
 
+POOLED_BATCH = 8192  # images of which validation takes the features at once; Lightning's loop costs 2 ms a batch
 CHECKED, LARGEST_DIFFERENCE = 64, 0.02  # images, and the most that their features may differ from pixels' (bf16: 0.004)
 
 
@@ -96,7 +97,8 @@ class FrozenFeatures(Callback):
 
     def drop(self) -> None:
         while self.datasets:
-            self.datasets.pop().features = None
+            dataset = self.datasets.pop()
+            dataset.features, dataset.eval_batch_size = None, 1
 
     def compute(self, trainer: Any, pl_module: Any) -> None:
         datamodule = trainer.datamodule
@@ -118,8 +120,12 @@ class FrozenFeatures(Callback):
         dataset = trainer.datamodule.split_dataset(split)
         layers = pl_module.preprocess, pl_module.backbone, pl_module.cut
         dataset.features = frozen_features(split, dataset.data.images, *layers, self.cache, trainer)
-        if dataset.features is not None:
-            self.datasets.append(dataset)
+        if dataset.features is None:
+            return
+        self.datasets.append(dataset)
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if dataset.features.ndim == 2 and isinstance(limit, float) and limit == 1.0:  # all batches, however many
+            dataset.eval_batch_size = POOLED_BATCH
 
 
 def check_frozen(backbone: Backbone, cut: int) -> None:
