@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ def frozen_features(
 
     @lru_cache
     def prefix() -> Callable[[Tensor], Tensor]:
-        return packed_prefix(backbone, cut) if is_packed else partial(backbone.prefix, cut=cut)
+        return packed_prefix(backbone, cut) if is_packed else lambda images: backbone.prefix(images, cut)
 
     @torch.no_grad()
     def compute(indices: Tensor) -> Tensor:  # (B,) -> (B, T, D) or (B, D)
