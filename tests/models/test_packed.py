@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from thaw.models.backbone import Backbone
-from thaw.models.packed import can_pack, packed_prefix
+from thaw.models.packed import can_pack, multiplies_in_bf16, packed_prefix
 
 Build = Callable[..., Backbone]
 
@@ -35,9 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "windows": {"name": "swin_tiny_patch4_window7_224", "image_size": 56, "arguments": {}},
     "convolutions": {"name": "resnet18", "image_size": 56, "arguments": {}},
 }
-needs_bf16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not multiply in bf16 on this CPU"
-)
+needs_bf16 = pytest.mark.skipif(not multiplies_in_bf16(), reason="oneDNN does not multiply in bf16 on this CPU")
 
 
 def built(settings: dict[str, Any]) -> Backbone:
@@ -84,5 +82,9 @@ def test_changed_blocks_are_not_packed() -> None:
     second.mlp.fc2 = Twice(256, 64)
     assert not can_pack(model, 3) and not can_pack(model, 4)
     second.mlp.fc2 = nn.Linear(256, 64)
+    second.ls1 = Twice(64, 64)
+    assert not can_pack(model, 3)
+    second.ls1, second.norm2 = nn.Identity(), nn.LayerNorm(64, elementwise_affine=False)
+    assert not can_pack(model, 3)
     model.compile_layers()
     assert not can_pack(model, 2)

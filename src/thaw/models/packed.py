@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thaw.models.backbone import Backbone
 from thaw.models.chain import Layer, blocks_of
 
-PLAIN_BLOCK = {  # of a block that can be packed, but for its activation, its LayerScale and its dropout
+PLAIN_BLOCK = {  # the types of a block's parts, but for its activation, its LayerScales and its dropout
     **{"": "Block", "norm1": "LayerNorm", "norm2": "LayerNorm", "attn": "Attention", "mlp": "Mlp"},
     **{"attn.qkv": "Linear", "attn.q_norm": "Identity", "attn.k_norm": "Identity", "attn.norm": "Identity"},
     **{"attn.proj": "Linear", "mlp.fc1": "Linear", "mlp.norm": "Identity", "mlp.fc2": "Linear"},
@@ -79,18 +79,26 @@ def can_pack(backbone: Backbone, cut: int) -> bool:
     if not backbone.is_chain or backbone.architecture.get("compiled"):
         return False
     blocks = blocks_of(backbone.model)[: cut - 1]
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and all(len(each) == 1 and is_plain(each[0]) for each in blocks)
+    return multiplies_in_bf16() and all(len(each) == 1 and is_plain(each[0]) for each in blocks)
+
+
+def multiplies_in_bf16() -> bool:
+    """Whether oneDNN is there, and this CPU has instructions for it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def is_plain(block: nn.Module) -> bool:
+    """Whether a block is timm's own, without hooks and without parts that `PackedBlock` would leave out."""
     modules = dict(block.named_modules())
-    for name in ("mlp.act", "ls1", "ls2", "drop_path1", "drop_path2", "attn.attn_drop", "attn.proj_drop"):
-        modules.pop(name, None)
-    modules = {name: module for name, module in modules.items() if not name.startswith("mlp.drop")}
-    is_hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
-    is_known = all(type(module).__module__.startswith(("torch.nn.", "timm.")) for module in modules.values())
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
+    others = {kind for name, kind in kinds.items() if name not in PLAIN_BLOCK and name != "mlp.act"}
     return (
-        is_known and not is_hooked and {name: type(module).__name__ for name, module in modules.items()} == PLAIN_BLOCK
+        type(block).__module__ == "timm.models.vision_transformer"
+        and PLAIN_BLOCK.items() <= kinds.items()
+        and others <= {"Identity", "Dropout", "DropPath", "LayerScale"}
+        and all(modules[norm].weight is not None and modules[norm].bias is not None for norm in ("norm1", "norm2"))
+        and all(type(module).__module__.startswith(("torch.nn.", "timm.")) for module in modules.values())
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
     )
 
 
