@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "queries with a norm": {"arguments": {**TINY, "qk_norm": True}},
-    "a norm of what is attended": {"arguments": {**TINY, "scale_attn_norm": True}},
+    "a norm before the projection": {"arguments": {**TINY, "scale_attn_norm": True}},
     "parallel blocks": {"name": "vit_small_patch16_18x2_224", "arguments": TINY},
     "rotary embeddings": {"name": "vit_small_patch16_dinov3", "arguments": TINY},
     "windows": {"name": "swin_tiny_patch4_window7_224", "image_size": 56, "arguments": {}},

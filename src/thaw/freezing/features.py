@@ -18,7 +18,7 @@ from thaw.run.errors import UserError
 
 log = logging.getLogger(__name__)
 
-POOLED_BATCH = 8192  # images of which validation takes the features at once; Lightning's loop costs 2 ms a batch
+POOLED_BATCH = 8192  # images in a batch of pooled features in validation and test: Lightning's loop costs 2 ms a batch
 CHECKED, LARGEST_DIFFERENCE = 64, 0.02  # images, and the most that their features may differ from pixels' (bf16: 0.004)
 
 

@@ -241,9 +241,7 @@ def wandb_logger(
             git_root=str(Path(__file__).parent),  # W&B would look where the program was started
         ),
     )
-    wandb.util.pd_available = (
-        "pandas" in sys.modules
-    )  # else W&B imports it to ask whether a number is a table of pandas
+    wandb.util.pd_available = "pandas" in sys.modules  # else W&B imports it, to look for tables among the metrics
     del logger._wandb_init["anonymous"]  # W&B warns that it means nothing, even if it is None
     logger.must_be_online = mode == "online"
     return logger

@@ -18,12 +18,12 @@ def search_rarely(objects: int) -> None:
 
 
 def keep_memory() -> None:
-    """Keep the memory of a batch for the next one, and search what is there now for unreachable objects no more.
+    """Keep the memory of a batch for the next one, and exempt the objects that exist now from garbage collection.
 
     glibc gives large blocks back to the system at once and asks for them again: for a batch of a small ViT on two cores
     these are 6,000 page faults and a fifth to a third of the time. Other systems' allocators are left alone.
     """
-    if not gc.get_freeze_count():  # the jobs of a sweep that ended leave what has to be found
+    if not gc.get_freeze_count():  # once: what an earlier job of a sweep left behind must be collected
         gc.freeze()
         atexit.register(gc.unfreeze)  # Python frees all at its end
     search_rarely(100_000)

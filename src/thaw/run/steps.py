@@ -35,4 +35,4 @@ def skip_empty_hooks(callbacks: Sequence[Any]) -> None:
     """Let Lightning skip the hooks of a step that a callback does not have, 0.2 ms of each step for 15 callbacks."""
     for callback in callbacks:
         for hook in set(STEP_HOOKS).difference(step_hooks(callback)):
-            setattr(callback, hook, None)  # Lightning skips what is not callable
+            setattr(callback, hook, None)  # Lightning calls only hooks that are callable

@@ -115,7 +115,7 @@ def new_trainer(settings: DictConfig, **arguments: Any) -> Any:
     if imports_nothing := warns and is_deferred("torch._dynamo"):
         arguments["deterministic"] = None
     trainer = build(settings, **arguments)
-    if imports_nothing:  # as Lightning does it; torch's own function would import the compiler in order to tell it, too
+    if imports_nothing:  # as Lightning does, but for torch's function, which imports the compiler to set a flag there
         torch._C._set_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = bool(settings.get("benchmark"))
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
