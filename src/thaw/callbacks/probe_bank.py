@@ -108,7 +108,7 @@ BANKS: dict[str, ProbeBank] = {}  # by the folders of a sweep's runs
 class SharedSteps(Callback):
     """Takes the steps of a linear probe from the bank of its sweep, where there is one.
 
-    The run itself makes the first step of an epoch, the steps that are logged and the last one, and starts each of
+    The run itself makes its first step, the steps that are logged and the last one of each epoch, and starts each of
     them from the bank's weights and moments. It takes the others from the bank. Its numbers are those of a run alone,
     up to rounding. Lightning's own work for the step of one probe takes longer than the arithmetic of all probes.
 
@@ -164,7 +164,10 @@ class SharedSteps(Callback):
         for progress in (loop.batch_progress, loop.scheduler_progress, optimizing.step, optimizing.zero_grad):
             progress.increment_by(count)
         loop._batches_that_stepped += count
-        trainer.train_dataloader.skip(count)
+        if first:
+            trainer.train_dataloader.skip(count)
+        else:  # the pass has not begun
+            trainer.train_dataloader.load_state_dict({"epoch": trainer.current_epoch, "batches_done": end})
         trainer.lr_scheduler_configs[0].scheduler.go_to(trainer.global_step)
         parameters, *moments = epoch.states[end][:, :, self.probe]  # (K, D + 1) each
         optimizer = trainer.optimizers[0]
@@ -183,7 +186,7 @@ def own_batches(trainer: Any) -> list[int]:
     """The batches of this epoch that the run itself trains on, in their order."""
     count, every = trainer.num_training_batches, trainer.log_every_n_steps
     steps = range(trainer.current_epoch * count + 1, (trainer.current_epoch + 1) * count + 1)
-    return [n for n, step in enumerate(steps) if n in (0, count - 1) or (every and step % every == 0)]
+    return [n for n, step in enumerate(steps) if step == 1 or n == count - 1 or (every and step % every == 0)]
 
 
 def has_plain_steps(trainer: Any, module: Any, bank: ProbeBank) -> bool:

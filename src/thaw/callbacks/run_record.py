@@ -4,11 +4,11 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
-import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from omegaconf import OmegaConf
@@ -18,6 +18,7 @@ from thaw.data.images import check_same_classes
 from thaw.evaluation.summary import count_parameters
 from thaw.freezing.table import layer_table
 from thaw.run.checkpoint import run_folder
+from thaw.run.config import yaml_text
 from thaw.run.console import as_text, say_fitted
 from thaw.run.csv_log import RunCSV
 from thaw.run.errors import UserError
@@ -50,6 +51,10 @@ class RunRecord(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_same_config(self.config)
 
+    @cached_property
+    def portable_config(self) -> dict[str, Any]:
+        return replaced(self.config, portable_paths(self.run_dir)) | {"run_dir": ".", "resume": None}
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
@@ -59,8 +64,8 @@ class RunRecord(Callback):
         table = layer_table(pl_module, pl_module.depths(), groups, trainer.current_epoch)
         say_fitted(table)
         write_text(as_text(table) + "\n", self.run_dir / "parameters.txt")
-        write_text(yaml.safe_dump(record, sort_keys=False), self.run_dir / "record.yaml")
-        write_text(OmegaConf.to_yaml(self.config), self.run_dir / "config.yaml")
+        write_text(yaml_text(record), self.run_dir / "record.yaml")
+        write_text(yaml_text(self.config), self.run_dir / "config.yaml")
         resolved = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
         for logger in trainer.loggers if trainer.enable_autolog_hparams else []:
             counts = count_parameters(pl_module, trainer.max_epochs)
@@ -69,7 +74,7 @@ class RunRecord(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         portable = portable_paths(self.run_dir)
         checkpoint["callbacks"] = replaced(checkpoint["callbacks"], portable)
-        checkpoint["config"] = replaced(self.config, portable) | {"run_dir": ".", "resume": None}
+        checkpoint["config"] = self.portable_config
         checkpoint["git_commit"] = self.software["git_commit"]
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it at run time
         if hasattr(datamodule, "load"):

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from thaw.run.checkpoint import load_checkpoint, run_folder
+from thaw.run.config import yaml_text
 from thaw.run.files import write_errors, write_text
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,8 @@ class MetricsWriter(ExperimentWriter):
             self.metrics_keys, self.metrics, self.waiting = header, [], False
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        with write_errors(Path(self.log_dir, self.NAME_HPARAMS_FILE)):
-            super().log_hparams(params)
+        self.hparams.update(params)
+        write_text(yaml_text(self.hparams), Path(self.log_dir, self.NAME_HPARAMS_FILE))
 
 
 def add_rows(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:

@@ -17,11 +17,11 @@ from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from thaw.run.command import explain, show
 from thaw.run.command_line import setting
-from thaw.run.config import plain
+from thaw.run.config import plain, yaml_text
 from thaw.run.console import brief, lenient, say
 from thaw.run.errors import LostProcessError, RunPrunedError, UserError, is_interruption
 from thaw.run.files import read_json, write_errors, write_json, write_text
@@ -216,7 +216,7 @@ def recorded(cfg: DictConfig) -> Iterator[None]:
         yield
         return
     run_dir, started = Path(cfg.run_dir), time.monotonic()
-    write_text(OmegaConf.to_yaml(plain(cfg)), run_dir / "config.yaml")
+    write_text(yaml_text(plain(cfg)), run_dir / "config.yaml")
     try:
         yield
     except (Exception, SystemExit) as error:

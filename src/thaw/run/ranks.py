@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from thaw.run.command_line import quoted, setting
+from thaw.run.config import yaml_text
 from thaw.run.errors import LostProcessError, UserError
 from thaw.run.files import write_text
 
@@ -316,7 +317,7 @@ def start_ranks(count: int, run_dir: Path, config: dict) -> list[subprocess.Pope
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(OmegaConf.to_yaml(config), run_dir / CONFIG_NAME)
+    write_text(yaml_text(config), run_dir / CONFIG_NAME)
     share = max(1, torch.get_num_threads() // count)  # ranks that each use all cores slow each other down many times
     torch.set_num_threads(share)
     os.environ |= {"NODE_RANK": "0", "WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(share)}

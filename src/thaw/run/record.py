@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ def software_facts() -> dict[str, Any]:
         "started": time_now(),
         "git_commit": git_commit(),
         "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": package_versions(),
     }
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 def typed_command() -> str:
@@ -35,6 +41,7 @@ def time_now() -> str:
     return datetime.now().isoformat(" ", "minutes")
 
 
+@cache
 def git_commit() -> str:
     """The commit of the code that runs, with `-dirty` where files differ from it; `unknown` outside a checkout."""
 

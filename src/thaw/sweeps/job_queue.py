@@ -16,9 +16,9 @@ from typing import Literal
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from thaw.run.config import plain
+from thaw.run.config import plain, yaml_text
 from thaw.run.console import plural, say
 from thaw.run.errors import UserError
 from thaw.run.files import write_text
@@ -129,7 +129,7 @@ class JobQueue(Launcher):
     def start(self, job: Job, kind: machine.Kind, units: list[str]) -> subprocess.Popen:
         job.folder.mkdir(parents=True, exist_ok=True)
         job.cfg.validate = job.cfg.test = False  # only the winner is tested, at the end
-        write_text(OmegaConf.to_yaml(plain(job.cfg)), job.folder / CONFIG_NAME)
+        write_text(yaml_text(plain(job.cfg)), job.folder / CONFIG_NAME)
         share = machine.environment(kind, units, len(self.cores), len(self.devices))
         with (job.folder / OUTPUT).open("ab") as output:
             process = subprocess.Popen(
