@@ -6,7 +6,7 @@ import pytest
 from conftest import compose_run
 from omegaconf import OmegaConf
 
-from thaw.run.config import backbone_name, build_list, plain, settle
+from thaw.run.config import backbone_name, build_list, plain, settle, yaml_text
 
 
 def test_build_list() -> None:
@@ -21,6 +21,41 @@ def test_plain_keeps_references_but_not_hydras() -> None:
     cfg = OmegaConf.create({"run_dir": "${hydra:runtime.output_dir}", "lr": 1, "optim": {"lr": "${lr}"}})
     config = plain(cfg)
     assert config == {"run_dir": "resolved runtime.output_dir", "lr": 1, "optim": {"lr": "${lr}"}}
+
+
+def test_yaml_text_reads_back_and_is_omegaconfs(tmp_path: Path) -> None:
+    shared = [0.9, 0.999]  # no anchor
+    texts = [
+        "1e-3",
+        "1_0",
+        "no",
+        "null",
+        "0x1f",
+        "1:30",
+        "",
+        " a",
+        "a: b",
+        "é\n",
+        "${optim.lr}",
+        "x " * 90,
+        "'",
+        "2026-11-27",
+    ]
+    config = {
+        "texts": texts,
+        "lr": 1e-05,
+        "inf": float("inf"),
+        "none": None,
+        "betas": shared,
+        "same": shared,
+        "1": {2: {}},
+    }
+    for each in (config, plain(compose_run(tmp_path))):
+        assert OmegaConf.to_container(OmegaConf.create(yaml_text(each))) == each
+        assert yaml_text(each).replace("\n  ", " ") == OmegaConf.to_yaml(each).replace(
+            "\n  ", " "
+        )  # lines may break elsewhere
+    assert yaml_text({"path": tmp_path}) == f"path: {tmp_path}\n"
 
 
 def settled(accelerator: str, devices: object = 1, precision: str = "auto", fused: object = "auto") -> tuple:
