@@ -22,13 +22,12 @@ def main(cfg: DictConfig) -> None:
 
     try:
         from thaw.serve.app import create_app
-        from thaw.serve.server import open_port, serve, spared_collector
+        from thaw.serve.server import open_port, serve
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing, which serving needs: pip install -e '.[serve]'") from error
 
     opened = open_port(cfg.host, cfg.port)  # before the model is loaded: a taken port is told at once
     say(f"loading {cfg.ckpt}", stderr=True)
-    keep_memory()
     cores = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker computes on one core
     model: ImageModel | Predictor
@@ -44,8 +43,8 @@ def main(cfg: DictConfig) -> None:
     address, port = opened.getsockname()[:2]
     url = f"http://{address}:{port}"
     ready = f"page    {url}\nAPI     {url}/docs\n{model.facts()['name']} is ready; Ctrl-C stops it"
-    with spared_collector():
-        serve(app, opened, ready)
+    keep_memory()
+    serve(app, opened, ready)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import thaw.data.store
 from thaw.data.images import Images
-from thaw.data.module import BatchSampler, ImageDataset, ImageLoader
+from thaw.data.loader import BatchSampler, ImageDataset, ImageLoader
 from thaw.data.store import TensorStore
 from thaw.plan.__main__ import make_plans
 from thaw.plan.costs import cache_line

@@ -8,8 +8,9 @@ import torch
 from lightning import LightningDataModule
 
 from thaw.data.images import Images, Source
+from thaw.data.loader import BatchSampler, ImageDataset, ImageLoader
 from thaw.data.mnist import load_sample
-from thaw.data.module import BatchSampler, ImageDataModule, ImageDataset, ImageLoader
+from thaw.data.module import ImageDataModule
 
 CLASSES = ["four", "three", "two", "one", "zero"]  # in the order of the labels
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from thaw.classifier import Classifier
 from thaw.data.augment import Augment
+from thaw.data.loader import Batch
 from thaw.data.mix import Mix
 from thaw.data.mnist import MNISTData
-from thaw.data.module import Batch
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.run.config import settle
 
 TINY = [  # random weights, one block

@@ -20,7 +20,7 @@ from torch import nn
 
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.lr_bank import BankClassifier, LRBank, measure_heads
 from thaw.models.heads import LinearHead
 from thaw.run import checkpoint as checkpoints

@@ -17,7 +17,7 @@ from small_models import COSINE
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.freezing.table import layer_table
 from thaw.lr_bank import BankRecipe, LRBank
 from thaw.optim import OptimizerRecipe, Schedule

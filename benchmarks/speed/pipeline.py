@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from benchmarks.speed.measure import ROOT, Bench, Row, rates, seconds_of
 from thaw.data.augment import Augment
 from thaw.data.images import Images
-from thaw.data.module import ImageDataset
+from thaw.data.loader import ImageDataset
 
 FFCV = (  # https://docs.ffcv.io/benchmarks.html, read in November 2026
     "ffcv's published figure: 172,801 images/s on all cores of an AWS p3dn.24xlarge (raw images of 256 px, from memory)"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thaw.data.augment import Augment
+from thaw.data.loader import Batch
 from thaw.data.mix import Mix, main_labels
-from thaw.data.module import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.freezing.cache import FeatureCache
 from thaw.freezing.features import FrozenFeatures

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from thaw.classifier import Classifier
+from thaw.data.loader import Batch
 from thaw.data.mix import main_labels
-from thaw.data.module import Batch
 from thaw.freezing.policy import NEVER
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from thaw.callbacks import progress
 from thaw.callbacks.progress import RunProgress, epoch_line
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 
 Build = Callable[..., Classifier]
 EPOCHS = 3

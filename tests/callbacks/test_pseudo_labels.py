@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from thaw.callbacks import pseudo_labels
 from thaw.callbacks.pseudo_labels import PseudoLabels
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.propagation import balance, normalised_graph, spread
 
 pytestmark = pytest.mark.usefixtures("undrawn")

@@ -18,8 +18,8 @@ from torch import Tensor
 from thaw.callbacks import soft_targets
 from thaw.callbacks.soft_targets import SoftTargets, find_teachers
 from thaw.classifier import Classifier
+from thaw.data.loader import Batch
 from thaw.data.mix import Mix
-from thaw.data.module import Batch
 from thaw.freezing import cache as feature_cache
 from thaw.freezing.cache import FeatureCache
 from thaw.predict.predictor import load_predictor

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thaw.callbacks.step_monitor import StepMonitor, peak_flops
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 
 
 class Kept(Logger):

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from thaw.data.images import Images
+from thaw.data.loader import Batch, BatchSampler, ImageDataset, ImageLoader
 from thaw.data.mnist import OFFICIAL, SAMPLE, MNISTData, load_mnist
-from thaw.data.module import Batch, BatchSampler, ImageDataset, ImageLoader, count_classes, load_source
+from thaw.data.module import count_classes, load_source
 
 
 def datamodule(**changes: Any) -> MNISTData:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from thaw.callbacks.finite_loss import FiniteLoss
 from thaw.callbacks.run_checkpoint import PacedCheckpointIO
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.evaluate import evaluate_checkpoint
 from thaw.run.checkpoint import read_checkpoint
 from thaw.run.errors import UserError

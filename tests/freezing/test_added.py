@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.cost import flops
 from thaw.freezing.added import added_names, merge_added, plain_name
 from thaw.freezing.policy import FreezePolicy

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
+from thaw.data.loader import Batch
 from thaw.data.mnist import MNISTData
-from thaw.data.module import Batch
 from thaw.freezing import features as thaw_features
 from thaw.freezing.policy import FreezePolicy
 from thaw.models.backbone import Backbone

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.freezing.added import added_names
 from thaw.freezing.dora import DoRA
 from thaw.freezing.lora import LoRA, add_lora

@@ -12,7 +12,7 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.cost import flops
 from thaw.freezing.prompt import add_prompts
 from thaw.models.attention import attention_layers, recorded_attention, share_of_patches

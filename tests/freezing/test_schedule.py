@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.freezing.added import own_names
 from thaw.freezing.table import layer_table
 from thaw.run.console import as_text

@@ -9,7 +9,7 @@ from small_models import assert_same
 from torch import Tensor, nn
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.freezing.added import added_names, plain_name
 from thaw.freezing.ssf import add_ssf
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from thaw.classifier import Classifier
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.models.baselines import Baseline
 from thaw.models.heads import LinearHead
 from thaw.run.checkpoint import load_model, read_checkpoint

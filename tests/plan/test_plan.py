@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.plan.__main__ import main, make_plans
 from thaw.plan.costs import Plan, cache_line, fitted_tables, memory_cells, plan_devices, work_cells
 from thaw.plan.dry_step import CONVOLUTION, Step, dry_step

@@ -7,7 +7,7 @@ import torch
 from pretrain.tiny import VIT, backbone, losses_of_training, recipe, refused
 from torch import Tensor, nn
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.models.backbone import Backbone
 from thaw.pretrain.autoregressive import Autoregressive
 from thaw.pretrain.patches import patch_targets, patchify, unpatchify

@@ -14,7 +14,7 @@ from pretrain.tiny import backbone as tiny_backbone
 from small_models import augmentation
 from torch import Tensor, nn
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.models.backbone import Backbone
 from thaw.pretrain.gan import GAN, Generator, fixed_latents, gradient_penalty, hinge
 

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from small_models import COSINE
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe
 from thaw.pretrain.objective import Objective

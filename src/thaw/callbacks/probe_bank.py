@@ -21,7 +21,7 @@ from thaw.callbacks.progress import RunProgress
 from thaw.callbacks.step_monitor import StepMonitor
 from thaw.callbacks.step_seed import StepSeed
 from thaw.classifier import Classifier
-from thaw.data.module import ImageLoader
+from thaw.data.loader import ImageLoader
 from thaw.models.heads import LinearHead
 from thaw.optim import OptimizerRecipe
 from thaw.run.steps import step_hooks

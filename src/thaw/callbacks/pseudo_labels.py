@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thaw.callbacks.soft_targets import SoftTargets
 from thaw.data.batches import by_batches
-from thaw.data.module import ImageDataset
+from thaw.data.loader import ImageDataset
 from thaw.evaluation.propagation import balance, normalised_graph, spread
 from thaw.run.console import say
 from thaw.run.errors import UserError

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thaw.callbacks.run_checkpoint import ends_epoch
 from thaw.callbacks.spikes import Spikes
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.lr_bank import BankClassifier
 
 FEWEST_STEPS = 200  # of a run whose FLOPs are counted, which takes about as long as a step

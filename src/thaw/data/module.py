@@ -1,30 +1,30 @@
-"""Batches of images: fixed splits held as uint8 tensors, each batch taken by one indexing operation.
+"""Images in three fixed splits, held as uint8 tensors.
 
 A source of your own is a subclass of `ImageDataModule`, named by `data._target_`: a dataclass whose fields are its
 settings, with the method `read() -> thaw.data.images.Source`. Any other LightningDataModule must offer
 
 - `load() -> thaw.data.images.Source`, all images in their splits, for evaluation, export and probes;
-- loaders that yield a `Batch`, and for the cache of frozen features `split_dataset(split) -> ImageDataset`.
+- loaders that yield a `thaw.data.loader.Batch`, and for the cache of frozen features
+  `split_dataset(split) -> thaw.data.loader.ImageDataset`.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from thaw.data.batches import evenly_spread
 from thaw.data.corrections import correct
 from thaw.data.few_labels import check_few_labels, keep_labels
 from thaw.data.folds import FoldCount, check_fold, take_fold
 from thaw.data.images import Images, Source, absent_classes, check_source
-from thaw.data.store import decoded_key, read_ahead
+from thaw.data.loader import NOT_RESUMED, Batch, BatchSampler, ImageDataset, ImageLoader
 from thaw.run.config import build
 from thaw.run.console import say
 from thaw.run.errors import UserError
@@ -32,147 +32,6 @@ from thaw.run.places import READ, keep_from_downloading, reads
 from thaw.run.targets import import_target
 from thaw.run.trainer_settings import check_interval
 from thaw.run.values import Count, CountOrZero, Seed, check_types
-
-NOT_RESUMED = {"epoch": -1, "batches_done": 0}
-
-
-class Batch(NamedTuple):
-    """images uint8 (B, C, H, W), labels int64 (B,), indices int64 (B,) of the images in their split.
-
-    features (B, ...): the cached output of the frozen part of the model, where there is a cache; images are then
-        (B, 0), as reading them would cost more than all else.
-    soft_targets (B, K): what teachers say of the images, where there are some; see `thaw.callbacks.soft_targets`.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    features: Tensor | None = None
-    soft_targets: Tensor | None = None
-
-
-class ImageDataset(Dataset[Batch]):
-    """Images addressed by a whole batch of indices at a time, on the device that holds them.
-
-    Attributes:
-        features: (N, ...) of the frozen part of a model, or None.
-        eval_batch_size: of validation and test, at least; pooled features need no small batches.
-        weights: float64 (N,), in proportion to which a training epoch draws them with replacement, or None.
-        soft_targets: (N, K) on the device of the labels, or None.
-    """
-
-    def __init__(self, data: Images) -> None:
-        self.data = data
-        self.is_mapped = decoded_key(data.images) is not None
-        self.features: Tensor | None = None
-        self.eval_batch_size = 1
-        self.weights: Tensor | None = None
-        self.soft_targets: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.data.labels)
-
-    def __getitem__(self, indices: Tensor) -> Batch:
-        if self.is_mapped:  # from the disk they are read in order; within a batch the order means nothing
-            indices = indices.sort().values
-        features = self.features  # index_select is several times as fast as indexing with a tensor
-        if features is not None:
-            features = features.index_select(0, indices.to(features.device))
-        indices = indices.to(self.data.labels.device, non_blocking=True)
-        images, labels = self.data
-        labels = labels.index_select(0, indices)
-        images = images.index_select(0, indices) if features is None else images.new_empty(len(labels), 0)
-        soft_targets = None if self.soft_targets is None else self.soft_targets.index_select(0, indices)
-        return Batch(images, labels, indices, features, soft_targets)
-
-    def read_ahead(self, indices: Tensor) -> None:
-        """Let the disk read what a batch will take, while the batch before it is used."""
-        read_ahead(self.data.images if self.features is None else self.features, indices)
-
-
-class BatchSampler(DistributedSampler):
-    """Yields the index tensor of each of this rank's batches; a pure function of (seed, epoch, rank).
-
-    Every epoch's order is cut into global batches of `batch_size * num_replicas` images and each of these among the
-    ranks, so that every rank takes the same number of steps and no image is repeated or left out. (The parent pads
-    by repeating images, which biases validation.) Lightning leaves a DistributedSampler in place and calls its
-    `set_epoch`. With `weights` (N,) an epoch's images are drawn with replacement, in proportion to their weights.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        num_replicas: int,
-        rank: int,
-        weights: Tensor | None = None,
-    ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)
-        self.weights = weights
-        self.least_size = batch_size
-        self.num_images = len(dataset)  # type: ignore[arg-type]  # torch declares no length for a Dataset
-
-    @property
-    def batch_size(self) -> int:
-        return self.least_size if self.shuffle else max(self.least_size, getattr(self.dataset, "eval_batch_size", 1))
-
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]  # the parent yields single indices
-        order = torch.arange(self.num_images)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            if self.weights is None:
-                order = torch.randperm(self.num_images, generator=generator)
-            else:
-                draws = torch.rand(self.num_images, dtype=torch.float64, generator=generator)
-                order = torch.searchsorted(self.weights.double().cumsum(0) / self.weights.double().sum(), draws)
-        batches = list(order.split(self.batch_size * self.num_replicas))  # one for each step of all ranks together
-        if len(batches) > 1 and len(batches[-1]) < self.num_replicas:  # too few for each rank to get one
-            batches[-2:] = [torch.cat(batches[-2:])]
-        before: list[Tensor] = []  # the batch that is read already
-        for batch in batches:
-            own = batch.tensor_split(self.num_replicas)[self.rank]
-            if isinstance(self.dataset, ImageDataset):
-                self.dataset.read_ahead(own)
-            yield from before
-            before = [own]
-        yield from before
-
-    def __len__(self) -> int:
-        full, rest = divmod(self.num_images, self.batch_size * self.num_replicas)
-        return max(1, full + (rest >= self.num_replicas))
-
-
-class ImageLoader(DataLoader):
-    """A DataLoader whose position within the epoch can be saved, so that a run resumes at the next unseen batch."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches_done = self.next_batch = 0
-        self.resume_at = NOT_RESUMED
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
-        self.batches_done = self.next_batch = self.resume_at["batches_done"] if resumed else 0
-        self.resume_at = NOT_RESUMED  # the next pass is a whole one
-        in_process = not self.num_workers  # where torch's iterator takes twice as long as the indexing
-        for number, item in enumerate(self.sampler if in_process else super().__iter__()):
-            if number < self.next_batch:
-                continue
-            self.batches_done = self.next_batch = number + 1
-            yield self.dataset[item] if in_process else item
-
-    def skip(self, batches: int) -> None:
-        """Leave out the next batches."""
-        self.next_batch += batches
-        self.batches_done = self.next_batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches_done": self.batches_done}  # type: ignore[attr-defined]
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.resume_at = state
 
 
 @dataclass(kw_only=True, eq=False)
@@ -360,8 +219,8 @@ class ImageDataModule(LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         """Drop cached features and soft targets after an exception; they belong to the run that failed."""
         for dataset in self.datasets.values():
-            dataset.features = dataset.soft_targets = None
-            dataset.eval_batch_size = 1
+            dataset.soft_targets = None
+            dataset.drop_features()
 
     def loader(self, dataset: ImageDataset, batch_size: int, shuffle: bool) -> ImageLoader:
         if overfit := getattr(self.trainer, "overfit_batches", 0):  # Lightning would replace our sampler

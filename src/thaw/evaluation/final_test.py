@@ -7,7 +7,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.metrics import accuracy_facts
 from thaw.run.errors import UserError
 from thaw.run.files import dispensable

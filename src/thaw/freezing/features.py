@@ -98,7 +98,7 @@ class FrozenFeatures(Callback):
     def drop(self) -> None:
         while self.datasets:
             dataset = self.datasets.pop()
-            dataset.features, dataset.eval_batch_size = None, 1
+            dataset.drop_features()
 
     def compute(self, trainer: Any, pl_module: Any) -> None:
         datamodule = trainer.datamodule

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.freezing.cache import TOKENS
 from thaw.run.config import build
 from thaw.run.errors import UserError

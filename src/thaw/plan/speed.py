@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.plan.dry_step import PRECISIONS, Step
 from thaw.run.config import build
 

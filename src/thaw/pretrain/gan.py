@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from thaw.data.augment import Augment
 from thaw.data.batches import by_batches, evenly_spread
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.evaluation.generation import frechet_distance, image_features, precision_and_recall
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe

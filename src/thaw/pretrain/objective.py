@@ -15,7 +15,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from thaw.data.augment import Augment
-from thaw.data.module import Batch
+from thaw.data.loader import Batch
 from thaw.data.preprocess import Preprocess
 from thaw.models.backbone import Backbone
 from thaw.optim import OptimizerRecipe

@@ -3,13 +3,10 @@
 import asyncio
 import errno
 import functools
-import gc
 import math
 import select
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -84,14 +81,3 @@ def serve(app: FastAPI, opened: socket.socket, ready: str) -> None:
         signal.signal(number, stop)
     say(ready)  # from now on a signal ends it in order
     server.run(sockets=[opened])
-
-
-@contextmanager
-def spared_collector() -> Iterator[None]:
-    """Keep Python's collector from searching existing objects, all of torch, while this is open; it takes 0.25 s."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()  # or libraries report leaks at exit
