@@ -20,7 +20,7 @@ LIMITS = {
     "max_images": 20,
     "max_body_mb": 0.2,
     "max_connections": 20,
-    "request_seconds": 1.0,
+    "request_seconds": 10.0,
 }
 
 

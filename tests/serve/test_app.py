@@ -233,7 +233,7 @@ def test_bad_input_gets_a_reason(stand_in, serving) -> None:
 
 def test_many_errors_are_one(stand_in, serving) -> None:
     """From a body full of wrong values only the first error is kept: all would need far more memory than the body."""
-    address = serving(stand_in, max_body_mb=10.0, request_seconds=10.0)
+    address = serving(stand_in, max_body_mb=10.0)
     response = post(address, b'{"images":[' + b"[[1]]," * 1_000_000 + b"[[1]]]}")
     assert response.status_code == 422
     assert len(response.text) < 400
@@ -254,7 +254,7 @@ def test_body_is_counted_where_no_length_is_given(stand_in, serving) -> None:
 
 def test_overload_is_told_and_passes(stand_in, serving) -> None:
     """While the model is busy 50 images wait and others get 503 with Retry-After; later requests are answered."""
-    address = serving(stand_in, request_seconds=10.0)
+    address = serving(stand_in)
     stand_in.open.clear()
     body = {"images": [ROWS] * 10}
     with concurrent.futures.ThreadPoolExecutor(12) as pool:

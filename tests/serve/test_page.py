@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def address(linear_probe, serving) -> str:
-    return serving(load_predictor(str(linear_probe)), max_body_mb=2.0, request_seconds=10.0)
+    return serving(load_predictor(str(linear_probe)), max_body_mb=2.0)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_a_picture_of_a_digit(opened, digits) -> None:
 def test_a_model_of_photographs(browser, stand_in, serving, tmp_path) -> None:
     """No drawing; the picture, the five most probable of many classes, and where the model looked on it."""
     stand_in.classes = ["ants & bees", "<b>ü数</b>", *map(str, range(35))]
-    address, wrong = serving(stand_in, ImageReader("photo", (3, 32, 32)), request_seconds=10.0), []
+    address, wrong = serving(stand_in, ImageReader("photo", (3, 32, 32))), []
     Image.new("RGB", (300, 200), (38, 200, 10)).save(tmp_path / "green.png")  # 38 % 37 is the second class
     page = browser.new_page(viewport={"width": 360, "height": 740})
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -156,7 +156,7 @@ def test_a_model_of_photographs(browser, stand_in, serving, tmp_path) -> None:
 
 def test_docs_need_no_network(browser, stand_in, serving) -> None:
     """Swagger's page shows the API; all its files come from this server, and its policy blocks none of them."""
-    page, address, wrong = browser.new_page(), serving(stand_in, request_seconds=10.0), []
+    page, address, wrong = browser.new_page(), serving(stand_in), []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("request", lambda sent: None if sent.url.startswith((address, "data:")) else wrong.append(sent.url))
     page.goto(f"{address}/docs")
@@ -171,7 +171,7 @@ def test_class_names_are_text(browser, stand_in, serving) -> None:
     """Class names are escaped, and a model without attention has no panel for it."""
     stand_in.has_attention = False
     page = browser.new_page()
-    page.goto(serving(stand_in, request_seconds=10.0))
+    page.goto(serving(stand_in))
     page.wait_for_selector("#bars li")
     assert page.locator("#bars li").last.locator("b").inner_text() == "<b>nine"
     assert page.is_hidden("#where")
@@ -180,7 +180,7 @@ def test_class_names_are_text(browser, stand_in, serving) -> None:
 
 def test_a_doubt_is_shown_until_the_drawing_changes(browser, stand_in, serving) -> None:
     page = browser.new_page()
-    page.goto(serving(stand_in, request_seconds=10.0))
+    page.goto(serving(stand_in))
     page.wait_for_selector("#bars li")
     draw(page, [[(0.2, 0.2), (0.2, 0.8)], [(0.8, 0.2), (0.8, 0.8)]])
     page.wait_for_selector("#state.bad:has-text('more than one digit')")
