@@ -127,12 +127,7 @@ def load_sample(dataset: str) -> Source:
     """The bundled 5,000 MNIST digits (500 a class), split 4,000 / 500 / 500 with 400 / 50 / 50 of each class."""
     if dataset != "MNIST":
         raise UserError(f"There is no bundled sample of {dataset}, only of MNIST; set data.source=official.")
-    folder = files("thaw.data") / "sample"
-    images, labels = (
-        read_idx(gzip.decompress((folder / name).read_bytes()), f"bundled {name}")
-        for name in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz")
-    )
-    whole = Images(images[:, None], labels.long())
+    whole = Images(read_sample("images-idx3-ubyte.gz")[:, None], read_sample("labels-idx1-ubyte.gz").long())
     one_hot = whole.labels[:, None] == whole.labels.unique()  # (N, 10)
     number = (one_hot.cumsum(0) * one_hot).sum(1) - 1  # (N,) within its class: 0 for the first image of each
     return Source(
@@ -143,6 +138,11 @@ def load_sample(dataset: str) -> Source:
         name=dataset,
         origin=SAMPLE,
     )
+
+
+@cache  # for all jobs of a sweep
+def read_sample(name: str) -> Tensor:
+    return read_idx(gzip.decompress((files("thaw.data") / "sample" / name).read_bytes()), f"bundled {name}")
 
 
 def load_official(dataset: str, directory: Path, mirrors: Sequence[str] | None) -> Source:
