@@ -63,6 +63,7 @@ class ImageDataset(Dataset[Batch]):
         return Batch(images, labels, indices, features, soft_targets)
 
     def drop_features(self) -> None:
+        """Take batches from the images again, as validation does in its own batch size."""
         self.features, self.eval_batch_size = None, 1
 
     def read_ahead(self, indices: Tensor) -> None:
@@ -132,8 +133,8 @@ class ImageLoader(DataLoader):
         self.batches_done = self.next_batch = 0
         self.resume_at = NOT_RESUMED
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        resumed = self.resume_at["epoch"] == self.sampler.epoch  # type: ignore[attr-defined]
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # the parent returns a class of its own
+        resumed = self.resume_at["epoch"] == self.epoch
         self.batches_done = self.next_batch = self.resume_at["batches_done"] if resumed else 0
         self.resume_at = NOT_RESUMED  # the next pass is a whole one
         in_process = not self.num_workers  # where torch's iterator takes twice as long as the indexing
@@ -143,13 +144,17 @@ class ImageLoader(DataLoader):
             self.batches_done = self.next_batch = number + 1
             yield self.dataset[item] if in_process else item
 
+    @property
+    def epoch(self) -> int:
+        return self.sampler.epoch  # type: ignore[attr-defined]  # torch declares any sampler; this one is a BatchSampler
+
     def skip(self, batches: int) -> None:
         """Leave out the next batches."""
         self.next_batch += batches
         self.batches_done = self.next_batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "batches_done": self.batches_done}  # type: ignore[attr-defined]
+        return {"epoch": self.epoch, "batches_done": self.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.resume_at = state

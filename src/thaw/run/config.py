@@ -16,7 +16,7 @@ from thaw.run.targets import config_leaves, refers_outside
 try:
     from yaml import CSafeDumper as SafeDumper  # 8 times as fast
 except ImportError:  # a PyYAML without its C library
-    from yaml import SafeDumper  # type: ignore[assignment]
+    from yaml import SafeDumper  # type: ignore[assignment]  # another class with the same methods
 
 MOST_PROCESSES = 64  # on a CPU
 BUNDLED_NAME = "digits_vit"  # of the weights that `backbone.weights=bundled` means
@@ -64,7 +64,7 @@ class ConfigDumper(SafeDumper):
     """Quotes text that OmegaConf would read as a number; a value that YAML has no type for becomes its text."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True
+        return True  # a list that occurs twice is written twice, as resume= reads no anchors
 
 
 ConfigDumper.add_representer(str, OmegaConfDumper.str_representer)
